@@ -1,0 +1,178 @@
+import * as path from "node:path"
+import { CommandExecutor, FileSystem } from "@effect/platform"
+import { Effect, Layer, Option, Schema } from "effect"
+import { Assets } from "../../src/Assets.ts"
+import { BootError } from "../../src/domain/errors.ts"
+import { ShimPlan } from "../../src/domain/ShimPlan.ts"
+import { VmId } from "../../src/domain/Vm.ts"
+import { VmEntry } from "../../src/domain/VmEntry.ts"
+import { type AcceleratorChoice, HostProbe } from "../../src/HostProbe.ts"
+import * as command from "../../src/platform/command.ts"
+import * as HostLock from "../../src/platform/HostLock.ts"
+import * as processes from "../../src/platform/processes.ts"
+import { Settings } from "../../src/Settings.ts"
+import { Shim } from "../../src/Shim.ts"
+import { consoleFd, defaultBinary } from "./commandLine.ts"
+
+const kvmDevice = "/dev/kvm"
+
+/** A kernel without a root panics and resets in well under a second on a KVM that works, in about 1.3 s on one nested in TCG. */
+const kvmDeadline = "6 seconds"
+
+/** What was found on this boot of the host; `kvm` holds for one kernel and one VMM binary. */
+const Findings = Schema.parseJson(
+  Schema.Struct({
+    tscKhz: Schema.optional(Schema.Int),
+    kvm: Schema.optional(Schema.Struct({ subject: Schema.String, works: Schema.Boolean, reason: Schema.String }))
+  })
+)
+type Findings = typeof Findings.Type
+
+/** Probes the host with QEMU and remembers the answers for the host's boot, in `<cacheDir>/host-<boot id>.json`. */
+export const layer = Layer.effect(
+  HostProbe,
+  Effect.gen(function* () {
+    const fs = yield* FileSystem.FileSystem
+    const executor = yield* CommandExecutor.CommandExecutor
+    const settings = yield* Settings
+    const assets = yield* Assets
+    const shim = yield* Shim
+    const bootId = yield* processes.bootId
+    const findingsPath = path.join(settings.cacheDir, `host-${bootId}.json`)
+    const binary = Option.getOrElse(settings.vmm, () => defaultBinary)
+
+    const read: Effect.Effect<Findings> = fs
+      .readFileString(findingsPath)
+      .pipe(Effect.flatMap(Schema.decode(Findings)), Effect.orElseSucceed(() => ({})))
+
+    /** Losing a finding costs a probe, never a boot. */
+    const remember = (found: Findings) =>
+      Effect.gen(function* () {
+        const text = yield* Schema.encode(Findings)({ ...(yield* read), ...found })
+        yield* fs.makeDirectory(settings.cacheDir, { recursive: true })
+        yield* fs.writeFileString(`${findingsPath}.tmp`, text)
+        yield* fs.rename(`${findingsPath}.tmp`, findingsPath)
+      }).pipe(Effect.ignore)
+
+    const measureTsc = Effect.gen(function* () {
+      const { code, stdout } = yield* command
+        .run([yield* assets.shim, "tsc-khz"])
+        .pipe(Effect.provideService(CommandExecutor.CommandExecutor, executor))
+      const khz = Number(stdout.trim())
+      if (code !== 0 || !Number.isSafeInteger(khz) || khz <= 0) {
+        return yield* Effect.fail(new Error(`the shim answered ${JSON.stringify(stdout)}, code ${code}`))
+      }
+      return khz
+    }).pipe(
+      Effect.mapError(
+        (cause) =>
+          new BootError({
+            code: "BOOT_VMM_FAILED",
+            message: `the host's TSC rate could not be measured: ${cause.message}`,
+            hint: "run `machinen doctor`",
+            cause
+          })
+      )
+    )
+
+    const tscKhz = Effect.gen(function* () {
+      const known = (yield* read).tscKhz
+      if (known !== undefined) return known
+      const measured = yield* measureTsc
+      yield* remember({ tscKhz: measured })
+      return measured
+    })
+
+    /** Boots our kernel with nothing to run: on a KVM that works it panics, resets, and QEMU ends with code 0. */
+    const bootOnKvm = Effect.gen(function* () {
+      const id = VmId.make(`f${Date.now().toString(16).padStart(11, "0").slice(-11)}`)
+      const dir = path.join(settings.cacheDir, "probe", id)
+      yield* fs.makeDirectory(dir, { recursive: true, mode: 0o700 })
+      const running = yield* shim.start(
+        yield* assets.shim,
+        new ShimPlan({
+          version: 1,
+          id,
+          dir,
+          files: [],
+          vmm: {
+            argv: [
+              binary,
+              ...["-M", "microvm,acpi=off,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off"],
+              ...["-accel", "kvm", "-cpu", "host", "-m", "128M", "-nodefaults", "-no-user-config", "-display", "none"],
+              ...["-no-reboot", "-kernel", yield* assets.kernel, "-append", "console=ttyS0 reboot=t panic=-1 quiet acpi=off"],
+              ...["-chardev", `socket,id=console,fd=${consoleFd}`, "-serial", "chardev:console"]
+            ],
+            env: {}
+          },
+          channel: null,
+          console: { fd: consoleFd, logPath: path.join(dir, "console.log"), maxBytes: 65536 },
+          outputLogPath: path.join(dir, "output.log"),
+          vmmLogPath: path.join(dir, "vmm.log"),
+          controlPath: path.join(dir, "shim.sock"),
+          entryPath: path.join(dir, "entry.json"),
+          entry: new VmEntry({
+            version: 1,
+            id,
+            state: "booting",
+            bootId,
+            owner: yield* processes.self,
+            detached: false,
+            backend: "qemu",
+            accel: "kvm",
+            image: "none",
+            memoryMib: 128,
+            vcpus: 1,
+            createdAt: Date.now(),
+            vsockPath: path.join(dir, "vsock.sock"),
+            controlPath: path.join(dir, "shim.sock")
+          }),
+          cleanup: [],
+          detached: false,
+          graceMs: 0
+        })
+      )
+      const exit = yield* Effect.timeoutOption(running.exited, kvmDeadline)
+      if (Option.isNone(exit)) {
+        yield* running.kill
+        return { works: false, reason: `${kvmDevice} is there, but our kernel hangs on it (probed for ${kvmDeadline})` }
+      }
+      const panicked = exit.value.consoleTail.includes("Kernel panic")
+      return panicked && exit.value.vmm.code === 0
+        ? { works: true, reason: `${kvmDevice} works: our kernel booted on it` }
+        : { works: false, reason: `${kvmDevice} is there, but QEMU cannot use it: ${lastLine(exit.value.vmmLogTail)}` }
+    }).pipe(
+      Effect.scoped,
+      Effect.catchAll((error) => Effect.succeed({ works: false, reason: `KVM could not be probed: ${error.message}` }))
+    )
+
+    const probeKvm = Effect.gen(function* () {
+      const subject = `${binary} ${yield* Effect.orElseSucceed(assets.kernel, () => "")}`
+      const known = (yield* read).kvm
+      if (known?.subject === subject) return known
+      const found = { subject, ...(yield* bootOnKvm) }
+      yield* remember({ kvm: found })
+      return found
+    })
+
+    const accelerator = Effect.gen(function* () {
+      if (settings.accel !== "auto") {
+        return { accel: settings.accel, reason: `MACHINEN_ACCEL=${settings.accel}` } satisfies AcceleratorChoice
+      }
+      const usable = yield* Effect.isSuccess(fs.access(kvmDevice, { readable: true, writable: true }))
+      if (!usable) {
+        const there = yield* Effect.orElseSucceed(fs.exists(kvmDevice), () => false)
+        const why = there ? `no permission to open ${kvmDevice}` : `there is no ${kvmDevice}`
+        return { accel: "tcg", reason: `${why}; guests are emulated` } satisfies AcceleratorChoice
+      }
+      const { reason, works } = yield* HostLock.withLock(`probe:${settings.cacheDir}`)(probeKvm)
+      const choice: AcceleratorChoice = works ? { accel: "kvm", reason } : { accel: "tcg", reason: `${reason}; guests are emulated` }
+      return choice
+    })
+
+    // One answer for each process: the host does not change under it.
+    return HostProbe.of({ accelerator: yield* Effect.cached(accelerator), tscKhz: yield* Effect.cached(tscKhz) })
+  })
+)
+
+const lastLine = (text: string) => text.trim().split("\n").at(-1) ?? ""

@@ -1,0 +1,57 @@
+import { type Duration, Effect, Option, Schema, type Scope, Stream } from "effect"
+import * as UnixSocket from "../../src/platform/UnixSocket.ts"
+import { VmmControlFailed } from "../../src/Vmm.ts"
+
+/** A monitor session: one command at a time, each waits for its answer. QEMU serves one session at once. */
+export interface Qmp {
+  readonly execute: (command: string, args?: Readonly<Record<string, unknown>>) => Effect.Effect<unknown, VmmControlFailed>
+}
+
+const Message = Schema.parseJson(
+  Schema.Struct({
+    QMP: Schema.optional(Schema.Unknown),
+    return: Schema.optional(Schema.Unknown),
+    error: Schema.optional(Schema.Struct({ class: Schema.String, desc: Schema.String })),
+    event: Schema.optional(Schema.String)
+  })
+)
+
+/**
+ * Opens a session: greeting, then capabilities. A second session gets no greeting until the first is closed, so there is a deadline
+ * (docs/interop/qmp-spec of QEMU; lab/qemu.md §6).
+ */
+export const connect = (path: string, deadline: Duration.DurationInput): Effect.Effect<Qmp, VmmControlFailed, Scope.Scope> =>
+  Effect.gen(function* () {
+    const connection = yield* Effect.mapError(UnixSocket.connect(path), (cause) => failed("QEMU's monitor is not there", cause))
+    const lines = connection.bytes.pipe(Stream.decodeText(), Stream.splitLines, Stream.rechunk(1))
+    const pull = yield* Stream.toPull(lines)
+    const next = pull.pipe(
+      Effect.mapError(Option.match({ onNone: () => failed("QEMU closed its monitor"), onSome: (cause) => failed("QEMU's monitor broke", cause) })),
+      Effect.flatMap(([line = ""]) =>
+        Effect.mapError(Schema.decode(Message)(line), (cause) => failed("QEMU's monitor sent something unreadable", cause))
+      )
+    )
+    /** Events come in between; nobody here waits for one. */
+    const answer: Effect.Effect<unknown, VmmControlFailed> = Effect.flatMap(next, (message) => {
+      if (message.event !== undefined) return answer
+      return message.error === undefined
+        ? Effect.succeed(message.return)
+        : Effect.fail(failed(`QEMU refused: ${message.error.desc} (${message.error.class})`))
+    })
+    const one = yield* Effect.makeSemaphore(1)
+    const execute: Qmp["execute"] = (command, args = {}) =>
+      connection.write(Buffer.from(`${JSON.stringify({ execute: command, arguments: args })}\n`)).pipe(
+        Effect.mapError((cause) => failed("QEMU's monitor broke", cause)),
+        Effect.zipRight(answer),
+        one.withPermits(1),
+        Effect.withSpan("Qmp.execute", { attributes: { command } })
+      )
+    yield* Effect.timeoutFail(next, {
+      duration: deadline,
+      onTimeout: () => failed("QEMU's monitor did not greet: another session holds it, or QEMU hangs")
+    })
+    yield* execute("qmp_capabilities")
+    return { execute }
+  })
+
+const failed = (message: string, cause?: unknown) => new VmmControlFailed({ message, cause })

@@ -1,0 +1,83 @@
+import type { Accelerator, MachineSpec } from "../../src/domain/Vm.ts"
+
+/** The full binary, for it has TCG; Debian's `-microvm` build has KVM only. */
+export const defaultBinary = "qemu-system-x86_64"
+
+/** Descriptors QEMU inherits from the shim: the guest channel and the console, each one end of a socketpair. */
+export const channelFd = 3
+export const consoleFd = 4
+
+/** The port the guest's agent looks for (docs/protocol.md §1). */
+const channelName = "machinen.channel"
+
+/** In QEMU's option syntax a comma separates; a literal one is doubled. */
+const escape = (value: string) => value.replaceAll(",", ",,")
+
+/**
+ * What the guest kernel is told. The second group is for TCG only and measured in lab/kernel.md §4: without it the kernel spends some
+ * 400 ms of its boot calibrating timers against emulated hardware and patching code that TCG has translated already.
+ */
+const kernelArguments = (accel: Accelerator, tscKhz: number): string =>
+  [
+    "console=ttyS0",
+    "reboot=t", // a triple fault ends QEMU (-no-reboot): without ACPI that is the power-off
+    "panic=-1",
+    "quiet",
+    "acpi=off",
+    "noreplace-smp",
+    "no_timer_check",
+    ...(accel === "tcg"
+      ? [
+          "no_init_poison",
+          `tsc_early_khz=${tscKhz}`,
+          "tsc=reliable",
+          `lpj=${tscKhz * 10}`, // tsc_khz * 1000 / HZ with HZ = 100
+          "lapic_timer_khz=1000000" // QEMU's APIC timer runs at 1 GHz
+        ]
+      : [])
+  ].join(" ")
+
+export interface CommandLineOptions {
+  readonly binary: string
+  readonly accel: Accelerator
+  readonly tscKhz: number
+  readonly controlPath: string
+}
+
+/**
+ * QEMU's command line for a machine (measured in lab/qemu.md §2): microvm without firmware tables, PVH kernel, guest memory in a file,
+ * nothing by default, QEMU itself confined by its seccomp sandbox.
+ */
+export const commandLine = (spec: MachineSpec, options: CommandLineOptions): readonly [string, ...ReadonlyArray<string>] => {
+  const { accel, binary, controlPath, tscKhz } = options
+  const memory = `size=${spec.memoryMib}M`
+  const backend =
+    spec.memoryFile === undefined
+      ? `memory-backend-memfd,id=mem,${memory}`
+      : `memory-backend-file,id=mem,${memory},mem-path=${escape(spec.memoryFile)},share=on`
+  return [
+    binary,
+    ...["-M", "microvm,acpi=off,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=mem"],
+    ...["-accel", accel, "-cpu", accel === "kvm" ? "host" : "max"],
+    ...["-m", `${spec.memoryMib}M`, "-smp", String(spec.vcpus), "-object", backend],
+    ...["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"],
+    ...["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"],
+    ...["-global", "virtio-mmio.force-legacy=false"],
+    ...["-kernel", spec.kernel, "-initrd", spec.initrd, "-append", kernelArguments(accel, tscKhz)],
+    ...["-chardev", `socket,id=qmp,path=${escape(controlPath)},server=on,wait=off`, "-mon", "chardev=qmp,mode=control"],
+    ...["-chardev", `socket,id=console,fd=${consoleFd}`, "-serial", "chardev:console"],
+    ...["-device", "virtio-serial-device", "-chardev", `socket,id=channel,fd=${channelFd}`],
+    ...["-device", `virtserialport,chardev=channel,name=${channelName}`],
+    ...spec.disks.flatMap(({ id, path, readOnly }) => [
+      "-blockdev",
+      `driver=file,node-name=${id}-file,filename=${escape(path)},read-only=${onOff(readOnly)},discard=unmap,locking=off`,
+      "-blockdev",
+      `driver=raw,node-name=${id},file=${id}-file,read-only=${onOff(readOnly)},discard=unmap`,
+      "-device",
+      `virtio-blk-device,drive=${id},serial=${id}`
+    ]),
+    ...["-device", "virtio-rng-device"]
+  ]
+}
+
+const onOff = (value: boolean) => (value ? "on" : "off")

@@ -1,0 +1,106 @@
+//! The operations `push` and `pull`: trees as tar. Packing and unpacking block, so each has a thread of its own; this end of it only
+//! carries bytes between that thread and the stream, a few pieces at a time, so that each holds the other back.
+
+mod pack;
+#[cfg(test)]
+mod tests;
+mod unpack;
+
+use std::io::{self, Read, Write};
+
+use bytes::{Buf, Bytes};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::operation::Exchange;
+use super::stream::{Abort, CHUNK};
+use crate::frame::Kind;
+use crate::reply::{Archived, Done, ErrorReply};
+use crate::request;
+
+/// Pieces under way between stream and thread.
+const PIECES: usize = 4;
+
+/// Unpacks the stream into a directory.
+pub async fn push<R, W>(request: &request::Push, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let target = unpack::Target::open(&request.path).map_err(|error| Abort::io(&request.path, &error))?;
+    let (pieces, arriving) = mpsc::channel(PIECES);
+    let unpacking = spawn_blocking(move || target.unpack(Arriving { pieces: arriving, piece: Bytes::new() }));
+    exchange.output.send_json(Kind::Started, &Done {}).await?;
+    loop {
+        let piece = tokio::select! {
+            // It has failed, and says below why: at once, not when the host has sent everything.
+            () = pieces.closed() => break,
+            piece = exchange.input.body() => piece?,
+        };
+        let Some(piece) = piece else { break };
+        // Fails with the receiver, which the next turn sees.
+        let _ = pieces.send(piece).await;
+    }
+    drop(pieces);
+    entries(unpacking).await
+}
+
+/// Packs a directory's contents, or one file, into the stream.
+pub async fn pull<R, W>(request: request::Pull, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
+where
+    W: AsyncWrite + Unpin,
+{
+    let request::Pull { path, excludes } = request;
+    let source = pack::Source::open(&path, &excludes).map_err(|error| Abort::io(&path, &error))?;
+    exchange.output.send_json(Kind::Started, &Done {}).await?;
+    let (pieces, mut leaving) = mpsc::channel(PIECES);
+    let packing = spawn_blocking(move || source.pack(io::BufWriter::with_capacity(CHUNK, Leaving(pieces))));
+    while let Some(piece) = leaving.recv().await {
+        exchange.output.send(Kind::Data, &piece).await?;
+    }
+    let archived = entries(packing).await?;
+    exchange.output.send(Kind::Eof, &[]).await?;
+    Ok(archived)
+}
+
+async fn entries(thread: JoinHandle<Result<u64, ErrorReply>>) -> Result<Archived, Abort> {
+    // Only a panic could lose the result, and that ends the whole agent.
+    let entries = thread.await.map_err(|error| Abort::io("archive", &error.into()))??;
+    Ok(Archived { entries })
+}
+
+/// The stream's data, as the thread reads it.
+struct Arriving {
+    pieces: mpsc::Receiver<Bytes>,
+    piece: Bytes,
+}
+
+impl Read for Arriving {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.piece.is_empty() {
+            match self.pieces.blocking_recv() {
+                Some(piece) => self.piece = piece,
+                None => return Ok(0),
+            }
+        }
+        let length = buffer.len().min(self.piece.len());
+        self.piece.copy_to_slice(&mut buffer[..length]);
+        Ok(length)
+    }
+}
+
+/// The stream's data, as the thread writes it.
+struct Leaving(mpsc::Sender<Vec<u8>>);
+
+impl Write for Leaving {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let length = bytes.len().min(CHUNK);
+        self.0.blocking_send(bytes[..length].to_vec()).map_err(|_| io::ErrorKind::BrokenPipe)?;
+        Ok(length)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

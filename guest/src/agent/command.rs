@@ -1,0 +1,257 @@
+//! Starting a command, and the handles by which it is watched and ended.
+
+use std::collections::BTreeMap;
+use std::ffi::{CStr, CString};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::ptr;
+use std::sync::OnceLock;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, PidfdFlags, Resource, WaitId, WaitIdOptions, pidfd_open, waitid};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
+
+use crate::config::GuestConfig;
+use crate::errno;
+use crate::init::cgroup;
+use crate::init::late::COMMAND_FILES;
+use crate::reply::{Code, ErrorReply, Exit};
+use crate::request::Exec;
+
+/// Where nothing says otherwise.
+const DEFAULT_ENV: [(&str, &str); 3] =
+    [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root"), ("TERM", "xterm")];
+/// What a command may leave in a pipe before it waits for the agent; more means fewer, larger frames.
+const PIPE_BYTES: usize = 256 * 1024;
+
+/// A command that was started and not yet reaped: its pid, and so its process group, are its own until `wait` returns.
+pub struct Running {
+    pub pid: Pid,
+    pub stdin: Option<pipe::Sender>,
+    pub stdout: pipe::Receiver,
+    pub stderr: pipe::Receiver,
+    ended: AsyncFd<OwnedFd>,
+    oom_kills: u64,
+}
+
+/// Starts what `request` describes, in the environment of `config`.
+pub fn start(config: &GuestConfig, request: &Exec) -> Result<Running, ErrorReply> {
+    let environment = environment(config, request);
+    let cwd = working_directory(config, request)?;
+    let name = request.argv.first().map_or("", String::as_str);
+    let program = resolve(name, environment.get("PATH").map_or("", |path| path), &cwd)?;
+    spawn(request, &environment, &cwd, &program).map_err(|error| refused(name, &error))
+}
+
+impl Running {
+    /// Waits for the command itself (not for what it started) and reaps it.
+    pub async fn wait(&self) -> io::Result<Exit> {
+        loop {
+            let mut guard = self.ended.readable().await?;
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+            let Some(status) = waitid(WaitId::PidFd(self.ended.as_fd()), options)? else {
+                guard.clear_ready();
+                continue;
+            };
+            let Some(signal) = status.terminating_signal() else {
+                return Ok(Exit::Code(status.exit_status().unwrap_or(0)));
+            };
+            let oom_killed = signal == libc::SIGKILL && cgroup::oom_kills()? > self.oom_kills;
+            return Ok(Exit::Signal { signal, oom_killed });
+        }
+    }
+
+    /// Sends a signal to the process group. One that has no member left, or a number that is no signal, is not an error.
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: plain numbers. The group is the command's own: it is not reaped before `wait` returns.
+        unsafe { libc::kill(-self.pid.as_raw_pid(), signal) };
+    }
+}
+
+fn environment<'a>(config: &'a GuestConfig, request: &'a Exec) -> BTreeMap<&'a str, &'a str> {
+    let configured = config.env.iter().chain(&request.env).map(|(key, value)| (key.as_str(), value.as_str()));
+    DEFAULT_ENV.into_iter().chain(configured).collect()
+}
+
+fn working_directory(config: &GuestConfig, request: &Exec) -> Result<PathBuf, ErrorReply> {
+    let cwd = Path::new("/").join(request.cwd.as_deref().or(config.cwd.as_deref()).unwrap_or("/"));
+    // Looked at beforehand: from a failed start one cannot tell whether directory or program was missing.
+    let error = match fs::metadata(&cwd) {
+        Ok(found) if found.is_dir() => return Ok(cwd),
+        Ok(_) => io::Error::from_raw_os_error(libc::ENOTDIR),
+        Err(error) => error,
+    };
+    let message = format!("working directory {}: {error}", cwd.display());
+    Err(ErrorReply { code: Code::CwdInvalid, message, errno: errno::of(&error) })
+}
+
+/// The file to execute, as a shell would look it up.
+fn resolve(name: &str, path: &str, cwd: &Path) -> Result<PathBuf, ErrorReply> {
+    if name.contains('/') {
+        return Ok(PathBuf::from(name));
+    }
+    let mut reason = libc::ENOENT;
+    for directory in path.split(':') {
+        // An empty entry, like a relative one, means the working directory.
+        let candidate = cwd.join(directory).join(name);
+        let Ok(found) = fs::metadata(&candidate) else { continue };
+        if found.is_file() && found.permissions().mode() & 0o111 != 0 {
+            return Ok(candidate);
+        }
+        reason = libc::EACCES;
+    }
+    Err(refused(name, &io::Error::from_raw_os_error(reason)))
+}
+
+/// The reply to a command that could not be executed.
+fn refused(name: &str, error: &io::Error) -> ErrorReply {
+    let code = match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENOTDIR) => Code::NotFound,
+        Some(libc::EACCES | libc::ENOEXEC | libc::EISDIR | libc::ETXTBSY | libc::ELIBBAD) => Code::NotExecutable,
+        Some(libc::E2BIG) => Code::ArgumentsTooLarge,
+        Some(libc::ENOSPC) => Code::NoSpace,
+        _ => Code::Io,
+    };
+    let name: String = name.chars().take(256).collect();
+    ErrorReply { code, message: format!("{name}: {error}"), errno: errno::of(error) }
+}
+
+fn spawn(request: &Exec, environment: &BTreeMap<&str, &str>, cwd: &Path, program: &Path) -> io::Result<Running> {
+    let oom_kills = cgroup::oom_kills()?;
+    let image = Image::new(&request.argv, environment, cwd, program)?;
+    let workload = workload()?;
+    let (stdout, child_stdout) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (stderr, child_stderr) = pipe_with(PipeFlags::CLOEXEC)?;
+    // Refused when the user's share of pipe memory is used up; the default size does too.
+    let _ = rustix::pipe::fcntl_setpipe_size(&stdout, PIPE_BYTES);
+    let (child_stdin, stdin) = if request.stdin {
+        let (child_stdin, stdin) = pipe_with(PipeFlags::CLOEXEC)?;
+        (Stdio::from(child_stdin), Some(pipe::Sender::from_owned_fd(stdin)?))
+    } else {
+        (Stdio::null(), None)
+    };
+    let mut command = Command::new(program);
+    command.stdin(child_stdin).stdout(child_stdout).stderr(child_stderr);
+    // SAFETY: runs between fork and exec: `become_command` makes system calls on memory prepared before, and nothing else.
+    unsafe { command.pre_exec(move || image.become_command(workload)) };
+    let child = command.spawn()?;
+    // Our copies of the child's pipe ends live in `command`: end of file is when the command's are gone.
+    drop(command);
+    let pid = Pid::from_child(&child);
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    // SAFETY: an OwnedFd is the same open descriptor for as long as it lives.
+    let ended = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? };
+    let (stdout, stderr) = (pipe::Receiver::from_owned_fd(stdout)?, pipe::Receiver::from_owned_fd(stderr)?);
+    Ok(Running { pid, stdin, stdout, stderr, ended, oom_kills })
+}
+
+/// Writing "0" here moves the writer into the commands' control group.
+fn workload() -> io::Result<&'static File> {
+    static WORKLOAD: OnceLock<File> = OnceLock::new();
+    if let Some(file) = WORKLOAD.get() {
+        return Ok(file);
+    }
+    let file = fs::OpenOptions::new().write(true).open(format!("{}/cgroup.procs", cgroup::WORKLOAD))?;
+    Ok(WORKLOAD.get_or_init(|| file))
+}
+
+/// All that the child needs, laid out before the fork: after it nothing may be allocated.
+struct Image {
+    program: CString,
+    cwd: CString,
+    /// Owner of what `argv` and `envp` point to.
+    _strings: Vec<CString>,
+    argv: Vec<*const libc::c_char>,
+    envp: Vec<*const libc::c_char>,
+}
+
+// SAFETY: the pointers lead into `_strings`, whose heap memory moves with the value and is never changed.
+unsafe impl Send for Image {}
+// SAFETY: as above; nothing can be changed through a shared reference.
+unsafe impl Sync for Image {}
+
+impl Image {
+    fn new(argv: &[String], environment: &BTreeMap<&str, &str>, cwd: &Path, program: &Path) -> io::Result<Self> {
+        let c_path = |path: &Path| CString::new(path.as_os_str().as_encoded_bytes());
+        let arguments = argv.iter().map(|argument| CString::new(argument.as_str()));
+        let variables = environment.iter().map(|(key, value)| CString::new(format!("{key}={value}")));
+        let strings = arguments.chain(variables).collect::<Result<Vec<_>, _>>()?;
+        let (arguments, variables) = strings.split_at(argv.len());
+        let pointers = |strings: &[CString]| strings.iter().map(|s| s.as_ptr()).chain([ptr::null()]).collect();
+        Ok(Self {
+            program: c_path(program)?,
+            cwd: c_path(cwd)?,
+            argv: pointers(arguments),
+            envp: pointers(variables),
+            _strings: strings,
+        })
+    }
+
+    /// Turns the forked child into the command. The standard library has done the pipes, the signal mask and SIGPIPE, and passes
+    /// what this returns to the parent. It executes here rather than leaving it to the standard library, whose `execvp` runs a
+    /// file of unknown format as a shell script.
+    fn become_command(&self, workload: &File) -> io::Result<()> {
+        rustix::io::write(workload, b"0")?;
+        rustix::process::setsid()?;
+        write_file(c"/proc/self/oom_score_adj", b"0")?;
+        rustix::process::setrlimit(Resource::Nofile, COMMAND_FILES)?;
+        rustix::process::chdir(self.cwd.as_c_str())?;
+        // SAFETY: all pointers are to NUL-terminated strings or end an array of such, and outlive the call.
+        unsafe { libc::execve(self.program.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Writes to a file without allocating.
+fn write_file(path: &CStr, content: &[u8]) -> io::Result<()> {
+    let file = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::write(file, content)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_layers_of_the_environment_win() {
+        let config = GuestConfig {
+            env: [("PATH".into(), "/image".into()), ("A".into(), "image".into())].into(),
+            ..Default::default()
+        };
+        let request = Exec { env: [("A".into(), "request".into())].into(), ..Default::default() };
+        let environment = environment(&config, &request);
+        let expected = [("A", "request"), ("HOME", "/root"), ("PATH", "/image"), ("TERM", "xterm")];
+        assert_eq!(environment.into_iter().collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn looks_a_command_up_in_its_own_path() {
+        assert_eq!(resolve("sh", "/nowhere:/bin", Path::new("/")).unwrap(), Path::new("/bin/sh"));
+        assert_eq!(resolve("sh", "bin", Path::new("/")).unwrap(), Path::new("/bin/sh"));
+        assert_eq!(resolve("./x", "/bin", Path::new("/")).unwrap(), Path::new("./x"));
+    }
+
+    #[test]
+    fn tells_a_missing_command_from_one_that_cannot_run() {
+        assert_eq!(resolve("no-such-command", "/bin", Path::new("/")).unwrap_err().code, Code::NotFound);
+        assert_eq!(resolve("passwd", "/etc", Path::new("/")).unwrap_err().code, Code::NotExecutable);
+    }
+
+    #[test]
+    fn a_working_directory_must_be_one() {
+        let request = |cwd: &str| Exec { cwd: Some(cwd.into()), ..Default::default() };
+        let reply = working_directory(&GuestConfig::default(), &request("/etc/passwd")).unwrap_err();
+        assert_eq!((reply.code, reply.errno.as_deref()), (Code::CwdInvalid, Some("ENOTDIR")));
+        let reply = working_directory(&GuestConfig::default(), &request("/nowhere")).unwrap_err();
+        assert_eq!((reply.code, reply.errno.as_deref()), (Code::CwdInvalid, Some("ENOENT")));
+    }
+}

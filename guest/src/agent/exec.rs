@@ -1,0 +1,190 @@
+//! The operation `exec`: a command's life on one stream.
+
+use std::collections::VecDeque;
+use std::io;
+
+use bytes::{Buf, Bytes};
+use rustix::io::ioctl_fionread;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::unix::pipe;
+use tokio::sync::{Mutex, watch};
+
+use super::command::{self, Running};
+use super::operation::Exchange;
+use super::stream::{Abort, CHUNK, Chunk, FrameReader, FrameWriter};
+use crate::config::GuestConfig;
+use crate::frame::{Frame, Kind};
+use crate::reply::{Exit, Started};
+use crate::request::Exec;
+
+/// How far the agent reads ahead of a command that does not read its input, so that signals and the end of the stream behind
+/// the input are seen all the same.
+const MAX_AHEAD: usize = 1 << 20;
+/// Highest signal number there is.
+const MAX_SIGNAL: u8 = 64;
+
+/// Runs a command to its end. When the stream ends before, its process group is killed.
+pub async fn exec<R, W>(config: &GuestConfig, request: Exec, exchange: &mut Exchange<R, W>) -> Result<Exit, Abort>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let running = command::start(config, &request)?;
+    attend(running, exchange).await
+}
+
+/// Says that `running` has started and connects it with the stream until it ends.
+pub async fn attend<R, W>(mut running: Running, exchange: &mut Exchange<R, W>) -> Result<Exit, Abort>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let stdin = running.stdin.take();
+    let started = Started { pid: running.pid.as_raw_pid().cast_unsigned() };
+    let attended = async {
+        exchange.output.send_json(Kind::Started, &started).await?;
+        tokio::select! {
+            ended = pump_until_end(&running, &mut exchange.output) => ended,
+            abort = obey(&mut exchange.input, stdin, &running) => Err(abort),
+        }
+    }
+    .await;
+    if attended.is_err() {
+        running.signal(libc::SIGKILL);
+        // Reaps it. It was killed: how it ended interests nobody.
+        let _ = running.wait().await;
+    }
+    attended
+}
+
+/// Where a command's output goes.
+pub trait Output {
+    async fn send_chunk(&mut self, chunk: &mut Chunk, kind: Kind, length: usize) -> Result<(), Abort>;
+}
+
+impl<W: AsyncWrite + Unpin> Output for FrameWriter<W> {
+    async fn send_chunk(&mut self, chunk: &mut Chunk, kind: Kind, length: usize) -> Result<(), Abort> {
+        FrameWriter::send_chunk(self, chunk, kind, length).await
+    }
+}
+
+/// Sends both outputs until the command ends, and then what it has left in its pipes.
+pub async fn pump_until_end(running: &Running, output: &mut impl Output) -> Result<Exit, Abort> {
+    let output = Mutex::new(output);
+    let (ended, end) = watch::channel(false);
+    let wait = async {
+        let exit = running.wait().await.map_err(|error| Abort::io("wait", &error))?;
+        ended.send_replace(true);
+        Ok(exit)
+    };
+    let stdout = pump(&running.stdout, Kind::Stdout, &output, end.clone());
+    let stderr = pump(&running.stderr, Kind::Stderr, &output, end);
+    let (exit, (), ()) = tokio::try_join!(wait, stdout, stderr)?;
+    Ok(exit)
+}
+
+async fn pump(
+    pipe: &pipe::Receiver,
+    kind: Kind,
+    output: &Mutex<&mut impl Output>,
+    mut end: watch::Receiver<bool>,
+) -> Result<(), Abort> {
+    // Made when there is something to put in: most commands write nothing to one of the two.
+    let mut chunk = None;
+    // Once the command has ended: what was in the pipe then. Children that hold it may go on writing without end.
+    let mut left = None;
+    while left != Some(0) {
+        if left.is_none() {
+            tokio::select! {
+                biased;
+                _ = end.wait_for(|ended| *ended) => {
+                    left = Some(usize::try_from(ioctl_fionread(pipe).unwrap_or(0)).unwrap_or(usize::MAX));
+                    continue;
+                }
+                ready = pipe.readable() => ready.map_err(|error| Abort::io("output", &error))?,
+            }
+        }
+        let chunk = chunk.get_or_insert_with(Chunk::new);
+        let wanted = left.unwrap_or(CHUNK).min(CHUNK);
+        match pipe.try_read(&mut chunk.payload()[..wanted]) {
+            Ok(0) => break,
+            Ok(n) => {
+                left = left.map(|left| left - n);
+                output.lock().await.send_chunk(chunk, kind, n).await?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if left.is_some() {
+                    break;
+                }
+            }
+            Err(error) => return Err(Abort::io("output", &error)),
+        }
+    }
+    Ok(())
+}
+
+/// Does what the host's frames say until there are no more: passes input on, sends signals. Returns why it ended.
+async fn obey<R: AsyncRead + Unpin>(
+    input: &mut FrameReader<R>,
+    mut stdin: Option<pipe::Sender>,
+    running: &Running,
+) -> Abort {
+    let mut ahead: VecDeque<Bytes> = VecDeque::new();
+    let mut finished = false;
+    loop {
+        if finished && ahead.is_empty() {
+            stdin = None;
+        }
+        let may_read = ahead.iter().map(Bytes::len).sum::<usize>() < MAX_AHEAD;
+        tokio::select! {
+            () = writable(stdin.as_ref()), if !ahead.is_empty() => {
+                if !feed(stdin.as_ref(), &mut ahead) {
+                    // The command has closed its input: the rest is for nobody.
+                    stdin = None;
+                    ahead.clear();
+                }
+            }
+            frame = input.next(), if may_read => match frame {
+                Ok(Frame { kind: Kind::Data, payload }) => {
+                    if stdin.is_some() && !finished && !payload.is_empty() {
+                        ahead.push_back(payload);
+                    }
+                }
+                Ok(Frame { kind: Kind::Eof, .. }) => finished = true,
+                Ok(Frame { kind: Kind::Signal, payload }) => match payload.first() {
+                    Some(&signal @ 1..=MAX_SIGNAL) => running.signal(signal.into()),
+                    _ => return Abort::bad("no such signal"),
+                },
+                // Without a terminal there is nothing to resize.
+                Ok(Frame { kind: Kind::Resize, .. }) => {}
+                Ok(Frame { kind, .. }) => return Abort::bad(format!("unexpected {kind:?} frame")),
+                Err(abort) => return abort,
+            },
+        }
+    }
+}
+
+/// Waits until the command's input takes bytes, or is known to be broken.
+async fn writable(stdin: Option<&pipe::Sender>) {
+    if let Some(stdin) = stdin {
+        // An error shows again when writing.
+        let _ = stdin.writable().await;
+    }
+}
+
+/// Writes what the pipe takes. False: it will never take more.
+fn feed(stdin: Option<&pipe::Sender>, ahead: &mut VecDeque<Bytes>) -> bool {
+    let Some(stdin) = stdin else { return false };
+    while let Some(front) = ahead.front_mut() {
+        match stdin.try_write(front) {
+            Ok(n) => {
+                front.advance(n);
+                if front.is_empty() {
+                    ahead.pop_front();
+                }
+            }
+            Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
+        }
+    }
+    true
+}

@@ -1,0 +1,106 @@
+//! The end of the machine, and what goes to the host's lifecycle port: a detached main command's output, and the announcement that
+//! the end is orderly.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use machinen_channel::{Opener, Stream};
+use serde_json::Value;
+use tokio::io::AsyncReadExt;
+use tokio::sync::watch;
+
+use super::exec;
+use super::stream::{Abort, Chunk, FrameWriter};
+use crate::frame::Kind;
+use crate::init::{cgroup, reset};
+
+/// The shim listens there.
+const PORT: u32 = 1980;
+/// How long the announcement may take to reach the host. One that does not answer must not keep the machine alive.
+const ANNOUNCED_WITHIN: Duration = Duration::from_secs(1);
+/// `FIFREEZE`, `_IOWR('X', 119, int)`: writes everything out and leaves the filesystem as clean as an unmounted one.
+const FREEZE: libc::c_ulong = 0xc004_5877;
+
+/// The current session's opener, `None` before the first.
+pub type Sessions = watch::Receiver<Option<Opener>>;
+
+/// Knows how to end the machine.
+pub struct Lifecycle {
+    writable: OwnedFd,
+    sessions: Sessions,
+}
+
+impl Lifecycle {
+    pub fn new(writable: OwnedFd, sessions: Sessions) -> Self {
+        Self { writable, sessions }
+    }
+
+    /// The filesystem that takes the root's writes.
+    pub fn writable(&self) -> &OwnedFd {
+        &self.writable
+    }
+
+    /// A stream to the lifecycle port, opened when first used.
+    pub fn output(&self) -> Output {
+        Output { sessions: self.sessions.clone(), stream: None, asked: false }
+    }
+
+    /// Ends the machine: kills all commands, announces the end with `result` and waits (not for long) until it is `delivered`, brings
+    /// the disk in order.
+    pub async fn power_off(&self, output: Output, result: &Value, delivered: impl Future<Output = ()>) -> ! {
+        // Failures are not reported on the way down: the machine ends in any case, and whoever looks at the disk sees for himself.
+        let _ = cgroup::kill_workload();
+        let announced = async { tokio::join!(output.end(result), delivered) };
+        let _ = tokio::time::timeout(ANNOUNCED_WITHIN, announced).await;
+        rustix::fs::sync();
+        // SAFETY: the descriptor is open; the argument is not looked at.
+        unsafe { libc::ioctl(self.writable.as_raw_fd(), FREEZE, 0) };
+        reset()
+    }
+}
+
+/// Frames for the lifecycle port. A new host after a restore gets a new stream, which begins with the frame the old one did not
+/// take; a host that refuses gets nothing.
+pub struct Output {
+    sessions: Sessions,
+    stream: Option<FrameWriter<Stream>>,
+    /// The current session has been tried.
+    asked: bool,
+}
+
+impl Output {
+    /// The stream of the current session, if its host wants one.
+    async fn stream(&mut self) -> Option<&mut FrameWriter<Stream>> {
+        if self.stream.is_none() && (!self.asked || self.sessions.has_changed().unwrap_or(false)) {
+            self.asked = true;
+            let opener = self.sessions.borrow_and_update().clone()?;
+            self.stream = opener.open(PORT).await.ok().map(FrameWriter::new);
+        }
+        self.stream.as_mut()
+    }
+
+    /// Sends the last frame and waits until the host has closed the stream, so that it is known to have arrived.
+    async fn end(mut self, result: &Value) {
+        let Some(stream) = self.stream().await else { return };
+        if stream.send_json(Kind::End, result).await.is_err() {
+            return;
+        }
+        stream.finish().await;
+        if let Some(stream) = self.stream.take() {
+            let mut stream = stream.into_inner();
+            while matches!(stream.read(&mut [0; 64]).await, Ok(1..)) {}
+        }
+    }
+}
+
+impl exec::Output for Output {
+    async fn send_chunk(&mut self, chunk: &mut Chunk, kind: Kind, length: usize) -> Result<(), Abort> {
+        while let Some(stream) = self.stream().await {
+            if stream.send_chunk(chunk, kind, length).await.is_ok() {
+                break;
+            }
+            self.stream = None;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,49 @@
+//! The operation `main`: the command the VM exists for. Its end is the machine's.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::operation::{Exchange, Outcome, json};
+use super::stream::Abort;
+use super::{Context, command, exec};
+use crate::frame::Kind;
+use crate::reply::{Done, Exit, Started};
+use crate::request::{Exec, Main};
+
+/// Runs the configured command. Once it has started nothing leads back but the end of the machine; a command that cannot be started
+/// is an error like any other, and the host decides what to do about it.
+pub async fn run<R, W>(context: &Arc<Context>, request: Main, exchange: &mut Exchange<R, W>) -> Result<Outcome, Abort>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let command = Exec { argv: context.config.cmd.clone(), stdin: request.stdin && !request.detach, ..Exec::default() };
+    command.check()?;
+    if context.main_started.swap(true, Ordering::Relaxed) {
+        return Err(Abort::bad("the main command has been started already"));
+    }
+    let running = command::start(&context.config, &command).inspect_err(|_| {
+        context.main_started.store(false, Ordering::Relaxed);
+    })?;
+    if request.detach {
+        let started = Started { pid: running.pid.as_raw_pid().cast_unsigned() };
+        tokio::spawn(attend_detached(Arc::clone(context), running));
+        exchange.output.send_json(Kind::Started, &started).await?;
+        return Ok(Outcome::Done(json(&Done {})));
+    }
+    Ok(Outcome::Last(match exec::attend(running, exchange).await {
+        Ok(exit) => json(&exit),
+        // It was killed because its stream ended or made no sense.
+        Err(_) => json(&Exit::Signal { signal: libc::SIGKILL, oom_killed: false }),
+    }))
+}
+
+async fn attend_detached(context: Arc<Context>, running: command::Running) {
+    let mut output = context.lifecycle.output();
+    let exit = exec::pump_until_end(&running, &mut output).await;
+    // Only reading a pipe or waiting can have failed; then it is as lost as a killed one.
+    let exit = exit.unwrap_or(Exit::Signal { signal: libc::SIGKILL, oom_killed: false });
+    context.lifecycle.power_off(output, &json(&exit), async {}).await
+}

@@ -1,0 +1,109 @@
+//! The agent: serves the host's operations over the channel, one stream each. Single-threaded; only archives use threads, because
+//! walking and writing trees blocks for long.
+
+mod archive;
+mod command;
+mod doorbell;
+mod exec;
+mod files;
+mod lifecycle;
+mod main_command;
+mod operation;
+mod port;
+mod stats;
+mod stream;
+
+use std::convert::Infallible;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use machinen_channel::{Incoming, Opener};
+use tokio::sync::{mpsc, watch};
+
+use crate::config::GuestConfig;
+use crate::init::{Failed, Phases, Step, give_up, late};
+use lifecycle::Lifecycle;
+
+/// Where operations are served.
+const OPERATIONS_PORT: u32 = 1978;
+
+/// What pid 1 hands to the agent.
+#[derive(Debug)]
+pub struct Guest {
+    pub config: GuestConfig,
+    pub hostname: String,
+    /// A directory of the filesystem that takes the root's writes.
+    pub writable: OwnedFd,
+    pub phases: Phases,
+}
+
+/// What every operation can reach.
+struct Context {
+    config: GuestConfig,
+    lifecycle: Lifecycle,
+    /// The main command runs, or has run.
+    main_started: AtomicBool,
+}
+
+/// Serves until the machine is reset. Comes back only when it cannot serve at all.
+pub fn run(guest: Guest) -> Result<Infallible, Failed> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().step("runtime")?;
+    runtime.block_on(serve(guest))
+}
+
+async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
+    guest.phases.mark("agent");
+    let port = port::open().await.step("channel")?;
+    guest.phases.mark("port");
+    let (sessions, current) = watch::channel(None);
+    let context = Arc::new(Context {
+        config: guest.config,
+        lifecycle: Lifecycle::new(guest.writable, current),
+        main_started: AtomicBool::new(false),
+    });
+    let mut unfinished = Some((guest.hostname, guest.phases));
+    machinen_channel::serve_guest(port, |opener, incoming| {
+        sessions.send_replace(Some(opener.clone()));
+        let first = unfinished.take();
+        let context = Arc::clone(&context);
+        tokio::spawn(async move {
+            if let Some((hostname, phases)) = first {
+                complete(&opener, &hostname, phases).await;
+            }
+            serve_session(context, incoming).await;
+        });
+    })
+    .await
+    .step("channel")?;
+    Err(Failed::new("channel", io::ErrorKind::UnexpectedEof.into()))
+}
+
+/// Tells the host that this guest is there, and makes the rest of it.
+async fn complete(opener: &Opener, hostname: &str, mut phases: Phases) {
+    phases.mark("session");
+    doorbell::ring(opener, || {
+        phases.mark("doorbell");
+        late::complete(hostname).unwrap_or_else(|failed| give_up(&failed));
+        phases.mark("complete");
+    })
+    .await;
+    phases.mark("answered");
+    phases.print_if_asked();
+}
+
+async fn serve_session(context: Arc<Context>, mut incoming: mpsc::Receiver<Incoming>) {
+    while let Some(request) = incoming.recv().await {
+        let context = Arc::clone(&context);
+        tokio::spawn(async move {
+            if request.port != OPERATIONS_PORT {
+                return request.refuse().await;
+            }
+            // An opener that is gone already wants nothing.
+            if let Ok(stream) = request.accept().await {
+                operation::serve(&context, stream).await;
+            }
+        });
+    }
+}

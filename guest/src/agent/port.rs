@@ -1,0 +1,128 @@
+//! The guest's end of the channel: the character device of a virtio-serial port.
+//!
+//! Such a device is no socket. While no host is connected a read returns 0 (not end of file) and poll says hang-up. Tokio keeps a
+//! hang-up for good and would call the device readable for ever, so it must not see one: each direction has an epoll instance of
+//! its own around the device, and tokio watches that instance, which is merely readable whenever something happened.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+
+const PORT_NAME: &str = "machinen.channel";
+const PORTS: &str = "/sys/class/virtio-ports";
+/// The kernel learns a port's name from the VMM in the background; on a loaded host that takes a moment.
+const APPEARS_WITHIN: Duration = Duration::from_secs(10);
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// The open port.
+pub struct Port {
+    device: OwnedFd,
+    reads: Events,
+    writes: Events,
+}
+
+/// Opens the channel's port, waiting for it to appear.
+pub async fn open() -> io::Result<Port> {
+    let deadline = Instant::now() + APPEARS_WITHIN;
+    loop {
+        match find() {
+            Ok(Some(device)) => return Port::open(&device),
+            Ok(None) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        if Instant::now() > deadline {
+            return Err(io::Error::new(io::ErrorKind::NotFound, format!("no virtio port is named {PORT_NAME}")));
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+fn find() -> io::Result<Option<String>> {
+    for entry in fs::read_dir(PORTS)? {
+        let name = entry?.file_name();
+        let Some(name) = name.to_str() else { continue };
+        if fs::read_to_string(format!("{PORTS}/{name}/name"))?.trim_end() == PORT_NAME {
+            return Ok(Some(format!("/dev/{name}")));
+        }
+    }
+    Ok(None)
+}
+
+impl Port {
+    fn open(device: &str) -> io::Result<Self> {
+        let device = rustix::fs::open(device, OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
+        let reads = Events::new(&device, EventFlags::IN)?;
+        let writes = Events::new(&device, EventFlags::OUT)?;
+        Ok(Self { device, reads, writes })
+    }
+}
+
+impl AsyncRead for Port {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            match rustix::io::read(&self.device, buf.initialize_unfilled()) {
+                // 0: no host. It will be an event when one connects.
+                Ok(0) | Err(Errno::AGAIN) => ready!(self.reads.poll_next(cx))?,
+                Ok(n) => {
+                    buf.advance(n);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Poll::Ready(Err(errno.into())),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Port {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            match rustix::io::write(&self.device, buf) {
+                Err(Errno::AGAIN) => ready!(self.writes.poll_next(cx))?,
+                Err(Errno::INTR) => {}
+                done => return Poll::Ready(done.map_err(io::Error::from)),
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Changes of one device in one direction.
+struct Events(AsyncFd<OwnedFd>);
+
+impl Events {
+    fn new(device: &OwnedFd, direction: EventFlags) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, device, EventData::new_u64(0), direction | EventFlags::ET)?;
+        // SAFETY: an OwnedFd is the same open descriptor for as long as it lives.
+        let watched = unsafe { AsyncFd::register_with_interest(epoll, Interest::READABLE)? };
+        Ok(Self(watched))
+    }
+
+    /// Waits until something has happened since the last time. Edges: the caller must have tried first.
+    fn poll_next(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut guard = ready!(self.0.poll_read_ready(cx))?;
+        let mut event = [epoll::Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }];
+        // Takes the edge off the instance, so that it is unreadable until the next.
+        epoll::wait(self.0.as_fd(), event.as_mut_slice(), Some(&rustix::event::Timespec::default()))?;
+        guard.clear_ready();
+        Poll::Ready(Ok(()))
+    }
+}

@@ -1,0 +1,35 @@
+//! The two JSON files the host puts into the initramfs. A field this version does not know is ignored.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+/// `/machinen-config.json`: what the image and the boot options say about commands.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct GuestConfig {
+    /// The main command, run by the operation `main`.
+    pub cmd: Vec<String>,
+    /// Environment of every command, overlaid by a request's.
+    pub env: BTreeMap<String, String>,
+    /// Working directory of every command that names none.
+    pub cwd: Option<String>,
+}
+
+/// `/machinen-boot.json`: what this boot is.
+#[derive(Clone, Debug, Deserialize)]
+pub struct BootConfig {
+    pub version: u32,
+    pub hostname: String,
+    pub root: RootKind,
+}
+
+/// How the root filesystem is made of the disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RootKind {
+    /// `root` read-only below, `upper` above.
+    Overlay,
+    /// `root` itself, writable.
+    Disk,
+}

@@ -1,0 +1,37 @@
+//! The kernel's console: the last resort for messages. Nothing is printed in normal operation, a serial character is slow.
+
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+
+use rustix::fs::{Mode, OFlags};
+
+/// Points descriptors 0, 1 and 2 at the console of the new root. The ones the kernel gave belong to the initramfs; one of those in
+/// any process makes every CRIU dump of it fail ("Can't lookup mount").
+pub fn reopen() -> io::Result<()> {
+    let console = rustix::fs::open("/dev/console", OFlags::RDWR | OFlags::NOCTTY, Mode::empty())?;
+    for standard in 0..=2 {
+        // SAFETY: dup2 takes plain numbers; 0 to 2 are owned by nobody in this program.
+        if unsafe { libc::dup2(console.as_raw_fd(), standard) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    // Opened while 0 to 2 were taken, so this is never one of them; dropping it closes the spare.
+    Ok(())
+}
+
+/// Writes one line and waits until it has left the machine.
+pub fn say(line: &str) {
+    // Opened afresh: when a boot step failed, descriptor 2 may be anything.
+    let Ok(mut console) = std::fs::OpenOptions::new().write(true).open("/dev/console") else { return };
+    // Nothing can be done about a console that does not take the message.
+    let _ = console.write_all(format!("{line}\n").as_bytes());
+    // SAFETY: tcdrain takes a descriptor that is open for the length of the call.
+    let _ = unsafe { libc::tcdrain(console.as_raw_fd()) };
+}
+
+/// Restarts the machine, which ends the VM: the VMM runs with reboots off, and a guest without ACPI has no other way out.
+pub fn reset() -> ! {
+    // It returns only where the caller may not do it, and then there is nothing better than to end.
+    let _ = rustix::system::reboot(rustix::system::RebootCommand::Restart);
+    std::process::exit(1)
+}

@@ -1,0 +1,87 @@
+//! Pid 1: from the kernel's first user-space instruction to a running agent.
+//!
+//! 1. `disks`: devtmpfs and sysfs; find the disks by serial
+//! 2. `root`: mount them, join them by overlayfs, make that the root and empty the initramfs
+//! 3. fork the agent; pid 1 itself only reaps from then on (`reaper`)
+//! 4. `late`: everything a command needs but the doorbell does not; the agent runs it between doorbell and first operation
+//!
+//! Under TCG every code path that runs for the first time costs its translation, so steps 1 and 2 do the least that lets the
+//! agent answer. A step that fails is named on the console in one line, and the machine is reset: it never hangs half made.
+
+pub mod cgroup;
+mod console;
+mod disks;
+mod grow;
+pub mod late;
+mod phases;
+mod reaper;
+mod root;
+mod step;
+
+use std::process::ExitCode;
+use std::{fs, io};
+
+use serde::de::DeserializeOwned;
+
+use crate::agent;
+use crate::config::{BootConfig, GuestConfig};
+
+pub use console::reset;
+pub use phases::Phases;
+pub use step::{Failed, Step};
+
+const GUEST_CONFIG: &str = "/machinen-config.json";
+const BOOT_CONFIG: &str = "/machinen-boot.json";
+/// The only version of `/machinen-boot.json` there is.
+const BOOT_VERSION: u32 = 1;
+
+/// Entry point of the binary. Comes back only where it is not pid 1.
+pub fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        eprintln!("machinen-init: runs as pid 1 of a machinen guest only");
+        return ExitCode::FAILURE;
+    }
+    match boot() {
+        Ok(never) => match never {},
+        Err(failed) => give_up(&failed),
+    }
+}
+
+/// Says on the console why this guest cannot go on, and resets it.
+pub fn give_up(failed: &Failed) -> ! {
+    console::say(&format!("machinen-init: {failed}"));
+    reset()
+}
+
+fn boot() -> Result<std::convert::Infallible, Failed> {
+    let mut phases = Phases::start();
+    let guest: GuestConfig = read_json(GUEST_CONFIG)?;
+    let boot: BootConfig = read_json(BOOT_CONFIG)?;
+    if boot.version != BOOT_VERSION {
+        return Err(Failed::new(BOOT_CONFIG, io::Error::other(format!("unknown version {}", boot.version))));
+    }
+    root::mount_kernel_filesystems()?;
+    phases.mark("kernel-filesystems");
+    let writable = root::mount_root(boot.root, &mut phases)?;
+    root::switch()?;
+    console::reopen().step("console")?;
+    phases.mark("switched");
+    // SAFETY: no thread has been started yet, so the child is a complete copy.
+    match unsafe { libc::fork() } {
+        -1 => Err(Failed::new("fork", io::Error::last_os_error())),
+        0 => match agent::run(agent::Guest { config: guest, hostname: boot.hostname, writable, phases }) {
+            Ok(never) => match never {},
+            Err(failed) => give_up(&failed),
+        },
+        // The child has what it needs of `writable`; pid 1 keeps no descriptor but the console.
+        agent => {
+            drop(writable);
+            reaper::reap_until_agent_ends(agent)
+        }
+    }
+}
+
+fn read_json<T: DeserializeOwned>(path: &'static str) -> Result<T, Failed> {
+    let text = fs::read(path).step(path)?;
+    serde_json::from_slice(&text).map_err(|error| Failed::new(path, error.into()))
+}

@@ -1,0 +1,30 @@
+//! Pid 1's life after the agent has started: bury what nobody else waits for.
+
+use rustix::process::{WaitOptions, WaitStatus, wait};
+
+use super::console::{reset, say};
+
+/// Reaps orphans until the agent itself ends, which is the end of the machine: nobody could reach it any more.
+pub fn reap_until_agent_ends(agent: i32) -> ! {
+    loop {
+        match wait(WaitOptions::empty()) {
+            Ok(Some((pid, status))) if pid.as_raw_pid() == agent => {
+                say(&format!("machinen-init: agent: {}", describe(status)));
+                reset()
+            }
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => {
+                say(&format!("machinen-init: wait: {error}"));
+                reset()
+            }
+        }
+    }
+}
+
+fn describe(status: WaitStatus) -> String {
+    match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => format!("exited with code {code}"),
+        (_, Some(signal)) => format!("killed by signal {signal}"),
+        _ => format!("ended with status {status:?}"),
+    }
+}

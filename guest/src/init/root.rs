@@ -1,0 +1,125 @@
+//! The root filesystem: from an initramfs that holds this program to the image's tree.
+
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::{fs, io};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags};
+
+use super::disks::{self, Disk};
+use super::{Failed, Phases, Step, grow};
+use crate::config::RootKind;
+
+const BASE: &str = "/base";
+const UPPER: &str = "/upper";
+const NEW_ROOT: &str = "/new-root";
+
+/// `index` and `nfs_export` give files the handles CRIU needs to bring inotify watches back. The upper remembers them: they cannot
+/// be changed for an upper that has been used.
+const OVERLAY_OPTIONS: &CStr = c"lowerdir=/base,upperdir=/upper/upper,workdir=/upper/work,index=on,nfs_export=on";
+
+/// /dev and /sys: the disks are found through them. They move into the new root later, /proc is mounted only there.
+pub fn mount_kernel_filesystems() -> Result<(), Failed> {
+    for (kind, at) in [("devtmpfs", "/dev"), ("sysfs", "/sys")] {
+        mount(kind, at, kind, MountFlags::empty(), None)?;
+    }
+    Ok(())
+}
+
+/// Mounts the root at `NEW_ROOT`. Returns a descriptor of the filesystem that takes the writes, which no path leads to any more in
+/// the case of an overlay: power-off freezes it through this, and `stats` measures it.
+pub fn mount_root(kind: RootKind, phases: &mut Phases) -> Result<OwnedFd, Failed> {
+    match kind {
+        RootKind::Disk => {
+            let [root] = disks::find(["root"])?;
+            phases.mark("disks");
+            let writable = mount_writable(&root, NEW_ROOT)?;
+            phases.mark("root");
+            Ok(writable)
+        }
+        RootKind::Overlay => {
+            let [base, upper] = disks::find(["root", "upper"])?;
+            phases.mark("disks");
+            // noload: a read-only base has no journal to replay, and many VMs share it.
+            mount(&base.node(), BASE, "ext4", MountFlags::RDONLY, Some(c"noload"))?;
+            phases.mark("base");
+            let writable = mount_writable(&upper, UPPER)?;
+            for directory in ["/upper/upper", "/upper/work"] {
+                make_directory(directory, 0o755).step(directory)?;
+            }
+            phases.mark("upper");
+            mount("overlay", NEW_ROOT, "overlay", MountFlags::empty(), Some(OVERLAY_OPTIONS))?;
+            for layer in [BASE, UPPER] {
+                rustix::mount::unmount(layer, UnmountFlags::DETACH).step(format!("detach {layer}"))?;
+            }
+            phases.mark("overlay");
+            Ok(writable)
+        }
+    }
+}
+
+/// Makes `NEW_ROOT` the root of everything and frees the initramfs.
+pub fn switch() -> Result<(), Failed> {
+    for directory in ["/dev", "/sys"] {
+        let target = format!("{NEW_ROOT}{directory}");
+        make_directory(&target, 0o755).step(target.clone())?;
+        rustix::mount::mount_move(directory, &target).step(format!("move {directory}"))?;
+    }
+    let initramfs = open_directory("/").step("initramfs")?;
+    rustix::process::chdir(NEW_ROOT).step("chdir")?;
+    empty_initramfs(&initramfs).step("initramfs")?;
+    drop(initramfs);
+    rustix::mount::mount_move(".", "/").step("move root")?;
+    rustix::process::chroot(".").step("chroot")?;
+    rustix::process::chdir("/").step("chdir /")
+}
+
+fn mount_writable(disk: &Disk, at: &str) -> Result<OwnedFd, Failed> {
+    mount(&disk.node(), at, "ext4", MountFlags::empty(), None)?;
+    let writable = open_directory(at).step(at.to_owned())?;
+    grow::to_disk(&writable, disk).step(format!("grow {at}"))?;
+    Ok(writable)
+}
+
+/// Mounts `source`, making the mount point if there is none.
+fn mount(source: &str, at: &str, kind: &str, flags: MountFlags, options: Option<&CStr>) -> Result<(), Failed> {
+    make_directory(at, 0o755).step(at.to_owned())?;
+    rustix::mount::mount(source, at, kind, flags, options).step(format!("mount {source} as {kind} at {at}"))
+}
+
+/// A directory that may exist already.
+pub fn make_directory(path: impl AsRef<Path>, mode: u32) -> io::Result<()> {
+    match rustix::fs::mkdir(path.as_ref(), Mode::from_raw_mode(mode)) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        // A layer that cannot be written says so before it looks whether the directory is there.
+        Err(Errno::ROFS) if path.as_ref().is_dir() => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn open_directory(path: &str) -> rustix::io::Result<OwnedFd> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Deletes what the initramfs holds: it is memory. The program itself stays in memory as long as it runs.
+fn empty_initramfs(root: &OwnedFd) -> io::Result<()> {
+    let device = rustix::fs::fstat(root)?.st_dev;
+    for entry in fs::read_dir("/")? {
+        let name = entry?.file_name();
+        let stat = rustix::fs::statat(root, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+        // Another device is a mount: the new root.
+        if stat.st_dev != device {
+            continue;
+        }
+        let path = Path::new("/").join(&name);
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            fs::remove_dir_all(path)?;
+        } else {
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,12 @@
+//! The guest side of machinen: one static binary that is pid 1 from the initramfs (`init`) and then the agent that serves the
+//! host's operations (`agent`). The wire formats are `docs/protocol.md`, sections 1, 3 and 4.
+//!
+//! This is a library only so that tests and the developer tool in `examples/` use the same frames as the agent.
+
+pub mod agent;
+pub mod config;
+pub mod errno;
+pub mod frame;
+pub mod init;
+pub mod reply;
+pub mod request;

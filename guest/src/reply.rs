@@ -1,0 +1,152 @@
+//! What the agent answers: results of operations and errors.
+
+use std::io;
+
+use serde::{Deserialize, Serialize, Serializer};
+
+use crate::errno;
+
+/// Why an operation failed, for the host to act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Code {
+    #[serde(rename = "AGENT_BAD_REQUEST")]
+    BadRequest,
+    #[serde(rename = "AGENT_OP_UNKNOWN")]
+    OpUnknown,
+    #[serde(rename = "AGENT_NOT_FOUND")]
+    NotFound,
+    #[serde(rename = "AGENT_NOT_EXECUTABLE")]
+    NotExecutable,
+    #[serde(rename = "AGENT_CWD_INVALID")]
+    CwdInvalid,
+    #[serde(rename = "AGENT_ARGUMENTS_TOO_LARGE")]
+    ArgumentsTooLarge,
+    #[serde(rename = "AGENT_NO_SPACE")]
+    NoSpace,
+    #[serde(rename = "AGENT_IO")]
+    Io,
+}
+
+/// Payload of an `error` frame.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorReply {
+    pub code: Code,
+    pub message: String,
+    /// Name of the error number behind it, e.g. `EACCES`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub errno: Option<String>,
+}
+
+impl ErrorReply {
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), errno: None }
+    }
+
+    /// An operation on `subject` that the kernel refused.
+    pub fn io(subject: &str, error: &io::Error) -> Self {
+        let code = match errno::number(error) {
+            Some(libc::ENOENT) => Code::NotFound,
+            Some(libc::ENOSPC) => Code::NoSpace,
+            _ => Code::Io,
+        };
+        Self { code, message: format!("{subject}: {error}"), errno: errno::of(error) }
+    }
+}
+
+/// Payload of `started` for a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Started {
+    pub pid: u32,
+}
+
+/// The empty result `{}`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Done {}
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Code(i32),
+    Signal {
+        signal: i32,
+        /// The kernel killed it, or something beside it, for want of memory.
+        oom_killed: bool,
+    },
+}
+
+impl Serialize for Exit {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Wire {
+            code: i32,
+            signal: Option<i32>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            oom_killed: Option<bool>,
+        }
+        match *self {
+            Self::Code(code) => Wire { code, signal: None, oom_killed: None },
+            Self::Signal { signal, oom_killed } => {
+                Wire { code: 128 + signal, signal: Some(signal), oom_killed: Some(oom_killed) }
+            }
+        }
+        .serialize(serializer)
+    }
+}
+
+/// Result of `write` and `read`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Transferred {
+    pub bytes: u64,
+}
+
+/// Result of `push` and `pull`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Archived {
+    pub entries: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FileKind {
+    File,
+    Directory,
+    Symlink,
+    Other,
+}
+
+/// Result of `stat`. A symbolic link is described itself, not what it points to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Stat {
+    pub kind: FileKind,
+    pub size: u64,
+    /// Permission bits, without the file type.
+    pub mode: u32,
+    pub mtime_ms: i64,
+    pub uid: u32,
+    pub gid: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Memory {
+    pub total_bytes: u64,
+    pub available_bytes: u64,
+}
+
+/// Result of `stats`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Stats {
+    pub memory: Memory,
+    pub uptime_ms: u64,
+    /// Processes of commands; the agent and kernel threads are not counted.
+    pub processes: u64,
+    pub disk_total_bytes: u64,
+    pub disk_free_bytes: u64,
+    /// Processes of commands the kernel killed for want of memory since boot.
+    pub oom_kills: u64,
+}

@@ -1,0 +1,46 @@
+//! The guest's end: answers hellos, serves sessions.
+
+use crate::link::{End, Link, Shared};
+use crate::session::{Driver, Incoming, Opener};
+use std::future::poll_fn;
+use std::io;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{mpsc, watch};
+use yamux::Mode;
+
+/// Serves one session after the other on `port` until it reaches end of file.
+///
+/// `on_session` is called when a host has said hello; it is expected to spawn whatever serves the receiver. When the next host
+/// says hello, or the bytes make no sense, the streams of the session end with an error and its receiver ends.
+///
+/// # Errors
+/// Those of the port.
+pub async fn serve_guest<T, F>(port: T, mut on_session: F) -> io::Result<()>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+    F: FnMut(Opener, mpsc::Receiver<Incoming>),
+{
+    let link = Shared::new(Link::new(port));
+    let mut next = None;
+    loop {
+        let epoch = match next.take() {
+            Some(epoch) => epoch,
+            None => match poll_fn(|cx| link.lock().poll_hello(cx, None)).await? {
+                Some(epoch) => epoch,
+                None => return Ok(()),
+            },
+        };
+        link.lock().begin(&epoch, 0);
+        let (incoming, arrivals) = mpsc::channel(16);
+        let (driver, session) = Driver::new(link.clone(), Mode::Server, incoming);
+        // The sender is kept so that the opener tells "over" from "not yet".
+        let (_current, current) = watch::channel(Some(session));
+        on_session(Opener::new(current), arrivals);
+        match driver.run().await {
+            End::Hello(epoch) => next = Some(epoch),
+            End::OutOfSync => link.lock().complain(),
+            End::Port(None) => return Ok(()),
+            End::Port(Some(error)) => return Err(error),
+        }
+    }
+}

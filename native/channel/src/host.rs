@@ -1,0 +1,54 @@
+//! The host's end: says hello, and again whenever the session is lost.
+
+use crate::chunk::{Epoch, TAKEOVER_PADS};
+use crate::link::{End, Link, Shared};
+use crate::session::{Driver, Incoming, Opener};
+use std::future::poll_fn;
+use std::io;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{mpsc, watch};
+use yamux::Mode;
+
+/// What a host holds of its channel.
+pub struct HostSession<F> {
+    /// Opens streams to the guest; waits while no session is up.
+    pub opener: Opener,
+    /// Streams the guest wants to open, of all sessions.
+    pub incoming: mpsc::Receiver<Incoming>,
+    /// Does the work; to be spawned. Ends when the port does, and takes everything else with it.
+    pub driver: F,
+}
+
+/// The host's end of the channel on `port`. `resume`: the guest was running before this host was there, and may be in the middle
+/// of a session with another.
+///
+/// The hello may wait in the port until a guest that is still booting opens its end.
+pub fn connect_host<T>(port: T, resume: bool) -> HostSession<impl Future<Output = io::Result<()>>>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let (incoming, arrivals) = mpsc::channel(16);
+    let (current, opener) = watch::channel(None);
+    let driver = async move {
+        let link = Shared::new(Link::new(port));
+        let mut pads = if resume { TAKEOVER_PADS } else { 0 };
+        loop {
+            let mut epoch = Epoch::default();
+            getrandom::fill(&mut epoch)?;
+            link.lock().begin(&epoch, pads);
+            if poll_fn(|cx| link.lock().poll_hello(cx, Some(&epoch))).await?.is_none() {
+                return Ok(());
+            }
+            let (driver, session) = Driver::new(link.clone(), Mode::Client, incoming.clone());
+            current.send_replace(Some(session));
+            let end = driver.run().await;
+            current.send_replace(None);
+            match end {
+                End::Hello(_) | End::OutOfSync => pads = TAKEOVER_PADS,
+                End::Port(None) => return Ok(()),
+                End::Port(Some(error)) => return Err(error),
+            }
+        }
+    };
+    HostSession { opener: Opener::new(opener), incoming: arrivals, driver }
+}

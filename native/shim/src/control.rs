@@ -1,0 +1,162 @@
+//! The control socket: one request a connection, a JSON line.
+
+use crate::event::Reason;
+use crate::hang_up::hung_up;
+use crate::line;
+use crate::log::Log;
+use crate::state::State;
+use crate::stop::Ask;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinSet;
+
+/// Further clients wait.
+const MAX_CLIENTS: usize = 128;
+/// Longest request.
+const MAX_LINE: usize = 4096;
+const BUFFER: usize = 64 * 1024;
+
+#[derive(Deserialize)]
+#[serde(tag = "op", rename_all = "camelCase", rename_all_fields = "camelCase")]
+enum Request {
+    Stop {
+        grace_ms: Option<u64>,
+    },
+    Kill,
+    Wait,
+    Detach,
+    Logs {
+        source: Source,
+        #[serde(default)]
+        follow: bool,
+        tail_bytes: Option<u64>,
+    },
+    Status,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+enum Source {
+    Console,
+    Output,
+}
+
+/// Serves clients until the VM has ended, and those that wait for that until they know.
+pub async fn serve(listener: UnixListener, state: Arc<State>) {
+    let mut clients = JoinSet::new();
+    let mut exited = state.exited.subscribe();
+    loop {
+        tokio::select! {
+            // Whoever got through before the socket was removed is served.
+            biased;
+            accepted = listener.accept(), if clients.len() < MAX_CLIENTS => match accepted {
+                Ok((client, _)) => drop(clients.spawn(serve_client(client, Arc::clone(&state)))),
+                // Out of descriptors: as soon as a connection ends there are some.
+                Err(_) => drop(clients.join_next().await),
+            },
+            Some(_) = clients.join_next() => {}
+            () = async { drop(exited.wait_for(Option::is_some).await) } => break,
+        }
+    }
+    drop(listener);
+    while clients.join_next().await.is_some() {}
+}
+
+async fn serve_client(mut client: UnixStream, state: Arc<State>) -> io::Result<()> {
+    let line = line::read(&mut client, MAX_LINE).await.map(|line| line.text);
+    let request = line
+        .map_err(|error| error.to_string())
+        .and_then(|line| serde_json::from_slice::<Request>(&line).map_err(|error| error.to_string()));
+    let request = match request {
+        Ok(request) => request,
+        Err(message) => return answer(&mut client, &json!({"ok": false, "message": message})).await,
+    };
+    match request {
+        Request::Stop { grace_ms } => {
+            end(&mut client, &state, Reason::Stop, Ask::Stop(grace_ms.map(Duration::from_millis))).await
+        }
+        Request::Kill => end(&mut client, &state, Reason::Kill, Ask::Kill).await,
+        Request::Wait => {
+            answer(&mut client, &json!({"ok": true})).await?;
+            exited(&mut client, &state).await
+        }
+        Request::Detach => {
+            state.detach();
+            answer(&mut client, &json!({"ok": true})).await
+        }
+        Request::Logs { source, follow, tail_bytes } => {
+            let log = match source {
+                Source::Console => &state.console.log,
+                Source::Output => &state.output,
+            };
+            answer(&mut client, &json!({"ok": true})).await?;
+            send_log(&mut client, log, follow, tail_bytes).await
+        }
+        Request::Status => {
+            let uptime = u64::try_from(state.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+            let (ready, detached) = (state.is_ready(), state.is_detached());
+            answer(&mut client, &json!({"ok": true, "ready": ready, "detached": detached, "uptimeMs": uptime})).await
+        }
+    }
+}
+
+async fn answer(client: &mut UnixStream, answer: &Value) -> io::Result<()> {
+    client.write_all(format!("{answer}\n").as_bytes()).await
+}
+
+/// Asks for the VM's end, on behalf of a client that may not stay to see it.
+async fn end(client: &mut UnixStream, state: &State, reason: Reason, ask: Ask) -> io::Result<()> {
+    state.asked(reason);
+    // The supervisor has stopped listening when the VM has ended, which is what was asked for.
+    let _ = state.asks.send(ask).await;
+    answer(client, &json!({"ok": true})).await?;
+    exited(client, state).await
+}
+
+async fn exited(client: &mut UnixStream, state: &State) -> io::Result<()> {
+    let mut exited = state.exited.subscribe();
+    let gone = hung_up(client)?;
+    let event = tokio::select! {
+        event = async { exited.wait_for(Option::is_some).await.ok().and_then(|event| event.clone()) } => event,
+        () = gone => return Ok(()),
+    };
+    client.write_all(event.as_deref().unwrap_or_default().as_bytes()).await
+}
+
+/// Sends a log from its beginning, or from so many bytes before its end, to where it ends now, or to where it ends with the VM.
+/// A client that is slower than two rotations misses what was rotated away.
+async fn send_log(client: &mut UnixStream, log: &Log, follow: bool, tail: Option<u64>) -> io::Result<()> {
+    let mut news = log.subscribe();
+    let mut extent = *news.borrow_and_update();
+    let limit = if follow { u64::MAX } else { extent.end };
+    let mut at = tail.map_or(0, |tail| extent.end.saturating_sub(tail));
+    let mut gone = pin!(hung_up(client)?);
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        at = at.max(extent.oldest);
+        let wanted = extent.end.min(limit).saturating_sub(at);
+        if wanted > 0 {
+            let room = usize::try_from(wanted).map_or(BUFFER, |wanted| wanted.min(BUFFER));
+            let n = log.read(extent, at, &mut buffer[..room])?;
+            if n == 0 {
+                return Ok(());
+            }
+            client.write_all(&buffer[..n]).await?;
+            at += n as u64;
+        } else if extent.closed || at >= limit {
+            return Ok(());
+        } else {
+            tokio::select! {
+                more = news.changed() => more.map_err(io::Error::other)?,
+                () = &mut gone => return Ok(()),
+            }
+        }
+        extent = *news.borrow_and_update();
+    }
+}

@@ -1,0 +1,61 @@
+//! What the shim tells its owner and its control clients, one JSON object a line.
+
+use crate::failed::Failed;
+use crate::identity::Identity;
+use serde::Serialize;
+
+#[derive(Serialize)]
+#[serde(tag = "event", rename_all = "camelCase")]
+pub enum Event<'a> {
+    Started { shim: Identity, vmm: Identity },
+    Failed(&'a Failed),
+    Exited { exit: &'a ExitRecord },
+}
+
+impl Event<'_> {
+    /// The event as a line.
+    pub fn line(&self) -> String {
+        // Serializing to memory fails only for maps with keys that are no strings: there are none.
+        let mut line = serde_json::to_string(self).unwrap_or_default();
+        line.push('\n');
+        line
+    }
+}
+
+/// How the VMM's process ended.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct VmmExit {
+    pub code: Option<i32>,
+    pub signal: Option<i32>,
+}
+
+/// How the main command ended.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct MainExit {
+    pub code: i32,
+    pub signal: Option<i32>,
+}
+
+/// Who ended the VM: whoever asked first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reason {
+    Guest,
+    Stop,
+    Kill,
+    OwnerLost,
+    Vmm,
+}
+
+/// How a VM ended.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExitRecord {
+    pub vmm: VmmExit,
+    pub main: Option<MainExit>,
+    /// The guest announced its power-off.
+    pub orderly: bool,
+    pub reason: Reason,
+    pub console_tail: String,
+    pub vmm_log_tail: String,
+}

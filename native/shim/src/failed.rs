@@ -1,0 +1,38 @@
+//! Why a VM was not started.
+
+use nix::errno::Errno;
+use serde::Serialize;
+use std::fmt::Display;
+use std::io;
+
+/// The step that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Step {
+    Plan,
+    Files,
+    Registry,
+    Vmm,
+}
+
+/// A start that failed, as the starter is told.
+#[derive(Debug, thiserror::Error, Serialize)]
+#[error("{message}")]
+pub struct Failed {
+    step: Step,
+    /// Name of the errno.
+    code: String,
+    message: String,
+}
+
+impl Failed {
+    /// `what` was being done when `error` happened.
+    pub fn new(step: Step, what: impl Display, error: &io::Error) -> Self {
+        Failed { step, code: code(error), message: format!("{what}: {error}") }
+    }
+}
+
+/// An error that is not the system's own has no errno; the nearest is what the caller did wrong.
+fn code(error: &io::Error) -> String {
+    format!("{:?}", error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw))
+}

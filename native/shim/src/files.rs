@@ -1,0 +1,172 @@
+//! The VM's own copies of files: holes stay holes, and where the filesystem can share blocks it does.
+
+use crate::plan::FileCopy;
+use nix::errno::Errno;
+use nix::fcntl::copy_file_range;
+use nix::unistd::{Whence, lseek};
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Copied in one call, after which `cancel` is looked at.
+const STEP: u64 = 64 << 20;
+const BUFFER: u64 = 256 * 1024;
+
+/// Makes all copies. On failure none is left.
+///
+/// # Errors
+/// Also `Interrupted` when `cancel` was set meanwhile.
+pub fn copy_all(copies: &[FileCopy], cancel: &AtomicBool) -> Result<(), (PathBuf, io::Error)> {
+    for (done, plan) in copies.iter().enumerate() {
+        if let Err(error) = copy(plan, cancel) {
+            for plan in &copies[..done] {
+                let _ = std::fs::remove_file(&plan.to);
+            }
+            return Err((plan.to.clone(), error));
+        }
+    }
+    Ok(())
+}
+
+fn copy(plan: &FileCopy, cancel: &AtomicBool) -> io::Result<()> {
+    // Not blocking: a fifo would wait for a writer.
+    let from = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&plan.from)?;
+    if !from.metadata()?.is_file() {
+        return Err(io::Error::new(ErrorKind::InvalidInput, "not a regular file"));
+    }
+    let to = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&plan.to)?;
+    let copied = copy_content(&from, &to, plan.size.unwrap_or(0), cancel);
+    if copied.is_err() {
+        let _ = std::fs::remove_file(&plan.to);
+    }
+    copied
+}
+
+fn copy_content(from: &File, to: &File, size: u64, cancel: &AtomicBool) -> io::Result<()> {
+    let length = from.metadata()?.len();
+    let mut at = 0;
+    while let Some((start, end)) = next_data(from, at, length)? {
+        copy_range(from, to, start, end, cancel)?;
+        at = end;
+    }
+    to.set_len(length.max(size))
+}
+
+/// The first range of data at or behind `at`.
+fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<(u64, u64)>> {
+    if at >= length {
+        return Ok(None);
+    }
+    let seek = |from: u64, whence| match lseek(file, i64::try_from(from).unwrap_or(i64::MAX), whence) {
+        Ok(found) => Ok(Some(found.unsigned_abs())),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(error) => Err(error),
+    };
+    let Some(start) = seek(at, Whence::SeekData)? else { return Ok(None) };
+    let end = seek(start, Whence::SeekHole)?.unwrap_or(length);
+    Ok(Some((start, end)))
+}
+
+fn copy_range(from: &File, to: &File, mut at: u64, end: u64, cancel: &AtomicBool) -> io::Result<()> {
+    let mut in_kernel = true;
+    while at < end {
+        if cancel.load(Ordering::Relaxed) {
+            return Err(ErrorKind::Interrupted.into());
+        }
+        let copied = if in_kernel {
+            match copy_in_kernel(from, to, at, (end - at).min(STEP)) {
+                // Filesystems that cannot, pairs of filesystems that cannot, kernels that will not.
+                Err(Errno::EXDEV | Errno::EINVAL | Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EPERM) | Ok(0) => {
+                    in_kernel = false;
+                    continue;
+                }
+                result => result?,
+            }
+        } else {
+            copy_by_hand(from, to, at, (end - at).min(BUFFER))?
+        };
+        if copied == 0 {
+            // It was cut meanwhile: what is missing becomes a hole.
+            return Ok(());
+        }
+        at += copied;
+    }
+    Ok(())
+}
+
+fn copy_in_kernel(from: &File, to: &File, at: u64, length: u64) -> Result<u64, Errno> {
+    let mut offset_in = i64::try_from(at).map_err(|_| Errno::EFBIG)?;
+    let mut offset_out = offset_in;
+    let length = usize::try_from(length).unwrap_or(usize::MAX);
+    copy_file_range(from, Some(&mut offset_in), to, Some(&mut offset_out), length).map(|n| n as u64)
+}
+
+fn copy_by_hand(from: &File, to: &File, at: u64, length: u64) -> io::Result<u64> {
+    let mut buffer = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
+    let n = from.read_at(&mut buffer, at)?;
+    to.write_all_at(&buffer[..n], at)?;
+    Ok(n as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    fn plan(dir: &std::path::Path, size: Option<u64>) -> FileCopy {
+        FileCopy { from: dir.join("from"), to: dir.join("to"), size }
+    }
+
+    #[test]
+    fn holes_stay_holes_and_size_extends() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = File::create(dir.path().join("from")).unwrap();
+        from.write_all_at(&[1; 5000], 1 << 20).unwrap();
+        from.write_all_at(&[2; 5000], 300 << 20).unwrap();
+        from.set_len(1 << 30).unwrap();
+        let plan = plan(dir.path(), Some(2 << 30));
+        copy(&plan, &AtomicBool::new(false)).unwrap();
+        let copy = File::open(&plan.to).unwrap();
+        let metadata = copy.metadata().unwrap();
+        assert_eq!((metadata.len(), metadata.mode() & 0o777), (2 << 30, 0o600));
+        assert!(metadata.blocks() * 512 < 100_000, "{} blocks", metadata.blocks());
+        for (at, byte) in [(1 << 20, 1), (300 << 20, 2)] {
+            let mut read = [0; 5001];
+            copy.read_exact_at(&mut read, at).unwrap();
+            assert!(read[..5000] == [byte; 5000] && read[5000] == 0);
+        }
+    }
+
+    #[test]
+    fn existing_files_are_not_touched() {
+        let dir = tempfile::tempdir().unwrap();
+        let plan = plan(dir.path(), None);
+        std::fs::write(&plan.from, b"new").unwrap();
+        std::fs::write(&plan.to, b"old").unwrap();
+        let (_, error) = copy_all(&[plan], &AtomicBool::new(false)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(dir.path().join("to")).unwrap(), b"old");
+    }
+
+    #[test]
+    fn across_filesystems_it_is_copied_by_hand() {
+        let (dir, memory) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
+        let content: Vec<u8> = (0..1_000_000u32).flat_map(u32::to_le_bytes).collect();
+        std::fs::write(dir.path().join("from"), &content).unwrap();
+        let plan = FileCopy { from: dir.path().join("from"), to: memory.path().join("to"), size: Some(0) };
+        copy_all(&[plan], &AtomicBool::new(false)).unwrap();
+        assert!(std::fs::read(memory.path().join("to")).unwrap() == content);
+    }
+
+    #[test]
+    fn a_failed_or_cancelled_copy_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("from"), b"x").unwrap();
+        let second = FileCopy { from: "/dev/null".into(), to: dir.path().join("second"), size: None };
+        assert!(copy_all(&[plan(dir.path(), None), second], &AtomicBool::new(false)).is_err());
+        assert!(copy_all(&[plan(dir.path(), None)], &AtomicBool::new(true)).is_err());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}

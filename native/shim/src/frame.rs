@@ -1,0 +1,34 @@
+//! Frames of the agent's protocol (docs/protocol.md, section 3): u8 type, u32 length, payload.
+
+use std::io::{self, ErrorKind};
+use tokio::io::{AsyncRead, AsyncReadExt};
+
+pub const REQUEST: u8 = 1;
+pub const STDOUT: u8 = 17;
+pub const STDERR: u8 = 18;
+pub const END: u8 = 19;
+pub const ERROR: u8 = 20;
+/// Longest payload of what a guest sends.
+const MAX: u32 = 1 << 20;
+
+/// What comes next.
+pub struct Head {
+    pub kind: u8,
+    pub length: u32,
+}
+
+/// Reads a frame's head. `None`: the stream ended between two frames.
+pub async fn head(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Head>> {
+    let mut first = [0];
+    if from.read(&mut first).await? == 0 {
+        return Ok(None);
+    }
+    let length = from.read_u32().await?;
+    if length > MAX { Err(ErrorKind::InvalidData.into()) } else { Ok(Some(Head { kind: first[0], length })) }
+}
+
+/// A request; short ones only, their length fits.
+pub fn request(payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+    [&[REQUEST], &length.to_be_bytes()[..], payload].concat()
+}

@@ -1,0 +1,42 @@
+//! What the guest reports of its end, and the output of a main command nobody is attached to.
+
+use crate::event::MainExit;
+use crate::frame::{self, END, Head, STDERR, STDOUT};
+use crate::state::State;
+use serde::Deserialize;
+use std::io::{self, ErrorKind};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+pub const PORT: u32 = 1980;
+const BUFFER: usize = 16 * 1024;
+
+/// An `end` frame; empty when the guest powers off without a main command.
+#[derive(Deserialize)]
+struct Announcement {
+    code: Option<i32>,
+    signal: Option<i32>,
+}
+
+/// Records frames until the end, which is confirmed by closing the stream.
+pub async fn record(mut stream: impl AsyncRead + AsyncWrite + Unpin, state: &State) -> io::Result<()> {
+    while let Some(Head { kind, length }) = frame::head(&mut stream).await? {
+        let mut payload = (&mut stream).take(length.into());
+        match kind {
+            STDOUT | STDERR => {
+                let mut buffer = vec![0; BUFFER];
+                while let n @ 1.. = payload.read(&mut buffer).await? {
+                    state.output.write(&buffer[..n]);
+                }
+            }
+            END => {
+                let mut json = Vec::new();
+                payload.read_to_end(&mut json).await?;
+                let Announcement { code, signal } = serde_json::from_slice(&json)?;
+                state.announced(code.map(|code| MainExit { code, signal }));
+                return stream.shutdown().await;
+            }
+            _ => return Err(ErrorKind::InvalidData.into()),
+        }
+    }
+    Ok(())
+}

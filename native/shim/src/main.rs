@@ -1,0 +1,59 @@
+//! `machinen-shim`: the supervisor of one VM (docs/protocol.md, section 5).
+//!
+//! ```text
+//! supervisor     the life of a VM, from plan to exit record; everything below is called from there
+//!   plan         what the starter wants        owner        stdin and stdout, the way back to the starter
+//!   files        sparse copies                 vmm          the VMM's process
+//!   entry        the registry's record         cleanup      what is removed at the end
+//!   console, log, tail                         what the guest and the VMM print
+//!   vsock, guest_ports, proxy                  sockets <-> channel (section 2)
+//!   doorbell, lifecycle, power_off, frame      what the shim itself says to the guest and hears from it
+//!   control      the control socket            state        what all of these share
+//! ```
+//!
+//! Who holds what: the shim is the parent of the VMM, which dies with it (PDEATHSIG); its starter holds the shim's stdin. One thread
+//! does everything except waiting for the owner and the copies: a blocked disk must not block the guest.
+
+mod cleanup;
+mod console;
+mod control;
+mod doorbell;
+mod entry;
+mod event;
+mod failed;
+mod files;
+mod frame;
+mod guest_ports;
+mod hang_up;
+mod identity;
+mod lifecycle;
+mod line;
+mod log;
+mod owner;
+mod plan;
+mod power_off;
+mod proxy;
+mod state;
+mod stop;
+mod supervisor;
+mod tail;
+mod tsc;
+mod vmm;
+mod vsock;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    match arguments.as_slice() {
+        [] => supervisor::main(),
+        [verb] if verb == "tsc-khz" => {
+            println!("{}", tsc::khz());
+            ExitCode::SUCCESS
+        }
+        _ => {
+            eprintln!("usage: machinen-shim            (the plan is read from stdin)\n       machinen-shim tsc-khz");
+            ExitCode::from(2)
+        }
+    }
+}

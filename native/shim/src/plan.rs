@@ -1,0 +1,161 @@
+//! The plan: everything a VM consists of on the host, decided by the starter (`src/domain/ShimPlan.ts`).
+
+use crate::failed::{Failed, Step};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::io::{self, BufRead, ErrorKind};
+use std::os::fd::RawFd;
+use std::path::{Component, Path, PathBuf};
+
+/// Longest plan read.
+const MAX_LINE: u64 = 4 << 20;
+/// Descriptors a VMM may be promised: not the standard ones, and below every usual limit.
+const FDS: std::ops::RangeInclusive<RawFd> = 3..=255;
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Plan {
+    version: u32,
+    /// The VM's directory, removed at the end.
+    pub dir: PathBuf,
+    pub files: Vec<FileCopy>,
+    pub vmm: Command,
+    /// `None`: the VMM serves `vsock.sock` itself.
+    pub channel: Option<Channel>,
+    pub console: Console,
+    pub output_log_path: PathBuf,
+    pub vmm_log_path: PathBuf,
+    pub control_path: PathBuf,
+    pub entry_path: PathBuf,
+    pub entry: Map<String, Value>,
+    pub cleanup: Vec<PathBuf>,
+    pub detached: bool,
+    pub grace_ms: u64,
+    pub exit_record_path: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct FileCopy {
+    pub from: PathBuf,
+    pub to: PathBuf,
+    /// Extended with a hole to so many bytes.
+    pub size: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Command {
+    pub argv: Vec<String>,
+    pub env: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Channel {
+    pub fd: RawFd,
+    pub vsock_path: PathBuf,
+    /// The guest was running before.
+    pub resume: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Console {
+    pub fd: RawFd,
+    pub log_path: PathBuf,
+    /// Size at which the log is rotated; the output's log as well.
+    pub max_bytes: u64,
+}
+
+impl Plan {
+    /// Reads the plan's line. `None`: the starter changed its mind (or died) before it had sent it all.
+    pub fn read(input: impl BufRead) -> Result<Option<Self>, Failed> {
+        let failed = |error: io::Error| Failed::new(Step::Plan, "unusable plan", &error);
+        let mut line = Vec::new();
+        input.take(MAX_LINE + 1).read_until(b'\n', &mut line).map_err(failed)?;
+        if line.last() != Some(&b'\n') {
+            if line.len() as u64 > MAX_LINE {
+                return Err(failed(ErrorKind::FileTooLarge.into()));
+            }
+            return Ok(None);
+        }
+        let plan: Plan = serde_json::from_slice(&line).map_err(|error| failed(error.into()))?;
+        plan.check().map_err(|what| failed(io::Error::new(ErrorKind::InvalidInput, what)))?;
+        Ok(Some(plan))
+    }
+
+    fn check(&self) -> Result<(), &'static str> {
+        if self.version != 1 {
+            return Err("unknown version");
+        }
+        if self.vmm.argv.is_empty() {
+            return Err("vmm.argv is empty");
+        }
+        let channel = self.channel.as_ref().map(|channel| channel.fd);
+        if !FDS.contains(&self.console.fd) || channel.is_some_and(|fd| !FDS.contains(&fd) || fd == self.console.fd) {
+            return Err("descriptors out of range or equal");
+        }
+        // What is removed recursively must be meant.
+        if !std::iter::once(&self.dir).chain(&self.cleanup).all(|path| removable(path)) {
+            return Err("dir and cleanup must be absolute paths without dots");
+        }
+        Ok(())
+    }
+
+    /// Where the sockets of the guest's ports are.
+    pub fn vsock_path(&self) -> PathBuf {
+        self.channel.as_ref().map_or_else(|| self.dir.join("vsock.sock"), |channel| channel.vsock_path.clone())
+    }
+}
+
+fn removable(path: &Path) -> bool {
+    path.is_absolute()
+        && path.file_name().is_some()
+        && path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn plan(change: impl FnOnce(&mut Value)) -> Result<Option<Plan>, Failed> {
+        let mut plan = json!({
+            "version": 1, "id": "a", "dir": "/vms/a", "files": [], "vmm": {"argv": ["qemu"], "env": {}}, "channel": null,
+            "console": {"fd": 4, "logPath": "/vms/a/console.log", "maxBytes": 1000}, "outputLogPath": "/o", "vmmLogPath": "/v",
+            "controlPath": "/c", "entryPath": "/e", "entry": {}, "cleanup": [], "detached": false, "graceMs": 1000
+        });
+        change(&mut plan);
+        Plan::read(format!("{plan}\n").as_bytes())
+    }
+
+    #[test]
+    fn a_minimal_plan_is_accepted() {
+        let plan = plan(|_| ()).unwrap().unwrap();
+        assert_eq!(plan.vsock_path(), Path::new("/vms/a/vsock.sock"));
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        assert!(plan(|plan| plan["version"] = json!(2)).is_err());
+        assert!(plan(|plan| plan["vmm"]["argv"] = json!([])).is_err());
+        assert!(plan(|plan| plan["console"]["fd"] = json!(2)).is_err());
+        assert!(plan(|plan| plan["channel"] = json!({"fd": 4, "vsockPath": "/s", "resume": false})).is_err());
+        assert!(plan(|plan| plan["graceMs"] = json!(-1)).is_err());
+        for dir in ["/", "a", "/a/..", "/a/../b", ""] {
+            assert!(plan(|plan| plan["dir"] = json!(dir)).is_err(), "{dir}");
+            assert!(plan(|plan| plan["cleanup"] = json!([dir])).is_err(), "{dir}");
+        }
+    }
+
+    #[test]
+    fn a_plan_without_its_end_is_none() {
+        assert!(Plan::read(&b""[..]).unwrap().is_none());
+        assert!(Plan::read(&b"{\"version\":1"[..]).unwrap().is_none());
+    }
+
+    #[test]
+    fn endless_lines_are_refused() {
+        assert!(Plan::read(io::BufReader::new(io::repeat(b' '))).is_err());
+    }
+}

@@ -1,0 +1,58 @@
+//! Asks the guest's agent to power off.
+
+use crate::{frame, line};
+use machinen_channel::Opener;
+use std::io::{self, ErrorKind};
+use std::path::PathBuf;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+const PORT: u32 = 1978;
+/// `OK 4294967295`.
+const MAX_GREETING: usize = 13;
+
+/// The way to the agent.
+#[derive(Clone)]
+pub enum Agent {
+    /// Over our channel.
+    Channel(Opener),
+    /// Over the socket of a VMM that brings its own.
+    Socket(PathBuf),
+}
+
+impl Agent {
+    /// Resolves when the guest has taken the request, or is in the middle of it.
+    ///
+    /// # Errors
+    /// When there is nobody to ask, or the agent says no: waiting is pointless then.
+    pub async fn power_off(self) -> io::Result<()> {
+        match self {
+            Agent::Channel(opener) if !opener.is_connected() => Err(ErrorKind::NotConnected.into()),
+            Agent::Channel(opener) => request(opener.open(PORT).await?).await,
+            Agent::Socket(path) => {
+                let mut socket = UnixStream::connect(path).await?;
+                socket.write_all(format!("CONNECT {PORT}\n").as_bytes()).await?;
+                let greeting = line::read(&mut socket, MAX_GREETING).await?;
+                if !greeting.text.starts_with(b"OK ") {
+                    return Err(ErrorKind::ConnectionRefused.into());
+                }
+                request(socket).await
+            }
+        }
+    }
+}
+
+/// The stream stays open until the guest ends it: one that is closed early cancels what was asked for.
+async fn request(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
+    stream.write_all(&frame::request(br#"{"op":"poweroff"}"#)).await?;
+    stream.flush().await?;
+    while let Ok(Some(head)) = frame::head(&mut stream).await {
+        if head.kind == frame::ERROR {
+            return Err(ErrorKind::Unsupported.into());
+        }
+        if tokio::io::copy(&mut (&mut stream).take(head.length.into()), &mut tokio::io::sink()).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,41 @@
+//! Bytes between a socket on the host and a stream to the guest.
+
+use crate::hang_up::hung_up;
+use std::io;
+use std::pin::pin;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
+use tokio::net::UnixStream;
+
+const BUFFER: usize = 64 * 1024;
+
+/// Copies both ways until both have ended; each end is passed on by itself. When one side breaks or the socket's peer is gone, the
+/// other side is dropped, so that the guest learns it.
+pub async fn run(mut socket: UnixStream, stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
+    let gone = hung_up(&socket)?;
+    let (mut from_socket, mut to_socket) = socket.split();
+    let (mut from_guest, mut to_guest) = split(stream);
+    let mut to_guest = pin!(copy(&mut from_socket, &mut to_guest));
+    let mut to_host = pin!(copy(&mut from_guest, &mut to_socket));
+    tokio::select! {
+        sent = &mut to_guest => sent?,
+        received = &mut to_host => {
+            received?;
+            return to_guest.await;
+        }
+    }
+    // Everything the peer sent is on its way; from here on it matters whether anybody is left to hear the answer.
+    tokio::select! {
+        received = to_host => received,
+        () = gone => Ok(()),
+    }
+}
+
+async fn copy(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        match from.read(&mut buffer).await? {
+            0 => return to.shutdown().await,
+            n => to.write_all(&buffer[..n]).await?,
+        }
+    }
+}

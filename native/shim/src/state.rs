@@ -1,0 +1,97 @@
+//! What everything that serves one VM shares.
+
+use crate::console::Console;
+use crate::entry::Entry;
+use crate::event::{MainExit, Reason};
+use crate::log::Log;
+use crate::stop::Ask;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+use tokio::sync::{mpsc, watch};
+
+pub struct State {
+    pub since: Instant,
+    pub console: Console,
+    pub output: Log,
+    /// To the supervisor.
+    pub asks: mpsc::Sender<Ask>,
+    /// The `exited` event, once nothing is left of the VM.
+    pub exited: watch::Sender<Option<Arc<str>>>,
+    detached: AtomicBool,
+    ready: AtomicBool,
+    entry: Mutex<Entry>,
+    end: Mutex<End>,
+}
+
+/// What is known of the VM's end before it comes.
+#[derive(Clone, Copy, Default)]
+pub struct End {
+    /// Who asked first.
+    pub reason: Option<Reason>,
+    pub main: Option<MainExit>,
+    pub orderly: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl State {
+    pub fn new(entry: Entry, detached: bool, console: Console, output: Log, asks: mpsc::Sender<Ask>) -> Self {
+        State {
+            since: Instant::now(),
+            console,
+            output,
+            asks,
+            exited: watch::Sender::new(None),
+            detached: AtomicBool::new(detached),
+            ready: AtomicBool::new(false),
+            entry: Mutex::new(entry),
+            end: Mutex::default(),
+        }
+    }
+
+    pub fn entry(&self) -> MutexGuard<'_, Entry> {
+        lock(&self.entry)
+    }
+
+    pub fn end(&self) -> End {
+        *lock(&self.end)
+    }
+
+    /// Somebody wants the VM to end. Only the first counts.
+    pub fn asked(&self, reason: Reason) {
+        lock(&self.end).reason.get_or_insert(reason);
+    }
+
+    /// The guest announces that it powers off, and what became of its main command. Only the first result counts.
+    pub fn announced(&self, main: Option<MainExit>) {
+        let mut end = lock(&self.end);
+        end.orderly = true;
+        end.main = end.main.or(main);
+        end.reason.get_or_insert(Reason::Guest);
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    /// The guest can be talked to. An entry that cannot be written goes on saying that the VM boots.
+    pub fn ready(&self) {
+        if !self.ready.swap(true, Ordering::Relaxed) {
+            let _ = self.entry().running();
+        }
+    }
+
+    pub fn is_detached(&self) -> bool {
+        self.detached.load(Ordering::Relaxed)
+    }
+
+    /// The owner's end no longer matters.
+    pub fn detach(&self) {
+        if !self.detached.swap(true, Ordering::Relaxed) {
+            let _ = self.entry().detached();
+        }
+    }
+}

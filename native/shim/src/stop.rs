@@ -1,0 +1,55 @@
+//! Who may want a VM to end, apart from itself: signals, the owner's end, control clients.
+
+use crate::event::Reason;
+use crate::owner;
+use std::io;
+use std::time::Duration;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
+
+/// What is wanted.
+#[derive(Clone, Copy, Debug)]
+pub enum Ask {
+    /// In order, within the plan's grace or another.
+    Stop(Option<Duration>),
+    Kill,
+}
+
+/// Signals and the owner's pipe.
+pub struct Stops {
+    terminate: Signal,
+    interrupt: Signal,
+    /// Caught and forgotten. Not ignored: the VMM would inherit that.
+    _hang_up: Signal,
+    owner: Option<oneshot::Receiver<()>>,
+}
+
+impl Stops {
+    pub fn new() -> io::Result<Self> {
+        Ok(Stops {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            _hang_up: signal(SignalKind::hangup())?,
+            owner: Some(owner::lost()),
+        })
+    }
+
+    /// The next reason to stop: `Stop` for a signal, `OwnerLost` at most once.
+    pub async fn next(&mut self) -> Reason {
+        let owner = async {
+            match &mut self.owner {
+                Some(owner) => drop(owner.await),
+                None => std::future::pending().await,
+            }
+        };
+        let reason = tokio::select! {
+            _ = self.terminate.recv() => Reason::Stop,
+            _ = self.interrupt.recv() => Reason::Stop,
+            () = owner => Reason::OwnerLost,
+        };
+        if reason == Reason::OwnerLost {
+            self.owner = None;
+        }
+        reason
+    }
+}

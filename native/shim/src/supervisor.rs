@@ -1,0 +1,278 @@
+//! The life of a VM, step by step.
+
+use crate::console::Console;
+use crate::entry::Entry;
+use crate::event::{Event, ExitRecord, Reason, VmmExit};
+use crate::failed::{Failed, Step};
+use crate::identity::Identity;
+use crate::log::Log;
+use crate::plan::Plan;
+use crate::power_off::Agent;
+use crate::state::State;
+use crate::stop::{Ask, Stops};
+use crate::vmm::{Inherited, Vmm};
+use crate::{cleanup, control, files, guest_ports, lifecycle, owner, tail, vsock};
+use machinen_channel::connect_host;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, sleep_until, timeout};
+
+/// How long what a dead VMM has left in its sockets may take to get where it belongs.
+const REST: Duration = Duration::from_secs(2);
+/// Longer graces are cut: nobody waits for them, and instants have an end.
+const MAX_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
+/// Descriptors for as many clients as there may be, two each.
+const DESCRIPTORS: u64 = 4096;
+
+/// Reads the plan and carries it out.
+pub fn main() -> ExitCode {
+    // Everything the shim makes is its user's alone.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    let plan = match Plan::read(io::stdin().lock()) {
+        Ok(Some(plan)) => plan,
+        Ok(None) => return ExitCode::SUCCESS,
+        Err(failed) => return report(&failed),
+    };
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // Fewer descriptors mean fewer clients.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, soft.max(DESCRIPTORS.min(hard)), hard);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let ended = match runtime {
+        Ok(runtime) => runtime.block_on(run(&plan)),
+        Err(error) => Err(Failed::new(Step::Plan, "no runtime", &error)),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failed) => {
+            cleanup::run(&plan);
+            report(&failed)
+        }
+    }
+}
+
+fn report(failed: &Failed) -> ExitCode {
+    owner::tell(&Event::Failed(failed).line());
+    ExitCode::FAILURE
+}
+
+/// From the plan to the end. On failure the VMM is gone; files are the caller's to remove.
+async fn run(plan: &Plan) -> Result<(), Failed> {
+    let mut stops = Stops::new().map_err(|error| Failed::new(Step::Plan, "signals", &error))?;
+    make_files(plan, &mut stops).await?;
+    let mut vm = Vm::start(plan).await?;
+    let exit = vm.until_exit(plan, &mut stops).await;
+    vm.finish(plan, exit).await;
+    Ok(())
+}
+
+/// Copies on another thread, and stops copying when the VM is no longer wanted.
+async fn make_files(plan: &Plan, stops: &mut Stops) -> Result<(), Failed> {
+    let cancel = Arc::new(AtomicBool::new(false));
+    let (copies, cancelled) = (plan.files.clone(), Arc::clone(&cancel));
+    let mut copying = tokio::task::spawn_blocking(move || files::copy_all(&copies, &cancelled));
+    let done = loop {
+        tokio::select! {
+            done = &mut copying => break done,
+            reason = stops.next() => {
+                if reason != Reason::OwnerLost || !plan.detached {
+                    cancel.store(true, Ordering::Relaxed);
+                }
+            }
+        }
+    };
+    match done {
+        Ok(Ok(())) if cancel.load(Ordering::Relaxed) => {
+            Err(Failed::new(Step::Files, "stopped", &io::Error::from_raw_os_error(nix::libc::ECANCELED)))
+        }
+        Ok(Ok(())) => Ok(()),
+        Ok(Err((path, error))) => Err(Failed::new(Step::Files, path.display(), &error)),
+        Err(error) => Err(Failed::new(Step::Files, "copying", &io::Error::other(error))),
+    }
+}
+
+/// A running VM and everything that serves it.
+struct Vm {
+    vmm: Vmm,
+    state: Arc<State>,
+    agent: Agent,
+    asks: mpsc::Receiver<Ask>,
+    /// Becomes true when the VMM has ended.
+    over: watch::Sender<bool>,
+    console: JoinHandle<()>,
+    /// What deals with the guest's streams. Ends by itself once the VM is over.
+    channel: JoinSet<()>,
+    control: JoinHandle<()>,
+}
+
+impl Vm {
+    /// Sockets, VMM, entry; then the starter is told.
+    async fn start(plan: &Plan) -> Result<Self, Failed> {
+        let registry = |path: &Path| {
+            let path = path.display().to_string();
+            move |error: io::Error| Failed::new(Step::Registry, path, &error)
+        };
+        let vmm_failed = |error: io::Error| Failed::new(Step::Vmm, &plan.vmm.argv[0], &error);
+        let vsock_path = plan.vsock_path();
+
+        // 1. What others connect to. There before the VMM is: a client that is early waits.
+        let control = UnixListener::bind(&plan.control_path).map_err(registry(&plan.control_path))?;
+        let vsock = match &plan.channel {
+            Some(channel) => UnixListener::bind(&channel.vsock_path).map_err(registry(&channel.vsock_path))?,
+            None => {
+                let path = guest_ports::socket(&vsock_path, lifecycle::PORT);
+                UnixListener::bind(&path).map_err(registry(&path))?
+            }
+        };
+
+        // 2. The VMM, with one end of every pair; we keep the other.
+        let (console, console_end) = pair().map_err(vmm_failed)?;
+        let mut inherited = vec![Inherited { fd: plan.console.fd, end: console_end }];
+        let mut port = None;
+        if let Some(channel) = &plan.channel {
+            let (ours, end) = pair().map_err(vmm_failed)?;
+            inherited.push(Inherited { fd: channel.fd, end });
+            port = Some((ours, channel.resume));
+        }
+        let mut vmm = Vmm::spawn(&plan.vmm, &plan.vmm_log_path, inherited).map_err(vmm_failed)?;
+
+        // 3. The entry. A VM that is not in the registry must not run.
+        let mut entry = Entry::new(plan.entry_path.clone(), plan.entry.clone());
+        let entered =
+            Identity::of(std::process::id()).and_then(|shim| entry.started(shim, vmm.identity).map(|()| shim));
+        let shim = match entered {
+            Ok(shim) => shim,
+            Err(error) => {
+                vmm.kill();
+                vmm.wait().await;
+                return Err(registry(&plan.entry_path)(error));
+            }
+        };
+
+        // 4. Everything that serves it.
+        let log = |path: &Path| Log::new(path.to_owned(), plan.console.max_bytes);
+        let (ask, asks) = mpsc::channel(16);
+        let guest_console = Console::new(log(&plan.console.log_path));
+        let state = Arc::new(State::new(entry, plan.detached, guest_console, log(&plan.output_log_path), ask));
+        let (over, is_over) = watch::channel(false);
+        let mut channel = JoinSet::new();
+        let agent = match port {
+            Some((port, resume)) => {
+                let session = connect_host(port, resume);
+                let driver = session.driver;
+                // It ends with the VMM's end of the pair.
+                channel.spawn(async move { drop(driver.await) });
+                channel.spawn(guest_ports::serve(session.incoming, vsock_path, Arc::clone(&state)));
+                channel.spawn(vsock::serve(vsock, session.opener.clone(), is_over));
+                Agent::Channel(session.opener)
+            }
+            None => {
+                channel.spawn(guest_ports::serve_lifecycle(vsock, Arc::clone(&state), is_over));
+                Agent::Socket(vsock_path)
+            }
+        };
+        let console = tokio::spawn({
+            let state = Arc::clone(&state);
+            async move { state.console.drain(console).await }
+        });
+        let control = tokio::spawn(control::serve(control, Arc::clone(&state)));
+
+        owner::tell(&Event::Started { shim, vmm: vmm.identity }.line());
+        Ok(Vm { vmm, state, agent, asks, over, console, channel, control })
+    }
+
+    /// Waits for the VMM's end, and brings it about when it is wanted.
+    async fn until_exit(&mut self, plan: &Plan, stops: &mut Stops) -> VmmExit {
+        let grace = Duration::from_millis(plan.grace_ms);
+        // When it is killed, once it was asked to end.
+        let mut deadline: Option<Instant> = None;
+        // Whether the guest could be asked.
+        let mut asking = JoinSet::new();
+        loop {
+            let ask = tokio::select! {
+                exit = self.vmm.wait() => return exit,
+                Some(asked) = asking.join_next() => match asked {
+                    Ok(Ok(())) => continue,
+                    _ => Ask::Kill,
+                },
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => Ask::Kill,
+                reason = stops.next() => {
+                    if reason == Reason::OwnerLost && self.state.is_detached() {
+                        continue;
+                    }
+                    self.state.asked(reason);
+                    // Whoever sends a second signal has lost patience.
+                    if reason == Reason::Stop && deadline.is_some() { Ask::Kill } else { Ask::Stop(None) }
+                }
+                Some(ask) = self.asks.recv() => ask,
+            };
+            match ask {
+                Ask::Kill => {
+                    self.vmm.kill();
+                    return self.vmm.wait().await;
+                }
+                Ask::Stop(other) => {
+                    let latest = Instant::now() + other.unwrap_or(grace).min(MAX_GRACE);
+                    if deadline.is_none() {
+                        asking.spawn(self.agent.clone().power_off());
+                    }
+                    deadline = Some(deadline.map_or(latest, |deadline| deadline.min(latest)));
+                }
+            }
+        }
+    }
+
+    /// Sees to it that nothing is left, and says how it ended.
+    async fn finish(mut self, plan: &Plan, vmm: VmmExit) {
+        // Helpers the VMM may have started would hold its sockets open.
+        self.over.send_replace(true);
+        let _ = timeout(REST, &mut self.console).await;
+        self.console.abort();
+        let rest = async { while self.channel.join_next().await.is_some() {} };
+        let _ = timeout(REST, rest).await;
+        self.channel.shutdown().await;
+        self.asks.close();
+        let state = self.state;
+        for log in [&state.console.log, &state.output] {
+            log.close();
+        }
+        let readers = async { tokio::join!(state.console.log.unread(), state.output.unread()) };
+        let _ = timeout(REST, readers).await;
+
+        let end = state.end();
+        let exit = ExitRecord {
+            vmm,
+            main: end.main,
+            orderly: end.orderly,
+            reason: end.reason.unwrap_or(Reason::Vmm),
+            console_tail: state.console.tail(),
+            vmm_log_tail: tail::of_file(&plan.vmm_log_path),
+        };
+        state.entry().remove();
+        cleanup::run(plan);
+        if let Some(path) = &plan.exit_record_path {
+            // The record also goes to everybody who waits; a missing directory is its owner's decision.
+            let _ = serde_json::to_vec(&exit).map_err(io::Error::from).and_then(|record| std::fs::write(path, record));
+        }
+        let line = Event::Exited { exit: &exit }.line();
+        state.exited.send_replace(Some(line.as_str().into()));
+        let clients = timeout(REST, self.control);
+        let _ = tokio::join!(clients, owner::tell_last(line));
+    }
+}
+
+/// A socketpair: ours, for the runtime, and the VMM's.
+fn pair() -> io::Result<(tokio::net::UnixStream, UnixStream)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    Ok((tokio::net::UnixStream::from_std(ours)?, theirs))
+}

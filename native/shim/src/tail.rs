@@ -1,0 +1,57 @@
+//! The end of a text.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Bytes kept.
+const LENGTH: usize = 8 * 1024;
+
+/// The last bytes of what was pushed.
+#[derive(Default)]
+pub struct Tail(Vec<u8>);
+
+impl Tail {
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(&bytes[bytes.len().saturating_sub(LENGTH)..]);
+        // Not at every push: moving the rest costs more than keeping it for a while.
+        if self.0.len() > 2 * LENGTH {
+            self.0.drain(..self.0.len() - LENGTH);
+        }
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0[self.0.len().saturating_sub(LENGTH)..]).into_owned()
+    }
+}
+
+/// The last bytes of a file; empty when it cannot be read.
+pub fn of_file(path: &Path) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let file = File::open(path)?;
+        let length = file.metadata()?.len();
+        let mut bytes = vec![0; LENGTH];
+        let n = file.read_at(&mut bytes, length.saturating_sub(LENGTH as u64))?;
+        bytes.truncate(n);
+        Ok(bytes)
+    };
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_bytes_are_kept_however_they_come() {
+        let all: String = (0..9000u32).map(|n| char::from(b'a' + u8::try_from(n % 26).unwrap())).collect();
+        for piece in [1, 7, 4096, 8192, 9000] {
+            let mut tail = Tail::default();
+            for bytes in all.as_bytes().chunks(piece) {
+                tail.push(bytes);
+            }
+            assert_eq!(tail.text(), all[all.len() - LENGTH..], "pieces of {piece}");
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Host to guest: `vsock.sock` and its CONNECT line (docs/protocol.md, section 2).
+
+use crate::hang_up::hung_up;
+use crate::{line, proxy};
+use machinen_channel::Opener;
+use std::io::{self, ErrorKind};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// Connections served at once; the channel has no more streams either.
+const MAX_CLIENTS: usize = machinen_channel::MAX_STREAMS;
+/// `CONNECT 4294967295`.
+const MAX_LINE: usize = 18;
+
+/// Serves clients until the VM is `over`, then until all connections have got what was still on its way to them.
+pub async fn serve(listener: UnixListener, opener: Opener, mut over: watch::Receiver<bool>) {
+    let mut clients = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept(), if clients.len() < MAX_CLIENTS => match accepted {
+                Ok((client, _)) => drop(clients.spawn(serve_client(client, opener.clone()))),
+                // Out of descriptors: as soon as a connection ends there are some.
+                Err(_) => drop(clients.join_next().await),
+            },
+            Some(_) = clients.join_next() => {}
+            () = async { drop(over.wait_for(|over| *over).await) } => break,
+        }
+    }
+    drop(listener);
+    while clients.join_next().await.is_some() {}
+}
+
+/// A client that breaks the rules, or asks for what is refused, is told by the end of its connection.
+async fn serve_client(mut client: UnixStream, opener: Opener) -> io::Result<()> {
+    let line = line::read(&mut client, MAX_LINE).await?;
+    let port = port(&line.text).ok_or(ErrorKind::InvalidData)?;
+    let gone = hung_up(&client)?;
+    let mut stream = tokio::select! {
+        stream = opener.open(port) => stream?,
+        // A guest that boots may keep us waiting for longer than the client waits.
+        () = gone => return Ok(()),
+    };
+    client.write_all(format!("OK {port}\n").as_bytes()).await?;
+    stream.write_all(&line.rest).await?;
+    drop(line);
+    proxy::run(client, stream).await
+}
+
+/// The port of a CONNECT line: decimal digits and nothing else.
+fn port(line: &[u8]) -> Option<u32> {
+    let digits = std::str::from_utf8(line.strip_prefix(b"CONNECT ")?).ok()?;
+    if digits.bytes().all(|byte| byte.is_ascii_digit()) { digits.parse().ok() } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::port;
+    use proptest::prelude::*;
+
+    #[test]
+    fn only_connect_lines_are_connect_lines() {
+        assert_eq!(port(b"CONNECT 1978"), Some(1978));
+        assert_eq!(port(b"CONNECT 4294967295"), Some(u32::MAX));
+        for line in [
+            "",
+            "CONNECT",
+            "CONNECT ",
+            "CONNECT -1",
+            "CONNECT +1",
+            "CONNECT 1 ",
+            "CONNECT  1",
+            "connect 1",
+            "CONNECT 4294967296",
+            "CONNECT 1\r",
+            "CONNECT 0x1",
+        ] {
+            assert_eq!(port(line.as_bytes()), None, "{line:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_port_is_understood(number: u32) {
+            prop_assert_eq!(port(format!("CONNECT {number}").as_bytes()), Some(number));
+        }
+
+        #[test]
+        fn no_line_panics(line in prop::collection::vec(any::<u8>(), 0..30)) {
+            port(&line);
+        }
+    }
+}

@@ -1,0 +1,576 @@
+import * as path from "node:path"
+import { FileSystem } from "@effect/platform"
+import { Context, Deferred, type Duration, Effect, Layer, Option, Schema, type Scope, Stream } from "effect"
+import picomatch from "picomatch"
+import {
+  AgentFault,
+  AgentRequest,
+  AgentStarted,
+  encodeFrame,
+  FileStat,
+  type Frame,
+  FrameDecoder,
+  FrameType,
+  GuestStats,
+  maxPayload
+} from "./AgentProtocol.ts"
+import { ExecError, FilesError } from "./domain/errors.ts"
+import { ExitStatus } from "./domain/Vm.ts"
+import * as tar from "./platform/tar.ts"
+import type { Connection } from "./platform/UnixSocket.ts"
+import { Vsock } from "./Vsock.ts"
+
+/** The guest port the agent serves operations on. */
+export const agentPort = 1978
+/** The host port the agent calls when it can serve. */
+export const doorbellPort = 1979
+
+export interface CommandSpec {
+  readonly argv: readonly [string, ...ReadonlyArray<string>]
+  readonly env?: Readonly<Record<string, string>>
+  /** Absolute; the VM's own working directory when left out. */
+  readonly cwd?: string
+  /** What the command reads; nothing (end of file at once) when left out. */
+  readonly stdin?: Stream.Stream<Uint8Array>
+}
+
+export interface CommandOutput {
+  readonly channel: "stdout" | "stderr"
+  readonly bytes: Uint8Array
+}
+
+/** A command running in the guest. Closing its scope before its end kills its process group. */
+export interface RunningCommand {
+  readonly pid: number
+  /** Both channels in the order they were sent. Not reading it stops the command's writes; it may be run once. */
+  readonly output: Stream.Stream<CommandOutput, ExecError>
+  /** Completes once `output` has been read to its end. */
+  readonly exit: Effect.Effect<ExitStatus, ExecError>
+  /** Sends a signal (by number) to the command's process group. */
+  readonly signal: (signal: number) => Effect.Effect<void>
+}
+
+export interface ExecResult {
+  readonly exitCode: number
+  readonly signal: number | null
+  readonly oomKilled: boolean
+  readonly stdout: Uint8Array
+  readonly stderr: Uint8Array
+}
+
+export interface WriteFileOptions {
+  /** Permission bits; a new file's default is 0644. */
+  readonly mode?: number
+  /** Create missing parent directories. Default true. */
+  readonly recursive?: boolean
+  readonly append?: boolean
+}
+
+/** What the agent in one guest can do. */
+export interface AgentClient {
+  readonly start: (command: CommandSpec) => Effect.Effect<RunningCommand, ExecError, Scope.Scope>
+  /** Runs a command to its end and keeps all it printed. `timeout` ends the command and fails EXEC_AGENT_TIMEOUT. */
+  readonly exec: (
+    command: CommandSpec,
+    options?: { readonly timeout?: Duration.DurationInput }
+  ) => Effect.Effect<ExecResult, ExecError>
+  /** Starts the VM's main command; the VM powers off when it ends. */
+  readonly startMain: (stdin?: Stream.Stream<Uint8Array>) => Effect.Effect<RunningCommand, ExecError, Scope.Scope>
+  /** The same, with its output left to the shim's log. */
+  readonly startMainDetached: Effect.Effect<void, ExecError>
+  readonly writeFile: (
+    path: string,
+    contents: Stream.Stream<Uint8Array> | Uint8Array | string,
+    options?: WriteFileOptions
+  ) => Effect.Effect<void, FilesError>
+  readonly readFile: (path: string) => Stream.Stream<Uint8Array, FilesError>
+  /** Copies the contents of a host directory into a guest directory, made if missing; a host file to that guest path. */
+  readonly push: (
+    hostPath: string,
+    guestPath: string,
+    options?: { readonly excludes?: ReadonlyArray<string> }
+  ) => Effect.Effect<void, FilesError>
+  /** The other way round. */
+  readonly pull: (
+    guestPath: string,
+    hostPath: string,
+    options?: { readonly excludes?: ReadonlyArray<string> }
+  ) => Effect.Effect<void, FilesError>
+  readonly stat: (path: string) => Effect.Effect<FileStat, FilesError>
+  readonly stats: Effect.Effect<GuestStats, ExecError>
+}
+
+/**
+ * Runs commands in guests and moves files, over the private channel. It knows a VM by its vsock socket only; whether that VM should be
+ * running is somebody else's question.
+ */
+export class Agent extends Context.Tag("machinen/Agent")<
+  Agent,
+  {
+    readonly client: (vsockPath: string) => AgentClient
+    /** Waits for the guest's doorbell and answers it with the time: returns once listening, the inner effect is the wait. */
+    readonly doorbell: (
+      vsockPath: string
+    ) => Effect.Effect<Effect.Effect<void, ExecError>, ExecError, Scope.Scope>
+  }
+>() {
+  static readonly layer = Layer.effect(
+    Agent,
+    Effect.gen(function* () {
+      const vsock = yield* Vsock
+      const fs = yield* FileSystem.FileSystem
+
+      const doorbell = Effect.fn("Agent.doorbell")(function* (vsockPath: string) {
+        const accept = yield* Effect.mapError(vsock.listen(vsockPath, doorbellPort), unavailable)
+        return Effect.gen(function* () {
+          const connection = yield* Effect.mapError(accept, unavailable)
+          const line = yield* connection.bytes.pipe(
+            Stream.decodeText(),
+            Stream.splitLines,
+            Stream.runHead,
+            Effect.mapError(unavailable)
+          )
+          if (Option.isNone(line)) return yield* protocolError("the guest hung up at the doorbell")
+          const { version } = yield* Effect.mapError(decodeHello(line.value), () =>
+            protocolError(`the guest rang with ${JSON.stringify(line.value.slice(0, 200))}`)
+          )
+          if (version !== 1) {
+            return yield* new ExecError({
+              code: "EXEC_PROTOCOL",
+              message: `the guest agent speaks protocol ${version}, this host speaks 1`,
+              hint: "run `machinen install`: kernel and guest binary must come from the same release"
+            })
+          }
+          yield* Effect.ignore(connection.write(Buffer.from(`${JSON.stringify({ nowMs: Date.now() })}\n`)))
+          // the guest closes when its clock is set
+          yield* Effect.ignore(Stream.runDrain(connection.bytes))
+        }).pipe(Effect.scoped)
+      })
+
+      return Agent.of({ doorbell, client: (vsockPath) => makeClient(vsock, fs, vsockPath) })
+    })
+  )
+}
+
+const decodeHello = Schema.decode(Schema.parseJson(Schema.Struct({ version: Schema.Int })))
+
+/** One operation: the request is sent and accepted; frames follow. */
+interface Operation {
+  readonly started: typeof AgentStarted.Type
+  /** Everything after `started` up to and without `end`, whose JSON goes to `result`. */
+  readonly frames: Stream.Stream<Frame, ExecError | AgentRefusal>
+  readonly result: Effect.Effect<unknown, ExecError | AgentRefusal>
+  readonly send: Connection["write"]
+}
+
+/** The agent answered with an error frame. */
+class AgentRefusal extends Schema.TaggedError<AgentRefusal>()("AgentRefusal", { fault: AgentFault }) {
+  override get message(): string {
+    return this.fault.message
+  }
+}
+
+const makeClient = (
+  vsock: Vsock["Type"],
+  fs: FileSystem.FileSystem,
+  vsockPath: string
+): AgentClient => {
+  const operate = Effect.fnUntraced(function* (request: AgentRequest) {
+    const connection = yield* Effect.mapError(vsock.dial(vsockPath, agentPort), unavailable)
+    const body = Buffer.from(JSON.stringify(Schema.encodeSync(AgentRequest)(request)))
+    yield* Effect.mapError(connection.write(encodeFrame(FrameType.request, body)), unavailable)
+
+    const next = yield* frameReader(connection.bytes)
+    const first = yield* next
+    const alreadyEnded = first.type === FrameType.end
+    if (!alreadyEnded && first.type !== FrameType.started) {
+      return yield* protocolError(`the agent began with a frame of type ${first.type}`)
+    }
+    const result = yield* Deferred.make<unknown, ExecError | AgentRefusal>()
+    const step = Effect.fnUntraced(function* (frame: Frame) {
+      if (frame.type !== FrameType.end) return frame
+      yield* Deferred.complete(result, parseJson(frame.payload))
+      return yield* Effect.fail(Option.none())
+    })
+    const rest = Stream.repeatEffectOption(Effect.flatMap(Effect.mapError(next, Option.some), step))
+    const operation: Operation = {
+      started: alreadyEnded ? {} : yield* decodeStarted(first.payload),
+      frames: (alreadyEnded ? Stream.drain(Stream.fromEffect(Effect.ignore(step(first)))) : rest).pipe(
+        Stream.tapError((error) => Deferred.fail(result, error))
+      ),
+      result: Deferred.await(result),
+      send: connection.write
+    }
+    return operation
+  })
+
+  /** For operations whose only answer is their result. */
+  const ask = (request: AgentRequest) =>
+    Effect.scoped(
+      Effect.gen(function* () {
+        const { frames, result } = yield* operate(request)
+        yield* Stream.runDrain(frames)
+        return yield* result
+      })
+    )
+
+  /** Sends bytes as data frames, then eof. A peer that is gone ends it quietly: the other half tells why. */
+  const sendAll = <E>(send: Connection["write"], bytes: Stream.Stream<Uint8Array, E>) =>
+    bytes.pipe(
+      Stream.mapConcat(pieces),
+      Stream.runForEachWhile((piece) => Effect.isSuccess(send(encodeFrame(FrameType.data, piece)))),
+      Effect.zipRight(Effect.ignore(send(encodeFrame(FrameType.eof, new Uint8Array(0)))))
+    )
+
+  const run = Effect.fnUntraced(function* (
+    request: Extract<AgentRequest, { op: "exec" | "main" }>,
+    stdin: Stream.Stream<Uint8Array> | undefined
+  ) {
+    const operation = yield* operate(request).pipe(Effect.mapError(toExecError))
+    if (stdin !== undefined) yield* Effect.forkScoped(sendAll(operation.send, stdin))
+    const running: RunningCommand = {
+      pid: operation.started.pid ?? 0,
+      output: operation.frames.pipe(Stream.mapError(toExecError), Stream.filterMap(toOutput)),
+      exit: operation.result.pipe(
+        Effect.mapError(toExecError),
+        Effect.flatMap((json) =>
+          Effect.mapError(decodeExit(json), (cause) => protocolError("unreadable exit status", cause))
+        )
+      ),
+      signal: (signal) => Effect.ignore(operation.send(encodeFrame(FrameType.signal, Uint8Array.of(signal))))
+    }
+    return running
+  })
+
+  const start = Effect.fn("Agent.start")(function* (command: CommandSpec) {
+    const bad = checkCommand(command)
+    if (bad !== undefined) return yield* bad
+    const { argv, cwd, env, stdin } = command
+    return yield* run(
+      { op: "exec", argv: [...argv], env: { ...env }, stdin: stdin !== undefined, ...(cwd === undefined ? {} : { cwd }) },
+      stdin
+    )
+  })
+
+  const collect = (command: CommandSpec) =>
+    Effect.scoped(
+      Effect.gen(function* () {
+        const running = yield* start(command)
+        const parts: { stdout: Array<Uint8Array>; stderr: Array<Uint8Array> } = { stdout: [], stderr: [] }
+        // copied: a piece may be a view of a larger buffer that would be kept alive
+        yield* Stream.runForEach(running.output, ({ bytes, channel }) =>
+          Effect.sync(() => void parts[channel].push(Buffer.from(bytes)))
+        )
+        const exit = yield* running.exit
+        const result: ExecResult = {
+          exitCode: exit.code,
+          signal: exit.signal,
+          oomKilled: exit.oomKilled,
+          stdout: Buffer.concat(parts.stdout),
+          stderr: Buffer.concat(parts.stderr)
+        }
+        return result
+      })
+    )
+
+  const pushTar = (guestPath: string, bytes: Stream.Stream<Uint8Array, FilesError>) =>
+    Effect.scoped(
+      Effect.gen(function* () {
+        const { frames, result, send } = yield* Effect.mapError(
+          operate({ op: "push", path: guestPath }),
+          toFilesError(guestPath)
+        )
+        // the agent may refuse half-way: its error must not wait for us to have sent everything
+        const sending = sendAll(send, bytes)
+        const receiving = Effect.mapError(Stream.runDrain(frames), toFilesError(guestPath))
+        yield* Effect.all([sending, receiving], { concurrency: 2, discard: true })
+        yield* Effect.mapError(result, toFilesError(guestPath))
+      })
+    )
+
+  const pullTar = (guestPath: string, excludes: ReadonlyArray<string>) =>
+    Stream.unwrapScoped(
+      Effect.map(operate({ op: "pull", path: guestPath, excludes }), ({ frames }) => Stream.filterMap(frames, toData))
+    ).pipe(Stream.mapError(toFilesError(guestPath)))
+
+  const stat = Effect.fn("Agent.stat")(function* (path: string) {
+    const json = yield* Effect.mapError(ask({ op: "stat", path }), toFilesError(path))
+    return yield* Effect.mapError(decodeStat(json), toFilesError(path))
+  })
+
+  return {
+    start,
+    exec: Effect.fn("Agent.exec")(function* (command, options) {
+      const timeout = options?.timeout
+      if (timeout === undefined) return yield* collect(command)
+      return yield* collect(command).pipe(
+        Effect.timeoutFail({
+          duration: timeout,
+          onTimeout: () =>
+            new ExecError({
+              code: "EXEC_AGENT_TIMEOUT",
+              message: `the command was still running at its time limit and was killed: ${command.argv.join(" ")}`,
+              hint: "give it more time, or none at all"
+            })
+        })
+      )
+    }),
+    startMain: (stdin) => run({ op: "main", stdin: stdin !== undefined, detach: false }, stdin),
+    startMainDetached: ask({ op: "main", stdin: false, detach: true }).pipe(
+      Effect.mapError(toExecError),
+      Effect.asVoid
+    ),
+    writeFile: Effect.fn("Agent.writeFile")(
+      function* (path, contents, options = {}) {
+        const { mode } = options
+        const { frames, result, send } = yield* operate({
+          op: "write",
+          path,
+          append: options.append ?? false,
+          recursive: options.recursive ?? true,
+          ...(mode === undefined ? {} : { mode })
+        })
+        const receiving = Stream.runDrain(frames)
+        yield* Effect.all([sendAll(send, toStream(contents)), receiving], { concurrency: 2, discard: true })
+        yield* result
+      },
+      (effect, path) => Effect.mapError(Effect.scoped(effect), toFilesError(path))
+    ),
+    readFile: (path) =>
+      Stream.unwrapScoped(
+        Effect.map(operate({ op: "read", path }), ({ frames }) => Stream.filterMap(frames, toData))
+      ).pipe(Stream.mapError(toFilesError(path))),
+    push: Effect.fn("Agent.push")(function* (hostPath, guestPath, options) {
+      const info = yield* Effect.mapError(fs.stat(hostPath), (cause) =>
+        new FilesError({
+          code: "FILES_HOST_DIR_NOT_FOUND",
+          message: `there is no file or directory ${hostPath} on the host`,
+          cause
+        })
+      )
+      const skip = excluder(options?.excludes ?? [])
+      const asFile = info.type !== "Directory"
+      const bytes = asFile
+        ? tar.packFile(path.dirname(hostPath), path.basename(hostPath), path.posix.basename(guestPath))
+        : tar.pack(hostPath, skip)
+      yield* pushTar(asFile ? path.posix.dirname(guestPath) : guestPath, Stream.mapError(bytes, hostIo(hostPath)))
+    }),
+    pull: Effect.fn("Agent.pull")(function* (guestPath, hostPath, options) {
+      const { kind } = yield* stat(guestPath)
+      if (kind === "directory") {
+        yield* Effect.mapError(fs.makeDirectory(hostPath, { recursive: true }), hostIo(hostPath))
+        const bytes = pullTar(guestPath, options?.excludes ?? [])
+        return yield* Effect.mapError(tar.unpack(hostPath, bytes), hostIo(hostPath))
+      }
+      yield* Effect.scoped(
+        Effect.gen(function* () {
+          // beside the target, so that the rename cannot cross filesystems; a failed pull leaves nothing under the target's name
+          const staging = yield* fs.makeTempDirectoryScoped({ directory: path.dirname(hostPath), prefix: ".machinen-" })
+          yield* tar.unpack(staging, pullTar(guestPath, []))
+          yield* fs.rename(path.join(staging, path.posix.basename(guestPath)), hostPath)
+        })
+      ).pipe(Effect.mapError(hostIo(hostPath)))
+    }),
+    stat,
+    stats: ask({ op: "stats" }).pipe(
+      Effect.flatMap(decodeStats),
+      Effect.mapError((e) => (e._tag === "ParseError" ? protocolError("unreadable statistics", e) : toExecError(e)))
+    )
+  }
+}
+
+/** Reads one frame at a time; an error frame, a violation and an end before the last frame fail. */
+const frameReader = Effect.fnUntraced(function* (bytes: Connection["bytes"]) {
+  const pull = yield* Stream.toPull(bytes)
+  const decoder = new FrameDecoder()
+  const pending: Array<Frame> = []
+  const more = pull.pipe(
+    Effect.mapError(
+      Option.match({
+        onNone: () => protocolError("the connection to the guest ended in the middle"),
+        onSome: lostConnection
+      })
+    ),
+    Effect.flatMap((chunks) =>
+      Effect.try({
+        try: () => {
+          for (const chunk of chunks) pending.push(...decoder.push(chunk))
+        },
+        catch: (cause) => protocolError("the agent's answer cannot be read", cause)
+      })
+    )
+  )
+  const next: Effect.Effect<Frame, ExecError | AgentRefusal> = Effect.suspend(() => {
+    const frame = pending.shift()
+    if (frame === undefined) return Effect.zipRight(more, next)
+    return frame.type === FrameType.error
+      ? Effect.flatMap(decodeFault(frame.payload), (fault) => new AgentRefusal({ fault }))
+      : Effect.succeed(frame)
+  })
+  return next
+})
+
+const toStream = (contents: Stream.Stream<Uint8Array> | Uint8Array | string): Stream.Stream<Uint8Array> =>
+  typeof contents === "string"
+    ? Stream.make(Buffer.from(contents))
+    : contents instanceof Uint8Array
+      ? Stream.make(contents)
+      : contents
+
+/** Pieces no larger than a frame may be. */
+const pieces = (bytes: Uint8Array): ReadonlyArray<Uint8Array> => {
+  if (bytes.length <= maxPayload) return bytes.length === 0 ? [] : [bytes]
+  const parts: Array<Uint8Array> = []
+  for (let at = 0; at < bytes.length; at += maxPayload) parts.push(bytes.subarray(at, at + maxPayload))
+  return parts
+}
+
+const parseJson = (payload: Uint8Array): Effect.Effect<unknown, ExecError> =>
+  Effect.try({
+    try: () => JSON.parse(Buffer.from(payload).toString()),
+    catch: (cause) => protocolError("the agent sent broken JSON", cause)
+  })
+
+const decodeWith =
+  <A, I>(schema: Schema.Schema<A, I>) =>
+  (payload: Uint8Array) =>
+    Effect.flatMap(parseJson(payload), (json) =>
+      Effect.mapError(Schema.decodeUnknown(schema)(json), (cause) =>
+        protocolError("the agent sent something else than the protocol says", cause)
+      )
+    )
+const decodeFault = decodeWith(AgentFault)
+const decodeStarted = decodeWith(AgentStarted)
+const decodeExit = Schema.decodeUnknown(ExitStatus)
+const decodeStat = Schema.decodeUnknown(FileStat)
+const decodeStats = Schema.decodeUnknown(GuestStats)
+
+const toOutput = (frame: Frame): Option.Option<CommandOutput> =>
+  frame.type === FrameType.stdout
+    ? Option.some({ channel: "stdout", bytes: frame.payload })
+    : frame.type === FrameType.stderr
+      ? Option.some({ channel: "stderr", bytes: frame.payload })
+      : Option.none()
+
+const toData = (frame: Frame): Option.Option<Uint8Array> =>
+  frame.type === FrameType.data ? Option.some(frame.payload) : Option.none()
+
+const unavailable = (cause: unknown) =>
+  new ExecError({
+    code: "EXEC_AGENT_UNAVAILABLE",
+    message: "the guest agent cannot be reached",
+    hint: "the VM may have ended: `machinen ls` shows what is running",
+    cause
+  })
+
+const lostConnection = (cause: unknown) =>
+  new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "the connection to the guest broke", cause })
+
+const protocolError = (message: string, cause?: unknown) => new ExecError({ code: "EXEC_PROTOCOL", message, cause })
+
+const maxString = 128 * 1024
+
+/** What execve(2) would refuse for certain is refused here, before anything is sent: NUL, MAX_ARG_STRLEN, MAX_ARG_STRINGS × stack limit. */
+const checkCommand = ({ argv, cwd, env }: CommandSpec): ExecError | undefined => {
+  const strings = [...argv, ...Object.entries(env ?? {}).map(([key, value]) => `${key}=${value}`)]
+  if ([...strings, cwd ?? ""].some((s) => s.includes("\0"))) {
+    return new ExecError({
+      code: "EXEC_ARGUMENT_INVALID",
+      message: "an argument, environment variable or directory holds a NUL byte",
+      hint: "no Linux process can be given one; pass such bytes on stdin or in a file"
+    })
+  }
+  if (Object.keys(env ?? {}).some((key) => key === "" || key.includes("="))) {
+    return new ExecError({
+      code: "EXEC_ARGUMENT_INVALID",
+      message: "an environment variable's name is empty or holds `=`"
+    })
+  }
+  const sizes = strings.map((s) => Buffer.byteLength(s) + 1)
+  const total = sizes.reduce((sum, size) => sum + size, 0)
+  if (sizes.some((size) => size > maxString) || total > 2 * 1024 * 1024) {
+    return new ExecError({
+      code: "EXEC_ARGUMENTS_TOO_LARGE",
+      message: `arguments and environment are too large (${total} bytes): Linux takes 128 KiB in one string and 2 MiB in all`,
+      hint: "pass large data on stdin or in a file"
+    })
+  }
+  return undefined
+}
+
+const toExecError = (error: ExecError | AgentRefusal): ExecError => {
+  if (error._tag === "ExecError") return error
+  const { code, errno, message } = error.fault
+  const cause = errno === undefined ? undefined : new Error(errno)
+  switch (code) {
+    case "AGENT_NOT_FOUND":
+      return new ExecError({
+        code: "EXEC_COMMAND_NOT_FOUND",
+        message,
+        hint: "is it installed in the image, and on its PATH?",
+        cause
+      })
+    case "AGENT_NOT_EXECUTABLE":
+      return new ExecError({ code: "EXEC_NOT_EXECUTABLE", message, hint: "check its mode and its format", cause })
+    case "AGENT_CWD_INVALID":
+      return new ExecError({ code: "EXEC_CWD_INVALID", message, hint: "create the directory first", cause })
+    case "AGENT_ARGUMENTS_TOO_LARGE":
+      return new ExecError({
+        code: "EXEC_ARGUMENTS_TOO_LARGE",
+        message,
+        hint: "pass large data on stdin or in a file",
+        cause
+      })
+    case "AGENT_BAD_REQUEST":
+      return new ExecError({ code: "EXEC_ARGUMENT_INVALID", message, cause })
+    default:
+      return new ExecError({ code: "EXEC_FAILED", message, cause })
+  }
+}
+
+const toFilesError =
+  (guestPath: string) =>
+  (error: unknown): FilesError => {
+    if (error instanceof FilesError) return error
+    if (error instanceof AgentRefusal) {
+      const { code, errno, message } = error.fault
+      const cause = errno === undefined ? undefined : new Error(errno)
+      switch (code) {
+        case "AGENT_NOT_FOUND":
+          return new FilesError({ code: "FILES_NOT_FOUND", message, cause })
+        case "AGENT_NO_SPACE":
+          return new FilesError({
+            code: "FILES_NO_SPACE",
+            message,
+            hint: "boot with a larger root disk (`--disk`, rootDiskSizeBytes)",
+            cause
+          })
+        case "AGENT_BAD_REQUEST":
+          return new FilesError({ code: "FILES_PATH_INVALID", message, cause })
+        default:
+          return new FilesError({ code: "FILES_GUEST_IO", message, cause })
+      }
+    }
+    return new FilesError({
+      code: "FILES_AGENT_UNAVAILABLE",
+      message: `the guest agent cannot be reached for ${guestPath}`,
+      hint: "the VM may have ended: `machinen ls` shows what is running",
+      cause: error
+    })
+  }
+
+const hostIo = (hostPath: string) => (cause: unknown) =>
+  cause instanceof FilesError
+    ? cause
+    : new FilesError({
+        code: "FILES_HOST_IO",
+        message: `${hostPath} cannot be read or written: ${cause instanceof Error ? cause.message : String(cause)}`,
+        cause
+      })
+
+/** Shell-style patterns against the path from the copied directory or any single name in it, as tar's --exclude does. */
+const excluder = (patterns: ReadonlyArray<string>): ((relative: string) => boolean) => {
+  if (patterns.length === 0) return () => false
+  const matches = picomatch([...patterns], { dot: true })
+  return (relative) => matches(relative) || matches(path.posix.basename(relative))
+}

@@ -1,0 +1,187 @@
+import { Schema } from "effect"
+
+/**
+ * Frames between host and guest agent (docs/protocol.md §3): u8 type, u32 big-endian length, payload. This file is the TypeScript
+ * side of `guest/src/frame.rs`; `test/golden/agent-frames.json` holds both to the same bytes.
+ */
+export const FrameType = {
+  request: 1,
+  data: 2,
+  eof: 3,
+  signal: 4,
+  resize: 5,
+  started: 16,
+  stdout: 17,
+  stderr: 18,
+  end: 19,
+  error: 20
+} as const
+export type FrameType = (typeof FrameType)[keyof typeof FrameType]
+
+const frameTypes: ReadonlySet<number> = new Set(Object.values(FrameType))
+/** Types whose payload is one JSON document, delivered whole; the others are byte streams, delivered as they arrive. */
+const wholeTypes: ReadonlySet<number> = new Set([FrameType.request, FrameType.started, FrameType.end, FrameType.error])
+
+export const maxPayload = 1024 * 1024
+export const maxRequest = 4 * 1024 * 1024
+const headerSize = 5
+
+/** One frame, or a part of one: byte streams are passed on in the pieces they arrive in. */
+export interface Frame {
+  readonly type: FrameType
+  readonly payload: Uint8Array
+}
+
+/** A header alone; the payload follows it on the wire and need not be copied into the same buffer. */
+export const encodeHeader = (type: FrameType, length: number): Buffer => {
+  const header = Buffer.allocUnsafe(headerSize)
+  header.writeUInt8(type, 0)
+  header.writeUInt32BE(length, 1)
+  return header
+}
+
+export const encodeFrame = (type: FrameType, payload: Uint8Array): Buffer =>
+  Buffer.concat([encodeHeader(type, payload.length), payload])
+
+export const encodeJson = (type: FrameType, value: unknown): Buffer =>
+  encodeFrame(type, Buffer.from(JSON.stringify(value)))
+
+/** The peer broke the framing; nothing after this can be trusted. */
+export class FrameViolation extends Schema.TaggedError<FrameViolation>()("FrameViolation", {
+  message: Schema.String
+}) {}
+
+/** Incremental decoder; give it every byte in order. It keeps at most one incomplete JSON payload. */
+export class FrameDecoder {
+  #header = Buffer.alloc(headerSize)
+  #headerFill = 0
+  #type: FrameType = FrameType.eof
+  #left = 0
+  #whole: Array<Uint8Array> | undefined
+
+  /** True between frames: a stream that ends here ended cleanly. */
+  get atBoundary(): boolean {
+    return this.#headerFill === 0
+  }
+
+  /** @throws FrameViolation */
+  push(chunk: Uint8Array): ReadonlyArray<Frame> {
+    const frames: Array<Frame> = []
+    let at = 0
+    while (at < chunk.length || (this.#headerFill === headerSize && this.#left === 0)) {
+      if (this.#headerFill < headerSize) {
+        const n = Math.min(headerSize - this.#headerFill, chunk.length - at)
+        this.#header.set(chunk.subarray(at, at + n), this.#headerFill)
+        this.#headerFill += n
+        at += n
+        if (this.#headerFill === headerSize) this.#begin()
+        continue
+      }
+      const n = Math.min(this.#left, chunk.length - at)
+      const piece = chunk.subarray(at, at + n)
+      at += n
+      this.#left -= n
+      if (this.#whole !== undefined) {
+        // copied: the chunk may be a view of a pool the socket reuses
+        if (n > 0) this.#whole.push(Buffer.from(piece))
+        if (this.#left === 0) frames.push({ type: this.#type, payload: Buffer.concat(this.#whole) })
+      } else if (n > 0 || this.#type === FrameType.eof) {
+        frames.push({ type: this.#type, payload: piece })
+      }
+      if (this.#left === 0) {
+        this.#headerFill = 0
+        this.#whole = undefined
+      }
+    }
+    return frames
+  }
+
+  #begin() {
+    const type = this.#header.readUInt8(0)
+    const length = this.#header.readUInt32BE(1)
+    if (!isFrameType(type)) throw new FrameViolation({ message: `unknown frame type ${type}` })
+    const limit = type === FrameType.request ? maxRequest : maxPayload
+    if (length > limit) throw new FrameViolation({ message: `frame of ${length} bytes; the limit is ${limit}` })
+    if (type === FrameType.eof && length > 0) throw new FrameViolation({ message: "an eof frame has no payload" })
+    this.#type = type
+    this.#left = length
+    this.#whole = wholeTypes.has(type) ? [] : undefined
+  }
+}
+
+const isFrameType = (type: number): type is FrameType => frameTypes.has(type)
+
+const Environment = Schema.Record({ key: Schema.String, value: Schema.String })
+
+/** What the host may ask of the agent; the first frame of every stream. */
+export const AgentRequest = Schema.Union(
+  Schema.Struct({
+    op: Schema.Literal("exec"),
+    argv: Schema.NonEmptyArray(Schema.String),
+    env: Environment,
+    cwd: Schema.optional(Schema.String),
+    stdin: Schema.Boolean
+  }),
+  Schema.Struct({ op: Schema.Literal("main"), stdin: Schema.Boolean, detach: Schema.Boolean }),
+  Schema.Struct({
+    op: Schema.Literal("write"),
+    path: Schema.String,
+    mode: Schema.optional(Schema.Int),
+    append: Schema.Boolean,
+    recursive: Schema.Boolean
+  }),
+  Schema.Struct({
+    op: Schema.Literal("read"),
+    path: Schema.String,
+    offset: Schema.optional(Schema.Int),
+    length: Schema.optional(Schema.Int)
+  }),
+  Schema.Struct({ op: Schema.Literal("push"), path: Schema.String }),
+  Schema.Struct({ op: Schema.Literal("pull"), path: Schema.String, excludes: Schema.Array(Schema.String) }),
+  Schema.Struct({ op: Schema.Literal("stat"), path: Schema.String }),
+  Schema.Struct({ op: Schema.Literal("stats") }),
+  Schema.Struct({ op: Schema.Literal("hostname"), hostname: Schema.String }),
+  Schema.Struct({ op: Schema.Literal("poweroff") })
+)
+export type AgentRequest = typeof AgentRequest.Type
+
+export const AgentStarted = Schema.Struct({ pid: Schema.optional(Schema.Int) })
+
+/** Why the agent refused or gave up; the last frame of its stream. */
+export const AgentFault = Schema.Struct({
+  code: Schema.Literal(
+    "AGENT_BAD_REQUEST",
+    "AGENT_OP_UNKNOWN",
+    "AGENT_NOT_FOUND",
+    "AGENT_NOT_EXECUTABLE",
+    "AGENT_CWD_INVALID",
+    "AGENT_ARGUMENTS_TOO_LARGE",
+    "AGENT_NO_SPACE",
+    "AGENT_IO"
+  ),
+  message: Schema.String,
+  errno: Schema.optional(Schema.String)
+})
+export type AgentFault = typeof AgentFault.Type
+
+export class FileStat extends Schema.Class<FileStat>("FileStat")({
+  kind: Schema.Literal("file", "directory", "symlink", "other"),
+  /** Bytes. */
+  size: Schema.Number,
+  /** Permission bits. */
+  mode: Schema.Int,
+  mtimeMs: Schema.Number,
+  uid: Schema.Int,
+  gid: Schema.Int,
+  target: Schema.optional(Schema.String)
+}) {}
+
+export class GuestStats extends Schema.Class<GuestStats>("GuestStats")({
+  memory: Schema.Struct({ totalBytes: Schema.Number, availableBytes: Schema.Number }),
+  uptimeMs: Schema.Number,
+  processes: Schema.Int,
+  diskTotalBytes: Schema.Number,
+  diskFreeBytes: Schema.Number,
+  /** Processes the guest kernel ended for want of memory since boot. */
+  oomKills: Schema.Int
+}) {}

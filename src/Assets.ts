@@ -1,0 +1,250 @@
+import { createHash } from "node:crypto"
+import * as path from "node:path"
+import { type Error as PlatformErrors, FileSystem } from "@effect/platform"
+import { Context, Effect, Layer, Option, Order, Schema, Stream } from "effect"
+import { AssetError } from "./domain/errors.ts"
+import * as HostLock from "./platform/HostLock.ts"
+import { Settings } from "./Settings.ts"
+import { SourceTree } from "./SourceTree.ts"
+
+/**
+ * What set-up builds, each with the files and directories of the source tree that decide what comes out. `programs` is one asset because
+ * one cargo build makes both: the guest's init and the shim.
+ */
+const inputs = {
+  kernel: ["kernel"],
+  programs: [".cargo", "Cargo.lock", "Cargo.toml", "guest", "native"],
+  "base-micro": ["bases/ext4.sh", "bases/micro.sh"],
+  "base-debian": ["bases/debian-finish.sh", "bases/debian.packages", "bases/debian.sh", "bases/ext4.sh"]
+} as const satisfies Record<string, ReadonlyArray<string>>
+
+export type AssetName = keyof typeof inputs
+export const assetNames: ReadonlyArray<AssetName> = ["programs", "kernel", "base-micro", "base-debian"]
+
+/** Below the inputs, what does not reach the result. */
+const ignored: ReadonlySet<string> = new Set(["target", "tests", "examples", "benches"])
+
+/** `asset.json`: an asset directory without it does not exist. */
+export class AssetManifest extends Schema.Class<AssetManifest>("AssetManifest")({
+  format: Schema.Literal(1),
+  name: Schema.Literal("kernel", "programs", "base-micro", "base-debian"),
+  /** sha256 over the inputs' paths and bytes. */
+  inputs: Schema.String,
+  builtAt: Schema.String,
+  files: Schema.Record({ key: Schema.String, value: Schema.Struct({ size: Schema.Number, sha256: Schema.String }) })
+}) {}
+
+const manifestFile = "asset.json"
+const ManifestJson = Schema.parseJson(AssetManifest)
+
+/**
+ * The kernel, the guest's init, the shim and the base images: built on this machine, kept by the hash of what they are built from. A
+ * second checkout with the same inputs uses the same assets; a changed input makes another asset beside the old one, which running VMs
+ * and bundles may still need.
+ */
+export class Assets extends Context.Tag("machinen/Assets")<
+  Assets,
+  {
+    /** The guest kernel, an ELF file. */
+    readonly kernel: Effect.Effect<string, AssetError>
+    /** The guest's init and agent, a static program. */
+    readonly init: Effect.Effect<string, AssetError>
+    /** The program every VM runs under. */
+    readonly shim: Effect.Effect<string, AssetError>
+    /** A base image, read-only ext4. */
+    readonly base: (name: "micro" | "debian") => Effect.Effect<string, AssetError>
+    /** What an asset consists of, or nothing when it is not built for the present inputs. */
+    readonly find: (name: AssetName) => Effect.Effect<Option.Option<FoundAsset>, AssetError>
+    /**
+     * Has `make` fill `out` unless the asset is there. Of any number of processes that want it one builds and the others wait for it;
+     * nothing is left of a build that failed or was killed, except until the next one.
+     */
+    readonly build: <E, R>(
+      name: AssetName,
+      make: (dirs: BuildDirectories) => Effect.Effect<void, E, R>
+    ) => Effect.Effect<void, E | AssetError, R>
+  }
+>() {
+  /** For tests: with a source tree of their own. */
+  static readonly layerWithoutSource = Layer.effect(
+    Assets,
+    Effect.gen(function* () {
+      const fs = yield* FileSystem.FileSystem
+      const { assetsDir } = yield* Settings
+      const { root } = yield* SourceTree
+      const buildingDir = path.join(assetsDir, ".building")
+
+      /** Every file below a path, in an order that does not depend on the file system. */
+      const filesBelow = (
+        base: string,
+        relative: string
+      ): Effect.Effect<ReadonlyArray<string>, PlatformErrors.PlatformError> =>
+        Effect.gen(function* () {
+          const info = yield* fs.stat(path.join(base, relative))
+          if (info.type !== "Directory") return [relative]
+          const entries = yield* fs.readDirectory(path.join(base, relative))
+          const kept = entries.filter((entry) => !ignored.has(entry)).sort(Order.string)
+          const below = yield* Effect.forEach(kept, (entry) => filesBelow(base, path.join(relative, entry)), {
+            concurrency: "unbounded"
+          })
+          return below.flat()
+        })
+
+      const hashInputs = Effect.fnUntraced(function* (name: AssetName) {
+        const base = yield* root
+        return yield* Effect.gen(function* () {
+          const files = yield* Effect.forEach(inputs[name], (input) => filesBelow(base, input))
+          const contents = yield* Effect.forEach(
+            files.flat(),
+            (file) => Effect.map(fs.readFile(path.join(base, file)), (bytes) => ({ file, bytes })),
+            { concurrency: 16 }
+          )
+          const hash = createHash("sha256")
+          for (const { file, bytes } of contents) hash.update(`${file}\0${bytes.length}\0`).update(bytes)
+          return hash.digest("hex")
+        }).pipe(Effect.mapError((cause) => inputsUnreadable(name, cause)))
+      })
+
+      // Kept for the life of the process: it boots what its sources were when it first booted.
+      const hashes = new Map<AssetName, string>()
+      const inputsHash = (name: AssetName) =>
+        Effect.suspend(() => {
+          const known = hashes.get(name)
+          return known === undefined
+            ? Effect.tap(hashInputs(name), (hash) => Effect.sync(() => hashes.set(name, hash)))
+            : Effect.succeed(known)
+        })
+
+      const directory = (name: AssetName) =>
+        Effect.map(inputsHash(name), (hash) => path.join(assetsDir, `${name}-${hash.slice(0, 12)}`))
+
+      const isBuilt = (dir: string) => Effect.orElseSucceed(fs.exists(path.join(dir, manifestFile)), () => false)
+
+      const file = (name: AssetName, file: string) =>
+        Effect.flatMap(directory(name), (dir) =>
+          Effect.flatMap(isBuilt(dir), (built) =>
+            built ? Effect.succeed(path.join(dir, file)) : Effect.fail(assetMissing(name, dir))
+          )
+        )
+
+      const sha256 = Effect.fnUntraced(function* (target: string) {
+        const hash = createHash("sha256")
+        yield* Stream.runForEach(fs.stream(target, { chunkSize: 1024 * 1024 }), (chunk) =>
+          Effect.sync(() => void hash.update(chunk))
+        )
+        return hash.digest("hex")
+      })
+
+      const sync = (target: string) =>
+        Effect.scoped(Effect.flatMap(fs.open(target, { flag: "r" }), (handle) => handle.sync))
+
+      /** Makes the finished directory an asset: everything on disk, then the manifest, then the name. */
+      const publish = Effect.fnUntraced(function* (name: AssetName, hash: string, out: string, dir: string) {
+        const names = (yield* fs.readDirectory(out)).sort(Order.string)
+        const files = yield* Effect.forEach(names, (entry) =>
+          Effect.gen(function* () {
+            const target = path.join(out, entry)
+            yield* sync(target)
+            const { size } = yield* fs.stat(target)
+            return [entry, { size: Number(size), sha256: yield* sha256(target) }] as const
+          })
+        )
+        const manifest = new AssetManifest({
+          format: 1,
+          name,
+          inputs: hash,
+          builtAt: new Date().toISOString(),
+          files: Object.fromEntries(files)
+        })
+        const manifestPath = path.join(out, manifestFile)
+        yield* fs.writeFileString(manifestPath, Schema.encodeSync(ManifestJson)(manifest))
+        yield* sync(manifestPath)
+        yield* fs.remove(dir, { recursive: true, force: true })
+        yield* fs.rename(out, dir)
+      })
+
+      /** Only ever called under the asset's lock: whatever carries its name there is of a build that died. */
+      const removeLeftovers = Effect.fnUntraced(function* (name: AssetName) {
+        const entries = yield* fs.readDirectory(buildingDir)
+        const left = entries.filter((entry) => entry.startsWith(`${name}-`))
+        yield* Effect.forEach(left, (entry) =>
+          Effect.ignore(fs.remove(path.join(buildingDir, entry), { recursive: true, force: true }))
+        )
+      })
+
+      const build = Effect.fn("Assets.build")(function* <E, R>(
+        name: AssetName,
+        make: (dirs: BuildDirectories) => Effect.Effect<void, E, R>
+      ) {
+        const hash = yield* inputsHash(name)
+        const dir = yield* directory(name)
+        const writing = Effect.mapError((cause: PlatformErrors.PlatformError) => storeUnwritable(assetsDir, cause))
+        yield* HostLock.withLock(`asset:${assetsDir}:${name}`)(
+          Effect.gen(function* () {
+            if (yield* isBuilt(dir)) return
+            yield* writing(fs.makeDirectory(buildingDir, { recursive: true }))
+            yield* writing(removeLeftovers(name))
+            const staging = yield* writing(fs.makeTempDirectory({ directory: buildingDir, prefix: `${name}-` }))
+            yield* Effect.gen(function* () {
+              const dirs = { out: path.join(staging, "out"), work: path.join(staging, "work") }
+              yield* writing(Effect.zipRight(fs.makeDirectory(dirs.out), fs.makeDirectory(dirs.work)))
+              yield* make(dirs)
+              yield* writing(publish(name, hash, dirs.out, dir))
+            }).pipe(Effect.ensuring(Effect.ignore(fs.remove(staging, { recursive: true, force: true }))))
+          })
+        )
+      })
+
+      return Assets.of({
+        kernel: file("kernel", "vmlinux"),
+        init: file("programs", "init"),
+        shim: file("programs", "machinen-shim"),
+        base: (name) => file(`base-${name}`, "base.ext4"),
+        find: Effect.fn("Assets.find")(function* (name) {
+          const dir = yield* directory(name)
+          const text = yield* Effect.option(fs.readFileString(path.join(dir, manifestFile)))
+          const manifest = Option.flatMap(text, Schema.decodeOption(ManifestJson))
+          return Option.map(manifest, (manifest) => ({ dir, manifest }))
+        }),
+        build
+      })
+    })
+  )
+
+  static readonly layer = Assets.layerWithoutSource.pipe(Layer.provide(SourceTree.layer))
+}
+
+/** An asset that is built: where it lies and what its manifest says. */
+export interface FoundAsset {
+  readonly dir: string
+  readonly manifest: AssetManifest
+}
+
+/** `out` becomes the asset, `work` is thrown away. */
+export interface BuildDirectories {
+  readonly out: string
+  readonly work: string
+}
+
+const assetMissing = (name: AssetName, dir: string) =>
+  new AssetError({
+    code: "ASSET_MISSING",
+    message: `the asset "${name}" is not built (${dir})`,
+    hint: "run `machinen install` (in a checkout: `npm run setup`)"
+  })
+
+const inputsUnreadable = (name: AssetName, cause: Error) =>
+  new AssetError({
+    code: "ASSET_SOURCE_MISSING",
+    message: `the sources of the asset "${name}" cannot be read: ${cause.message}`,
+    hint: "is the checkout or the installed package complete?",
+    cause
+  })
+
+const storeUnwritable = (assetsDir: string, cause: Error) =>
+  new AssetError({
+    code: "ASSET_BUILD_FAILED",
+    message: `the asset store cannot be written: ${cause.message}`,
+    hint: `check the owner, the permissions and the free space of ${assetsDir}, or set MACHINEN_ASSETS_STORE`,
+    cause
+  })

@@ -1,0 +1,78 @@
+import * as os from "node:os"
+import * as path from "node:path"
+import { Config, Context, Duration, Effect, Layer, Option } from "effect"
+
+const home = path.join(os.homedir(), ".machinen")
+
+const raw = Config.nested(
+  Config.all({
+    home: Config.string("HOME").pipe(Config.withDefault(home)),
+    cacheDir: Config.string("CACHE_DIR").pipe(Config.withDefault(path.join(os.homedir(), ".cache", "machinen"))),
+    assetsDir: Config.option(Config.string("ASSETS_STORE")),
+    registryDir: Config.option(Config.string("REGISTRY_DIR")),
+    backend: Config.literal("auto", "qemu")("BACKEND").pipe(Config.withDefault("auto")),
+    accel: Config.literal("auto", "kvm", "tcg")("ACCEL").pipe(Config.withDefault("auto")),
+    vmm: Config.option(Config.string("VMM")),
+    mke2fs: Config.option(Config.string("MKE2FS")),
+    bootTimeout: Config.duration("BOOT_TIMEOUT").pipe(Config.withDefault(Duration.seconds(60))),
+    stopGrace: Config.duration("STOP_GRACE").pipe(Config.withDefault(Duration.seconds(5)))
+  }),
+  "MACHINEN"
+)
+
+export interface SettingsValues {
+  /** All state of this user's VMs and assets. */
+  readonly home: string
+  /** Things that can be built again: root images, mount disks, probes. */
+  readonly cacheDir: string
+  /** Kernel, guest binary, shim and base images, by content (src/Assets.ts). */
+  readonly assetsDir: string
+  /** One directory for each VM. */
+  readonly vmsDir: string
+  /** One pin for each name in use. */
+  readonly namesDir: string
+  readonly backend: "auto" | "qemu"
+  readonly accel: "auto" | "kvm" | "tcg"
+  /** The VMM binary to use instead of the one on PATH. */
+  readonly vmm: Option.Option<string>
+  readonly mke2fs: Option.Option<string>
+  /** From the VMM's start to the agent's doorbell. */
+  readonly bootTimeout: Duration.Duration
+  /** From the request to power off to SIGKILL. */
+  readonly stopGrace: Duration.Duration
+}
+
+const derive = (c: Config.Config.Success<typeof raw>): SettingsValues => {
+  const registryDir = Option.getOrElse(c.registryDir, () => c.home)
+  return {
+    ...c,
+    assetsDir: Option.getOrElse(c.assetsDir, () => path.join(c.home, "assets")),
+    vmsDir: path.join(registryDir, "vms"),
+    namesDir: path.join(registryDir, "names")
+  }
+}
+
+/**
+ * Host-wide settings, read once: MACHINEN_HOME, MACHINEN_CACHE_DIR, MACHINEN_ASSETS_STORE, MACHINEN_REGISTRY_DIR, MACHINEN_BACKEND,
+ * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_BOOT_TIMEOUT and MACHINEN_STOP_GRACE (as "5 seconds").
+ */
+export class Settings extends Context.Tag("machinen/Settings")<Settings, SettingsValues>() {
+  static readonly layer = Layer.effect(Settings, Effect.map(raw, derive))
+
+  /** For tests: everything below `dir`. */
+  static readonly layerTest = (dir: string, overrides?: Partial<SettingsValues>) =>
+    Layer.succeed(Settings, {
+      home: dir,
+      cacheDir: path.join(dir, "cache"),
+      assetsDir: path.join(dir, "assets"),
+      vmsDir: path.join(dir, "vms"),
+      namesDir: path.join(dir, "names"),
+      backend: "auto",
+      accel: "auto",
+      vmm: Option.none(),
+      mke2fs: Option.none(),
+      bootTimeout: Duration.seconds(60),
+      stopGrace: Duration.seconds(5),
+      ...overrides
+    })
+}

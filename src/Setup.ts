@@ -1,0 +1,256 @@
+import * as path from "node:path"
+import { CommandExecutor, FileSystem } from "@effect/platform"
+import { Context, Duration, Effect, Either, Layer, Option } from "effect"
+import { type AssetName, Assets, assetNames, type BuildDirectories } from "./Assets.ts"
+import { AssetError } from "./domain/errors.ts"
+import { isAtLeast, minimumNode, minimumRust, packages, versionIn } from "./domain/hostRequirements.ts"
+import * as command from "./platform/command.ts"
+import * as longCommand from "./platform/longCommand.ts"
+import { Settings } from "./Settings.ts"
+import { SourceTree } from "./SourceTree.ts"
+
+export type StepId = "toolchain" | "packages" | AssetName
+
+/** What a running set-up has to tell. Steps run at the same time where they may, so every event names its step. */
+export type Progress =
+  | { readonly _tag: "Skipped"; readonly step: StepId; readonly title: string }
+  | { readonly _tag: "Started"; readonly step: StepId; readonly title: string }
+  | { readonly _tag: "Line"; readonly step: StepId; readonly line: string }
+  | { readonly _tag: "Done"; readonly step: StepId; readonly title: string; readonly elapsed: Duration.Duration }
+  | { readonly _tag: "Failed"; readonly step: StepId; readonly title: string; readonly error: AssetError }
+
+/** One thing this host must have. `run` is called when `check` says it does not. */
+interface Step {
+  readonly id: StepId
+  readonly title: string
+  readonly check: Effect.Effect<boolean, AssetError>
+  readonly run: (onLine: (line: string) => Effect.Effect<void>) => Effect.Effect<void, AssetError>
+}
+
+/** Who runs the set-up, on what. */
+export interface SetupHost {
+  readonly uid: number
+  readonly nodeVersion: string
+}
+
+const titles: Record<AssetName, string> = {
+  programs: "guest init and shim (cargo)",
+  kernel: "guest kernel",
+  "base-micro": "base image micro",
+  "base-debian": "base image debian"
+}
+
+/**
+ * Makes this host ready to boot VMs: packages, then the assets. What is there is left alone, so it may be run at any time, and after a
+ * failure goes on where it stopped.
+ */
+export class Setup extends Context.Tag("machinen/Setup")<
+  Setup,
+  {
+    /** Fails with the first step that failed, after every step that could still succeed has. */
+    readonly run: (onProgress: (event: Progress) => Effect.Effect<void>) => Effect.Effect<void, AssetError>
+  }
+>() {
+  static readonly layerFor = (host: SetupHost) =>
+    Layer.effect(
+      Setup,
+      Effect.gen(function* () {
+        const fs = yield* FileSystem.FileSystem
+        const executor = yield* CommandExecutor.CommandExecutor
+        const settings = yield* Settings
+        const assets = yield* Assets
+        const { root } = yield* SourceTree
+
+        const quick = (argv: readonly [string, ...ReadonlyArray<string>]) =>
+          command
+            .run(argv, { LC_ALL: "C" })
+            .pipe(Effect.provideService(CommandExecutor.CommandExecutor, executor), Effect.option)
+
+        /** Runs a tool of a step; `what` completes "cannot ...". */
+        const long = (
+          what: string,
+          argv: readonly [string, ...ReadonlyArray<string>],
+          options: Parameters<typeof longCommand.run>[1]
+        ) =>
+          longCommand.run(argv, options).pipe(
+            Effect.provideService(CommandExecutor.CommandExecutor, executor),
+            Effect.mapError((cause) => buildFailed(what, cause)),
+            Effect.filterOrFail(
+              ({ code }) => code === 0,
+              ({ code, tail }) =>
+                buildFailed(what, new Error([`${argv[0]} ended with code ${code}`, ...tail.slice(-15)].join("\n    ")))
+            ),
+            Effect.asVoid
+          )
+
+        const isBuilt = (name: AssetName) => Effect.map(assets.find(name), Option.isSome)
+
+        const cargo = Effect.map(quick(["cargo", "--version"]), (found) =>
+          found.pipe(
+            Option.filter(({ code }) => code === 0),
+            Option.flatMap(({ stdout }) => versionIn(stdout))
+          )
+        )
+        const hasCargo = Effect.map(
+          cargo,
+          Option.exists((version) => isAtLeast(version, minimumRust))
+        )
+        const hasNode = isAtLeast(host.nodeVersion, minimumNode)
+
+        // Found out first: it fails within a second what would otherwise fail in the middle of minutes.
+        const toolchain: Step = {
+          id: "toolchain",
+          title: "Node and Rust",
+          check: hasNode
+            ? Effect.if(isBuilt("programs"), { onTrue: () => Effect.succeed(true), onFalse: () => hasCargo })
+            : Effect.succeed(false),
+          run: () =>
+            hasNode
+              ? Effect.flatMap(cargo, (found) => Effect.fail(cargoUnusable(found)))
+              : Effect.fail(nodeTooOld(host.nodeVersion))
+        }
+
+        const missingPackages = Effect.gen(function* () {
+          const format = "${Package} ${db:Status-Abbrev}\n"
+          const answer = yield* quick(["dpkg-query", "--show", "--showformat", format, ...packages])
+          // Its exit code only says that some package is unknown.
+          if (Option.isNone(answer)) return yield* notDebian
+          const installed = new Set(
+            answer.value.stdout.split("\n").flatMap((line) => {
+              const [name, status] = line.split(" ")
+              return name !== undefined && status === "ii" ? [name] : []
+            })
+          )
+          return packages.filter((name) => !installed.has(name))
+        })
+
+        const packagesStep: Step = {
+          id: "packages",
+          title: "Debian packages",
+          check: Effect.map(missingPackages, (missing) => missing.length === 0),
+          run: (onLine) =>
+            Effect.gen(function* () {
+              const missing = yield* missingPackages
+              if (host.uid !== 0) return yield* notRoot(missing)
+              const options = { onLine, env: { DEBIAN_FRONTEND: "noninteractive", LC_ALL: "C" } }
+              yield* long("update the package lists", ["apt-get", "update"], options)
+              yield* long("install packages", [...aptInstall, ...missing], options)
+            })
+        }
+
+        const script =
+          (name: string) =>
+          ({ out, work }: BuildDirectories, onLine: (line: string) => Effect.Effect<void>) =>
+            Effect.flatMap(root, (dir) => long(`run ${name}`, ["bash", path.join(dir, name), out, work], { onLine }))
+
+        /** Compiled in the cache, where a changed line does not mean compiling every dependency again. */
+        const programs = ({ out }: BuildDirectories, onLine: (line: string) => Effect.Effect<void>) =>
+          Effect.gen(function* () {
+            const target = path.join(settings.cacheDir, "cargo-target")
+            const what = "compile the guest init and the shim"
+            yield* long(
+              what,
+              ["cargo", "build", "--release", "--locked", "--package", "machinen-guest", "--package", "machinen-shim"],
+              {
+                onLine,
+                cwd: yield* root,
+                env: { CARGO_TARGET_DIR: target, CARGO_TERM_COLOR: "never", CARGO_TERM_PROGRESS_WHEN: "never" }
+              }
+            )
+            const built = path.join(target, "x86_64-unknown-linux-gnu", "release")
+            yield* Effect.forEach(
+              [
+                ["machinen-guest", "init"],
+                ["machinen-shim", "machinen-shim"]
+              ] as const,
+              ([from, to]) =>
+                Effect.zipRight(
+                  fs.copyFile(path.join(built, from), path.join(out, to)),
+                  fs.chmod(path.join(out, to), 0o755)
+                )
+            ).pipe(Effect.mapError((cause) => buildFailed(what, cause)))
+          })
+
+        const make: Record<AssetName, ReturnType<typeof script>> = {
+          programs,
+          kernel: script("kernel/build.sh"),
+          "base-micro": script("bases/micro.sh"),
+          "base-debian": script("bases/debian.sh")
+        }
+
+        const assetStep = (name: AssetName): Step => ({
+          id: name,
+          title: titles[name],
+          check: isBuilt(name),
+          run: (onLine) => assets.build(name, (dirs) => make[name](dirs, onLine))
+        })
+
+        return Setup.of({
+          run: Effect.fn("Setup.run")(function* (onProgress) {
+            const perform = ({ id: step, title, check, run }: Step) =>
+              Effect.gen(function* () {
+                if (yield* check) return yield* onProgress({ _tag: "Skipped", step, title })
+                yield* onProgress({ _tag: "Started", step, title })
+                const [elapsed] = yield* Effect.timed(run((line) => onProgress({ _tag: "Line", step, line })))
+                yield* onProgress({ _tag: "Done", step, title, elapsed })
+              }).pipe(Effect.tapError((error) => onProgress({ _tag: "Failed", step, title, error })))
+
+            yield* perform(toolchain)
+            yield* perform(packagesStep)
+            // Together: a base is one thread and a download, the kernel takes what is left. A mirror that is down must not cost the kernel.
+            const ended = yield* Effect.forEach(assetNames, (name) => Effect.either(perform(assetStep(name))), {
+              concurrency: "unbounded"
+            })
+            const failed = ended.find(Either.isLeft)
+            if (failed !== undefined) return yield* failed.left
+          })
+        })
+      })
+    )
+
+  static readonly layer = Effect.sync(
+    (): SetupHost => ({ uid: process.getuid?.() ?? -1, nodeVersion: process.versions.node })
+  ).pipe(Effect.map(Setup.layerFor), Layer.unwrapEffect, Layer.provide(SourceTree.layer))
+}
+
+const aptInstall = ["apt-get", "install", "--yes", "--no-install-recommends"] as const
+
+const buildFailed = (what: string, cause: Error) =>
+  new AssetError({
+    code: "ASSET_BUILD_FAILED",
+    message: `cannot ${what}`,
+    hint: "the lines above say why; what was finished is kept, run it again to go on",
+    cause
+  })
+
+const notRoot = (missing: ReadonlyArray<string>) =>
+  new AssetError({
+    code: "SETUP_NOT_ROOT",
+    message: `${missing.length} Debian packages are missing and only root can install them`,
+    hint: `sudo apt-get update && sudo ${aptInstall.join(" ")} ${missing.join(" ")}`
+  })
+
+const notDebian = new AssetError({
+  code: "SETUP_TOOL_MISSING",
+  message: "dpkg-query cannot be run: this host does not look like Debian",
+  hint: "set-up builds from Debian 12 packages; run it on Debian 12 or in a container of it"
+})
+
+const nodeTooOld = (version: string) =>
+  new AssetError({
+    code: "SETUP_TOOL_MISSING",
+    message: `Node ${version} is too old: ${minimumNode} or newer is needed`,
+    hint: "install Node 20 or newer from nodejs.org or deb.nodesource.com"
+  })
+
+const cargoUnusable = (found: Option.Option<string>) =>
+  new AssetError({
+    code: "SETUP_TOOL_MISSING",
+    message: Option.match(found, {
+      onNone: () => "cargo is not on PATH or does not run",
+      onSome: (version) => `Rust ${version} is too old: ${minimumRust} or newer is needed`
+    }),
+    hint: Option.isNone(found)
+      ? "install Rust from https://rustup.rs, then open a new shell (Debian's own cargo is too old)"
+      : "rustup update stable"
+  })

@@ -1,0 +1,206 @@
+import { Context, Deferred, Effect, Layer, Option, Ref, Schema, type Scope, Stream } from "effect"
+import { BootError, RegistryError } from "./domain/errors.ts"
+import type { ProcessIdentity } from "./domain/ProcessIdentity.ts"
+import { ExitRecord, ShimEvent, ShimPlan } from "./domain/ShimPlan.ts"
+import type { VmEntry } from "./domain/VmEntry.ts"
+import * as OwnedProcess from "./platform/OwnedProcess.ts"
+import * as UnixSocket from "./platform/UnixSocket.ts"
+
+export type LogSource = "console" | "output"
+
+export interface LogOptions {
+  /** Go on until the VM ends. */
+  readonly follow?: boolean
+  /** Begin this many bytes before the end instead of at the beginning. */
+  readonly tailBytes?: number
+}
+
+/** A VM's supervisor, seen from its starter or from any process that found it in the registry. */
+export interface ShimHandle {
+  readonly shim: ProcessIdentity
+  readonly vmm: ProcessIdentity
+  /** Completes when the VM is gone and nothing of it is left on the host. */
+  readonly exited: Effect.Effect<ExitRecord>
+  /** Asks the guest to power off; after the grace the VMM is killed. Completes as `exited`; a VM that is gone is what was wanted. */
+  readonly stop: (graceMs?: number) => Effect.Effect<ExitRecord>
+  readonly kill: Effect.Effect<ExitRecord>
+  /** From now on the VM outlives its starter. */
+  readonly detach: Effect.Effect<void>
+  readonly logs: (source: LogSource, options?: LogOptions) => Stream.Stream<Uint8Array, RegistryError>
+}
+
+/**
+ * Starts shims and talks to them. A shim owns everything of its VM on the host: VMM, sockets, files, registry entry (design.md D3). It
+ * does not know images, options or names; those are decided before it starts.
+ */
+export class Shim extends Context.Tag("machinen/Shim")<
+  Shim,
+  {
+    /**
+     * Starts a VM under a shim. Closing the scope ends the VM, in order, and waits until nothing is left, unless it was detached.
+     */
+    readonly start: (binary: string, plan: ShimPlan) => Effect.Effect<ShimHandle, BootError, Scope.Scope>
+    /** The shim of a running VM. */
+    readonly attach: (entry: VmEntry) => Effect.Effect<ShimHandle, RegistryError>
+  }
+>() {
+  static readonly layer = Layer.succeed(Shim, {
+    start: Effect.fn("Shim.start")(function* (binary, plan) {
+      const detached = yield* Ref.make(plan.detached)
+      const exited = yield* Deferred.make<ExitRecord>()
+      const line = yield* Effect.orDie(Schema.encode(Schema.parseJson(ShimPlan))(plan))
+
+      const started = yield* Effect.acquireRelease(
+        Effect.gen(function* () {
+          const process = yield* OwnedProcess.start([binary], { PATH: globalThis.process.env["PATH"] }).pipe(
+            Effect.mapError((cause) => shimMissing(binary, cause))
+          )
+          const first = yield* Deferred.make<ShimEvent, void>()
+          // outlives the acquire on purpose: it ends with the shim's stdout
+          yield* Effect.forkDaemon(follow(process, first, exited))
+          yield* process.writeLine(line)
+          return { process, first }
+        }),
+        ({ process }) =>
+          Effect.flatMap(Ref.get(detached), (free) =>
+            free ? process.release : Effect.zipRight(process.disown, process.ended)
+          )
+      )
+
+      const event = yield* Deferred.await(started.first).pipe(
+        Effect.mapError(
+          () => new BootError({ code: "BOOT_VMM_FAILED", message: "the shim ended before it had started the VM" })
+        )
+      )
+      if (event.event === "failed") return yield* startFailed(event, plan)
+      if (event.event === "exited") return yield* Effect.dieMessage("the shim reported an exit before a start")
+      return {
+        ...control(plan.controlPath, Deferred.await(exited)),
+        shim: event.shim,
+        vmm: event.vmm,
+        detach: request(plan.controlPath, { op: "detach" }).pipe(
+          Effect.zipRight(Ref.set(detached, true)),
+          Effect.scoped,
+          Effect.ignore
+        )
+      }
+    }),
+
+    attach: Effect.fn("Shim.attach")(function* (entry) {
+      const { shim, vmm } = entry
+      if (shim === undefined || vmm === undefined) {
+        return yield* new RegistryError({
+          code: "REGISTRY_VM_NOT_FOUND",
+          message: `VM "${entry.label}" is still being started`,
+          hint: "try again in a moment"
+        })
+      }
+      const exited = waitFor(entry.controlPath, { op: "wait" })
+      return { ...control(entry.controlPath, exited), shim, vmm, detach: Effect.void }
+    })
+  })
+}
+
+/** Reads the shim's events to the end of its stdout and settles the two things others wait for. */
+const follow = (
+  process: OwnedProcess.OwnedProcess,
+  first: Deferred.Deferred<ShimEvent, void>,
+  exited: Deferred.Deferred<ExitRecord>
+) =>
+  process.lines.pipe(
+    Stream.runForEach((line) =>
+      Effect.gen(function* () {
+        const event = yield* Schema.decodeUnknown(Schema.parseJson(ShimEvent))(line)
+        yield* Deferred.succeed(first, event)
+        if (event.event === "exited") yield* Deferred.succeed(exited, event.exit)
+      }).pipe(Effect.catchAll((error) => Effect.logWarning("unreadable event from the shim", error)))
+    ),
+    Effect.ensuring(Effect.zipRight(Deferred.fail(first, undefined), Deferred.succeed(exited, lost)))
+  )
+
+/** What is known of a VM whose shim was killed: the VMM died with it (PDEATHSIG), nobody recorded how. */
+const lost = new ExitRecord({
+  vmm: { code: null, signal: null },
+  main: null,
+  orderly: false,
+  reason: "shim-lost",
+  consoleTail: "",
+  vmmLogTail: ""
+})
+
+const shimMissing = (binary: string, cause: unknown) =>
+  new BootError({
+    code: "BOOT_VMM_MISSING",
+    message: `the shim cannot be run: ${binary}`,
+    hint: "run `machinen install` (in a checkout: `npm run setup`)",
+    cause
+  })
+
+const startFailed = (event: Extract<ShimEvent, { event: "failed" }>, plan: ShimPlan) => {
+  const [vmm] = plan.vmm.argv
+  if (event.code === "ENOSPC") {
+    return new BootError({
+      code: "BOOT_NO_SPACE",
+      message: `no space left on the host for the VM's files: ${event.message}`,
+      hint: `free some space on the disk that holds ${plan.dir}, or set MACHINEN_HOME to a larger one`
+    })
+  }
+  if (event.step === "vmm" && (event.code === "ENOENT" || event.code === "EACCES")) {
+    return new BootError({
+      code: "BOOT_VMM_MISSING",
+      message: `the VMM cannot be run: ${vmm}: ${event.message}`,
+      hint: "run `machinen doctor` to see what is missing"
+    })
+  }
+  return new BootError({ code: "BOOT_VMM_FAILED", message: `the VM could not be started (${event.step}): ${event.message}` })
+}
+
+/** The operations of the control socket (docs/protocol.md §5). */
+const control = (controlPath: string, exited: Effect.Effect<ExitRecord>) => ({
+  exited,
+  stop: (graceMs?: number) =>
+    Effect.zipRight(ask(controlPath, { op: "stop", ...(graceMs === undefined ? {} : { graceMs }) }), exited),
+  kill: Effect.zipRight(ask(controlPath, { op: "kill" }), exited),
+  logs: (source: LogSource, options: LogOptions = {}) =>
+    Stream.unwrapScoped(
+      Effect.map(request(controlPath, { op: "logs", source, follow: false, ...options }), ({ rest }) => rest)
+    ).pipe(
+      Stream.mapError(
+        (cause) => new RegistryError({ code: "REGISTRY_VM_NOT_FOUND", message: "the VM is gone, and its logs with it", cause })
+      )
+    )
+})
+
+/** Sends a request and reads its first line; `rest` is what follows. */
+const request = (controlPath: string, body: object) =>
+  Effect.gen(function* () {
+    const connection = yield* UnixSocket.connect(controlPath)
+    yield* connection.write(Buffer.from(`${JSON.stringify(body)}\n`))
+    const pull = yield* Stream.toPull(connection.bytes)
+    let head = Buffer.alloc(0)
+    while (!head.includes("\n")) {
+      head = Buffer.concat([head, ...(yield* Effect.mapError(pull, Option.getOrElse(() => gone)))])
+    }
+    const at = head.indexOf("\n")
+    const more = Stream.fromPull(Effect.succeed(pull))
+    const rest: Stream.Stream<Uint8Array, NodeJS.ErrnoException> =
+      head.length === at + 1 ? more : Stream.concat(Stream.make(head.subarray(at + 1)), more)
+    return { answer: head.subarray(0, at).toString(), rest }
+  })
+
+const gone: NodeJS.ErrnoException = Object.assign(new Error("the shim closed the connection"), { code: "ECONNRESET" })
+
+/** A request whose effect is seen elsewhere. Nobody there to take it means that the VM is gone already. */
+const ask = (controlPath: string, body: object) => Effect.ignore(Effect.scoped(request(controlPath, body)))
+
+/** A request that is answered by the VM's end. */
+const waitFor = (controlPath: string, body: object): Effect.Effect<ExitRecord> =>
+  Effect.gen(function* () {
+    const { rest } = yield* request(controlPath, body)
+    const line = yield* rest.pipe(Stream.decodeText(), Stream.splitLines, Stream.runHead)
+    const event = yield* Schema.decodeUnknown(Schema.parseJson(ShimEvent))(Option.getOrElse(line, () => ""))
+    return event.event === "exited" ? event.exit : lost
+  }).pipe(
+    Effect.scoped,
+    Effect.orElseSucceed(() => lost)
+  )

@@ -1,0 +1,55 @@
+import { Effect, Option, type Stream } from "effect"
+import type { AgentClient } from "./Agent.ts"
+import type { RegistryError } from "./domain/errors.ts"
+import type { ExitRecord } from "./domain/ShimPlan.ts"
+import type { VmEntry } from "./domain/VmEntry.ts"
+import * as processes from "./platform/processes.ts"
+import type { LogOptions, LogSource } from "./Shim.ts"
+import type { VmmControlFailed, VmmHandle } from "./Vmm.ts"
+
+/** What a VM costs (spec memory.md §1). */
+export interface MemoryStats {
+  readonly ceilingMib: number
+  /** The VMM's resident memory, or null when it is gone. */
+  readonly hostRssBytes: number | null
+}
+
+/** A running VM. Whoever booted it owns it through their scope; whoever attached to it does not. */
+export interface Vm extends AgentClient {
+  readonly entry: VmEntry
+  readonly id: string
+  readonly name: string | undefined
+  /** The VMM's pid. */
+  readonly pid: number
+  /** Completes when the VM is gone and nothing of it is left on the host. */
+  readonly wait: Effect.Effect<ExitRecord>
+  /** Powers off in order, or by force after the grace; a VM that is gone already is fine. */
+  readonly stop: (graceMs?: number) => Effect.Effect<ExitRecord>
+  readonly kill: Effect.Effect<ExitRecord>
+  /** Lets the VM outlive the scope and the process that booted it. */
+  readonly detach: Effect.Effect<void>
+  readonly pause: Effect.Effect<void, VmmControlFailed>
+  readonly resume: Effect.Effect<void, VmmControlFailed>
+  /** `console`: what the kernel and init printed. `output`: what a detached main command printed. */
+  readonly logs: (source: LogSource, options?: LogOptions) => Stream.Stream<Uint8Array, RegistryError>
+  readonly memoryStats: Effect.Effect<MemoryStats>
+}
+
+export const make = (entry: VmEntry, vmm: VmmHandle, agent: AgentClient): Vm => ({
+  ...agent,
+  entry,
+  id: entry.id,
+  name: entry.name,
+  pid: vmm.vmm.pid,
+  wait: vmm.exited,
+  stop: vmm.stop,
+  kill: vmm.kill,
+  detach: vmm.detach,
+  pause: vmm.pause,
+  resume: vmm.resume,
+  logs: vmm.logs,
+  memoryStats: Effect.map(processes.residentBytes(vmm.vmm.pid), (rss) => ({
+    ceilingMib: entry.memoryMib,
+    hostRssBytes: Option.getOrNull(rss)
+  }))
+})

@@ -1,0 +1,250 @@
+import { randomBytes } from "node:crypto"
+import * as path from "node:path"
+import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
+import { Duration, Effect, Stream } from "effect"
+import { Agent } from "./Agent.ts"
+import { Assets } from "./Assets.ts"
+import { type BootOptions, type BootPlan, validate } from "./domain/BootOptions.ts"
+import { BootError, type ExecError } from "./domain/errors.ts"
+import type { ExitRecord } from "./domain/ShimPlan.ts"
+import { type Disk, MachineSpec, VmId } from "./domain/Vm.ts"
+import { VmEntry } from "./domain/VmEntry.ts"
+import * as Initramfs from "./Initramfs.ts"
+import * as PhaseTimer from "./PhaseTimer.ts"
+import * as memory from "./platform/memory.ts"
+import * as processes from "./platform/processes.ts"
+import * as UnixSocket from "./platform/UnixSocket.ts"
+import { Registry } from "./Registry.ts"
+import { RootfsImage } from "./RootfsImage.ts"
+import { Settings } from "./Settings.ts"
+import * as Vm from "./Vm.ts"
+import { Vmm, type VmmHandle } from "./Vmm.ts"
+
+export interface Booted {
+  readonly vm: Vm.Vm
+  /** The main command's or the image's wish, still to be started by who wants its output. */
+  readonly command: BootPlan["command"]
+  /** Where the time went, milliseconds by phase. */
+  readonly phases: ReadonlyMap<string, number>
+}
+
+/**
+ * Boots a VM into the current scope; the steps are those of ARCHITECTURE.md. Closing the scope releases them last first, whether the boot
+ * finished, failed half-way or was interrupted. A detached VM is left running once it is ready.
+ */
+export const boot = Effect.fn("boot")(function* (options: BootOptions) {
+  const settings = yield* Settings
+  const registry = yield* Registry
+  const images = yield* RootfsImage
+  const assets = yield* Assets
+  const vmm = yield* Vmm
+  const agent = yield* Agent
+  const fs = yield* FileSystem.FileSystem
+  const { phase, phases } = yield* PhaseTimer.make
+
+  // 1. Check everything that can be refused. Nothing has been acquired yet.
+  const capabilities = yield* vmm.capabilities
+  const plan = yield* validate(options, {
+    memoryBytes: yield* memory.totalBytes,
+    maxVcpus: capabilities.maxVcpus
+  }).pipe(phase("validate"))
+  const id = newId()
+  const dir = path.join(settings.vmsDir, id)
+  const vsockPath = path.join(dir, "vsock.sock")
+  yield* checkSocketPath(`${vsockPath}_65535`, settings.home)
+  const controlPath = vmm.controlPath(dir)
+  const entry = new VmEntry({
+    version: 1,
+    id,
+    name: plan.name,
+    state: "booting",
+    bootId: yield* processes.bootId,
+    owner: yield* processes.self,
+    detached: plan.detached,
+    backend: capabilities.backend,
+    accel: capabilities.accel,
+    image: plan.rootDisk ?? plan.image,
+    command: plan.command,
+    memoryMib: plan.memoryMib,
+    vcpus: plan.vcpus,
+    createdAt: Date.now(),
+    vsockPath,
+    controlPath: path.join(dir, "shim.sock"),
+    ...(controlPath === undefined ? {} : { vmmControlPath: controlPath })
+  })
+
+  // 2. The VM's directory and name.
+  yield* registry.claim(entry).pipe(phase("claim"))
+
+  // 3. What the machine is made of, and a place for the guest to ring.
+  const [disks, kernel, initrd, doorbell] = yield* Effect.all(
+    [
+      rootDisks(plan, dir, images).pipe(phase("rootdisk-materialize")),
+      assets.kernel,
+      writeInitramfs(fs, assets, dir, plan, entry).pipe(phase("initramfs-pack")),
+      agent.doorbell(vsockPath)
+    ],
+    { concurrency: "unbounded" }
+  )
+
+  // 4. Shim and VMM. From here on the shim answers for everything in the directory.
+  const machine = yield* vmm
+    .launch(
+      new MachineSpec({
+        id,
+        dir,
+        kernel,
+        initrd,
+        memoryMib: plan.memoryMib,
+        vcpus: plan.vcpus,
+        disks: disks.disks,
+        memoryFile: path.join(dir, "memory")
+      }),
+      { entry, files: disks.files, graceMs: Duration.toMillis(settings.stopGrace) }
+    )
+    .pipe(phase("vmm-spawn"))
+
+  // 5. The doorbell, raced against the machine's end and the deadline.
+  yield* doorbell.pipe(
+    Effect.raceFirst(Effect.flatMap(machine.exited, (exit) => exitedEarly(exit))),
+    Effect.timeoutTo({
+      duration: settings.bootTimeout,
+      onSuccess: () => Effect.void,
+      onTimeout: () => Effect.flatMap(consoleTail(machine), notReady(settings.bootTimeout))
+    }),
+    Effect.flatten,
+    // a guest that cannot be served is not left running, detached or not
+    Effect.tapError(() => machine.kill),
+    Effect.mapError((error) => (plan.detached ? notReadyDetached(error) : error)),
+    phase("guest-ready")
+  )
+
+  const vm = Vm.make(
+    new VmEntry({ ...entry, state: "running", shim: machine.shim, vmm: machine.vmm }),
+    machine,
+    agent.client(vsockPath)
+  )
+  yield* Effect.logDebug("booted", Object.fromEntries(phases()))
+  const booted: Booted = { vm, command: plan.command, phases: phases() }
+  return booted
+}, Effect.annotateLogs({ service: "boot" }))
+
+/** The first digit is a letter: digits alone would be taken for a pid. */
+const newId = () => {
+  const hex = randomBytes(6).toString("hex")
+  return VmId.make("abcdef".charAt(Number.parseInt(hex.charAt(0), 16) % 6) + hex.slice(1))
+}
+
+const checkSocketPath = (longest: string, home: string) =>
+  Buffer.byteLength(longest) <= UnixSocket.maxPath
+    ? Effect.void
+    : new BootError({
+        code: "BOOT_STATE_DIR_UNUSABLE",
+        message: `the state directory's path is too long for unix sockets (${Buffer.byteLength(longest)} of ${UnixSocket.maxPath} bytes): ${home}`,
+        hint: "set MACHINEN_HOME to a shorter path"
+      })
+
+/** The disks of the guest's root, and what has to be copied into the VM's directory for them. */
+const rootDisks = Effect.fnUntraced(function* (plan: BootPlan, dir: string, images: RootfsImage["Type"]) {
+  if (plan.rootDisk !== undefined) {
+    const disk: Disk = { id: "root", path: yield* images.checkDisk(plan.rootDisk), readOnly: false }
+    return { disks: [disk], files: [] }
+  }
+  const [base, template] = yield* Effect.all([images.resolve(plan.image), images.upperTemplate(plan.rootDiskSizeBytes)], {
+    concurrency: 2
+  })
+  const upper = path.join(dir, "upper.img")
+  const disks: ReadonlyArray<Disk> = [
+    { id: "root", path: base, readOnly: true },
+    { id: "upper", path: upper, readOnly: false }
+  ]
+  return { disks, files: [{ from: template, to: upper }] }
+})
+
+const writeInitramfs = Effect.fnUntraced(function* (
+  fs: FileSystem.FileSystem,
+  assets: Assets["Type"],
+  dir: string,
+  plan: BootPlan,
+  entry: VmEntry
+) {
+  const initrd = path.join(dir, "initrd.cpio")
+  const init = yield* assets.init
+  const archive = Initramfs.forBoot(yield* Effect.mapError(fs.readFile(init), packFailed), {
+    config: {
+      ...(plan.command === undefined ? {} : { cmd: plan.command }),
+      env: { ...(entry.name === undefined ? {} : { MACHINEN_VM_NAME: entry.name }), ...plan.env },
+      ...(plan.cwd === undefined ? {} : { cwd: plan.cwd })
+    },
+    boot: { version: 1, id: entry.id, hostname: hostname(entry), root: plan.rootDisk === undefined ? "overlay" : "disk" }
+  })
+  yield* Effect.mapError(fs.writeFile(initrd, archive), packFailed)
+  return initrd
+})
+
+/** A valid host name (RFC 1123: letters, digits, hyphens, at most 63) made of the VM's name, else of its id (spec registry.md §7). */
+const hostname = (entry: VmEntry): string => {
+  const name = (entry.name ?? "")
+    .toLowerCase()
+    .replaceAll(/[^a-z0-9-]/g, "-")
+    .slice(0, 63)
+    .replaceAll(/^-+|-+$/g, "")
+  return name === "" ? `vm-${entry.id}` : name
+}
+
+const packFailed = (cause: PlatformErrors.PlatformError) =>
+  new BootError({
+    code: "BOOT_PACK_FAILED",
+    message: `the initramfs could not be written: ${cause.message}`,
+    hint: "check the free space of the state directory (MACHINEN_HOME)",
+    cause
+  })
+
+const consoleTail = (machine: VmmHandle) =>
+  machine.logs("console", { tailBytes: 4096 }).pipe(
+    Stream.decodeText(),
+    Stream.mkString,
+    Effect.timeout("1 second"),
+    Effect.orElseSucceed(() => "")
+  )
+
+/** The VMM ended before the guest was ready: its own fault, the guest kernel's, or our init's, told apart by what they printed. */
+const exitedEarly = (exit: ExitRecord) => {
+  const vmm = exit.vmm.signal === null ? `code ${exit.vmm.code}` : `signal ${exit.vmm.signal}`
+  const printed = exit.vmmLogTail.trim()
+  const panic = /Kernel panic[^\n]*/.exec(exit.consoleTail)?.[0]
+  const init = /machinen-init: [^\n]*/.exec(exit.consoleTail)?.[0]
+  const guest = panic ?? init
+  return guest === undefined
+    ? new BootError({
+        code: "BOOT_VMM_FAILED",
+        message: `the VMM ended (${vmm}) before the guest was ready${printed === "" ? "" : `: ${printed.split("\n").slice(-3).join("; ")}`}`,
+        hint: "`machinen doctor` tells what is missing or broken on this host",
+        ...nonEmpty(exit.consoleTail)
+      })
+    : new BootError({
+        code: "BOOT_GUEST_FAILED",
+        message: `the guest did not come up: ${guest.trim()}`,
+        hint: "is the image a root filesystem, and is there enough memory for it?",
+        ...nonEmpty(exit.consoleTail)
+      })
+}
+
+const nonEmpty = (console: string) => (console.trim() === "" ? {} : { console })
+
+const notReady = (limit: Duration.Duration) => (console: string) =>
+  new BootError({
+    code: "BOOT_READY_TIMEOUT",
+    message: `the guest did not report ready within ${Duration.format(limit)}`,
+    hint: "raise MACHINEN_BOOT_TIMEOUT on a slow or busy host; `machinen doctor` checks the host",
+    ...nonEmpty(console)
+  })
+
+const notReadyDetached = (error: BootError | ExecError) =>
+  new BootError({
+    code: "BOOT_DETACHED_READINESS_FAILED",
+    message: `the detached VM did not become ready: ${error.message}`,
+    ...(error.hint === undefined ? {} : { hint: error.hint }),
+    ...(error.console === undefined ? {} : { console: error.console }),
+    cause: error
+  })

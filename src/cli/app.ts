@@ -1,0 +1,38 @@
+import { Command } from "@effect/cli"
+import { version } from "../version.ts"
+import { boot } from "./commands/boot.ts"
+import { cp } from "./commands/cp.ts"
+import { exec } from "./commands/exec.ts"
+import { inspect } from "./commands/inspect.ts"
+import { gc, pause, resume, stop } from "./commands/lifecycle.ts"
+import { logs } from "./commands/logs.ts"
+import { ls } from "./commands/ls.ts"
+import { run } from "./commands/run.ts"
+
+/**
+ * argv in, Effect out; its requirements are services, so that a test can run it on fakes. What follows the first `--` belongs to a guest
+ * command and is kept from the option parser whole.
+ */
+export const cli = (argv: ReadonlyArray<string>) => {
+  const at = argv.indexOf("--")
+  const [head, tail] = at === -1 ? [argv, []] : [argv.slice(0, at), argv.slice(at + 1)]
+  const root = Command.make("machinen").pipe(
+    Command.withDescription("microVMs that boot in a fraction of a second, keep their state and never leak"),
+    Command.withSubcommands([
+      run(tail),
+      boot(tail),
+      exec(tail),
+      ls("ls"),
+      ls("list"),
+      ls("ps"),
+      inspect,
+      logs,
+      cp,
+      stop,
+      pause,
+      resume,
+      gc
+    ])
+  )
+  return Command.run(root, { name: "machinen", version })(head)
+}

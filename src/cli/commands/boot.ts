@@ -1,0 +1,47 @@
+import { Command, Options } from "@effect/cli"
+import { Console, Effect } from "effect"
+import { Machinen } from "../../Machinen.ts"
+import { ExitWith } from "../exit.ts"
+import { bootOptions, json, toBootOptions } from "../options.ts"
+import * as render from "../render.ts"
+import * as stdio from "../stdio.ts"
+import { commandArgs, relay } from "./run.ts"
+
+/** `machinen boot`: a VM that stays: in the foreground until it ends or ctrl-c, or by itself with --detach. */
+export const boot = (tail: ReadonlyArray<string>) =>
+  Command.make(
+    "boot",
+    {
+      ...bootOptions,
+      detach: Options.boolean("detach").pipe(
+        Options.withAlias("d"),
+        Options.withDescription("return when it is ready; it lives until it is stopped")
+      ),
+      detached: Options.boolean("detached").pipe(Options.withDescription("the same as --detach")),
+      json,
+      command: commandArgs(tail)
+    },
+    (input) =>
+      Effect.gen(function* () {
+        const detached = input.detach || input.detached
+        const options = yield* toBootOptions(input, input.command)
+        const machinen = yield* Machinen
+        const { command, phases, vm } = yield* machinen.boot({ ...options, detached })
+        if (detached) {
+          if (command !== undefined) yield* vm.startMainDetached
+          return yield* input.json
+            ? render.json({ ...render.vmJson(vm.entry), phasesMs: Object.fromEntries(phases) })
+            : Console.log(vm.name ?? vm.id)
+        }
+        yield* input.json
+          ? render.json({ ...render.vmJson(vm.entry), phasesMs: Object.fromEntries(phases) })
+          : Console.error(`${vm.name ?? vm.id} is up (pid ${vm.pid}); ctrl-c stops it`)
+        if (command === undefined) {
+          yield* vm.wait
+          return
+        }
+        const code = yield* Effect.flatMap(vm.startMain(yield* stdio.stdin), relay)
+        yield* vm.wait
+        return yield* new ExitWith({ code })
+      }).pipe(Effect.scoped)
+  ).pipe(Command.withDescription("boot a VM and keep it"))

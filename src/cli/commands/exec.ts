@@ -1,0 +1,77 @@
+import { Args, Command, Options } from "@effect/cli"
+import { Effect, Option } from "effect"
+import { ExecError, ParseError } from "../../domain/errors.ts"
+import { Machinen } from "../../Machinen.ts"
+import { ExitWith } from "../exit.ts"
+import { durationMs, environment, json } from "../options.ts"
+import * as render from "../render.ts"
+import * as stdio from "../stdio.ts"
+import { commandArgs, relay } from "./run.ts"
+
+export const vmArg = Args.text({ name: "vm" }).pipe(Args.withDescription("a VM's name, id or pid"))
+
+/** `machinen exec VM -- COMMAND`: a command in a running VM. */
+export const exec = (tail: ReadonlyArray<string>) =>
+  Command.make(
+    "exec",
+    {
+      interactive: Options.boolean("interactive").pipe(
+        Options.withAlias("i"),
+        Options.withDescription("pass stdin on to the command")
+      ),
+      env: Options.text("env").pipe(Options.withAlias("e"), Options.repeated, Options.withDescription("KEY=VALUE")),
+      workdir: Options.text("workdir").pipe(Options.withAlias("w"), Options.optional),
+      timeout: Options.text("timeout").pipe(Options.optional, Options.withDescription("kill it after this long")),
+      json,
+      vm: vmArg,
+      command: commandArgs(tail)
+    },
+    (input) =>
+      Effect.gen(function* () {
+        const [first, ...rest] = input.command
+        if (first === undefined) {
+          return yield* new ParseError({
+            code: "PARSE_ARGUMENT_MISSING",
+            message: "no command to run",
+            hint: "machinen exec VM -- uname -a"
+          })
+        }
+        const env = yield* environment(input.env)
+        const limit = yield* Effect.transposeMapOption(input.timeout, (value) => durationMs("timeout", value))
+        const machinen = yield* Machinen
+        const vm = yield* machinen.attach(input.vm)
+        const stdin = input.interactive ? yield* stdio.stdin : undefined
+        const command = {
+          argv: [first, ...rest] as const,
+          env,
+          ...(Option.isSome(input.workdir) ? { cwd: input.workdir.value } : {}),
+          ...(stdin === undefined ? {} : { stdin })
+        }
+        if (input.json) {
+          const result = yield* vm.exec(command, Option.isSome(limit) ? { timeout: limit.value } : {})
+          yield* render.json({
+            exitCode: result.exitCode,
+            signal: result.signal,
+            oomKilled: result.oomKilled,
+            stdout: Buffer.from(result.stdout).toString(),
+            stderr: Buffer.from(result.stderr).toString()
+          })
+          return yield* new ExitWith({ code: result.exitCode })
+        }
+        const running = Effect.flatMap(vm.start(command), relay)
+        const code = yield* Option.match(limit, {
+          onNone: () => running,
+          onSome: (ms) =>
+            Effect.timeoutFail(running, {
+              duration: ms,
+              onTimeout: () =>
+                new ExecError({
+                  code: "EXEC_AGENT_TIMEOUT",
+                  message: `the command was still running after ${ms / 1000} s and was killed`,
+                  hint: "raise --timeout"
+                })
+            })
+        })
+        return yield* new ExitWith({ code })
+      }).pipe(Effect.scoped)
+  ).pipe(Command.withDescription("run a command in a running VM"))

@@ -1,0 +1,23 @@
+import { Command } from "@effect/cli"
+import { Effect } from "effect"
+import { Machinen } from "../../Machinen.ts"
+import * as render from "../render.ts"
+import { json } from "../options.ts"
+import { vmArg } from "./exec.ts"
+
+/** `machinen inspect VM`: everything known of a VM, as JSON. */
+export const inspect = Command.make("inspect", { json, vm: vmArg }, (input) =>
+  Effect.gen(function* () {
+    const machinen = yield* Machinen
+    const vm = yield* machinen.attach(input.vm)
+    const memory = yield* vm.memoryStats
+    // a guest that is paused or stuck does not keep the rest from being shown
+    const guest = yield* vm.stats.pipe(Effect.timeout("2 seconds"), Effect.orElseSucceed(() => null))
+    yield* render.json({
+      ...render.vmJson(vm.entry),
+      memory,
+      guest,
+      paths: { vsock: vm.entry.vsockPath, control: vm.entry.controlPath, vmmControl: vm.entry.vmmControlPath ?? null }
+    })
+  })
+).pipe(Command.withDescription("show everything known of a VM"))

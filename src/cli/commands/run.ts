@@ -1,0 +1,80 @@
+import { Args, Command, Options } from "@effect/cli"
+import { Effect, Option, Stream } from "effect"
+import type { RunningCommand } from "../../Agent.ts"
+import { ExecError, ParseError } from "../../domain/errors.ts"
+import { Machinen } from "../../Machinen.ts"
+import { ExitWith } from "../exit.ts"
+import { bootOptions, durationMs, toBootOptions } from "../options.ts"
+import * as signals from "../signals.ts"
+import * as stdio from "../stdio.ts"
+
+/**
+ * Shows a guest command as if it ran here: its output on our channels as it comes, our signals to it, its exit code as ours. Nobody
+ * reading our stdout any more ends it, as a broken pipe would.
+ */
+export const relay = (running: RunningCommand) =>
+  Effect.gen(function* () {
+    yield* signals.intercept((signal) => Effect.runFork(running.signal(signals.signalNumber(signal))))
+    yield* Stream.runForEach(running.output, ({ bytes, channel }) => stdio.write(channel)(bytes)).pipe(
+      Effect.catchIf(
+        (e) => !(e instanceof ExecError),
+        () => new ExitWith({ code: 141 }) // 128 + SIGPIPE
+      )
+    )
+    const { code } = yield* running.exit
+    return code
+  })
+
+/** docker's convention for a command that could not be started. */
+export const startFailure = (error: ExecError): number =>
+  error.code === "EXEC_COMMAND_NOT_FOUND" ? 127 : error.code === "EXEC_NOT_EXECUTABLE" ? 126 : 125
+
+export const commandArgs = (tail: ReadonlyArray<string>) =>
+  Args.text({ name: "command" }).pipe(
+    Args.repeated,
+    Args.map((head) => [...head, ...tail]),
+    Args.withDescription("the command and its arguments, after --")
+  )
+
+/** `machinen run -- COMMAND`: a VM for one command, gone when it ends. */
+export const run = (tail: ReadonlyArray<string>) =>
+  Command.make(
+    "run",
+    {
+      ...bootOptions,
+      timeout: Options.text("timeout").pipe(
+        Options.optional,
+        Options.withDescription("end the command after this long (30s, 5m)")
+      ),
+      command: commandArgs(tail)
+    },
+    (input) =>
+      Effect.gen(function* () {
+        if (input.command.length === 0) {
+          return yield* new ParseError({
+            code: "PARSE_ARGUMENT_MISSING",
+            message: "no command to run",
+            hint: "machinen run --image debian -- python3 -c 'print(6 * 7)'"
+          })
+        }
+        const options = yield* toBootOptions(input, input.command)
+        const limit = yield* Effect.transposeMapOption(input.timeout, (value) => durationMs("timeout", value))
+        const machinen = yield* Machinen
+        const { vm } = yield* machinen.boot(options)
+        const main = Effect.flatMap(vm.startMain(yield* stdio.stdin), relay)
+        const code = yield* Option.match(limit, {
+          onNone: () => main,
+          onSome: (ms) => Effect.timeoutFail(main, { duration: ms, onTimeout: () => overTime(ms) })
+        })
+        // its end is the VM's: what is left is gone before we are
+        yield* vm.wait
+        return yield* new ExitWith({ code })
+      }).pipe(Effect.scoped)
+  ).pipe(Command.withDescription("run a command in a new VM and remove it afterwards"))
+
+const overTime = (ms: number) =>
+  new ExecError({
+    code: "EXEC_AGENT_TIMEOUT",
+    message: `the command was still running after ${ms / 1000} s and was ended`,
+    hint: "raise --timeout"
+  })

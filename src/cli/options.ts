@@ -1,0 +1,111 @@
+import { Options } from "@effect/cli"
+import { Effect, Option } from "effect"
+import type { BootOptions } from "../domain/BootOptions.ts"
+import { ParseError } from "../domain/errors.ts"
+
+export const json = Options.boolean("json").pipe(Options.withDescription("print JSON"))
+
+/** Options of every verb that boots. */
+export const bootOptions = {
+  image: Options.text("image").pipe(
+    Options.optional,
+    Options.withDescription("micro, debian (default), a rootfs tarball or an ext4 image")
+  ),
+  rootDisk: Options.text("root-disk").pipe(
+    Options.optional,
+    Options.withDescription("an ext4 image used as the whole root and written to")
+  ),
+  name: Options.text("name").pipe(Options.withAlias("n"), Options.optional, Options.withDescription("the VM's name")),
+  memory: Options.text("memory").pipe(
+    Options.withAlias("m"),
+    Options.optional,
+    Options.withDescription("MiB of memory, or auto (default 512)")
+  ),
+  vcpus: Options.text("vcpus").pipe(Options.optional, Options.withDescription("virtual CPUs (default 1)")),
+  disk: Options.text("disk").pipe(
+    Options.optional,
+    Options.withDescription("size of the writable layer: bytes, or with K, M, G (default 2G)")
+  ),
+  env: Options.text("env").pipe(
+    Options.withAlias("e"),
+    Options.repeated,
+    Options.withDescription("KEY=VALUE, or KEY to pass on the caller's; may be repeated")
+  ),
+  workdir: Options.text("workdir").pipe(
+    Options.withAlias("w"),
+    Options.optional,
+    Options.withDescription("working directory in the guest")
+  )
+}
+
+export interface BootFlags {
+  readonly image: Option.Option<string>
+  readonly rootDisk: Option.Option<string>
+  readonly name: Option.Option<string>
+  readonly memory: Option.Option<string>
+  readonly vcpus: Option.Option<string>
+  readonly disk: Option.Option<string>
+  readonly env: ReadonlyArray<string>
+  readonly workdir: Option.Option<string>
+}
+
+const malformed = (flag: string, value: string, expected: string) =>
+  new ParseError({
+    code: "PARSE_FLAG_MALFORMED",
+    message: `--${flag} ${JSON.stringify(value)} is not ${expected}`,
+    hint: "`--help` shows what the command takes"
+  })
+
+/** Numbers are read as text: the range is the boot's to judge, with its own message. */
+const number = (flag: string, value: string) =>
+  /^-?[0-9]+(e[0-9]+)?$/i.test(value) ? Effect.succeed(Number(value)) : malformed(flag, value, "a whole number")
+
+const units: Readonly<Record<string, number>> = { "": 1, k: 1024, m: 1024 ** 2, g: 1024 ** 3, t: 1024 ** 4 }
+
+const size = (flag: string, value: string) => {
+  const match = /^([0-9]+)([kmgt]?)(i?b)?$/i.exec(value)
+  return match === null
+    ? malformed(flag, value, "a size like 512M or 8G")
+    : Effect.succeed(Number(match[1]) * (units[(match[2] ?? "").toLowerCase()] ?? 1))
+}
+
+/** A time limit in seconds, or with ms, s, m, h. */
+export const durationMs = (flag: string, value: string) => {
+  const match = /^([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)?$/.exec(value)
+  const factor = { ms: 1, s: 1000, m: 60_000, h: 3_600_000 }[match?.[2] ?? "s"] ?? 1000
+  return match === null ? malformed(flag, value, "a time like 30s or 5m") : Effect.succeed(Number(match[1]) * factor)
+}
+
+export const environment = (pairs: ReadonlyArray<string>) =>
+  Effect.forEach(pairs, (pair) => {
+    const at = pair.indexOf("=")
+    if (at === 0) return malformed("env", pair, "KEY=VALUE")
+    if (at > 0) return Effect.succeed([pair.slice(0, at), pair.slice(at + 1)] as const)
+    const inherited = process.env[pair]
+    return inherited === undefined
+      ? malformed("env", pair, "KEY=VALUE, nor set in this environment")
+      : Effect.succeed([pair, inherited] as const)
+  }).pipe(Effect.map((entries) => Object.fromEntries(entries)))
+
+const memory = (value: string): Effect.Effect<number | "auto", ParseError> =>
+  value === "auto" ? Effect.succeed("auto") : number("memory", value)
+
+/** Flags as boot options; only the shape of each is judged here. */
+export const toBootOptions = Effect.fnUntraced(function* (flags: BootFlags, command: ReadonlyArray<string>) {
+  const given = yield* Effect.all({
+    image: Effect.succeed(flags.image),
+    rootDisk: Effect.succeed(flags.rootDisk),
+    name: Effect.succeed(flags.name),
+    cwd: Effect.succeed(flags.workdir),
+    memoryMib: Effect.transposeMapOption(flags.memory, memory),
+    vcpus: Effect.transposeMapOption(flags.vcpus, (value) => number("vcpus", value)),
+    rootDiskSizeBytes: Effect.transposeMapOption(flags.disk, (value) => size("disk", value))
+  })
+  const set: ReadonlyArray<[string, Option.Option<unknown>]> = Object.entries(given)
+  const options: BootOptions = {
+    ...Object.fromEntries(set.flatMap(([key, value]) => (Option.isSome(value) ? [[key, value.value]] : []))),
+    ...(command.length === 0 ? {} : { command }),
+    env: yield* environment(flags.env)
+  }
+  return options
+})

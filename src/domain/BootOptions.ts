@@ -1,0 +1,174 @@
+import * as path from "node:path"
+import { Effect, Schema } from "effect"
+import { BootError, RegistryError } from "./errors.ts"
+import { VmName } from "./Vm.ts"
+
+/** What a caller may ask of a boot. Everything has a default; nothing is acquired before all of it is checked. */
+export interface BootOptions {
+  /** `micro`, `debian`, the path of a rootfs tarball, or of an ext4 image used as a read-only base. Default `debian`. */
+  readonly image?: string
+  /** An ext4 image attached read-write as the whole root, as is; it is the caller's and stays. Excludes `image`. */
+  readonly rootDisk?: string
+  /** The main command; the VM powers off when it ends. Without one the VM idles until it is stopped. */
+  readonly command?: ReadonlyArray<string>
+  /** Environment of the main command and of every command run later. */
+  readonly env?: Readonly<Record<string, string>>
+  /** Working directory of commands in the guest; absolute. Default `/`. */
+  readonly cwd?: string
+  readonly name?: string
+  /** Ceiling of guest memory in MiB; the host gives it as the guest touches it. Default 512; `"auto"`: half of the host's, at most 16 GiB. */
+  readonly memoryMib?: number | "auto"
+  /** Default 1. */
+  readonly vcpus?: number
+  /** Size of the writable layer in bytes, a multiple of 4096. Default 2 GiB, as a hole that fills as it is written. */
+  readonly rootDiskSizeBytes?: number
+  /** The VM outlives the scope and the process that starts it. */
+  readonly detached?: boolean
+}
+
+/** Options after every check and default. */
+export interface BootPlan {
+  readonly image: string
+  readonly rootDisk: string | undefined
+  readonly command: readonly [string, ...ReadonlyArray<string>] | undefined
+  readonly env: Readonly<Record<string, string>>
+  readonly cwd: string | undefined
+  readonly name: VmName | undefined
+  readonly memoryMib: number
+  readonly vcpus: number
+  readonly rootDiskSizeBytes: number
+  readonly detached: boolean
+}
+
+export const defaultImage = "debian"
+export const defaultMemoryMib = 512
+export const defaultRootDiskBytes = 2 * 1024 ** 3
+/** Less does not reach user space with our kernel; measured, `micro` needs about 40 MiB. */
+export const minMemoryMib = 64
+
+/** Half of the host's memory, from 512 MiB to 16 GiB (spec boot.md §12). */
+export const autoMemoryMib = (hostBytes: number): number =>
+  Math.max(512, Math.min(Math.floor(hostBytes / 2 ** 20 / 2), 16384))
+
+export interface HostLimits {
+  readonly memoryBytes: number
+  readonly maxVcpus: number
+}
+
+/** Checks everything that can be known without touching the host, and fills in the defaults. First failure wins. */
+export const validate = Effect.fnUntraced(function* (options: BootOptions, host: HostLimits) {
+  const { command, cwd, env = {}, image, name, rootDisk, vcpus = 1 } = options
+
+  if (image !== undefined && rootDisk !== undefined) {
+    return yield* new BootError({
+      code: "BOOT_OPTION_INVALID",
+      message: "an image and a root disk were given",
+      hint: "give `image` for a base that stays unchanged, or `rootDisk` for a disk that is written"
+    })
+  }
+  if (command?.length === 0 || command?.[0] === "") {
+    return yield* new BootError({
+      code: "BOOT_CMD_MISSING",
+      message: "the main command is empty",
+      hint: "leave it out for a VM that idles"
+    })
+  }
+  if (cwd !== undefined && (!path.posix.isAbsolute(cwd) || cwd.includes("\0"))) {
+    return yield* new BootError({
+      code: "BOOT_CWD_INVALID",
+      message: `the working directory ${JSON.stringify(cwd)} is not an absolute path in the guest`,
+      hint: "begin it with `/`"
+    })
+  }
+  yield* validateEnv(env)
+  for (const part of command ?? []) {
+    if (part.includes("\0")) {
+      return yield* new BootError({
+        code: "BOOT_OPTION_INVALID",
+        message: "an argument of the main command holds a NUL byte",
+        hint: "no Linux process can be given one"
+      })
+    }
+  }
+  const [first, ...rest] = command ?? []
+  const plan: BootPlan = {
+    image: image ?? defaultImage,
+    rootDisk,
+    command: first === undefined ? undefined : [first, ...rest],
+    env,
+    cwd,
+    name: name === undefined ? undefined : yield* decodeName(name),
+    memoryMib: yield* validateMemory(options.memoryMib ?? defaultMemoryMib, host),
+    vcpus: yield* validateVcpus(vcpus, host),
+    rootDiskSizeBytes: yield* validateDiskSize(options.rootDiskSizeBytes ?? defaultRootDiskBytes),
+    detached: options.detached ?? false
+  }
+  return plan
+})
+
+const validateEnv = Effect.fnUntraced(function* (env: Readonly<Record<string, string>>) {
+  let total = 0
+  for (const [key, value] of Object.entries(env)) {
+    if (key === "" || key.includes("=") || `${key}${value}`.includes("\0")) {
+      return yield* new BootError({
+        code: "BOOT_ENV_INVALID",
+        message: `the environment variable ${JSON.stringify(key.slice(0, 64))} cannot be set`,
+        hint: "a name is not empty and has no `=`; neither name nor value has a NUL byte"
+      })
+    }
+    const size = Buffer.byteLength(key) + Buffer.byteLength(value) + 2
+    total += size
+    if (size > maxEnvString || total > maxEnv) {
+      return yield* new BootError({
+        code: "BOOT_ENV_INVALID",
+        message: `the environment is too large: ${total} bytes, ${size} of them in ${key.slice(0, 64)}`,
+        hint: "Linux takes 128 KiB in one variable; machinen takes 1 MiB in all, which leaves room for arguments. Put more in a file"
+      })
+    }
+  }
+})
+
+/** MAX_ARG_STRLEN of execve(2); and half of the 2 MiB that arguments and environment share under the default stack limit. */
+const maxEnvString = 128 * 1024
+const maxEnv = 1024 * 1024
+
+const decodeName = (name: string) =>
+  Effect.mapError(
+    Schema.decode(VmName)(name),
+    () =>
+      new RegistryError({
+        code: "REGISTRY_NAME_INVALID",
+        message: `${JSON.stringify(name.slice(0, 140))} cannot be a VM's name`,
+        hint: "1 to 128 letters, digits and _ . ~ - /; it starts with a letter, digit or _, is not digits only, and has no empty, `.` or `..` part"
+      })
+  )
+
+const validateMemory = (memory: number | "auto", host: HostLimits) => {
+  const hostMib = Math.floor(host.memoryBytes / 2 ** 20)
+  const mib = memory === "auto" ? autoMemoryMib(host.memoryBytes) : memory
+  return Number.isSafeInteger(mib) && mib >= minMemoryMib && mib <= hostMib
+    ? Effect.succeed(mib)
+    : new BootError({
+        code: "BOOT_MEMORY_INVALID",
+        message: `a VM cannot have ${String(memory)} MiB of memory`,
+        hint: `give a whole number of MiB from ${minMemoryMib} to ${hostMib}, what this host has`
+      })
+}
+
+const validateVcpus = (vcpus: number, host: HostLimits) =>
+  Number.isSafeInteger(vcpus) && vcpus >= 1 && vcpus <= host.maxVcpus
+    ? Effect.succeed(vcpus)
+    : new BootError({
+        code: "BOOT_VCPUS_INVALID",
+        message: `a VM cannot have ${vcpus} vCPUs`,
+        hint: `give a whole number from 1 to ${host.maxVcpus}`
+      })
+
+const validateDiskSize = (bytes: number) =>
+  Number.isSafeInteger(bytes) && bytes >= 16 * 2 ** 20 && bytes <= 16 * 2 ** 40 && bytes % 4096 === 0
+    ? Effect.succeed(bytes)
+    : new BootError({
+        code: "BOOT_DISK_SIZE_INVALID",
+        message: `a writable layer cannot have ${bytes} bytes`,
+        hint: "give a multiple of 4096 from 16 MiB to 16 TiB"
+      })

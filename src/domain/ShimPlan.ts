@@ -1,0 +1,55 @@
+import { Schema } from "effect"
+import { ProcessIdentity } from "./ProcessIdentity.ts"
+import { VmEntry } from "./VmEntry.ts"
+
+/** Everything the shim has to know, sent as one JSON line on its stdin (docs/protocol.md §5). */
+export class ShimPlan extends Schema.Class<ShimPlan>("ShimPlan")({
+  version: Schema.Literal(1),
+  id: Schema.String,
+  dir: Schema.String,
+  /** Copied sparsely before the VMM starts; extended with a hole to `size` bytes. */
+  files: Schema.Array(
+    Schema.Struct({ from: Schema.String, to: Schema.String, size: Schema.optional(Schema.Number) })
+  ),
+  vmm: Schema.Struct({
+    argv: Schema.NonEmptyArray(Schema.String),
+    env: Schema.Record({ key: Schema.String, value: Schema.String })
+  }),
+  /** The guest channel over an inherited descriptor, or null when the VMM serves `vsock.sock` itself. */
+  channel: Schema.NullOr(Schema.Struct({ fd: Schema.Int, vsockPath: Schema.String, resume: Schema.Boolean })),
+  console: Schema.Struct({ fd: Schema.Int, logPath: Schema.String, maxBytes: Schema.Int }),
+  outputLogPath: Schema.String,
+  vmmLogPath: Schema.String,
+  controlPath: Schema.String,
+  entryPath: Schema.String,
+  entry: VmEntry,
+  cleanup: Schema.Array(Schema.String),
+  detached: Schema.Boolean,
+  graceMs: Schema.Int
+}) {}
+
+/** How a VM ended. */
+export class ExitRecord extends Schema.Class<ExitRecord>("ExitRecord")({
+  vmm: Schema.Struct({ code: Schema.NullOr(Schema.Int), signal: Schema.NullOr(Schema.Int) }),
+  /** How the main command ended, when the guest lived to tell. */
+  main: Schema.NullOr(Schema.Struct({ code: Schema.Int, signal: Schema.NullOr(Schema.Int) })),
+  /** The guest announced its power-off; false for a crash or a kill. */
+  orderly: Schema.Boolean,
+  /** Who ended it. `shim-lost` is the starter's finding: the shim itself was killed. */
+  reason: Schema.Literal("guest", "stop", "kill", "owner-lost", "vmm", "shim-lost"),
+  consoleTail: Schema.String,
+  vmmLogTail: Schema.String
+}) {}
+
+/** What the shim says on its stdout, one JSON object a line. */
+export const ShimEvent = Schema.Union(
+  Schema.Struct({ event: Schema.Literal("started"), shim: ProcessIdentity, vmm: ProcessIdentity }),
+  Schema.Struct({
+    event: Schema.Literal("failed"),
+    step: Schema.Literal("plan", "files", "registry", "vmm"),
+    code: Schema.String,
+    message: Schema.String
+  }),
+  Schema.Struct({ event: Schema.Literal("exited"), exit: ExitRecord })
+)
+export type ShimEvent = typeof ShimEvent.Type

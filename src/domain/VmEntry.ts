@@ -1,0 +1,37 @@
+import { Schema } from "effect"
+import { ProcessIdentity } from "./ProcessIdentity.ts"
+import { Accelerator, VmId, VmName } from "./Vm.ts"
+
+/**
+ * The registry's record of one VM: `<vms>/<id>/entry.json`. Written by the starter when it claims the id (`booting`), from then on by
+ * the shim, which adds itself and the VMM and removes the entry when the VM is gone.
+ */
+export class VmEntry extends Schema.Class<VmEntry>("VmEntry")({
+  version: Schema.Literal(1),
+  id: VmId,
+  name: Schema.optional(VmName),
+  state: Schema.Literal("booting", "running"),
+  bootId: Schema.String,
+  /** The process that boots the VM; it answers for the entry until there is a shim. */
+  owner: ProcessIdentity,
+  shim: Schema.optional(ProcessIdentity),
+  vmm: Schema.optional(ProcessIdentity),
+  detached: Schema.Boolean,
+  backend: Schema.String,
+  accel: Accelerator,
+  image: Schema.String,
+  command: Schema.optional(Schema.Array(Schema.String)),
+  memoryMib: Schema.Int,
+  vcpus: Schema.Int,
+  /** Unix milliseconds. */
+  createdAt: Schema.Number,
+  vsockPath: Schema.String,
+  controlPath: Schema.String,
+  /** The VMM's own control socket; what is spoken on it is the backend's business. */
+  vmmControlPath: Schema.optional(Schema.String)
+}) {
+  /** What a user calls it. */
+  get label(): string {
+    return this.name ?? this.id
+  }
+}

@@ -1,0 +1,187 @@
+import { Schema } from "effect"
+
+/** Codes after which the same call may succeed without anybody having changed anything. */
+const retryableCodes: ReadonlySet<string> = new Set([
+  "BOOT_PORT_FORWARD_IN_USE",
+  "BOOT_DETACHED_READINESS_FAILED",
+  "BOOT_READY_TIMEOUT",
+  "FORK_MEMORY_BACKPRESSURE",
+  "EXEC_AGENT_UNAVAILABLE",
+  "EXEC_AGENT_TIMEOUT",
+  "SNAPSHOT_TIMEOUT",
+  "FILES_AGENT_UNAVAILABLE"
+])
+
+/**
+ * What every error of ours carries: a stable `code` to program against, a `message` that says what happened, a `hint` that says
+ * what to do, and the `cause` below it. `console` holds the guest's last console lines where they explain the failure.
+ */
+const fields = <const Codes extends ReadonlyArray<string>>(...codes: Codes) => ({
+  code: Schema.Literal(...codes),
+  message: Schema.String,
+  hint: Schema.optional(Schema.String),
+  console: Schema.optional(Schema.String),
+  cause: Schema.optional(Schema.Defect)
+})
+
+/** A VM could not be started. Whatever the earlier steps of the boot acquired has been released when this is seen. */
+export class BootError extends Schema.TaggedError<BootError>()(
+  "BootError",
+  fields(
+    "BOOT_VMM_MISSING",
+    "BOOT_VMM_FAILED",
+    "BOOT_IMAGE_NOT_FOUND",
+    "BOOT_IMAGE_INVALID",
+    "BOOT_KERNEL_NOT_FOUND",
+    "BOOT_CMD_MISSING",
+    "BOOT_CMD_WITHOUT_IMAGE",
+    "BOOT_CWD_INVALID",
+    "BOOT_ENV_INVALID",
+    "BOOT_MEMORY_INVALID",
+    "BOOT_VCPUS_INVALID",
+    "BOOT_DISK_SIZE_INVALID",
+    "BOOT_OPTION_INVALID",
+    "BOOT_PACK_FAILED",
+    "BOOT_NO_SPACE",
+    "BOOT_GUEST_FAILED",
+    "BOOT_READY_TIMEOUT",
+    "BOOT_TIMEOUT",
+    "BOOT_DETACHED_READINESS_FAILED",
+    "BOOT_STATE_DIR_UNUSABLE"
+  )
+) {
+  get retryable() {
+    return retryableCodes.has(this.code)
+  }
+}
+
+/** A command could not be run, or ended in a way the caller asked to be told about. */
+export class ExecError extends Schema.TaggedError<ExecError>()("ExecError", {
+  ...fields(
+    "EXEC_AGENT_UNAVAILABLE",
+    "EXEC_AGENT_TIMEOUT",
+    "EXEC_NONZERO_EXIT",
+    "EXEC_PROTOCOL",
+    "EXEC_COMMAND_NOT_FOUND",
+    "EXEC_NOT_EXECUTABLE",
+    "EXEC_CWD_INVALID",
+    "EXEC_ARGUMENT_INVALID",
+    "EXEC_ARGUMENTS_TOO_LARGE",
+    "EXEC_FAILED"
+  ),
+  /** `EXEC_NONZERO_EXIT`: the command's exit code, 128 + signal when a signal ended it. */
+  exitCode: Schema.optional(Schema.Int)
+}) {
+  get retryable() {
+    return retryableCodes.has(this.code)
+  }
+}
+
+/** A file or tree could not be moved into or out of a guest. */
+export class FilesError extends Schema.TaggedError<FilesError>()(
+  "FilesError",
+  fields(
+    "FILES_HOST_DIR_NOT_FOUND",
+    "FILES_HOST_IO",
+    "FILES_AGENT_UNAVAILABLE",
+    "FILES_NOT_FOUND",
+    "FILES_NO_SPACE",
+    "FILES_PATH_INVALID",
+    "FILES_GUEST_IO"
+  )
+) {
+  get retryable() {
+    return retryableCodes.has(this.code)
+  }
+}
+
+/** The registry of running VMs refused: unknown VM, name taken, name not usable. */
+export class RegistryError extends Schema.TaggedError<RegistryError>()(
+  "RegistryError",
+  fields("REGISTRY_VM_NOT_FOUND", "REGISTRY_NAME_IN_USE", "REGISTRY_NAME_INVALID", "REGISTRY_IO")
+) {
+  get retryable() {
+    return retryableCodes.has(this.code)
+  }
+}
+
+/** An image could not be turned into a bootable root filesystem. */
+export class ProvisionError extends Schema.TaggedError<ProvisionError>()(
+  "ProvisionError",
+  fields(
+    "PROVISION_BASE_NOT_FOUND",
+    "PROVISION_INSTALL_HOOK_FAILED",
+    "ROOTFS_IMG_TOOL_MISSING",
+    "ROOTFS_IMG_NO_SPACE",
+    "ROOTFS_IMG_IO"
+  )
+) {
+  get retryable() {
+    return retryableCodes.has(this.code)
+  }
+}
+
+/** The CLI could not make sense of its arguments. Raised before any side effect. */
+export class ParseError extends Schema.TaggedError<ParseError>()(
+  "ParseError",
+  fields(
+    "PARSE_FLAG_UNKNOWN",
+    "PARSE_FLAG_MISSING_VALUE",
+    "PARSE_FLAG_DUPLICATE",
+    "PARSE_FLAG_MALFORMED",
+    "PARSE_PORT_INVALID",
+    "PARSE_ARGUMENT_MISSING"
+  )
+) {
+  get retryable() {
+    return false
+  }
+}
+
+/** Something set-up provides (kernel, guest binary, shim, base image) is not there or could not be built. */
+export class AssetError extends Schema.TaggedError<AssetError>()(
+  "AssetError",
+  fields("ASSET_MISSING", "ASSET_BUILD_FAILED", "ASSET_SOURCE_MISSING", "SETUP_NOT_ROOT", "SETUP_TOOL_MISSING")
+) {
+  get retryable() {
+    return false
+  }
+}
+
+/** The closed set a caller can see; services list only the members they can raise. */
+export const MachinenError = Schema.Union(
+  BootError,
+  ExecError,
+  FilesError,
+  RegistryError,
+  ProvisionError,
+  ParseError,
+  AssetError
+)
+export type MachinenError = typeof MachinenError.Type
+export const isMachinenError: (u: unknown) => u is MachinenError = Schema.is(MachinenError)
+
+const causes = (cause: unknown): ReadonlyArray<string> => {
+  if (cause === undefined || cause === null) return []
+  if (!(cause instanceof Error)) return [String(cause)]
+  return [cause.message, ...causes(cause.cause)]
+}
+
+/** `(CODE): message`, then one indented line for each cause (spec errors.md §2). */
+export const format = (error: MachinenError): string =>
+  [`(${error.code}): ${error.message}`, ...causes(error.cause).map((line) => `  caused by: ${line}`)].join("\n")
+
+/** For a terminal: what happened, why, the console's last lines where they help, and what to do about it. */
+export const render = (error: MachinenError): string =>
+  [
+    format(error),
+    ...(error.console === undefined ? [] : ["  last console lines:", ...indent(error.console)]),
+    ...(error.hint === undefined ? [] : [`  hint: ${error.hint}`])
+  ].join("\n")
+
+const indent = (text: string) =>
+  text
+    .trimEnd()
+    .split("\n")
+    .slice(-15)
+    .map((line) => `    ${line.trimEnd()}`)

@@ -1,0 +1,109 @@
+import * as net from "node:net"
+import { Effect, Option, type Scope, Stream } from "effect"
+
+/** Longest socket path the kernel takes: sun_path holds 108 bytes with the final NUL (unix(7)). */
+export const maxPath = 107
+
+/**
+ * A connection with backpressure both ways. Closed with its scope. Failures are Node's system errors (`code` ECONNREFUSED, ENOENT,
+ * EPIPE, ...): who dials knows what they mean.
+ */
+export interface Connection {
+  /** What the peer sends, in the pieces it arrives in; ends when the peer ends. May be run once. */
+  readonly bytes: Stream.Stream<Uint8Array, NodeJS.ErrnoException>
+  /** Completes when the kernel or the queue has room for more. */
+  readonly write: (bytes: Uint8Array) => Effect.Effect<void, NodeJS.ErrnoException>
+  /** Half-close: the peer reads to the end, we still read. */
+  readonly end: Effect.Effect<void>
+}
+
+const destroy = (socket: net.Socket) => Effect.sync(() => socket.destroy())
+
+const fromSocket = (socket: net.Socket): Connection => {
+  let failure: NodeJS.ErrnoException | undefined
+  socket.on("error", (error) => {
+    failure = error
+  })
+  return {
+    bytes: Stream.repeatEffectOption(read(socket, () => failure)),
+    write: (bytes) =>
+      Effect.async((resume) => {
+        if (failure !== undefined || socket.destroyed || socket.writableEnded) {
+          return resume(Effect.fail(failure ?? closed()))
+        }
+        if (socket.write(bytes)) return resume(Effect.void)
+        const settle = () => {
+          socket.off("drain", settle).off("close", settle)
+          resume(socket.destroyed ? Effect.fail(failure ?? closed()) : Effect.void)
+        }
+        socket.on("drain", settle).on("close", settle)
+        return Effect.sync(() => socket.off("drain", settle).off("close", settle))
+      }),
+    end: Effect.sync(() => void socket.end())
+  }
+}
+
+const closed = () => Object.assign(new Error("the connection is closed"), { code: "EPIPE" })
+
+/** One read: bytes already here, or the next that arrive. Nothing is read ahead while nobody asks. */
+const read = (socket: net.Socket, failure: () => NodeJS.ErrnoException | undefined) =>
+  Effect.async<Uint8Array, Option.Option<NodeJS.ErrnoException>>((resume) => {
+    const attempt = () => {
+      const chunk: Buffer | null = socket.read()
+      if (chunk !== null) return settle(Effect.succeed(chunk))
+      const error = failure()
+      if (error !== undefined) return settle(Effect.fail(Option.some(error)))
+      if (socket.readableEnded || socket.destroyed) settle(Effect.fail(Option.none()))
+    }
+    const settle = (result: Effect.Effect<Uint8Array, Option.Option<NodeJS.ErrnoException>>) => {
+      off()
+      resume(result)
+    }
+    const off = () => socket.off("readable", attempt).off("end", attempt).off("close", attempt)
+    socket.on("readable", attempt).on("end", attempt).on("close", attempt)
+    attempt()
+    return Effect.sync(off)
+  })
+
+/** Connects to a listening unix socket. */
+export const connect = (path: string): Effect.Effect<Connection, NodeJS.ErrnoException, Scope.Scope> =>
+  Effect.acquireRelease(
+    Effect.async<net.Socket, NodeJS.ErrnoException>((resume) => {
+      const socket = net.connect({ path, allowHalfOpen: true })
+      const fail = (error: Error) => resume(Effect.fail(error))
+      socket.once("error", fail)
+      socket.once("connect", () => {
+        socket.off("error", fail)
+        resume(Effect.succeed(socket))
+      })
+      return destroy(socket)
+    }).pipe(Effect.interruptible),
+    destroy
+  ).pipe(Effect.map(fromSocket))
+
+/** Listens on a path and hands out its first connection; later ones are refused. The socket file goes with the scope. */
+export const listenOnce = (
+  path: string
+): Effect.Effect<Effect.Effect<Connection, NodeJS.ErrnoException, Scope.Scope>, NodeJS.ErrnoException, Scope.Scope> =>
+  Effect.gen(function* () {
+    const server = yield* Effect.acquireRelease(
+      Effect.async<net.Server, NodeJS.ErrnoException>((resume) => {
+        const server = net.createServer({ allowHalfOpen: true, pauseOnConnect: true })
+        server.once("error", (error) => resume(Effect.fail(error)))
+        server.listen(path, () => resume(Effect.succeed(server)))
+      }),
+      (server) => Effect.sync(() => server.close())
+    )
+    const first = Effect.async<net.Socket>((resume) => {
+      server.once("connection", (socket) => {
+        server.close()
+        resume(Effect.succeed(socket))
+      })
+    })
+    return Effect.acquireRelease(Effect.interruptible(first), destroy).pipe(Effect.map(fromSocket))
+  })
+
+/** A stream's failure as its cause's first error, for callers that fold it into their own. */
+export const errorCode = (cause: unknown): string | undefined =>
+  cause instanceof Error && "code" in cause && typeof cause.code === "string" ? cause.code : undefined
+

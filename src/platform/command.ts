@@ -1,0 +1,26 @@
+import { Command, type CommandExecutor, type Error as PlatformErrors } from "@effect/platform"
+import { Effect, Stream } from "effect"
+
+export interface Finished {
+  readonly code: number
+  readonly stdout: string
+  readonly stderr: string
+}
+
+/** Runs a host tool to its end, whatever its exit code. Both pipes are drained, or it would block; interruption ends it. */
+export const run = (
+  argv: readonly [string, ...ReadonlyArray<string>],
+  env: Readonly<Record<string, string>> = {}
+): Effect.Effect<Finished, PlatformErrors.PlatformError, CommandExecutor.CommandExecutor> => {
+  const [bin, ...args] = argv
+  return Effect.scoped(
+    Effect.gen(function* () {
+      const child = yield* Command.start(Command.make(bin, ...args).pipe(Command.env(env)))
+      const text = (bytes: typeof child.stdout) => bytes.pipe(Stream.decodeText(), Stream.mkString)
+      const [stdout, stderr, code] = yield* Effect.all([text(child.stdout), text(child.stderr), child.exitCode], {
+        concurrency: 3
+      })
+      return { code, stdout, stderr }
+    })
+  )
+}

@@ -1,0 +1,59 @@
+import { Command, type CommandExecutor, type Error as PlatformErrors } from "@effect/platform"
+import { Effect, Stream } from "effect"
+
+/** How a long command ended: its exit code and the last lines it wrote. */
+export interface Ended {
+  readonly code: number
+  readonly tail: ReadonlyArray<string>
+}
+
+/**
+ * Starts the command with stderr joined to stdout, beside a watcher in the same process group that kills the group when our end of the
+ * pipe on stdin closes. It closes when we die, too: a build whose starter was killed must not go on writing.
+ */
+const tethered = 'exec 3<&0 </dev/null 2>&1; (read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 & exec 3<&-; exec "$@"'
+
+/** A compiler ends at SIGTERM or never. */
+const grace = "5 seconds"
+
+const tailLength = 40
+
+/** Runs a tool that takes minutes and reports each line it writes, from either stream. Interruption ends it, children included. */
+export const run = (
+  argv: readonly [string, ...ReadonlyArray<string>],
+  options: {
+    readonly onLine: (line: string) => Effect.Effect<void>
+    readonly cwd?: string
+    readonly env?: Readonly<Record<string, string>>
+  }
+): Effect.Effect<Ended, PlatformErrors.PlatformError, CommandExecutor.CommandExecutor> =>
+  Effect.scoped(
+    Effect.gen(function* () {
+      const command = Command.make("sh", "-c", tethered, "sh", ...argv).pipe(Command.env(options.env ?? {}))
+      const child = yield* Command.start(
+        options.cwd === undefined ? command : Command.workingDirectory(command, options.cwd)
+      )
+      yield* Effect.addFinalizer(() =>
+        Effect.whenEffect(
+          child.kill("SIGTERM").pipe(
+            Effect.interruptible, // finalizers run uninterruptibly: without this the timeout cannot fire
+            Effect.timeout(grace),
+            Effect.catchAll(() => Effect.ignore(child.kill("SIGKILL")))
+          ),
+          Effect.orElseSucceed(child.isRunning, () => false)
+        )
+      )
+
+      const tail: Array<string> = []
+      yield* child.stdout.pipe(
+        Stream.decodeText(),
+        Stream.splitLines,
+        Stream.runForEach((line) => {
+          tail.push(line)
+          if (tail.length > tailLength) tail.shift()
+          return options.onLine(line)
+        })
+      )
+      return { code: yield* child.exitCode, tail }
+    })
+  )

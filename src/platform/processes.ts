@@ -1,0 +1,68 @@
+import { readFileSync } from "node:fs"
+import { Effect, Option } from "effect"
+import type { ProcessIdentity } from "../domain/ProcessIdentity.ts"
+
+const read = (path: string): Option.Option<string> => {
+  try {
+    return Option.some(readFileSync(path, "utf8"))
+  } catch {
+    return Option.none()
+  }
+}
+
+/** The start time is the 22nd field; the 2nd, the name in parentheses, may itself hold spaces and parentheses (proc(5)). */
+const statFields = (pid: number): Option.Option<ReadonlyArray<string>> =>
+  Option.map(read(`/proc/${pid}/stat`), (text) => text.slice(text.lastIndexOf(")") + 2).split(" "))
+
+/** This host's boot. Start times of processes are only comparable within one. */
+export const bootId: Effect.Effect<string> = Effect.sync(() =>
+  Option.getOrElse(read("/proc/sys/kernel/random/boot_id"), () => "unknown").trim()
+)
+
+/** Who runs under this pid now, if anybody; a zombie is nobody. */
+export const identify = (pid: number): Effect.Effect<Option.Option<ProcessIdentity>> =>
+  Effect.sync(() =>
+    Option.flatMap(statFields(pid), (fields) => {
+      const [state] = fields
+      const startTime = Number(fields[19])
+      return state === "Z" || state === "X" || !Number.isSafeInteger(startTime)
+        ? Option.none()
+        : Option.some({ pid, startTime })
+    })
+  )
+
+/** Whether exactly this process still runs. */
+export const isAlive = (who: ProcessIdentity): Effect.Effect<boolean> =>
+  Effect.map(identify(who.pid), Option.exists((now) => now.startTime === who.startTime))
+
+/** This process. */
+export const self: Effect.Effect<ProcessIdentity> = Effect.flatMap(
+  identify(process.pid),
+  Option.match({
+    onNone: () => Effect.dieMessage("/proc is not mounted: machinen needs a Linux host with /proc"),
+    onSome: Effect.succeed
+  })
+)
+
+/** Sends a signal to exactly this process; does nothing when it is gone or its pid belongs to another by now. */
+export const signal = (who: ProcessIdentity, name: NodeJS.Signals): Effect.Effect<void> =>
+  Effect.flatMap(isAlive(who), (alive) =>
+    alive
+      ? Effect.sync(() => {
+          try {
+            process.kill(who.pid, name)
+          } catch {
+            // it ended between the look and the call: what was wanted
+          }
+        })
+      : Effect.void
+  )
+
+/** Resident memory in bytes (VmRSS of /proc/<pid>/status), or none when the process is gone. */
+export const residentBytes = (pid: number): Effect.Effect<Option.Option<number>> =>
+  Effect.sync(() =>
+    Option.flatMap(read(`/proc/${pid}/status`), (text) => {
+      const kib = /^VmRSS:\s+(\d+) kB$/m.exec(text)?.[1]
+      return kib === undefined ? Option.none() : Option.some(Number(kib) * 1024)
+    })
+  )
