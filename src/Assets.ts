@@ -1,6 +1,6 @@
 import { createHash } from "node:crypto"
 import * as path from "node:path"
-import { type Error as PlatformErrors, FileSystem } from "@effect/platform"
+import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
 import { Context, Effect, Layer, Option, Order, Schema, Stream } from "effect"
 import { AssetError } from "./domain/errors.ts"
 import * as HostLock from "./platform/HostLock.ts"

@@ -83,12 +83,12 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
             : { status: "broken", detail: `older than ${minimumNode}`, fix: "install Node 20 or newer" })
         }
 
-        /** Runs a program for its version. Some print it to stderr, some end with a code other than 0 after it: what counts is the text. */
+        /** Runs a program for its version. Some print it to stderr, some end with 1 after it; from 126 on it did not get to run. */
         const program = (bin: string, args: ReadonlyArray<string>, title: string, fix: string) =>
           run([bin, ...args]).pipe(
             Effect.map(({ code, stdout, stderr }): Requirement => {
               const text = stdout.trim() === "" ? stderr : stdout
-              const version = Option.orElse(versionIn(text), () => versionIn(stderr))
+              const version = code < 126 ? versionIn(text) : Option.none()
               return Option.match(version, {
                 onNone: () => ({
                   id: bin,
@@ -135,7 +135,12 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
               )
             )
             return wrong.length === 0
-              ? ({ ...about, status: "found", version: manifest.inputs.slice(0, 12), detail: dir } satisfies Requirement)
+              ? ({
+                  ...about,
+                  status: "found",
+                  version: manifest.inputs.slice(0, 12),
+                  detail: dir
+                } satisfies Requirement)
               : ({
                   ...about,
                   status: "broken",
@@ -236,7 +241,11 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
             )
             const needed = everythingBuilt ? spaceToRun : spaceToBuild
             if (!Number.isFinite(free)) {
-              return { ...about, status: "broken", detail: `df cannot tell the free space of ${dir}` } satisfies Requirement
+              return {
+                ...about,
+                status: "broken",
+                detail: `df cannot tell the free space of ${dir}`
+              } satisfies Requirement
             }
             const detail = `${(free / GiB).toFixed(1)} GiB free in ${dir}`
             return free >= needed

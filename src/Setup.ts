@@ -1,6 +1,6 @@
 import * as path from "node:path"
 import { CommandExecutor, FileSystem } from "@effect/platform"
-import { Context, Duration, Effect, Either, Layer, Option } from "effect"
+import { Context, type Duration, Effect, Either, Layer, Option } from "effect"
 import { type AssetName, Assets, assetNames, type BuildDirectories } from "./Assets.ts"
 import { AssetError } from "./domain/errors.ts"
 import { isAtLeast, minimumNode, minimumRust, packages, versionIn } from "./domain/hostRequirements.ts"
@@ -111,6 +111,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
         }
 
         const missingPackages = Effect.gen(function* () {
+          // biome-ignore lint/suspicious/noTemplateCurlyInString: dpkg-query's own placeholders
           const format = "${Package} ${db:Status-Abbrev}\n"
           const answer = yield* quick(["dpkg-query", "--show", "--showformat", format, ...packages])
           // Its exit code only says that some package is unknown.

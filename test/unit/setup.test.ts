@@ -1,0 +1,193 @@
+import { existsSync, readFileSync, writeFileSync } from "node:fs"
+import * as path from "node:path"
+import * as NodeContext from "@effect/platform-node/NodeContext"
+import { assert, describe, it } from "@effect/vitest"
+import { Effect, Layer } from "effect"
+import { Assets } from "../../src/Assets.ts"
+import { isAtLeast, packages, versionIn } from "../../src/domain/hostRequirements.ts"
+import { Settings } from "../../src/Settings.ts"
+import { type Progress, Setup } from "../../src/Setup.ts"
+import { SourceTree } from "../../src/SourceTree.ts"
+import { type FakeAnswer, fakeCommands } from "../fakeCommands.ts"
+import { temporaryDirectory, write, writeSourceTree } from "../sourceTree.ts"
+
+const products: Record<string, string> = { kernel: "vmlinux", micro: "base.ext4", debian: "base.ext4" }
+
+/** A host where everything works and apt installs what it is asked for; a test breaks what it is about. */
+const host = Effect.gen(function* () {
+  const source = yield* temporaryDirectory
+  const state = yield* temporaryDirectory
+  writeSourceTree(source)
+  const installed = new Set(packages)
+  const broken = new Set<string>()
+  const ran: Array<string> = []
+  const it = { uid: 0, nodeVersion: "20.20.2", cargo: "cargo 1.95.0 (abc 2026-03-21)" as string | undefined }
+
+  const answer = (argv: ReadonlyArray<string>): FakeAnswer | undefined => {
+    const [bin = "", ...args] = argv
+    if (bin === "dpkg-query") {
+      const known = args.filter((arg) => installed.has(arg))
+      return { code: known.length === packages.length ? 0 : 1, stdout: known.map((name) => `${name} ii \n`).join("") }
+    }
+    if (bin === "apt-get") {
+      ran.push(argv.join(" "))
+      if (args[0] === "install") for (const name of args.slice(1)) installed.add(name)
+      return { stdout: "Reading package lists...\n" }
+    }
+    if (bin === "cargo" && args[0] === "--version") return it.cargo === undefined ? undefined : { stdout: it.cargo }
+    if (bin === "cargo") {
+      ran.push("cargo build")
+      for (const name of ["machinen-guest", "machinen-shim"]) {
+        write(state, `cache/cargo-target/x86_64-unknown-linux-gnu/release/${name}`, name)
+      }
+      return { stdout: "   Compiling machinen-guest\n" }
+    }
+    const [script = "", out = ""] = args
+    const name = script.includes("kernel") ? "kernel" : path.basename(script, ".sh")
+    ran.push(name)
+    if (broken.has(name)) return { code: 2, stdout: "working\nE: mirror is down\n" }
+    writeFileSync(path.join(out, products[name] ?? name), name)
+    return { stdout: "done\n" }
+  }
+
+  const run = Effect.gen(function* () {
+    const events: Array<string> = []
+    const lines: Array<string> = []
+    const record = (event: Progress) =>
+      Effect.sync(() => {
+        if (event._tag === "Line") lines.push(`${event.step}: ${event.line}`)
+        else events.push(`${event._tag} ${event.step}`)
+      })
+    ran.length = 0
+    const result = yield* Effect.flatMap(Setup, (setup) => setup.run(record)).pipe(
+      Effect.either,
+      Effect.provide(
+        Setup.layerFor(it).pipe(
+          Layer.provideMerge(Assets.layerWithoutSource),
+          Layer.provide(SourceTree.layerTest(source)),
+          Layer.provide(Settings.layerTest(state)),
+          Layer.provide(Layer.merge(NodeContext.layer, fakeCommands(answer)))
+        )
+      )
+    )
+    const error = result._tag === "Left" ? result.left : undefined
+    return { error, events, lines, ran: [...ran].sort() }
+  })
+  return { it, installed, broken, source, state, run }
+})
+
+const everyStep = ["toolchain", "packages", "programs", "kernel", "base-micro", "base-debian"]
+
+describe("Setup", () => {
+  it.scoped("does what is missing, then finds it all there", () =>
+    Effect.gen(function* () {
+      const { installed, run } = yield* host
+      installed.delete("bison")
+      installed.delete("mmdebstrap")
+      const first = yield* run
+      assert.isUndefined(first.error)
+      assert.includeMembers(first.ran, ["apt-get update", "cargo build", "debian", "kernel", "micro"])
+      assert.include(first.ran, "apt-get install --yes --no-install-recommends bison mmdebstrap")
+      assert.includeMembers(first.events, ["Skipped toolchain", "Done packages", "Done kernel"])
+      assert.include(first.lines, "kernel: done")
+
+      const second = yield* run
+      assert.deepStrictEqual(second.ran, [])
+      assert.sameMembers(
+        second.events,
+        everyStep.map((step) => `Skipped ${step}`)
+      )
+    })
+  )
+
+  it.scoped("someone who is not root gets the exact command, and nothing has been tried", () =>
+    Effect.gen(function* () {
+      const { installed, it, run } = yield* host
+      it.uid = 1000
+      installed.delete("bison")
+      const { error, ran } = yield* run
+      assert.strictEqual(error?.code, "SETUP_NOT_ROOT")
+      assert.strictEqual(error?.hint, "sudo apt-get update && sudo apt-get install --yes --no-install-recommends bison")
+      assert.deepStrictEqual(ran, [])
+    })
+  )
+
+  it.scoped("root is not asked for when nothing is missing", () =>
+    Effect.gen(function* () {
+      const { it, run } = yield* host
+      it.uid = 1000
+      assert.isUndefined((yield* run).error)
+    })
+  )
+
+  it.scoped("one step that fails does not cost the others, and is all that the next run does", () =>
+    Effect.gen(function* () {
+      const { broken, run, state } = yield* host
+      broken.add("debian")
+      const first = yield* run
+      assert.strictEqual(first.error?.code, "ASSET_BUILD_FAILED")
+      assert.include(String(first.error?.cause), "E: mirror is down")
+      assert.includeMembers(first.events, ["Failed base-debian", "Done kernel", "Done programs", "Done base-micro"])
+      assert.isTrue(existsSync(path.join(state, "assets")))
+
+      broken.clear()
+      const second = yield* run
+      assert.isUndefined(second.error)
+      assert.deepStrictEqual(second.ran, ["debian"])
+    })
+  )
+
+  it.scoped("only the changed asset is built again", () =>
+    Effect.gen(function* () {
+      const { run, source } = yield* host
+      yield* run
+      write(source, "guest/src/main.rs", "fn main() { loop {} }\n")
+      assert.deepStrictEqual((yield* run).ran, ["cargo build"])
+    })
+  )
+
+  it.scoped("a missing or old cargo ends it at once, unless there is nothing to compile", () =>
+    Effect.gen(function* () {
+      const { it, run } = yield* host
+      it.cargo = undefined
+      const missing = yield* run
+      assert.strictEqual(missing.error?.code, "SETUP_TOOL_MISSING")
+      assert.include(missing.error?.hint, "rustup.rs")
+      assert.deepStrictEqual(missing.ran, [])
+
+      it.cargo = "cargo 1.65.0"
+      const old = yield* run
+      assert.include(old.error?.message, "1.65.0 is too old")
+
+      it.cargo = "cargo 1.95.0"
+      yield* run
+      it.cargo = undefined
+      assert.isUndefined((yield* run).error)
+    })
+  )
+
+  it.scoped("an old Node is named", () =>
+    Effect.gen(function* () {
+      const { it, run } = yield* host
+      it.nodeVersion = "18.20.4"
+      const { error } = yield* run
+      assert.strictEqual(error?.code, "SETUP_TOOL_MISSING")
+      assert.include(error?.message, "18.20.4")
+    })
+  )
+})
+
+describe("host requirements", () => {
+  it("reads and compares versions as numbers", () => {
+    assert.strictEqual(versionIn("mke2fs 1.47.0 (5-Feb-2023)\n Using 9.9")._tag, "Some")
+    assert.strictEqual(versionIn("no version here\n1.2")._tag, "None")
+    assert.isTrue(isAtLeast("20.19.0", "20.19"))
+    assert.isTrue(isAtLeast("22.1.0", "20.19"))
+    assert.isFalse(isAtLeast("20.9.0", "20.19"))
+  })
+
+  it("names the source package of the kernel that is built", () => {
+    const version = readFileSync("kernel/VERSION", "utf8").trim()
+    assert.include(packages, `linux-source-${version}`)
+  })
+})
