@@ -7,8 +7,10 @@ export default defineConfig({
   platform: "node",
   target: "node20",
   outDir: "dist",
-  noExternal: [/.*/],
+  deps: { alwaysBundle: [/.*/] },
   dts: false,
-  banner: { js: "#!/usr/bin/env node\nimport{createRequire as __cr}from'node:module';const require=__cr(import.meta.url);" },
-  outputOptions: { entryFileNames: "[name].js", inlineDynamicImports: true }
+  banner: {
+    js: "#!/usr/bin/env node\nimport { createRequire as bundledRequire } from 'node:module'; const require = bundledRequire(import.meta.url);"
+  },
+  outputOptions: { entryFileNames: "[name].js", codeSplitting: false }
 })

@@ -18,8 +18,11 @@ const newest = ["src", "backends", "package-lock.json", "tsdown.config.ts"]
 if (!existsSync(bundle) || statSync(bundle).mtimeMs < newest) {
   const built = spawnSync(join(root, "node_modules", ".bin", "tsdown"), ["--log-level", "warn"], {
     cwd: root,
-    stdio: ["ignore", process.stderr, process.stderr]
+    encoding: "utf8"
   })
-  if (built.status !== 0) process.exit(70)
+  if (built.status !== 0) {
+    process.stderr.write(`cannot bundle the CLI\n${built.stdout}${built.stderr}${built.error ?? ""}\n`)
+    process.exit(70)
+  }
 }
 await import(bundle)

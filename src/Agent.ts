@@ -109,9 +109,7 @@ export class Agent extends Context.Tag("machinen/Agent")<
   {
     readonly client: (vsockPath: string) => AgentClient
     /** Waits for the guest's doorbell and answers it with the time: returns once listening, the inner effect is the wait. */
-    readonly doorbell: (
-      vsockPath: string
-    ) => Effect.Effect<Effect.Effect<void, ExecError>, ExecError, Scope.Scope>
+    readonly doorbell: (vsockPath: string) => Effect.Effect<Effect.Effect<void, ExecError>, ExecError, Scope.Scope>
   }
 >() {
   static readonly layer = Layer.effect(
@@ -170,11 +168,7 @@ class AgentRefusal extends Schema.TaggedError<AgentRefusal>()("AgentRefusal", { 
   }
 }
 
-const makeClient = (
-  vsock: Vsock["Type"],
-  fs: FileSystem.FileSystem,
-  vsockPath: string
-): AgentClient => {
+const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: string): AgentClient => {
   const operate = Effect.fnUntraced(function* (request: AgentRequest) {
     const connection = yield* Effect.mapError(vsock.dial(vsockPath, agentPort), unavailable)
     const body = Buffer.from(JSON.stringify(Schema.encodeSync(AgentRequest)(request)))
@@ -247,7 +241,13 @@ const makeClient = (
     if (bad !== undefined) return yield* bad
     const { argv, cwd, env, stdin } = command
     return yield* run(
-      { op: "exec", argv: [...argv], env: { ...env }, stdin: stdin !== undefined, ...(cwd === undefined ? {} : { cwd }) },
+      {
+        op: "exec",
+        argv: [...argv],
+        env: { ...env },
+        stdin: stdin !== undefined,
+        ...(cwd === undefined ? {} : { cwd })
+      },
       stdin
     )
   })
@@ -341,12 +341,14 @@ const makeClient = (
         Effect.map(operate({ op: "read", path }), ({ frames }) => Stream.filterMap(frames, toData))
       ).pipe(Stream.mapError(toFilesError(path))),
     push: Effect.fn("Agent.push")(function* (hostPath, guestPath, options) {
-      const info = yield* Effect.mapError(fs.stat(hostPath), (cause) =>
-        new FilesError({
-          code: "FILES_HOST_DIR_NOT_FOUND",
-          message: `there is no file or directory ${hostPath} on the host`,
-          cause
-        })
+      const info = yield* Effect.mapError(
+        fs.stat(hostPath),
+        (cause) =>
+          new FilesError({
+            code: "FILES_HOST_DIR_NOT_FOUND",
+            message: `there is no file or directory ${hostPath} on the host`,
+            cause
+          })
       )
       const skip = excluder(options?.excludes ?? [])
       const asFile = info.type !== "Directory"

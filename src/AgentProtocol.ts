@@ -22,6 +22,13 @@ const frameTypes: ReadonlySet<number> = new Set(Object.values(FrameType))
 /** Types whose payload is one JSON document, delivered whole; the others are byte streams, delivered as they arrive. */
 const wholeTypes: ReadonlySet<number> = new Set([FrameType.request, FrameType.started, FrameType.end, FrameType.error])
 
+/** Types whose payload has one length only, in bytes. */
+const fixedLengths: ReadonlyMap<number, number> = new Map([
+  [FrameType.eof, 0],
+  [FrameType.signal, 1],
+  [FrameType.resize, 4]
+])
+
 export const maxPayload = 1024 * 1024
 export const maxRequest = 4 * 1024 * 1024
 const headerSize = 5
@@ -42,9 +49,6 @@ export const encodeHeader = (type: FrameType, length: number): Buffer => {
 
 export const encodeFrame = (type: FrameType, payload: Uint8Array): Buffer =>
   Buffer.concat([encodeHeader(type, payload.length), payload])
-
-export const encodeJson = (type: FrameType, value: unknown): Buffer =>
-  encodeFrame(type, Buffer.from(JSON.stringify(value)))
 
 /** The peer broke the framing; nothing after this can be trusted. */
 export class FrameViolation extends Schema.TaggedError<FrameViolation>()("FrameViolation", {
@@ -102,7 +106,10 @@ export class FrameDecoder {
     if (!isFrameType(type)) throw new FrameViolation({ message: `unknown frame type ${type}` })
     const limit = type === FrameType.request ? maxRequest : maxPayload
     if (length > limit) throw new FrameViolation({ message: `frame of ${length} bytes; the limit is ${limit}` })
-    if (type === FrameType.eof && length > 0) throw new FrameViolation({ message: "an eof frame has no payload" })
+    const fixed = fixedLengths.get(type)
+    if (fixed !== undefined && length !== fixed) {
+      throw new FrameViolation({ message: `frame of type ${type} with ${length} bytes; it has ${fixed}` })
+    }
     this.#type = type
     this.#left = length
     this.#whole = wholeTypes.has(type) ? [] : undefined
@@ -118,9 +125,9 @@ export const AgentRequest = Schema.Union(
   Schema.Struct({
     op: Schema.Literal("exec"),
     argv: Schema.NonEmptyArray(Schema.String),
-    env: Environment,
+    env: Schema.optionalWith(Environment, { default: () => ({}) }),
     cwd: Schema.optional(Schema.String),
-    stdin: Schema.Boolean
+    stdin: Schema.optionalWith(Schema.Boolean, { default: () => false })
   }),
   Schema.Struct({ op: Schema.Literal("main"), stdin: Schema.Boolean, detach: Schema.Boolean }),
   Schema.Struct({

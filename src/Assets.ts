@@ -3,6 +3,7 @@ import * as path from "node:path"
 import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
 import { Context, Effect, Layer, Option, Order, Schema, Stream } from "effect"
 import { AssetError } from "./domain/errors.ts"
+import { contentHash } from "./platform/contentHash.ts"
 import * as HostLock from "./platform/HostLock.ts"
 import { Settings } from "./Settings.ts"
 import { SourceTree } from "./SourceTree.ts"
@@ -74,35 +75,11 @@ export class Assets extends Context.Tag("machinen/Assets")<
       const { root } = yield* SourceTree
       const buildingDir = path.join(assetsDir, ".building")
 
-      /** Every file below a path, in an order that does not depend on the file system. */
-      const filesBelow = (
-        base: string,
-        relative: string
-      ): Effect.Effect<ReadonlyArray<string>, PlatformErrors.PlatformError> =>
-        Effect.gen(function* () {
-          const info = yield* fs.stat(path.join(base, relative))
-          if (info.type !== "Directory") return [relative]
-          const entries = yield* fs.readDirectory(path.join(base, relative))
-          const kept = entries.filter((entry) => !ignored.has(entry)).sort(Order.string)
-          const below = yield* Effect.forEach(kept, (entry) => filesBelow(base, path.join(relative, entry)), {
-            concurrency: "unbounded"
-          })
-          return below.flat()
-        })
-
       const hashInputs = Effect.fnUntraced(function* (name: AssetName) {
         const base = yield* root
-        return yield* Effect.gen(function* () {
-          const files = yield* Effect.forEach(inputs[name], (input) => filesBelow(base, input))
-          const contents = yield* Effect.forEach(
-            files.flat(),
-            (file) => Effect.map(fs.readFile(path.join(base, file)), (bytes) => ({ file, bytes })),
-            { concurrency: 16 }
-          )
-          const hash = createHash("sha256")
-          for (const { file, bytes } of contents) hash.update(`${file}\0${bytes.length}\0`).update(bytes)
-          return hash.digest("hex")
-        }).pipe(Effect.mapError((cause) => inputsUnreadable(name, cause)))
+        return yield* Effect.mapError(contentHash(base, inputs[name], ignored), (cause) =>
+          inputsUnreadable(name, cause)
+        )
       })
 
       // Kept for the life of the process: it boots what its sources were when it first booted.
@@ -189,6 +166,8 @@ export class Assets extends Context.Tag("machinen/Assets")<
               const dirs = { out: path.join(staging, "out"), work: path.join(staging, "work") }
               yield* writing(Effect.zipRight(fs.makeDirectory(dirs.out), fs.makeDirectory(dirs.work)))
               yield* make(dirs)
+              // Someone edited meanwhile: what came out may be of either state and must not be found under this hash.
+              if ((yield* hashInputs(name)) !== hash) return yield* inputsChanged(name)
               yield* writing(publish(name, hash, dirs.out, dir))
             }).pipe(Effect.ensuring(Effect.ignore(fs.remove(staging, { recursive: true, force: true }))))
           })
@@ -239,6 +218,13 @@ const inputsUnreadable = (name: AssetName, cause: Error) =>
     message: `the sources of the asset "${name}" cannot be read: ${cause.message}`,
     hint: "is the checkout or the installed package complete?",
     cause
+  })
+
+const inputsChanged = (name: AssetName) =>
+  new AssetError({
+    code: "ASSET_BUILD_FAILED",
+    message: `the sources of the asset "${name}" changed while it was built`,
+    hint: "run it again"
   })
 
 const storeUnwritable = (assetsDir: string, cause: Error) =>

@@ -1,14 +1,14 @@
-import { FileSystem } from "@effect/platform"
+import type { FileSystem } from "@effect/platform"
 import { Context, Effect, Layer, type Scope } from "effect"
 import { Agent } from "./Agent.ts"
-import { Assets } from "./Assets.ts"
+import type { Assets } from "./Assets.ts"
 import { type Booted, boot } from "./boot.ts"
 import type { BootOptions } from "./domain/BootOptions.ts"
 import type { AssetError, BootError, ExecError, ProvisionError, RegistryError } from "./domain/errors.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import { type Leftover, Registry } from "./Registry.ts"
-import { RootfsImage } from "./RootfsImage.ts"
-import { Settings } from "./Settings.ts"
+import type { RootfsImage } from "./RootfsImage.ts"
+import type { Settings } from "./Settings.ts"
 import { Shim } from "./Shim.ts"
 import * as Vm from "./Vm.ts"
 import { Vmm } from "./Vmm.ts"
@@ -44,7 +44,10 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
       // What an earlier process left when it was killed is gone before anything new is made.
       yield* Effect.catchAll(registry.reconcile(), (error) => Effect.logWarning("reconcile failed", error))
       return Machinen.of({
-        boot: (options) => Effect.mapInputContext(boot(options), (scope: Context.Context<Scope.Scope>) => Context.merge(services, scope)),
+        boot: (options) =>
+          Effect.mapInputContext(boot(options), (scope: Context.Context<Scope.Scope>) =>
+            Context.merge(services, scope)
+          ),
         attach: Effect.fn("Machinen.attach")(function* (reference) {
           const entry = yield* registry.find(reference)
           const running = yield* shim.attach(entry)

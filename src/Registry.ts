@@ -25,8 +25,11 @@ export interface Leftover {
 export class Registry extends Context.Tag("machinen/Registry")<
   Registry,
   {
-    /** Creates the VM's directory and takes its name. Closing the scope gives both back, unless a shim has taken the VM over and lives. */
-    readonly claim: (entry: VmEntry) => Effect.Effect<void, RegistryError, Scope.Scope>
+    /**
+     * Creates the VM's directory and takes its name. Closing the scope gives both back, unless a shim has taken the VM over and lives;
+     * the shim is to remove what is returned, before the entry, so that nobody takes a name over that it then removes.
+     */
+    readonly claim: (entry: VmEntry) => Effect.Effect<ReadonlyArray<string>, RegistryError, Scope.Scope>
     /** VMs that are alive, oldest first. */
     readonly list: Effect.Effect<ReadonlyArray<VmEntry>, RegistryError>
     /** A live VM by pid (digits), name, id or unambiguous beginning of an id (4 characters or more). */
@@ -83,8 +86,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
       })
 
       /** link(2) is the atomic step: of all who try, one makes the pin. */
-      const link = (from: string, to: string) =>
-        fs.link(from, to).pipe(Effect.as(true), orWhen("AlreadyExists", false))
+      const link = (from: string, to: string) => fs.link(from, to).pipe(Effect.as(true), orWhen("AlreadyExists", false))
 
       const takeName = Effect.fnUntraced(function* (name: VmName, id: VmId) {
         yield* fs.makeDirectory(namesDir, { recursive: true, mode: 0o700 })
@@ -168,8 +170,13 @@ export class Registry extends Context.Tag("machinen/Registry")<
           const pins = (yield* names(namesDir)).length === 0 ? [] : yield* deadPins
           const dirs = yield* deadDirs
           if (pins.length === 0 && dirs.length === 0) return []
-          const remove = Effect.fnUntraced(function* (leftover: { id: string; name: string | undefined; path: string }) {
-            const removed = options?.dryRun === true ||
+          const remove = Effect.fnUntraced(function* (leftover: {
+            id: string
+            name: string | undefined
+            path: string
+          }) {
+            const removed =
+              options?.dryRun === true ||
               (yield* Effect.isSuccess(fs.remove(leftover.path, { recursive: true, force: true })))
             return {
               id: leftover.id,
@@ -192,12 +199,11 @@ export class Registry extends Context.Tag("machinen/Registry")<
       return Registry.of({
         claim: Effect.fn("Registry.claim")(function* (entry) {
           yield* Effect.acquireRelease(Effect.mapError(createDir(entry), unreadable(vmsDir)), () => forget(entry.id))
-          if (entry.name !== undefined) {
-            yield* takeName(entry.name, entry.id).pipe(
-              Effect.mapError((e) => (e._tag === "RegistryError" ? e : unreadable(namesDir)(e))),
-              Effect.uninterruptible
-            )
-          }
+          if (entry.name === undefined) return []
+          yield* takeName(entry.name, entry.id).pipe(
+            Effect.mapError((e) => (e._tag === "RegistryError" ? e : unreadable(namesDir)(e)))
+          )
+          return [pinOf(entry.name)]
         }),
         list,
         find: Effect.fn("Registry.find")(function* (reference) {

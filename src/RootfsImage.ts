@@ -81,9 +81,10 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         ).pipe(Effect.mapError((e) => (e._tag === "ProvisionError" ? e : cacheFailed(cacheDir, e))))
 
       const isComplete = (target: string) =>
-        Effect.all([Effect.orElseSucceed(fs.exists(target), () => false), Effect.orElseSucceed(fs.exists(`${target}.ok`), () => false)]).pipe(
-          Effect.map(([image, marker]) => image && marker)
-        )
+        Effect.all([
+          Effect.orElseSucceed(fs.exists(target), () => false),
+          Effect.orElseSucceed(fs.exists(`${target}.ok`), () => false)
+        ]).pipe(Effect.map(([image, marker]) => image && marker))
 
       const makeExt4 = (image: string, sizeBytes: number, options: ReadonlyArray<string>) =>
         Effect.gen(function* () {
@@ -126,12 +127,14 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       })
 
       const ensure = Effect.fn("RootfsImage.ensure")(function* (tarball: string) {
-        const sha = yield* Effect.mapError(digest(tarball), (cause) =>
-          new ProvisionError({
-            code: "PROVISION_BASE_NOT_FOUND",
-            message: `the rootfs tarball cannot be read: ${tarball}`,
-            cause
-          })
+        const sha = yield* Effect.mapError(
+          digest(tarball),
+          (cause) =>
+            new ProvisionError({
+              code: "PROVISION_BASE_NOT_FOUND",
+              message: `the rootfs tarball cannot be read: ${tarball}`,
+              cause
+            })
         )
         const target = path.join(cacheDir, `${sha}.img`)
         if (yield* isComplete(target)) return target
@@ -140,7 +143,17 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
             if (yield* fromPrebake(tarball, staging)) return
             const tree = path.join(staging, "tree")
             yield* Effect.mapError(fs.makeDirectory(tree), (e) => cacheFailed(cacheDir, e))
-            yield* tool(["tar", "--extract", "--numeric-owner", "--xattrs", "--preserve-permissions", "--file", tarball, "--directory", tree])
+            yield* tool([
+              "tar",
+              "--extract",
+              "--numeric-owner",
+              "--xattrs",
+              "--preserve-permissions",
+              "--file",
+              tarball,
+              "--directory",
+              tree
+            ])
             yield* imageFromTree(tree, path.join(staging, "image"))
           })
         )
@@ -148,10 +161,13 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       })
 
       const imageFromTree = Effect.fnUntraced(function* (tree: string, image: string) {
-        const entries = yield* Effect.mapError(fs.readDirectory(tree, { recursive: true }), (e) => cacheFailed(cacheDir, e))
+        const entries = yield* Effect.mapError(fs.readDirectory(tree, { recursive: true }), (e) =>
+          cacheFailed(cacheDir, e)
+        )
         const sizes = yield* Effect.forEach(
           entries,
-          (entry) => Effect.match(fs.stat(path.join(tree, entry)), { onSuccess: (i) => Number(i.size), onFailure: () => 0 }),
+          (entry) =>
+            Effect.match(fs.stat(path.join(tree, entry)), { onSuccess: (i) => Number(i.size), onFailure: () => 0 }),
           { concurrency: 32 }
         )
         const bytes = sizes.reduce((sum, size) => sum + Math.ceil(size / 4096) * 4096, 0)

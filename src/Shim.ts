@@ -152,7 +152,10 @@ const startFailed = (event: Extract<ShimEvent, { event: "failed" }>, plan: ShimP
       hint: "run `machinen doctor` to see what is missing"
     })
   }
-  return new BootError({ code: "BOOT_VMM_FAILED", message: `the VM could not be started (${event.step}): ${event.message}` })
+  return new BootError({
+    code: "BOOT_VMM_FAILED",
+    message: `the VM could not be started (${event.step}): ${event.message}`
+  })
 }
 
 /** The operations of the control socket (docs/protocol.md §5). */
@@ -166,7 +169,8 @@ const control = (controlPath: string, exited: Effect.Effect<ExitRecord>) => ({
       Effect.map(request(controlPath, { op: "logs", source, follow: false, ...options }), ({ rest }) => rest)
     ).pipe(
       Stream.mapError(
-        (cause) => new RegistryError({ code: "REGISTRY_VM_NOT_FOUND", message: "the VM is gone, and its logs with it", cause })
+        (cause) =>
+          new RegistryError({ code: "REGISTRY_VM_NOT_FOUND", message: "the VM is gone, and its logs with it", cause })
       )
     )
 })
@@ -179,7 +183,13 @@ const request = (controlPath: string, body: object) =>
     const pull = yield* Stream.toPull(connection.bytes)
     let head = Buffer.alloc(0)
     while (!head.includes("\n")) {
-      head = Buffer.concat([head, ...(yield* Effect.mapError(pull, Option.getOrElse(() => gone)))])
+      head = Buffer.concat([
+        head,
+        ...(yield* Effect.mapError(
+          pull,
+          Option.getOrElse(() => gone)
+        ))
+      ])
     }
     const at = head.indexOf("\n")
     const more = Stream.fromPull(Effect.succeed(pull))

@@ -1,4 +1,4 @@
-import { Context, type Effect, type Scope, Schema } from "effect"
+import { Context, type Effect, Schema, type Scope } from "effect"
 import type { BootError } from "./domain/errors.ts"
 import type { Accelerator, MachineSpec } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
@@ -30,6 +30,8 @@ export interface Supervision {
   readonly entry: VmEntry
   /** Copied sparsely into the VM's directory before the VMM starts. */
   readonly files: ReadonlyArray<{ readonly from: string; readonly to: string; readonly size?: number }>
+  /** Removed when the VM is gone, before its entry. */
+  readonly cleanup: ReadonlyArray<string>
   readonly graceMs: number
 }
 

@@ -27,7 +27,11 @@ export class Vsock extends Context.Tag("machinen/Vsock")<
     readonly listen: (
       vsockPath: string,
       port: number
-    ) => Effect.Effect<Effect.Effect<UnixSocket.Connection, VsockUnreachable, Scope.Scope>, VsockUnreachable, Scope.Scope>
+    ) => Effect.Effect<
+      Effect.Effect<UnixSocket.Connection, VsockUnreachable, Scope.Scope>,
+      VsockUnreachable,
+      Scope.Scope
+    >
   }
 >() {
   static readonly layer = Layer.succeed(Vsock, {

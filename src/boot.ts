@@ -32,102 +32,105 @@ export interface Booted {
  * Boots a VM into the current scope; the steps are those of ARCHITECTURE.md. Closing the scope releases them last first, whether the boot
  * finished, failed half-way or was interrupted. A detached VM is left running once it is ready.
  */
-export const boot = Effect.fn("boot")(function* (options: BootOptions) {
-  const settings = yield* Settings
-  const registry = yield* Registry
-  const images = yield* RootfsImage
-  const assets = yield* Assets
-  const vmm = yield* Vmm
-  const agent = yield* Agent
-  const fs = yield* FileSystem.FileSystem
-  const { phase, phases } = yield* PhaseTimer.make
+export const boot = Effect.fn("boot")(
+  function* (options: BootOptions) {
+    const settings = yield* Settings
+    const registry = yield* Registry
+    const images = yield* RootfsImage
+    const assets = yield* Assets
+    const vmm = yield* Vmm
+    const agent = yield* Agent
+    const fs = yield* FileSystem.FileSystem
+    const { phase, phases } = yield* PhaseTimer.make
 
-  // 1. Check everything that can be refused. Nothing has been acquired yet.
-  const capabilities = yield* vmm.capabilities
-  const plan = yield* validate(options, {
-    memoryBytes: yield* memory.totalBytes,
-    maxVcpus: capabilities.maxVcpus
-  }).pipe(phase("validate"))
-  const id = newId()
-  const dir = path.join(settings.vmsDir, id)
-  const vsockPath = path.join(dir, "vsock.sock")
-  yield* checkSocketPath(`${vsockPath}_65535`, settings.home)
-  const controlPath = vmm.controlPath(dir)
-  const entry = new VmEntry({
-    version: 1,
-    id,
-    name: plan.name,
-    state: "booting",
-    bootId: yield* processes.bootId,
-    owner: yield* processes.self,
-    detached: plan.detached,
-    backend: capabilities.backend,
-    accel: capabilities.accel,
-    image: plan.rootDisk ?? plan.image,
-    command: plan.command,
-    memoryMib: plan.memoryMib,
-    vcpus: plan.vcpus,
-    createdAt: Date.now(),
-    vsockPath,
-    controlPath: path.join(dir, "shim.sock"),
-    ...(controlPath === undefined ? {} : { vmmControlPath: controlPath })
-  })
+    // 1. Check everything that can be refused. Nothing has been acquired yet.
+    const capabilities = yield* vmm.capabilities
+    const plan = yield* validate(options, {
+      memoryBytes: yield* memory.totalBytes,
+      maxVcpus: capabilities.maxVcpus
+    }).pipe(phase("validate"))
+    const id = newId()
+    const dir = path.join(settings.vmsDir, id)
+    const vsockPath = path.join(dir, "vsock.sock")
+    yield* checkSocketPath(`${vsockPath}_65535`, settings.home)
+    const controlPath = vmm.controlPath(dir)
+    const entry = new VmEntry({
+      version: 1,
+      id,
+      name: plan.name,
+      state: "booting",
+      bootId: yield* processes.bootId,
+      owner: yield* processes.self,
+      detached: plan.detached,
+      backend: capabilities.backend,
+      accel: capabilities.accel,
+      image: plan.rootDisk ?? plan.image,
+      command: plan.command,
+      memoryMib: plan.memoryMib,
+      vcpus: plan.vcpus,
+      createdAt: Date.now(),
+      vsockPath,
+      controlPath: path.join(dir, "shim.sock"),
+      ...(controlPath === undefined ? {} : { vmmControlPath: controlPath })
+    })
 
-  // 2. The VM's directory and name.
-  yield* registry.claim(entry).pipe(phase("claim"))
+    // 2. The VM's directory and name.
+    const cleanup = yield* registry.claim(entry).pipe(phase("claim"))
 
-  // 3. What the machine is made of, and a place for the guest to ring.
-  const [disks, kernel, initrd, doorbell] = yield* Effect.all(
-    [
-      rootDisks(plan, dir, images).pipe(phase("rootdisk-materialize")),
-      assets.kernel,
-      writeInitramfs(fs, assets, dir, plan, entry).pipe(phase("initramfs-pack")),
-      agent.doorbell(vsockPath)
-    ],
-    { concurrency: "unbounded" }
-  )
-
-  // 4. Shim and VMM. From here on the shim answers for everything in the directory.
-  const machine = yield* vmm
-    .launch(
-      new MachineSpec({
-        id,
-        dir,
-        kernel,
-        initrd,
-        memoryMib: plan.memoryMib,
-        vcpus: plan.vcpus,
-        disks: disks.disks,
-        memoryFile: path.join(dir, "memory")
-      }),
-      { entry, files: disks.files, graceMs: Duration.toMillis(settings.stopGrace) }
+    // 3. What the machine is made of, and a place for the guest to ring.
+    const [disks, kernel, initrd, doorbell] = yield* Effect.all(
+      [
+        rootDisks(plan, dir, images).pipe(phase("rootdisk-materialize")),
+        assets.kernel,
+        writeInitramfs(fs, assets, dir, plan, entry).pipe(phase("initramfs-pack")),
+        agent.doorbell(vsockPath)
+      ],
+      { concurrency: "unbounded" }
     )
-    .pipe(phase("vmm-spawn"))
 
-  // 5. The doorbell, raced against the machine's end and the deadline.
-  yield* doorbell.pipe(
-    Effect.raceFirst(Effect.flatMap(machine.exited, (exit) => exitedEarly(exit))),
-    Effect.timeoutTo({
-      duration: settings.bootTimeout,
-      onSuccess: () => Effect.void,
-      onTimeout: () => Effect.flatMap(consoleTail(machine), notReady(settings.bootTimeout))
-    }),
-    Effect.flatten,
-    // a guest that cannot be served is not left running, detached or not
-    Effect.tapError(() => machine.kill),
-    Effect.mapError((error) => (plan.detached ? notReadyDetached(error) : error)),
-    phase("guest-ready")
-  )
+    // 4. Shim and VMM. From here on the shim answers for everything in the directory.
+    const machine = yield* vmm
+      .launch(
+        new MachineSpec({
+          id,
+          dir,
+          kernel,
+          initrd,
+          memoryMib: plan.memoryMib,
+          vcpus: plan.vcpus,
+          disks: disks.disks,
+          memoryFile: path.join(dir, "memory")
+        }),
+        { entry, files: disks.files, cleanup, graceMs: Duration.toMillis(settings.stopGrace) }
+      )
+      .pipe(phase("vmm-spawn"))
 
-  const vm = Vm.make(
-    new VmEntry({ ...entry, state: "running", shim: machine.shim, vmm: machine.vmm }),
-    machine,
-    agent.client(vsockPath)
-  )
-  yield* Effect.logDebug("booted", Object.fromEntries(phases()))
-  const booted: Booted = { vm, command: plan.command, phases: phases() }
-  return booted
-}, Effect.annotateLogs({ service: "boot" }))
+    // 5. The doorbell, raced against the machine's end and the deadline.
+    yield* doorbell.pipe(
+      Effect.raceFirst(Effect.flatMap(machine.exited, (exit) => exitedEarly(exit))),
+      Effect.timeoutTo({
+        duration: settings.bootTimeout,
+        onSuccess: () => Effect.void,
+        onTimeout: () => Effect.flatMap(consoleTail(machine), notReady(settings.bootTimeout))
+      }),
+      Effect.flatten,
+      // a guest that cannot be served is not left running, detached or not
+      Effect.tapError(() => machine.kill),
+      Effect.mapError((error) => (plan.detached ? notReadyDetached(error) : error)),
+      phase("guest-ready")
+    )
+
+    const vm = Vm.make(
+      new VmEntry({ ...entry, state: "running", shim: machine.shim, vmm: machine.vmm }),
+      machine,
+      agent.client(vsockPath)
+    )
+    yield* Effect.logDebug("booted", Object.fromEntries(phases()))
+    const booted: Booted = { vm, command: plan.command, phases: phases() }
+    return booted
+  },
+  Effect.annotateLogs({ service: "boot" })
+)
 
 /** The first digit is a letter: digits alone would be taken for a pid. */
 const newId = () => {
@@ -150,9 +153,12 @@ const rootDisks = Effect.fnUntraced(function* (plan: BootPlan, dir: string, imag
     const disk: Disk = { id: "root", path: yield* images.checkDisk(plan.rootDisk), readOnly: false }
     return { disks: [disk], files: [] }
   }
-  const [base, template] = yield* Effect.all([images.resolve(plan.image), images.upperTemplate(plan.rootDiskSizeBytes)], {
-    concurrency: 2
-  })
+  const [base, template] = yield* Effect.all(
+    [images.resolve(plan.image), images.upperTemplate(plan.rootDiskSizeBytes)],
+    {
+      concurrency: 2
+    }
+  )
   const upper = path.join(dir, "upper.img")
   const disks: ReadonlyArray<Disk> = [
     { id: "root", path: base, readOnly: true },
@@ -176,7 +182,12 @@ const writeInitramfs = Effect.fnUntraced(function* (
       env: { ...(entry.name === undefined ? {} : { MACHINEN_VM_NAME: entry.name }), ...plan.env },
       ...(plan.cwd === undefined ? {} : { cwd: plan.cwd })
     },
-    boot: { version: 1, id: entry.id, hostname: hostname(entry), root: plan.rootDisk === undefined ? "overlay" : "disk" }
+    boot: {
+      version: 1,
+      id: entry.id,
+      hostname: hostname(entry),
+      root: plan.rootDisk === undefined ? "overlay" : "disk"
+    }
   })
   yield* Effect.mapError(fs.writeFile(initrd, archive), packFailed)
   return initrd

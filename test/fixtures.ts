@@ -1,9 +1,24 @@
-import { spawn } from "node:child_process"
-import { mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync } from "node:fs"
+import { execFileSync, spawn } from "node:child_process"
+import { createHash } from "node:crypto"
+import {
+  chmodSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  rmSync,
+  writeFileSync
+} from "node:fs"
 import * as os from "node:os"
 import * as path from "node:path"
-import { ConfigProvider, Effect, Layer, type Scope } from "effect"
+import { assert } from "@effect/vitest"
+import { ConfigProvider, Context, Effect, Layer, Schedule, type Scope } from "effect"
+import type { BootOptions } from "../src/domain/BootOptions.ts"
+import { Machinen } from "../src/Machinen.ts"
 import * as layers from "../src/runtime/layers.ts"
+import type { Vm } from "../src/Vm.ts"
 
 /** Set-up's assets and the host probe's findings are shared; everything a VM makes goes below `home`. */
 export const environment = (home: string): Record<string, string> => ({
@@ -58,6 +73,117 @@ export const leftovers = (home: string) => ({
 })
 export const nothing = { processes: [], vms: [], names: [] }
 
+/** What every test of a VM ends with: its processes, sockets, files and names are gone. */
+export const assertNothingLeft = (home: string) => assert.deepStrictEqual(leftovers(home), nothing)
+
+/**
+ * Waits for a condition that has no event of its own (the end of a process that is not our child, a file made by another process). Fails
+ * with what was last seen when it does not come true in time.
+ */
+export const eventually = <A>(what: string, look: () => A | undefined | false): Effect.Effect<A> =>
+  Effect.suspend(() => {
+    const found = look()
+    return found === undefined || found === false ? Effect.fail("not yet" as const) : Effect.succeed(found)
+  }).pipe(
+    Effect.retry({ schedule: Schedule.spaced("5 millis") }),
+    Effect.timeout("25 seconds"),
+    Effect.orElse(() => Effect.dieMessage(`waited in vain for ${what}`))
+  )
+
+/**
+ * After somebody was killed: the processes end by themselves, the next command finds nothing to show and nothing is left on disk after it.
+ */
+export const assertNothingLeftAfterNextCommand = (home: string) =>
+  Effect.gen(function* () {
+    yield* eventually(`the end of ${JSON.stringify(processesOf(home))}`, () => processesOf(home).length === 0)
+    const { code, stdout } = yield* cli(home, ["ls", "--json"])
+    assert.strictEqual(code, 0)
+    assert.deepStrictEqual(JSON.parse(stdout), [])
+    assertNothingLeft(home)
+  })
+
+/** One VM for all the tests of a `layer`, gone with it. */
+export class Guest extends Context.Tag("test/Guest")<Guest, Vm>() {}
+export const guest = (home: string, options: BootOptions = {}) =>
+  Layer.scoped(
+    Guest,
+    Effect.gen(function* () {
+      const machinen = yield* Machinen
+      return (yield* machinen.boot({ image: "micro", ...options })).vm
+    })
+  ).pipe(Layer.provideMerge(live(home)))
+
+export const text = (bytes: Uint8Array): string => Buffer.from(bytes).toString()
+export const sha256 = (bytes: Uint8Array): string => createHash("sha256").update(bytes).digest("hex")
+export const sha256OfFile = (file: string): string => sha256(readFileSync(file))
+
+/** Runs a shell script in the guest, which must succeed, and gives what it printed without the last newline. */
+export const sh = (vm: Vm, script: string) =>
+  Effect.map(vm.exec({ argv: ["sh", "-c", script] }), ({ exitCode, stderr, stdout }) => {
+    assert.deepStrictEqual({ exitCode, stderr: text(stderr) }, { exitCode: 0, stderr: "" })
+    return text(stdout).trimEnd()
+  })
+
+/** An executable shell script below `dir`. */
+export const executable = (dir: string, name: string, body: string): string => {
+  const file = path.join(dir, name)
+  writeFileSync(file, `#!/bin/sh\n${body}\n`)
+  chmodSync(file, 0o755)
+  return file
+}
+/** A VMM of ours, named like QEMU so that `processesOf` sees it; it ignores its arguments. */
+export const fakeVmm = (dir: string, name: string, body: string): string => executable(dir, `qemu-system-${name}`, body)
+/** Runs until it is killed, without a child of its own. */
+export const hang = (dir: string): string => {
+  const fifo = path.join(dir, "never")
+  if (!existsSync(fifo)) execFileSync("mkfifo", [fifo])
+  return `read -r line <"${fifo}"`
+}
+
+/** A root filesystem tarball made of the host's static busybox, with a file that tells it from others. */
+export const busyboxTarball = (dir: string, mark: string): string => {
+  const tree = path.join(dir, `tree-${mark}`)
+  for (const sub of ["bin", "dev", "etc", "proc", "sys", "tmp", "run", "root"]) {
+    mkdirSync(path.join(tree, sub), { recursive: true })
+  }
+  execFileSync("cp", ["/bin/busybox", path.join(tree, "bin", "busybox")])
+  for (const applet of ["sh", "cat", "echo", "ls", "df", "true", "sync"]) {
+    execFileSync("ln", ["-sf", "busybox", path.join(tree, "bin", applet)])
+  }
+  writeFileSync(path.join(tree, "etc", "mark"), `${mark}\n`)
+  const tarball = path.join(dir, `${mark}.tar.gz`)
+  execFileSync("tar", ["--create", "--gzip", "--file", tarball, "--directory", tree, "."])
+  rmSync(tree, { recursive: true })
+  return tarball
+}
+
+/** The same root filesystem as an ext4 image. */
+export const busyboxExt4 = (dir: string, mark: string): string => {
+  const tarball = busyboxTarball(dir, mark)
+  const tree = path.join(dir, `unpacked-${mark}`)
+  mkdirSync(tree)
+  execFileSync("tar", ["--extract", "--file", tarball, "--directory", tree])
+  const image = path.join(dir, `${mark}.ext4`)
+  execFileSync("mke2fs", ["-q", "-t", "ext4", "-d", tree, image, "64M"])
+  rmSync(tree, { recursive: true })
+  return image
+}
+
+/** A small file system of its own, so that it can be filled. Needs root. */
+export const smallDisk = (size: string): Effect.Effect<string, never, Scope.Scope> =>
+  Effect.acquireRelease(
+    Effect.sync(() => {
+      const dir = mkdtempSync(path.join(os.tmpdir(), "mn-"))
+      execFileSync("mount", ["-t", "tmpfs", "-o", `size=${size},mode=0700`, "tmpfs", dir])
+      return dir
+    }),
+    (dir) =>
+      Effect.sync(() => {
+        execFileSync("umount", [dir])
+        rmSync(dir, { recursive: true })
+      })
+  )
+
 const names = (dir: string): ReadonlyArray<string> => {
   try {
     return readdirSync(dir)
@@ -73,8 +199,16 @@ export interface CliResult {
   readonly stderr: string
 }
 
+export interface CliOptions {
+  readonly env?: Readonly<Record<string, string>>
+  /** `"open"`: neither input nor its end; else the whole input. */
+  readonly stdin?: "open" | Uint8Array
+}
+
 export interface CliProcess {
   readonly pid: number
+  /** Ends its standard output's reader, as `head` does. */
+  readonly closeStdout: Effect.Effect<void>
   readonly kill: (signal: NodeJS.Signals) => Effect.Effect<void>
   /** Completes when its output so far contains the text. */
   readonly printed: (text: string) => Effect.Effect<void>
@@ -87,7 +221,7 @@ const root = path.resolve(import.meta.dirname, "..")
 export const startCli = (
   home: string,
   args: ReadonlyArray<string>,
-  options: { readonly env?: Readonly<Record<string, string>>; readonly stdin?: string | Uint8Array } = {}
+  options: CliOptions = {}
 ): Effect.Effect<CliProcess, never, Scope.Scope> =>
   Effect.acquireRelease(
     Effect.sync(() => {
@@ -105,7 +239,7 @@ export const startCli = (
       collect("stdout")
       collect("stderr")
       child.stdin.on("error", () => {})
-      child.stdin.end(options.stdin ?? "")
+      if (options.stdin !== "open") child.stdin.end(options.stdin ?? "")
       const text = (channel: "stdout" | "stderr") => Buffer.concat(chunks[channel]).toString()
       let result: CliResult | undefined
       child.on("close", (code, signal) => {
@@ -126,6 +260,7 @@ export const startCli = (
         })
       const process_: CliProcess = {
         pid: child.pid ?? 0,
+        closeStdout: Effect.sync(() => void child.stdout.destroy()),
         kill: (signal) => Effect.sync(() => void child.kill(signal)),
         printed: (wanted) => when(() => (`${text("stdout")}${text("stderr")}`.includes(wanted) ? true : undefined)),
         result: when(() => result)
@@ -136,8 +271,5 @@ export const startCli = (
   ).pipe(Effect.map(({ process }) => process))
 
 /** Runs the CLI to its end. */
-export const cli = (
-  home: string,
-  args: ReadonlyArray<string>,
-  options: { readonly env?: Readonly<Record<string, string>>; readonly stdin?: string | Uint8Array } = {}
-): Effect.Effect<CliResult> => Effect.scoped(Effect.flatMap(startCli(home, args, options), (started) => started.result))
+export const cli = (home: string, args: ReadonlyArray<string>, options: CliOptions = {}): Effect.Effect<CliResult> =>
+  Effect.scoped(Effect.flatMap(startCli(home, args, options), (started) => started.result))

@@ -41,9 +41,10 @@ export const layer = Layer.effect(
     const findingsPath = path.join(settings.cacheDir, `host-${bootId}.json`)
     const binary = Option.getOrElse(settings.vmm, () => defaultBinary)
 
-    const read: Effect.Effect<Findings> = fs
-      .readFileString(findingsPath)
-      .pipe(Effect.flatMap(Schema.decode(Findings)), Effect.orElseSucceed(() => ({})))
+    const read: Effect.Effect<Findings> = fs.readFileString(findingsPath).pipe(
+      Effect.flatMap(Schema.decode(Findings)),
+      Effect.orElseSucceed(() => ({}))
+    )
 
     /** Losing a finding costs a probe, never a boot. */
     const remember = (found: Findings) =>
@@ -100,7 +101,13 @@ export const layer = Layer.effect(
               binary,
               ...["-M", "microvm,acpi=off,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off"],
               ...["-accel", "kvm", "-cpu", "host", "-m", "128M", "-nodefaults", "-no-user-config", "-display", "none"],
-              ...["-no-reboot", "-kernel", yield* assets.kernel, "-append", "console=ttyS0 reboot=t panic=-1 quiet acpi=off"],
+              ...[
+                "-no-reboot",
+                "-kernel",
+                yield* assets.kernel,
+                "-append",
+                "console=ttyS0 reboot=t panic=-1 quiet acpi=off"
+              ],
               ...["-chardev", `socket,id=console,fd=${consoleFd}`, "-serial", "chardev:console"]
             ],
             env: {}
@@ -166,7 +173,9 @@ export const layer = Layer.effect(
         return { accel: "tcg", reason: `${why}; guests are emulated` } satisfies AcceleratorChoice
       }
       const { reason, works } = yield* HostLock.withLock(`probe:${settings.cacheDir}`)(probeKvm)
-      const choice: AcceleratorChoice = works ? { accel: "kvm", reason } : { accel: "tcg", reason: `${reason}; guests are emulated` }
+      const choice: AcceleratorChoice = works
+        ? { accel: "kvm", reason }
+        : { accel: "tcg", reason: `${reason}; guests are emulated` }
       return choice
     })
 

@@ -30,14 +30,16 @@ export const layer = Layer.effect(
 
     const handle = (qmpPath: string, running: ShimHandle): VmmHandle => {
       const once = (command: string) =>
-        Effect.scoped(Effect.flatMap(Qmp.connect(qmpPath, greetingDeadline), (qmp) => qmp.execute(command))).pipe(Effect.asVoid)
+        Effect.scoped(Effect.flatMap(Qmp.connect(qmpPath, greetingDeadline), (qmp) => qmp.execute(command))).pipe(
+          Effect.asVoid
+        )
       return { ...running, pause: once("stop"), resume: once("cont") }
     }
 
     return Vmm.of({
       capabilities: Effect.map(probe.accelerator, ({ accel }) => ({ backend: "qemu", accel, maxVcpus })),
       controlPath,
-      launch: Effect.fn("QemuVmm.launch")(function* (spec, { entry, files, graceMs }) {
+      launch: Effect.fn("QemuVmm.launch")(function* (spec, { cleanup, entry, files, graceMs }) {
         const shimBinary = yield* assets.shim.pipe(Effect.mapError(assetMissing))
         const { accel } = yield* probe.accelerator
         const tscKhz = accel === "tcg" ? yield* probe.tscKhz : 0
@@ -57,7 +59,7 @@ export const layer = Layer.effect(
             controlPath: entry.controlPath,
             entryPath: path.join(spec.dir, "entry.json"),
             entry,
-            cleanup: [],
+            cleanup,
             detached: entry.detached,
             graceMs
           })
@@ -70,4 +72,9 @@ export const layer = Layer.effect(
 )
 
 const assetMissing = (cause: Error) =>
-  new BootError({ code: "BOOT_VMM_MISSING", message: "the shim has not been built", hint: "run `machinen install`", cause })
+  new BootError({
+    code: "BOOT_VMM_MISSING",
+    message: "the shim has not been built",
+    hint: "run `machinen install`",
+    cause
+  })

@@ -4,7 +4,10 @@ import { VmmControlFailed } from "../../src/Vmm.ts"
 
 /** A monitor session: one command at a time, each waits for its answer. QEMU serves one session at once. */
 export interface Qmp {
-  readonly execute: (command: string, args?: Readonly<Record<string, unknown>>) => Effect.Effect<unknown, VmmControlFailed>
+  readonly execute: (
+    command: string,
+    args?: Readonly<Record<string, unknown>>
+  ) => Effect.Effect<unknown, VmmControlFailed>
 }
 
 const Message = Schema.parseJson(
@@ -20,15 +23,27 @@ const Message = Schema.parseJson(
  * Opens a session: greeting, then capabilities. A second session gets no greeting until the first is closed, so there is a deadline
  * (docs/interop/qmp-spec of QEMU; lab/qemu.md §6).
  */
-export const connect = (path: string, deadline: Duration.DurationInput): Effect.Effect<Qmp, VmmControlFailed, Scope.Scope> =>
+export const connect = (
+  path: string,
+  deadline: Duration.DurationInput
+): Effect.Effect<Qmp, VmmControlFailed, Scope.Scope> =>
   Effect.gen(function* () {
-    const connection = yield* Effect.mapError(UnixSocket.connect(path), (cause) => failed("QEMU's monitor is not there", cause))
+    const connection = yield* Effect.mapError(UnixSocket.connect(path), (cause) =>
+      failed("QEMU's monitor is not there", cause)
+    )
     const lines = connection.bytes.pipe(Stream.decodeText(), Stream.splitLines, Stream.rechunk(1))
     const pull = yield* Stream.toPull(lines)
     const next = pull.pipe(
-      Effect.mapError(Option.match({ onNone: () => failed("QEMU closed its monitor"), onSome: (cause) => failed("QEMU's monitor broke", cause) })),
+      Effect.mapError(
+        Option.match({
+          onNone: () => failed("QEMU closed its monitor"),
+          onSome: (cause) => failed("QEMU's monitor broke", cause)
+        })
+      ),
       Effect.flatMap(([line = ""]) =>
-        Effect.mapError(Schema.decode(Message)(line), (cause) => failed("QEMU's monitor sent something unreadable", cause))
+        Effect.mapError(Schema.decode(Message)(line), (cause) =>
+          failed("QEMU's monitor sent something unreadable", cause)
+        )
       )
     )
     /** Events come in between; nobody here waits for one. */

@@ -48,7 +48,10 @@ export interface CommandLineOptions {
  * QEMU's command line for a machine (measured in lab/qemu.md §2): microvm without firmware tables, PVH kernel, guest memory in a file,
  * nothing by default, QEMU itself confined by its seccomp sandbox.
  */
-export const commandLine = (spec: MachineSpec, options: CommandLineOptions): readonly [string, ...ReadonlyArray<string>] => {
+export const commandLine = (
+  spec: MachineSpec,
+  options: CommandLineOptions
+): readonly [string, ...ReadonlyArray<string>] => {
   const { accel, binary, controlPath, tscKhz } = options
   const memory = `size=${spec.memoryMib}M`
   const backend =

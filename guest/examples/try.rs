@@ -44,25 +44,27 @@ async fn main() -> Result<()> {
         status = vmm.wait() => return Err(format!("the vmm ended: {}", status?).into()),
     }
     let pid = vmm.id().ok_or("no pid")?;
-    println!("doorbell {:.1} ms, cpu {} ms", started.elapsed().as_secs_f64() * 1e3, cpu_ms(pid)?);
+    println!("doorbell {:.1} ms, cpu {:.1} ms", started.elapsed().as_secs_f64() * 1e3, cpu_ms(pid)?);
     for line in std::fs::read_to_string(script)?.lines().filter(|line| !line.is_empty()) {
         let (begun, cpu) = (Instant::now(), cpu_ms(pid)?);
         if let Err(error) = step(&session.opener, line).await {
             println!("! {error}");
         }
-        let used = cpu_ms(pid).map_or(0, |now| now - cpu);
-        println!("{:8.2} ms, cpu {used} ms  {line}", begun.elapsed().as_secs_f64() * 1e3);
+        let used = cpu_ms(pid).map_or(0.0, |now| now - cpu);
+        println!("{:8.2} ms, cpu {used:.1} ms  {line}", begun.elapsed().as_secs_f64() * 1e3);
     }
     println!("done {:.1} ms, vmm {}", started.elapsed().as_secs_f64() * 1e3, vmm.wait().await?);
     Ok(())
 }
 
-/// Processor time the VMM has used, in steps of 10 ms: unlike the clock's, this figure stands on a busy machine.
-fn cpu_ms(pid: u32) -> Result<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields = stat.rsplit_once(')').ok_or("stat")?.1.split_whitespace().skip(11).take(2);
-    let ticks = fields.map(str::parse::<u64>).sum::<std::result::Result<u64, _>>()?;
-    Ok(ticks * 10)
+/// Processor time the VMM's threads have used, in milliseconds: unlike the clock's, this figure stands on a busy machine.
+fn cpu_ms(pid: u32) -> Result<f64> {
+    let mut nanoseconds = 0;
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let schedstat = std::fs::read_to_string(thread?.path().join("schedstat"))?;
+        nanoseconds += schedstat.split_whitespace().next().ok_or("schedstat")?.parse::<u64>()?;
+    }
+    Ok(Duration::from_nanos(nanoseconds).as_secs_f64() * 1e3)
 }
 
 async fn step(opener: &Opener, line: &str) -> Result<()> {

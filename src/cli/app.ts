@@ -2,8 +2,11 @@ import { Command } from "@effect/cli"
 import { version } from "../version.ts"
 import { boot } from "./commands/boot.ts"
 import { cp } from "./commands/cp.ts"
+import { demo } from "./commands/demo.ts"
+import { doctor } from "./commands/doctor.ts"
 import { exec } from "./commands/exec.ts"
 import { inspect } from "./commands/inspect.ts"
+import { install } from "./commands/install.ts"
 import { gc, pause, resume, stop } from "./commands/lifecycle.ts"
 import { logs } from "./commands/logs.ts"
 import { ls } from "./commands/ls.ts"
@@ -31,7 +34,10 @@ export const cli = (argv: ReadonlyArray<string>) => {
       stop,
       pause,
       resume,
-      gc
+      gc,
+      install,
+      doctor,
+      demo
     ])
   )
   return Command.run(root, { name: "machinen", version })(head)

@@ -4,7 +4,11 @@ import { Effect, type Scope, Stream } from "effect"
 export const stdin: Effect.Effect<Stream.Stream<Uint8Array>, never, Scope.Scope> = Effect.acquireRelease(
   Effect.sync(() => process.stdin),
   (input) => Effect.sync(() => void input.destroy())
-).pipe(Effect.map((input) => Stream.fromAsyncIterable<Uint8Array, unknown>(input, (error) => error).pipe(Stream.orElse(() => Stream.empty))))
+).pipe(
+  Effect.map((input) =>
+    Stream.fromAsyncIterable<Uint8Array, unknown>(input, (error) => error).pipe(Stream.orElse(() => Stream.empty))
+  )
+)
 
 /** Writes with the backpressure of the pipe or terminal behind it; fails when nobody reads any more (`| head`). */
 export const write =

@@ -8,9 +8,7 @@ export class ShimPlan extends Schema.Class<ShimPlan>("ShimPlan")({
   id: Schema.String,
   dir: Schema.String,
   /** Copied sparsely before the VMM starts; extended with a hole to `size` bytes. */
-  files: Schema.Array(
-    Schema.Struct({ from: Schema.String, to: Schema.String, size: Schema.optional(Schema.Number) })
-  ),
+  files: Schema.Array(Schema.Struct({ from: Schema.String, to: Schema.String, size: Schema.optional(Schema.Number) })),
   vmm: Schema.Struct({
     argv: Schema.NonEmptyArray(Schema.String),
     env: Schema.Record({ key: Schema.String, value: Schema.String })

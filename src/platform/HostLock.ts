@@ -41,7 +41,12 @@ const holderGone = (key: string): Effect.Effect<void> =>
 
 const acquire = (key: string): Effect.Effect<Held> =>
   Effect.flatMap(bind(key), (got) =>
-    got === "taken" ? Effect.zipRight(holderGone(key), Effect.suspend(() => acquire(key))) : Effect.succeed(got)
+    got === "taken"
+      ? Effect.zipRight(
+          holderGone(key),
+          Effect.suspend(() => acquire(key))
+        )
+      : Effect.succeed(got)
   )
 
 /**

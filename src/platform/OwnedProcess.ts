@@ -55,8 +55,5 @@ export const start = (
     }
   })
 
-const begin = (
-  bin: string,
-  args: ReadonlyArray<string>,
-  env: Readonly<Record<string, string | undefined>>
-) => spawn(bin, args, { detached: true, env, cwd: "/", stdio: ["pipe", "pipe", "ignore"] })
+const begin = (bin: string, args: ReadonlyArray<string>, env: Readonly<Record<string, string | undefined>>) =>
+  spawn(bin, args, { detached: true, env, cwd: "/", stdio: ["pipe", "pipe", "ignore"] })

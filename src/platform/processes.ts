@@ -33,7 +33,10 @@ export const identify = (pid: number): Effect.Effect<Option.Option<ProcessIdenti
 
 /** Whether exactly this process still runs. */
 export const isAlive = (who: ProcessIdentity): Effect.Effect<boolean> =>
-  Effect.map(identify(who.pid), Option.exists((now) => now.startTime === who.startTime))
+  Effect.map(
+    identify(who.pid),
+    Option.exists((now) => now.startTime === who.startTime)
+  )
 
 /** This process. */
 export const self: Effect.Effect<ProcessIdentity> = Effect.flatMap(

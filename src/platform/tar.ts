@@ -5,7 +5,9 @@ import * as Tar from "tar"
 export const pack = (dir: string, skip: (relative: string) => boolean): Stream.Stream<Uint8Array, Error> =>
   Stream.suspend(() =>
     Stream.fromAsyncIterable(
-      Tar.create({ cwd: dir, portable: false, noPax: false, filter: (path) => !skip(path.replace(/^\.\//, "")) }, ["."]),
+      Tar.create({ cwd: dir, portable: false, noPax: false, filter: (path) => !skip(path.replace(/^\.\//, "")) }, [
+        "."
+      ]),
       toError
     )
   )
@@ -31,10 +33,7 @@ export const packFile = (dir: string, name: string, as: string): Stream.Stream<U
  * Unpacks a tar stream into a directory that exists. The stream may come from a hostile guest: the library drops entries that would leave
  * the directory (absolute, `..`, through a symlink), and any warning of it becomes a failure here. Files belong to the caller.
  */
-export const unpack = <E, R>(
-  dir: string,
-  bytes: Stream.Stream<Uint8Array, E, R>
-): Effect.Effect<void, E | Error, R> =>
+export const unpack = <E, R>(dir: string, bytes: Stream.Stream<Uint8Array, E, R>): Effect.Effect<void, E | Error, R> =>
   Effect.suspend(() => {
     let failure: Error | undefined
     const unpack = new Tar.Unpack({

@@ -4,10 +4,12 @@ import * as QemuProbe from "../../backends/qemu/QemuProbe.ts"
 import * as QemuVmm from "../../backends/qemu/QemuVmm.ts"
 import { Agent } from "../Agent.ts"
 import { Assets } from "../Assets.ts"
+import { Doctor } from "../Doctor.ts"
 import { Machinen } from "../Machinen.ts"
 import { Registry } from "../Registry.ts"
 import { RootfsImage } from "../RootfsImage.ts"
 import { Settings } from "../Settings.ts"
+import { Setup } from "../Setup.ts"
 import { Shim } from "../Shim.ts"
 import { Vsock } from "../Vsock.ts"
 
@@ -18,7 +20,7 @@ const foundation = Layer.mergeAll(Assets.layer, Registry.layer, Shim.layer, Vsoc
 )
 
 /** The one place where services meet their implementations. */
-export const layer = Machinen.layer.pipe(
+export const layer = Layer.mergeAll(Machinen.layer, Doctor.layer, Setup.layer).pipe(
   Layer.provideMerge(QemuVmm.layer),
   Layer.provideMerge(QemuProbe.layer),
   Layer.provideMerge(Layer.mergeAll(Agent.layer, RootfsImage.layer)),

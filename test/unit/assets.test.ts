@@ -119,6 +119,20 @@ describe("Assets", () => {
     })
   )
 
+  it.scoped("a build during which an input changed is not kept: its hash would lie", () =>
+    Effect.gen(function* () {
+      const { process, source } = yield* host
+      const edited = Effect.flatMap(Assets, (assets) =>
+        assets.build("kernel", (dirs) =>
+          Effect.tap(fill("vmlinux")(dirs), () => Effect.sync(() => write(source, "kernel/config", "edited")))
+        )
+      )
+      const error = yield* Effect.flip(process(edited))
+      assert.include(error.message, "changed while it was built")
+      assert.strictEqual((yield* Effect.flip(process(kernel))).code, "ASSET_MISSING")
+    })
+  )
+
   it.scoped("removes what a killed build left, of its own asset only", () =>
     Effect.gen(function* () {
       const { assetsDir, process } = yield* host

@@ -63,19 +63,24 @@ fn boot() -> Result<std::convert::Infallible, Failed> {
     root::mount_kernel_filesystems()?;
     phases.mark("kernel-filesystems");
     let writable = root::mount_root(boot.root, &mut phases)?;
-    root::switch()?;
+    let initramfs = root::switch()?;
+    phases.mark("root-moved");
     console::reopen().step("console")?;
     phases.mark("switched");
     // SAFETY: no thread has been started yet, so the child is a complete copy.
     match unsafe { libc::fork() } {
         -1 => Err(Failed::new("fork", io::Error::last_os_error())),
-        0 => match agent::run(agent::Guest { config: guest, hostname: boot.hostname, writable, phases }) {
-            Ok(never) => match never {},
-            Err(failed) => give_up(&failed),
-        },
+        0 => {
+            drop(initramfs);
+            match agent::run(agent::Guest { config: guest, hostname: boot.hostname, writable, phases }) {
+                Ok(never) => match never {},
+                Err(failed) => give_up(&failed),
+            }
+        }
         // The child has what it needs of `writable`; pid 1 keeps no descriptor but the console.
         agent => {
             drop(writable);
+            root::free(initramfs)?;
             reaper::reap_until_agent_ends(agent)
         }
     }

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::{fs, io};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -61,8 +61,8 @@ pub fn mount_root(kind: RootKind, phases: &mut Phases) -> Result<OwnedFd, Failed
     }
 }
 
-/// Makes `NEW_ROOT` the root of everything and frees the initramfs.
-pub fn switch() -> Result<(), Failed> {
+/// Makes `NEW_ROOT` the root of everything. Returns the root of the initramfs, to which no path leads any more.
+pub fn switch() -> Result<OwnedFd, Failed> {
     for directory in ["/dev", "/sys"] {
         let target = format!("{NEW_ROOT}{directory}");
         make_directory(&target, 0o755).step(target.clone())?;
@@ -70,11 +70,23 @@ pub fn switch() -> Result<(), Failed> {
     }
     let initramfs = open_directory("/").step("initramfs")?;
     rustix::process::chdir(NEW_ROOT).step("chdir")?;
-    empty_initramfs(&initramfs).step("initramfs")?;
-    drop(initramfs);
     rustix::mount::mount_move(".", "/").step("move root")?;
     rustix::process::chroot(".").step("chroot")?;
-    rustix::process::chdir("/").step("chdir /")
+    rustix::process::chdir("/").step("chdir /")?;
+    Ok(initramfs)
+}
+
+/// Deletes what the initramfs holds: it is memory. The program itself stays in memory as long as it runs. Nothing waits for this, so
+/// it is done while there is nothing else to do.
+pub fn free(initramfs: OwnedFd) -> Result<(), Failed> {
+    set_scheduling(libc::SCHED_IDLE).step("initramfs")?;
+    // The kernel does not look again by itself before the next tick.
+    rustix::thread::sched_yield();
+    rustix::process::fchdir(&initramfs).step("initramfs")?;
+    let device = rustix::fs::fstat(initramfs).step("initramfs")?.st_dev;
+    empty_working_directory(device).step("initramfs")?;
+    rustix::process::chdir("/").step("chdir /")?;
+    set_scheduling(libc::SCHED_OTHER).step("initramfs")
 }
 
 fn mount_writable(disk: &Disk, at: &str) -> Result<OwnedFd, Failed> {
@@ -104,22 +116,29 @@ fn open_directory(path: &str) -> rustix::io::Result<OwnedFd> {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Deletes what the initramfs holds: it is memory. The program itself stays in memory as long as it runs.
-fn empty_initramfs(root: &OwnedFd) -> io::Result<()> {
-    let device = rustix::fs::fstat(root)?.st_dev;
-    for entry in fs::read_dir("/")? {
+/// Deletes everything in the working directory that is on `device`.
+fn empty_working_directory(device: u64) -> io::Result<()> {
+    for entry in fs::read_dir(".")? {
         let name = entry?.file_name();
-        let stat = rustix::fs::statat(root, &name, AtFlags::SYMLINK_NOFOLLOW)?;
-        // Another device is a mount: the new root.
+        let stat = rustix::fs::statat(CWD, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+        // Another device is something mounted there.
         if stat.st_dev != device {
             continue;
         }
-        let path = Path::new("/").join(&name);
         if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-            fs::remove_dir_all(path)?;
+            fs::remove_dir_all(name)?;
         } else {
-            fs::remove_file(path)?;
+            fs::remove_file(name)?;
         }
+    }
+    Ok(())
+}
+
+fn set_scheduling(policy: libc::c_int) -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the kernel reads the structure, which outlives the call; 0 is the calling process.
+    if unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) } < 0 {
+        return Err(io::Error::last_os_error());
     }
     Ok(())
 }

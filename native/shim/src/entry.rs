@@ -1,10 +1,9 @@
 //! The registry's record of the VM.
 
 use crate::identity::Identity;
+use crate::replace::{self, replace};
 use serde_json::{Map, Value, json};
-use std::fs::OpenOptions;
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::PathBuf;
 
 /// The starter's record, completed. Readers see it whole: it is replaced by rename.
@@ -42,24 +41,12 @@ impl Entry {
     /// Removes it for good: later changes are not written any more.
     pub fn remove(&mut self) {
         self.removed = true;
-        for path in [self.temporary(), self.path.clone()] {
+        for path in [replace::temporary(&self.path), self.path.clone()] {
             let _ = std::fs::remove_file(path);
         }
     }
 
-    fn temporary(&self) -> PathBuf {
-        let mut path = self.path.clone().into_os_string();
-        path.push(".tmp");
-        path.into()
-    }
-
     fn write(&self) -> io::Result<()> {
-        if self.removed {
-            return Ok(());
-        }
-        let temporary = self.temporary();
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(&serde_json::to_vec(&self.fields)?)?;
-        std::fs::rename(temporary, &self.path)
+        if self.removed { Ok(()) } else { replace(&self.path, &serde_json::to_vec(&self.fields)?) }
     }
 }

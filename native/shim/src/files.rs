@@ -17,7 +17,7 @@ const BUFFER: u64 = 256 * 1024;
 /// Makes all copies. On failure none is left.
 ///
 /// # Errors
-/// Also `Interrupted` when `cancel` was set meanwhile.
+/// Also `ECANCELED`, when `cancel` was set meanwhile.
 pub fn copy_all(copies: &[FileCopy], cancel: &AtomicBool) -> Result<(), (PathBuf, io::Error)> {
     for (done, plan) in copies.iter().enumerate() {
         if let Err(error) = copy(plan, cancel) {
@@ -73,7 +73,7 @@ fn copy_range(from: &File, to: &File, mut at: u64, end: u64, cancel: &AtomicBool
     let mut in_kernel = true;
     while at < end {
         if cancel.load(Ordering::Relaxed) {
-            return Err(ErrorKind::Interrupted.into());
+            return Err(Errno::ECANCELED.into());
         }
         let copied = if in_kernel {
             match copy_in_kernel(from, to, at, (end - at).min(STEP)) {

@@ -4,7 +4,7 @@
 //! supervisor     the life of a VM, from plan to exit record; everything below is called from there
 //!   plan         what the starter wants        owner        stdin and stdout, the way back to the starter
 //!   files        sparse copies                 vmm          the VMM's process
-//!   entry        the registry's record         cleanup      what is removed at the end
+//!   entry, replace  the registry's record      cleanup      what is removed at the end
 //!   console, log, tail                         what the guest and the VMM print
 //!   vsock, guest_ports, proxy                  sockets <-> channel (section 2)
 //!   doorbell, lifecycle, power_off, frame      what the shim itself says to the guest and hears from it
@@ -33,6 +33,7 @@ mod owner;
 mod plan;
 mod power_off;
 mod proxy;
+mod replace;
 mod state;
 mod stop;
 mod supervisor;

@@ -8,6 +8,7 @@ use crate::identity::Identity;
 use crate::log::Log;
 use crate::plan::Plan;
 use crate::power_off::Agent;
+use crate::replace::replace;
 use crate::state::State;
 use crate::stop::{Ask, Stops};
 use crate::vmm::{Inherited, Vmm};
@@ -261,7 +262,7 @@ impl Vm {
         cleanup::run(plan);
         if let Some(path) = &plan.exit_record_path {
             // The record also goes to everybody who waits; a missing directory is its owner's decision.
-            let _ = serde_json::to_vec(&exit).map_err(io::Error::from).and_then(|record| std::fs::write(path, record));
+            let _ = serde_json::to_vec(&exit).map_err(io::Error::from).and_then(|record| replace(path, &record));
         }
         let line = Event::Exited { exit: &exit }.line();
         state.exited.send_replace(Some(line.as_str().into()));

@@ -24,7 +24,8 @@ const toGuest = Effect.fnUntraced(function* (vm: Vm, source: string, target: str
   const guest = yield* Effect.option(vm.stat(target === "" ? "/" : target))
   const intoDirectory = target.endsWith("/") || (guest._tag === "Some" && guest.value.kind === "directory")
   const info = yield* Effect.option(fs.stat(source))
-  const contentsOnly = source.endsWith("/.") || (info._tag === "Some" && info.value.type === "Directory" && guest._tag === "None")
+  const contentsOnly =
+    source.endsWith("/.") || (info._tag === "Some" && info.value.type === "Directory" && guest._tag === "None")
   const to = intoDirectory && !contentsOnly ? path.posix.join(target, path.basename(path.resolve(source))) : target
   yield* vm.push(path.resolve(source), path.posix.normalize(to))
 })
@@ -33,7 +34,10 @@ const toHost = Effect.fnUntraced(function* (vm: Vm, source: string, target: stri
   const fs = yield* FileSystem.FileSystem
   const host = yield* Effect.option(fs.stat(target))
   const intoDirectory = host._tag === "Some" && host.value.type === "Directory" && !source.endsWith("/.")
-  yield* vm.pull(path.posix.normalize(source), path.resolve(intoDirectory ? path.join(target, path.posix.basename(source)) : target))
+  yield* vm.pull(
+    path.posix.normalize(source),
+    path.resolve(intoDirectory ? path.join(target, path.posix.basename(source)) : target)
+  )
 })
 
 /** `machinen cp VM:/path HOST` and back. */

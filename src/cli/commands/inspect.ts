@@ -1,8 +1,8 @@
 import { Command } from "@effect/cli"
 import { Effect } from "effect"
 import { Machinen } from "../../Machinen.ts"
-import * as render from "../render.ts"
 import { json } from "../options.ts"
+import * as render from "../render.ts"
 import { vmArg } from "./exec.ts"
 
 /** `machinen inspect VM`: everything known of a VM, as JSON. */
@@ -12,7 +12,10 @@ export const inspect = Command.make("inspect", { json, vm: vmArg }, (input) =>
     const vm = yield* machinen.attach(input.vm)
     const memory = yield* vm.memoryStats
     // a guest that is paused or stuck does not keep the rest from being shown
-    const guest = yield* vm.stats.pipe(Effect.timeout("2 seconds"), Effect.orElseSucceed(() => null))
+    const guest = yield* vm.stats.pipe(
+      Effect.timeout("2 seconds"),
+      Effect.orElseSucceed(() => null)
+    )
     yield* render.json({
       ...render.vmJson(vm.entry),
       memory,

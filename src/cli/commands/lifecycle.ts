@@ -26,11 +26,17 @@ export const stop = Command.make(
 
 /** `machinen pause VM`, `machinen resume VM`: hold its vCPUs and let them go on. */
 export const pause = Command.make("pause", { vm: vmArg }, (input) =>
-  Effect.flatMap(Effect.flatMap(Machinen, (m) => m.attach(input.vm)), (vm) => vm.pause)
+  Effect.flatMap(
+    Effect.flatMap(Machinen, (m) => m.attach(input.vm)),
+    (vm) => vm.pause
+  )
 ).pipe(Command.withDescription("hold a VM's vCPUs"))
 
 export const resume = Command.make("resume", { vm: vmArg }, (input) =>
-  Effect.flatMap(Effect.flatMap(Machinen, (m) => m.attach(input.vm)), (vm) => vm.resume)
+  Effect.flatMap(
+    Effect.flatMap(Machinen, (m) => m.attach(input.vm)),
+    (vm) => vm.resume
+  )
 ).pipe(Command.withDescription("let a paused VM go on"))
 
 /** `machinen gc`: removes what dead VMs left behind. */

@@ -12,7 +12,10 @@ export const logs = Command.make(
     console: Options.boolean("console").pipe(
       Options.withDescription("the kernel's and init's console instead of the command's output")
     ),
-    tail: Options.integer("tail-bytes").pipe(Options.optional, Options.withDescription("begin this far before the end")),
+    tail: Options.integer("tail-bytes").pipe(
+      Options.optional,
+      Options.withDescription("begin this far before the end")
+    ),
     vm: vmArg
   },
   (input) =>

@@ -1,7 +1,7 @@
 import { Command } from "@effect/cli"
 import { Console, Effect } from "effect"
-import * as processes from "../../platform/processes.ts"
 import { Machinen } from "../../Machinen.ts"
+import * as processes from "../../platform/processes.ts"
 import { json } from "../options.ts"
 import * as render from "../render.ts"
 
@@ -12,10 +12,10 @@ export const ls = (name: "ls" | "list" | "ps") =>
       const machinen = yield* Machinen
       const entries = yield* machinen.list
       const rows = yield* Effect.forEach(entries, (entry) =>
-        Effect.map(
-          entry.vmm === undefined ? Effect.succeedNone : processes.residentBytes(entry.vmm.pid),
-          (rss) => ({ entry, rssBytes: rss._tag === "Some" ? rss.value : null })
-        )
+        Effect.map(entry.vmm === undefined ? Effect.succeedNone : processes.residentBytes(entry.vmm.pid), (rss) => ({
+          entry,
+          rssBytes: rss._tag === "Some" ? rss.value : null
+        }))
       )
       if (input.json) {
         return yield* render.json(rows.map(({ entry, rssBytes }) => ({ ...render.vmJson(entry), rssBytes })))

@@ -1,0 +1,62 @@
+import * as path from "node:path"
+import { Command } from "@effect/platform"
+import { Effect } from "effect"
+import { HostProbe } from "../../src/HostProbe.ts"
+import * as command from "../../src/platform/command.ts"
+import { Settings } from "../../src/Settings.ts"
+import { environment } from "../../test/fixtures.ts"
+import { atMost, BenchError, p50, type Scenario, type Variant } from "../harness.ts"
+
+const root = path.resolve(import.meta.dirname, "../..")
+const bundle = path.join(root, "dist", "cli.js")
+
+/** A program's wall time from spawn to exit, its output thrown away by nobody: both pipes are read. */
+const wall = (
+  name: string,
+  argv: readonly [string, ...ReadonlyArray<string>],
+  home: string,
+  runs?: number
+): Variant => ({
+  name,
+  ...(runs === undefined ? {} : { runs }),
+  released: false,
+  run: ({ mark }) =>
+    Effect.gen(function* () {
+      const { code, stderr } = yield* command.run(argv, environment(home))
+      yield* mark("wall")
+      if (code !== 0) return yield* new BenchError({ message: `${name} ended with code ${code}: ${stderr.trim()}` })
+    })
+})
+
+export const cli: Scenario = {
+  name: "cli",
+  description: "whole commands as a shell sees them, beside Node doing nothing",
+  setup: Effect.fn("cli.setup")(function* ({ images, runs = 20 }) {
+    const { home } = yield* Settings
+    const probe = yield* HostProbe
+    const image = images[0] ?? "micro"
+    // the checkout's launcher bundles again what is older than its sources
+    const fresh = yield* Command.exitCode(
+      Command.make(process.execPath, path.join(root, "scripts", "machinen.mjs"), "--version")
+    )
+    if (fresh !== 0) return yield* new BenchError({ message: "the CLI cannot be bundled" })
+    const node = process.execPath
+    return {
+      warmup: 2,
+      runs,
+      variants: [
+        wall("node -e 0", [node, "-e", "0"], home),
+        wall("ls", [node, bundle, "ls"], home),
+        wall(
+          `run --image ${image} -- true`,
+          [node, bundle, "run", "--image", image, "--", "true"],
+          home,
+          Math.min(runs, 10)
+        )
+      ],
+      settings: { image, accelerator: yield* probe.accelerator },
+      skipped: [],
+      verdicts: (results) => [atMost("ls (median)", "ms", p50(results, "ls", "wall"), 250)]
+    }
+  })
+}

@@ -1,0 +1,60 @@
+import { Effect, Option } from "effect"
+import { Assets } from "../../src/Assets.ts"
+import { defaultMemoryMib } from "../../src/domain/BootOptions.ts"
+import { HostProbe } from "../../src/HostProbe.ts"
+import { Machinen } from "../../src/Machinen.ts"
+import { atMost, BenchError, p50, type Scenario, type Variant } from "../harness.ts"
+import * as rawQemu from "../rawQemu.ts"
+
+const machine: rawQemu.Machine = { memoryMib: defaultMemoryMib, vcpus: 1 }
+
+/** Medians of the first command's answer may be at most this many times the raw marker, and `slackMs` more. */
+const factors = { micro: 1.25, debian: 1.4 } as const
+const slackMs = 60
+
+type Image = keyof typeof factors
+
+const cold = (image: Image): Variant => ({
+  name: image,
+  released: true,
+  run: ({ elapsed, mark, record }) =>
+    Effect.gen(function* () {
+      const machinen = yield* Machinen
+      const { phases, vm } = yield* machinen.boot({ image, ...machine })
+      const ready = yield* elapsed
+      // the wait for the guest is the boot's last phase: it began when shim and VMM were there
+      yield* mark("vmm-spawned", ready - (phases.get("guest-ready") ?? Number.NaN))
+      yield* mark("doorbell", ready)
+      const { exitCode } = yield* vm.exec({ argv: ["true"] })
+      yield* mark("first-exec")
+      if (exitCode !== 0) return yield* new BenchError({ message: `true ended with code ${exitCode}` })
+      yield* Effect.forEach(phases, ([phase, ms]) => record(`phase ${phase}`, ms, "ms"))
+    })
+})
+
+export const coldBoot: Scenario = {
+  name: "cold-boot",
+  description: "a boot from nothing to the first command's answer and back to nothing, beside QEMU alone",
+  setup: Effect.fn("coldBoot.setup")(function* ({ images, runs = 10 }) {
+    const assets = yield* Assets
+    const probe = yield* HostProbe
+    const raw = yield* rawQemu.make(machine)
+    const built = yield* Effect.filter(images, (image) => Effect.map(assets.find(`base-${image}`), Option.isSome))
+    return {
+      warmup: 2,
+      runs,
+      variants: [raw.variant, ...built.map(cold)],
+      settings: { ...machine, accelerator: yield* probe.accelerator, kernel: yield* assets.kernel, raw: raw.argv },
+      skipped: images.filter((image) => !built.includes(image)).map((image) => `${image}: its base image is not built`),
+      verdicts: (results) =>
+        built.map((image) =>
+          atMost(
+            `${image}: first-exec <= ${factors[image]} x raw marker + ${slackMs} ms (medians)`,
+            "ms",
+            p50(results, image, "first-exec"),
+            factors[image] * p50(results, "raw", "marker") + slackMs
+          )
+        )
+    }
+  })
+}

@@ -1,0 +1,142 @@
+//! Sockets on the host and ports in the guest.
+
+// Clippy exempts test functions only, not what they call.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{rest, start, start_ready};
+use serde_json::json;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
+#[test]
+fn echo_with_half_close() {
+    let shim = start(&["serve"]);
+    let mut stream = shim.dial(7);
+    let sent: Vec<u8> = (0..5_000_000u32).flat_map(|n| n.to_le_bytes()).collect();
+    let mut writer = stream.try_clone().unwrap();
+    let copy = sent.clone();
+    let writing = std::thread::spawn(move || {
+        writer.write_all(&copy).unwrap();
+        writer.shutdown(Shutdown::Write).unwrap();
+    });
+    assert!(rest(&mut stream) == sent);
+    writing.join().unwrap();
+}
+
+#[test]
+fn what_follows_the_connect_line_at_once_is_not_lost() {
+    let shim = start(&["serve"]);
+    let mut stream = UnixStream::connect(shim.path("vsock.sock")).unwrap();
+    stream.write_all(b"CONNECT 7\nearly").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let answer = String::from_utf8(rest(&mut stream)).unwrap();
+    assert!(answer.starts_with("OK ") && answer.ends_with("\nearly"), "{answer:?}");
+}
+
+#[test]
+fn refused_ports_end_without_a_greeting() {
+    let shim = start(&["serve"]);
+    assert!(rest(&mut shim.connect(9)).is_empty());
+}
+
+#[test]
+fn hostile_connect_lines() {
+    let shim = start_ready(&["serve"]);
+    for line in [
+        "\n",
+        "CONNECT\n",
+        "CONNECT x\n",
+        "CONNECT 7\r\n",
+        "CONNECT 99999999999\n",
+        "GET / HTTP/1.1\r\n",
+        "CONNECT -7\n",
+        "\0\0\n",
+    ] {
+        let mut stream = UnixStream::connect(shim.path("vsock.sock")).unwrap();
+        stream.write_all(line.as_bytes()).unwrap();
+        // Closed with bytes unread is a reset.
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        assert!(answer.is_empty(), "{line:?}");
+    }
+    let mut endless = UnixStream::connect(shim.path("vsock.sock")).unwrap();
+    while endless.write_all(&[b'1'; 4096]).is_ok() {}
+    drop(UnixStream::connect(shim.path("vsock.sock")).unwrap());
+    assert!(shim.dial(7).write_all(b"x").is_ok());
+}
+
+#[test]
+fn silent_clients_do_not_keep_others_out() {
+    let shim = start_ready(&["serve"]);
+    let silent: Vec<_> = (0..200).map(|_| UnixStream::connect(shim.path("vsock.sock")).unwrap()).collect();
+    let mut stream = shim.dial(7);
+    stream.write_all(b"x").unwrap();
+    stream.read_exact(&mut [0]).unwrap();
+    drop(silent);
+}
+
+#[test]
+fn a_client_that_does_not_read_stalls_only_itself() {
+    let shim = start_ready(&["serve"]);
+    let mut stalled = shim.dial(7);
+    stalled.set_write_timeout(Some(std::time::Duration::from_millis(300))).unwrap();
+    while stalled.write_all(&[1; 65_536]).is_ok() {}
+    let mut stream = shim.dial(7);
+    for _ in 0..100 {
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+    }
+}
+
+#[test]
+fn the_guest_dials_the_host() {
+    let shim = start_ready(&["serve"]);
+    let listener = shim.listen(5000);
+    let mut near = shim.dial(10);
+    near.write_all(&5000u32.to_be_bytes()).unwrap();
+    let (mut far, _) = listener.accept().unwrap();
+    near.write_all(b"question").unwrap();
+    near.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(rest(&mut far), b"question");
+    far.write_all(b"answer").unwrap();
+    far.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(rest(&mut near), b"answer");
+}
+
+#[test]
+fn nobody_listens_where_the_guest_dials() {
+    let shim = start_ready(&["serve"]);
+    let mut near = shim.dial(10);
+    near.write_all(&5001u32.to_be_bytes()).unwrap();
+    let mut answer = Vec::new();
+    let _ = near.read_to_end(&mut answer);
+    assert!(answer.is_empty());
+}
+
+#[test]
+fn the_doorbell_is_answered_by_the_shim() {
+    let shim = start_ready(&["serve"]);
+    assert_eq!(shim.entry()["state"], json!("running"));
+    shim.until(|shim| std::fs::read_to_string(shim.path("vmm.log")).unwrap().contains("doorbell: {\"nowMs\":1"));
+}
+
+#[test]
+fn the_doorbell_is_passed_on_to_whoever_waits_for_it() {
+    // The listener is there before the VMM is, as a starter's is.
+    let home = tempfile::tempdir().unwrap();
+    let plan = common::plan(home.path(), &[&common::fake_vmm(), "serve"]);
+    let listener = std::os::unix::net::UnixListener::bind(home.path().join("vm/vsock.sock_1979")).unwrap();
+    let mut shim = common::spawn(home);
+    shim.send(&format!("{plan}\n"));
+    let (mut bell, _) = listener.accept().unwrap();
+    let mut rung = String::new();
+    BufReader::new(bell.try_clone().unwrap()).read_line(&mut rung).unwrap();
+    assert_eq!(rung, "{\"version\":1,\"agent\":\"0.0.0\"}\n");
+    assert_eq!(shim.entry()["state"], json!("running"));
+    bell.write_all(b"{\"nowMs\":7}\n").unwrap();
+    drop(bell);
+    shim.until(|shim| std::fs::read_to_string(shim.path("vmm.log")).unwrap().contains("doorbell: {\"nowMs\":7}"));
+}

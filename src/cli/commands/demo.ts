@@ -1,0 +1,62 @@
+import { Command, Options } from "@effect/cli"
+import { FileSystem } from "@effect/platform"
+import { Console, Effect, Stream } from "effect"
+import { Machinen } from "../../Machinen.ts"
+import { bytes } from "../render.ts"
+import * as stdio from "../stdio.ts"
+import { setUp } from "./install.ts"
+
+const census = `
+import collections, os, platform
+kinds = collections.Counter(os.path.splitext(f)[1] or "(none)" for _, _, fs in os.walk("/srv/work") for f in fs)
+print("  guest:", platform.platform(), "python", platform.python_version())
+print("  files by kind:", ", ".join(f"{k} {n}" for k, n in kinds.most_common(4)))
+open("/srv/work/REPORT", "w").write(repr(kinds))
+`
+
+/** `machinen demo`: set-up, then the main job on a real Debian guest: boot, files in, work, files out, gone. */
+export const demo = Command.make(
+  "demo",
+  { image: Options.text("image").pipe(Options.withDefault("debian")) },
+  ({ image }) =>
+    Effect.gen(function* () {
+      yield* setUp
+      const machinen = yield* Machinen
+      const fs = yield* FileSystem.FileSystem
+      const since = performance.now()
+      const took = () => `${Math.round(performance.now() - since)} ms`
+      const say = (text: string) => Console.log(`[${took().padStart(8)}] ${text}`)
+
+      yield* say(`boot: a ${image} guest`)
+      yield* Effect.scoped(
+        Effect.gen(function* () {
+          const { vm } = yield* machinen.boot({ image })
+          yield* say(`up: id ${vm.id}, pid ${vm.pid}, ${vm.entry.accel}`)
+
+          const source = yield* fs.makeTempDirectoryScoped({ prefix: "machinen-demo-" })
+          yield* fs.writeFileString(
+            `${source}/hello.py`,
+            "print('hello from', open('/etc/os-release').readline().strip())\n"
+          )
+          yield* fs.writeFileString(`${source}/data.csv`, "a,b\n1,2\n")
+          yield* vm.push(source, "/srv/work")
+          yield* say("pushed a directory to /srv/work")
+
+          const work =
+            image === "debian" ? ["python3", "-c", census] : ["sh", "-c", "ls /srv/work | tee /srv/work/REPORT"]
+          const [first = "true", ...rest] = work
+          const running = yield* vm.start({ argv: [first, ...rest] })
+          yield* Stream.runForEach(running.output, ({ bytes, channel }) => stdio.write(channel)(bytes))
+          const { code } = yield* running.exit
+          yield* say(`worked in it: exit code ${code}`)
+
+          const report = yield* vm.readFile("/srv/work/REPORT").pipe(Stream.decodeText(), Stream.mkString)
+          yield* say(`read its report back: ${report.trim().slice(0, 60)}`)
+          const { hostRssBytes } = yield* vm.memoryStats
+          yield* say(`memory on the host: ${bytes(hostRssBytes ?? 0)} of at most ${vm.entry.memoryMib} MiB`)
+        })
+      )
+      const left = (yield* machinen.list).length
+      yield* say(`gone: ${left === 0 ? "nothing is left behind" : `${left} other VMs run on`}`)
+    })
+).pipe(Command.withDescription("set up this host and show the main job on a real guest"))

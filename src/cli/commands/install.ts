@@ -1,0 +1,37 @@
+import { Command } from "@effect/cli"
+import { Console, Duration, Effect } from "effect"
+import { HostProbe } from "../../HostProbe.ts"
+import { type Progress, Setup } from "../../Setup.ts"
+
+/** Progress goes to stderr: stdout is for what a command is asked for. */
+const show = (event: Progress): Effect.Effect<void> => {
+  switch (event._tag) {
+    case "Skipped":
+      return Console.error(`✔ ${event.title} (there already)`)
+    case "Started":
+      return Console.error(`… ${event.title}`)
+    case "Line":
+      return Console.error(`  [${event.step}] ${event.line}`)
+    case "Done":
+      return Console.error(
+        `✔ ${event.title} (${Duration.format(Duration.millis(Math.round(Duration.toMillis(event.elapsed))))})`
+      )
+    case "Failed":
+      return Console.error(`✘ ${event.title}: ${event.error.message}`)
+  }
+}
+
+/** Everything a VM needs on this host, with what is done shown while it is done; ends by probing the accelerator. */
+export const setUp = Effect.gen(function* () {
+  const setup = yield* Setup
+  const probe = yield* HostProbe
+  const [elapsed] = yield* Effect.timed(setup.run(show))
+  const { accel, reason } = yield* probe.accelerator
+  yield* Console.error(`✔ accelerator: ${accel} (${reason})`)
+  yield* Console.error(`set-up took ${(Duration.toMillis(elapsed) / 1000).toFixed(1)} s`)
+})
+
+/** `machinen install` (`npm run setup`): idempotent, and goes on where it stopped. */
+export const install = Command.make("install", {}, () => setUp).pipe(
+  Command.withDescription("build and install what VMs need on this host")
+)
