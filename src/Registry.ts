@@ -207,12 +207,16 @@ export class Registry extends Context.Tag("machinen/Registry")<
         }),
         list,
         find: Effect.fn("Registry.find")(function* (reference) {
+          // The pin decides who has a name: of those that want one at once, all but one are about to go.
+          const named = yield* holder(reference)
+          if (Option.isSome(named)) return named.value
           const all = yield* list
-          const matches = /^[0-9]+$/.test(reference)
-            ? all.filter((e) => [e.vmm?.pid, e.shim?.pid].includes(Number(reference)))
-            : all.filter((e) => e.name === reference || e.id === reference)
-          const byPrefix = reference.length < 4 ? [] : all.filter((e) => e.id.startsWith(reference))
-          const found = matches.length > 0 ? matches : byPrefix
+          const isPid = /^[0-9]+$/.test(reference)
+          const found = all.filter((entry) =>
+            isPid
+              ? [entry.vmm?.pid, entry.shim?.pid].includes(Number(reference))
+              : reference.length >= 4 && entry.id.startsWith(reference)
+          )
           const [entry] = found
           if (entry === undefined || found.length > 1) return yield* notFound(reference, all, found)
           return entry

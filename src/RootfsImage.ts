@@ -1,4 +1,4 @@
-import { createHash } from "node:crypto"
+import { createHash, randomUUID } from "node:crypto"
 import * as path from "node:path"
 import { gunzipSync } from "node:zlib"
 import { CommandExecutor, FileSystem } from "@effect/platform"
@@ -122,7 +122,9 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         )
         const sha = hash.digest("hex")
         yield* fs.makeDirectory(path.dirname(note), { recursive: true })
-        yield* fs.writeFileString(`${note}.tmp`, sha).pipe(Effect.zipRight(fs.rename(`${note}.tmp`, note)))
+        // a name of its own: others may be noting the same at the same time
+        const draft = `${note}.${randomUUID()}`
+        yield* fs.writeFileString(draft, sha).pipe(Effect.zipRight(fs.rename(draft, note)))
         return sha
       })
 

@@ -102,6 +102,13 @@ export const assertNothingLeftAfterNextCommand = (home: string) =>
     assertNothingLeft(home)
   })
 
+/** For `afterEach`: who only attached to a VM hears of its end when the files are gone; the shim itself ends a moment later. */
+export const settled = (home: string): Promise<void> =>
+  eventually(`the end of ${JSON.stringify(processesOf(home))}`, () => processesOf(home).length === 0).pipe(
+    Effect.zipRight(Effect.sync(() => assertNothingLeft(home))),
+    Effect.runPromise
+  )
+
 /** One VM for all the tests of a `layer`, gone with it. */
 export class Guest extends Context.Tag("test/Guest")<Guest, Vm>() {}
 export const guest = (home: string, options: BootOptions = {}) =>

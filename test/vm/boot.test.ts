@@ -13,6 +13,7 @@ import {
   leftovers,
   live,
   processesOf,
+  settled,
   sh,
   sha256OfFile,
   temporaryHome,
@@ -20,7 +21,7 @@ import {
 } from "../fixtures.ts"
 
 const home = temporaryHome()
-afterEach(() => assertNothingLeft(home))
+afterEach(() => settled(home))
 
 /** What the log shows up to the text. */
 const logsUntil = <E>(logs: Stream.Stream<Uint8Array, E>, ...wanted: ReadonlyArray<string>) =>
@@ -45,19 +46,18 @@ layer(live(home), { excludeTestServices: true })("a VM", (it) => {
         vcpus: 2
       })
       assert.strictEqual(vm.name, "Team/Web_1")
-      assert.strictEqual(yield* sh(vm, 'echo "$GREETING|$EMPTY|$PWD|$(hostname)|$MACHINEN_VM_NAME"'), "hello wörld||/etc|team-web-1|Team/Web_1")
+      assert.strictEqual(
+        yield* sh(vm, 'echo "$GREETING|$EMPTY|$PWD|$(hostname)|$MACHINEN_VM_NAME"'),
+        "hello wörld||/etc|team-web-1|Team/Web_1"
+      )
       assert.strictEqual(yield* sh(vm, "grep -c ^processor /proc/cpuinfo"), "2")
       const totalMib = Number(yield* sh(vm, "awk '/^MemTotal/ { print $2 }' /proc/meminfo")) / 1024
       assert.isAbove(totalMib, 200)
       assert.isAtMost(totalMib, 256)
-      assert.includeMembers([...phases.keys()], [
-        "validate",
-        "claim",
-        "rootdisk-materialize",
-        "initramfs-pack",
-        "vmm-spawn",
-        "guest-ready"
-      ])
+      assert.includeMembers(
+        [...phases.keys()],
+        ["validate", "claim", "rootdisk-materialize", "initramfs-pack", "vmm-spawn", "guest-ready"]
+      )
       const memory = yield* vm.memoryStats
       assert.strictEqual(memory.ceilingMib, 256)
       assert.isAbove(memory.hostRssBytes ?? 0, 16 * 2 ** 20)
@@ -80,11 +80,19 @@ layer(live(home), { excludeTestServices: true })("a VM", (it) => {
 
   it.scoped("ends with its main command and tells how that ended", () =>
     Effect.gen(function* () {
-      const { command, vm } = yield* (yield* Machinen).boot({ image: "micro", command: ["sh", "-c", "echo working; exit 9"] })
+      const { command, vm } = yield* (yield* Machinen).boot({
+        image: "micro",
+        command: ["sh", "-c", "echo working; exit 9"]
+      })
       assert.deepStrictEqual(command, ["sh", "-c", "echo working; exit 9"])
       const main = yield* vm.startMain()
       const output = yield* Stream.runCollect(main.output)
-      assert.strictEqual(Chunk.toReadonlyArray(output).map(({ bytes }) => text(bytes)).join(""), "working\n")
+      assert.strictEqual(
+        Chunk.toReadonlyArray(output)
+          .map(({ bytes }) => text(bytes))
+          .join(""),
+        "working\n"
+      )
       assert.strictEqual((yield* main.exit).code, 9)
       const exit = yield* vm.wait
       assert.deepStrictEqual(exit.main, { code: 9, signal: null })
@@ -218,7 +226,7 @@ layer(live(home), { excludeTestServices: true })("a VM", (it) => {
         { concurrency: 2 }
       )
       yield* Effect.all([sh(one.vm, "echo 1 >/which"), sh(two.vm, "echo 2 >/which")], { concurrency: 2 })
-      assert.deepStrictEqual((yield* machinen.list).map((e) => e.name).sort(), ["one", "two"])
+      assert.deepStrictEqual((yield* machinen.list).map((e) => String(e.name)).sort(), ["one", "two"])
       yield* one.vm.kill
       assert.strictEqual(yield* sh(two.vm, "cat /which"), "2")
       assert.deepStrictEqual(leftovers(home).names, ["two"])

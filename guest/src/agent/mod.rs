@@ -85,7 +85,7 @@ async fn complete(opener: &Opener, hostname: &str, mut phases: Phases) {
     phases.mark("session");
     doorbell::ring(opener, || {
         phases.mark("doorbell");
-        late::complete(hostname).unwrap_or_else(|failed| give_up(&failed));
+        late::complete(hostname, &mut phases).unwrap_or_else(|failed| give_up(&failed));
         phases.mark("complete");
     })
     .await;

@@ -9,12 +9,13 @@ use rustix::mount::MountFlags;
 use rustix::process::{Resource, Rlimit};
 
 use super::root::make_directory;
-use super::{Failed, Step, cgroup};
+use super::{Failed, Phases, Step, cgroup};
 
-/// Mounts of the new root besides /dev and /sys, in order.
+/// Mounts of the new root besides /dev and /sys, in order. `favordynmods`: without it every move into a group, and so every command,
+/// waits for an RCU grace period.
 const MOUNTS: [(&str, &str, &CStr); 5] = [
     ("proc", "/proc", c""),
-    ("cgroup2", "/sys/fs/cgroup", c""),
+    ("cgroup2", "/sys/fs/cgroup", c"favordynmods"),
     ("devpts", "/dev/pts", c"gid=5,mode=620,ptmxmode=666"),
     ("tmpfs", "/dev/shm", c"mode=1777"),
     ("tmpfs", "/run", c"mode=755"),
@@ -34,12 +35,13 @@ const AGENT_FILES: Rlimit = Rlimit { current: Some(524_288), maximum: Some(524_2
 pub const COMMAND_FILES: Rlimit = Rlimit { current: Some(1024), maximum: Some(524_288) };
 
 /// Completes the guest.
-pub fn complete(hostname: &str) -> Result<(), Failed> {
+pub fn complete(hostname: &str, phases: &mut Phases) -> Result<(), Failed> {
     for (kind, at, options) in MOUNTS {
         make_directory(at, 0o755).step(at)?;
         let flags = MountFlags::NOSUID | if kind == "devpts" { MountFlags::NOEXEC } else { MountFlags::NODEV };
         rustix::mount::mount(kind, at, kind, flags, options).step(format!("mount {at}"))?;
     }
+    phases.mark("mounts");
     for (target, link) in LINKS {
         rustix::fs::symlink(target, link).step(link)?;
     }
@@ -48,7 +50,9 @@ pub fn complete(hostname: &str) -> Result<(), Failed> {
         // mkdir's mode is cut by the umask.
         rustix::fs::chmod("/tmp", rustix::fs::Mode::from_raw_mode(0o1777)).step("/tmp")?;
     }
+    phases.mark("files");
     cgroup::set_up().step("cgroups")?;
+    phases.mark("cgroups");
     // The agent is the last to go when memory runs out: without it the host cannot even see why.
     fs::write("/proc/self/oom_score_adj", "-1000").step("oom_score_adj")?;
     rustix::process::setrlimit(Resource::Nofile, AGENT_FILES).step("open files")?;
@@ -56,7 +60,7 @@ pub fn complete(hostname: &str) -> Result<(), Failed> {
     loopback_up().step("loopback")
 }
 
-/// Sets the kernel's host name, and makes the name resolve where the image has a place for that.
+/// Sets the kernel's host name.
 pub fn set_hostname(hostname: &str) -> io::Result<()> {
     rustix::system::sethostname(hostname.as_bytes())?;
     Ok(())

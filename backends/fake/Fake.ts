@@ -1,0 +1,179 @@
+import { Context, Deferred, Effect, FiberId, Layer, Ref, Stream } from "effect"
+import { Agent, type AgentClient } from "../../src/Agent.ts"
+import { Assets } from "../../src/Assets.ts"
+import { AssetError, BootError, ExecError, FilesError, ProvisionError } from "../../src/domain/errors.ts"
+import { ExitRecord } from "../../src/domain/ShimPlan.ts"
+import type { MachineSpec } from "../../src/domain/Vm.ts"
+import { RootfsImage } from "../../src/RootfsImage.ts"
+import type { ShimHandle } from "../../src/Shim.ts"
+import { type Supervision, Vmm, VmmControlFailed, type VmmHandle } from "../../src/Vmm.ts"
+
+/** Steps of a boot that can be made to fail, or never to end. */
+const steps = ["kernel", "init", "image", "upper", "listen", "launch", "doorbell"] as const
+export type Step = (typeof steps)[number]
+export type Mood = "fail" | "hang"
+
+/** What a test sees of the fake host, and how it steers it. */
+export class Fake extends Context.Tag("machinen/Fake")<
+  Fake,
+  {
+    /** What was acquired (`launch+`), released (`launch-`) or asked for, in order. */
+    readonly events: Effect.Effect<ReadonlyArray<string>>
+    readonly when: (step: Step, mood: Mood) => Effect.Effect<void>
+    /** Completes when a boot has come to that step. */
+    readonly reached: (step: Step) => Effect.Effect<void>
+    /** The VMM of the VM launched last ends by itself, having printed this on its console. */
+    readonly crash: (console: string) => Effect.Effect<void>
+    readonly launched: Effect.Effect<ReadonlyArray<{ readonly spec: MachineSpec; readonly supervision: Supervision }>>
+  }
+>() {}
+
+const ended = (reason: ExitRecord["reason"], consoleTail: string) =>
+  new ExitRecord({
+    vmm: { code: 0, signal: null },
+    main: null,
+    orderly: reason === "stop",
+    reason,
+    consoleTail,
+    vmmLogTail: ""
+  })
+
+const nobody = Effect.fail(new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "a fake guest runs nothing" }))
+const nowhere = Effect.fail(new FilesError({ code: "FILES_AGENT_UNAVAILABLE", message: "a fake guest has no files" }))
+
+/** The agent of a guest that is not there. */
+const silent: AgentClient = {
+  start: () => nobody,
+  exec: () => nobody,
+  startMain: () => nobody,
+  startMainDetached: nobody,
+  writeFile: () => nowhere,
+  readFile: () => Stream.fromEffect(nowhere),
+  push: () => nowhere,
+  pull: () => nowhere,
+  stat: () => nowhere,
+  stats: nobody
+}
+
+/** Everything below the boot pipeline that would need a hypervisor, in memory; the registry is the real one. */
+export const layer = Layer.unwrapEffect(
+  Effect.gen(function* () {
+    const log = yield* Ref.make<ReadonlyArray<string>>([])
+    const moods = yield* Ref.make<ReadonlyMap<Step, Mood>>(new Map())
+    const running = yield* Ref.make<
+      ReadonlyArray<{ spec: MachineSpec; supervision: Supervision; exited: Deferred.Deferred<ExitRecord> }>
+    >([])
+    const note = (event: string) => Ref.update(log, (events) => [...events, event])
+    const reached = new Map<Step, Deferred.Deferred<void>>(
+      yield* Effect.forEach(steps, (step) => Effect.map(Deferred.make<void>(), (door) => [step, door] as const))
+    )
+    const doorOf = (step: Step) => reached.get(step) ?? Deferred.unsafeMake<void>(FiberId.none)
+    const at = <E>(step: Step, failure: E) =>
+      Effect.flatMap(
+        Effect.zipRight(Deferred.succeed(doorOf(step), undefined), Ref.get(moods)),
+        (set): Effect.Effect<void, E> => {
+          const mood = set.get(step)
+          if (mood === undefined) return Effect.void
+          return mood === "fail" ? Effect.fail(failure) : Effect.never
+        }
+      )
+    const asset = (step: Step) =>
+      at(step, new AssetError({ code: "ASSET_MISSING", message: `no ${step}` })).pipe(
+        // a file that exists and is small: the initramfs is packed for real
+        Effect.as("/proc/sys/kernel/ostype")
+      )
+
+    const handle = (exited: Deferred.Deferred<ExitRecord>): VmmHandle => {
+      const end = (reason: "stop" | "kill") =>
+        note(reason).pipe(
+          Effect.zipRight(Deferred.succeed(exited, ended(reason, ""))),
+          Effect.zipRight(Deferred.await(exited))
+        )
+      const shim: ShimHandle = {
+        shim: { pid: 2 ** 22 + 1, startTime: 1 },
+        vmm: { pid: 2 ** 22 + 2, startTime: 1 },
+        exited: Deferred.await(exited),
+        stop: () => end("stop"),
+        kill: end("kill"),
+        detach: note("detach"),
+        logs: () => Stream.make(Buffer.from("fake console\n"))
+      }
+      const unsupported = Effect.fail(new VmmControlFailed({ message: "a fake has no vCPUs" }))
+      return { ...shim, pause: unsupported, resume: unsupported }
+    }
+
+    return Layer.mergeAll(
+      Layer.succeed(Fake, {
+        events: Ref.get(log),
+        reached: (step) => Deferred.await(doorOf(step)),
+        when: (step, mood) => Ref.update(moods, (set) => new Map(set).set(step, mood)),
+        crash: (console) =>
+          Effect.flatMap(Ref.get(running), (all) =>
+            Effect.forEach(all.slice(-1), ({ exited }) => Deferred.succeed(exited, ended("vmm", console)))
+          ).pipe(Effect.asVoid),
+        launched: Ref.get(running)
+      }),
+      Layer.succeed(
+        Assets,
+        Assets.of({
+          kernel: asset("kernel"),
+          init: asset("init"),
+          shim: asset("kernel"),
+          base: () => asset("image"),
+          find: () => Effect.succeedNone,
+          build: () => Effect.void
+        })
+      ),
+      Layer.succeed(
+        RootfsImage,
+        RootfsImage.of({
+          resolve: () =>
+            at("image", new BootError({ code: "BOOT_IMAGE_NOT_FOUND", message: "no image" })).pipe(Effect.as("/base")),
+          checkDisk: (image) => Effect.succeed(image),
+          ensure: () => Effect.succeed("/base"),
+          upperTemplate: () =>
+            at("upper", new ProvisionError({ code: "ROOTFS_IMG_NO_SPACE", message: "no space" })).pipe(
+              Effect.as("/upper")
+            )
+        })
+      ),
+      Layer.succeed(
+        Agent,
+        Agent.of({
+          client: () => silent,
+          doorbell: () =>
+            Effect.acquireRelease(
+              at("listen", new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "no socket" })).pipe(
+                Effect.interruptible,
+                Effect.zipRight(note("listen+"))
+              ),
+              () => note("listen-")
+            ).pipe(Effect.as(at("doorbell", new ExecError({ code: "EXEC_PROTOCOL", message: "it rang wrongly" }))))
+        })
+      ),
+      Layer.succeed(
+        Vmm,
+        Vmm.of({
+          capabilities: Effect.succeed({ backend: "fake", accel: "tcg", maxVcpus: 4 }),
+          controlPath: () => undefined,
+          launch: (spec, supervision) =>
+            Effect.acquireRelease(
+              Effect.gen(function* () {
+                yield* Effect.interruptible(at("launch", new BootError({ code: "BOOT_VMM_FAILED", message: "no VMM" })))
+                const exited = yield* Deferred.make<ExitRecord>()
+                yield* Ref.update(running, (all) => [...all, { spec, supervision, exited }])
+                yield* note("launch+")
+                return exited
+              }),
+              (exited) => Effect.zipRight(note("launch-"), Deferred.succeed(exited, ended("owner-lost", "")))
+            ).pipe(Effect.map(handle)),
+          attach: (_entry, shim) => ({
+            ...shim,
+            pause: Effect.fail(new VmmControlFailed({ message: "a fake has no vCPUs" })),
+            resume: Effect.fail(new VmmControlFailed({ message: "a fake has no vCPUs" }))
+          })
+        })
+      )
+    )
+  })
+)
