@@ -34,6 +34,9 @@ export interface CommandSpec {
   readonly stdin?: Stream.Stream<Uint8Array>
 }
 
+/** A command, or a line for the guest's `sh -c`. */
+export type Commandlike = CommandSpec | string
+
 export interface CommandOutput {
   readonly channel: "stdout" | "stderr"
   readonly bytes: Uint8Array
@@ -58,6 +61,10 @@ export interface ExecResult {
   readonly stderr: Uint8Array
 }
 
+export interface ExecOptions {
+  readonly timeout?: Duration.DurationInput
+}
+
 export interface WriteFileOptions {
   /** Permission bits; a new file's default is 0644. */
   readonly mode?: number
@@ -68,12 +75,11 @@ export interface WriteFileOptions {
 
 /** What the agent in one guest can do. */
 export interface AgentClient {
-  readonly start: (command: CommandSpec) => Effect.Effect<RunningCommand, ExecError, Scope.Scope>
-  /** Runs a command to its end and keeps all it printed. `timeout` ends the command and fails EXEC_AGENT_TIMEOUT. */
-  readonly exec: (
-    command: CommandSpec,
-    options?: { readonly timeout?: Duration.DurationInput }
-  ) => Effect.Effect<ExecResult, ExecError>
+  readonly start: (command: Commandlike) => Effect.Effect<RunningCommand, ExecError, Scope.Scope>
+  /** Runs a command to its end and keeps all it printed. `timeout` kills it and fails EXEC_AGENT_TIMEOUT. */
+  readonly execRaw: (command: Commandlike, options?: ExecOptions) => Effect.Effect<ExecResult, ExecError>
+  /** The same, but an exit code other than 0 fails EXEC_NONZERO_EXIT, with the end of what it wrote to stderr. */
+  readonly exec: (command: Commandlike, options?: ExecOptions) => Effect.Effect<ExecResult, ExecError>
   /** Starts the VM's main command; the VM powers off when it ends. */
   readonly startMain: (stdin?: Stream.Stream<Uint8Array>) => Effect.Effect<RunningCommand, ExecError, Scope.Scope>
   /** The same, with its output left to the shim's log. */
@@ -236,7 +242,8 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
     return running
   })
 
-  const start = Effect.fn("Agent.start")(function* (command: CommandSpec) {
+  const start = Effect.fn("Agent.start")(function* (commandlike: Commandlike) {
+    const command = toCommand(commandlike)
     const bad = checkCommand(command)
     if (bad !== undefined) return yield* bad
     const { argv, cwd, env, stdin } = command
@@ -252,7 +259,7 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
     )
   })
 
-  const collect = (command: CommandSpec) =>
+  const collect = (command: Commandlike) =>
     Effect.scoped(
       Effect.gen(function* () {
         const running = yield* start(command)
@@ -272,6 +279,21 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
         return result
       })
     )
+
+  const execRaw = Effect.fn("Agent.execRaw")(function* (command: Commandlike, options?: ExecOptions) {
+    if (options?.timeout === undefined) return yield* collect(command)
+    return yield* collect(command).pipe(
+      Effect.timeoutFail({
+        duration: options.timeout,
+        onTimeout: () =>
+          new ExecError({
+            code: "EXEC_AGENT_TIMEOUT",
+            message: `the command was still running at its time limit and was killed: ${shown(command)}`,
+            hint: "give it more time, or none at all"
+          })
+      })
+    )
+  })
 
   const pushTar = (guestPath: string, bytes: Stream.Stream<Uint8Array, FilesError>) =>
     Effect.scoped(
@@ -300,20 +322,18 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
 
   return {
     start,
+    execRaw,
     exec: Effect.fn("Agent.exec")(function* (command, options) {
-      const timeout = options?.timeout
-      if (timeout === undefined) return yield* collect(command)
-      return yield* collect(command).pipe(
-        Effect.timeoutFail({
-          duration: timeout,
-          onTimeout: () =>
-            new ExecError({
-              code: "EXEC_AGENT_TIMEOUT",
-              message: `the command was still running at its time limit and was killed: ${command.argv.join(" ")}`,
-              hint: "give it more time, or none at all"
-            })
-        })
-      )
+      const result = yield* execRaw(command, options)
+      if (result.exitCode === 0) return result
+      const ended = result.signal === null ? `code ${result.exitCode}` : `signal ${result.signal}`
+      const stderr = Buffer.from(result.stderr).subarray(-stderrTail).toString().trim()
+      return yield* new ExecError({
+        code: "EXEC_NONZERO_EXIT",
+        message: `${shown(command)} ended with ${ended}${stderr === "" ? "" : `: ${stderr}`}`,
+        exitCode: result.exitCode,
+        ...(result.oomKilled ? { hint: "the guest ran out of memory: boot it with more" } : {})
+      })
     }),
     startMain: (stdin) => run({ op: "main", stdin: stdin !== undefined, detach: false }, stdin),
     startMainDetached: ask({ op: "main", stdin: false, detach: true }).pipe(
@@ -419,6 +439,16 @@ const toStream = (contents: Stream.Stream<Uint8Array> | Uint8Array | string): St
       ? Stream.make(contents)
       : contents
 
+const toCommand = (command: Commandlike): CommandSpec =>
+  typeof command === "string" ? { argv: ["sh", "-c", command] } : command
+
+/** A command as an error names it. */
+const shown = (command: Commandlike): string =>
+  (typeof command === "string" ? command : command.argv.join(" ")).slice(0, 200)
+
+/** How much of a failed command's stderr goes into its error, in bytes. */
+const stderrTail = 64 * 1024
+
 /** Pieces no larger than a frame may be. */
 const pieces = (bytes: Uint8Array): ReadonlyArray<Uint8Array> => {
   if (bytes.length <= maxPayload) return bytes.length === 0 ? [] : [bytes]
@@ -480,6 +510,13 @@ const checkCommand = ({ argv, cwd, env }: CommandSpec): ExecError | undefined =>
       code: "EXEC_ARGUMENT_INVALID",
       message: "an argument, environment variable or directory holds a NUL byte",
       hint: "no Linux process can be given one; pass such bytes on stdin or in a file"
+    })
+  }
+  if (cwd !== undefined && !path.posix.isAbsolute(cwd)) {
+    return new ExecError({
+      code: "EXEC_CWD_INVALID",
+      message: `the working directory ${JSON.stringify(cwd)} is not an absolute path in the guest`,
+      hint: "begin it with `/`"
     })
   }
   if (Object.keys(env ?? {}).some((key) => key === "" || key.includes("="))) {

@@ -126,7 +126,7 @@ export const sha256OfFile = (file: string): string => sha256(readFileSync(file))
 
 /** Runs a shell script in the guest, which must succeed, and gives what it printed without the last newline. */
 export const sh = (vm: Vm, script: string) =>
-  Effect.map(vm.exec({ argv: ["sh", "-c", script] }), ({ exitCode, stderr, stdout }) => {
+  Effect.map(vm.execRaw({ argv: ["sh", "-c", script] }), ({ exitCode, stderr, stdout }) => {
     assert.deepStrictEqual({ exitCode, stderr: text(stderr) }, { exitCode: 0, stderr: "" })
     return text(stdout).trimEnd()
   })
@@ -222,7 +222,8 @@ export interface CliProcess {
   readonly result: Effect.Effect<CliResult>
 }
 
-const root = path.resolve(import.meta.dirname, "..")
+/** The bundle (`npm run build`). */
+export const cliPath = path.resolve(import.meta.dirname, "..", "dist", "cli.js")
 
 /** Starts the bundled CLI as a user would; killed with the scope. */
 export const startCli = (
@@ -232,7 +233,7 @@ export const startCli = (
 ): Effect.Effect<CliProcess, never, Scope.Scope> =>
   Effect.acquireRelease(
     Effect.sync(() => {
-      const child = spawn(process.execPath, [path.join(root, "dist", "cli.js"), ...args], {
+      const child = spawn(process.execPath, [cliPath, ...args], {
         env: { ...process.env, ...environment(home), ...options.env },
         stdio: ["pipe", "pipe", "pipe"]
       })

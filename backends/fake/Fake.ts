@@ -45,6 +45,7 @@ const nowhere = Effect.fail(new FilesError({ code: "FILES_AGENT_UNAVAILABLE", me
 const silent: AgentClient = {
   start: () => nobody,
   exec: () => nobody,
+  execRaw: () => nobody,
   startMain: () => nobody,
   startMainDetached: nobody,
   writeFile: () => nowhere,

@@ -15,7 +15,7 @@ const warm = (vm: Vm, runs: number): Variant => ({
   released: false,
   run: ({ mark }) =>
     Effect.gen(function* () {
-      const { exitCode } = yield* vm.exec({ argv: ["true"] })
+      const { exitCode } = yield* vm.execRaw({ argv: ["true"] })
       yield* mark("answer")
       if (exitCode !== 0) return yield* new BenchError({ message: `true ended with code ${exitCode}` })
     })

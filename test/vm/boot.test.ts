@@ -122,7 +122,7 @@ layer(live(home), { excludeTestServices: true })("a VM", (it) => {
       assertNothingLeft(home)
       yield* vm.stop()
       yield* vm.kill
-      const error = yield* Effect.flip(vm.exec({ argv: ["true"] }))
+      const error = yield* Effect.flip(vm.execRaw({ argv: ["true"] }))
       assert.strictEqual(error.code, "EXEC_AGENT_UNAVAILABLE")
     })
   )

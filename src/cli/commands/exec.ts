@@ -48,7 +48,7 @@ export const exec = (tail: ReadonlyArray<string>) =>
           ...(stdin === undefined ? {} : { stdin })
         }
         if (input.json) {
-          const result = yield* vm.exec(command, Option.isSome(limit) ? { timeout: limit.value } : {})
+          const result = yield* vm.execRaw(command, Option.isSome(limit) ? { timeout: limit.value } : {})
           yield* render.json({
             exitCode: result.exitCode,
             signal: result.signal,
