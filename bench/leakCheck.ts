@@ -1,7 +1,7 @@
 import { readdirSync, readFileSync } from "node:fs"
 import * as path from "node:path"
 import { Effect } from "effect"
-import { processesOf } from "../test/fixtures.ts"
+import { processesOf } from "../test/host.ts"
 import { BenchError } from "./harness.ts"
 
 const entries = (dir: string): ReadonlyArray<string> => {

@@ -190,6 +190,8 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
     const step = Effect.fnUntraced(function* (frame: Frame) {
       if (frame.type !== FrameType.end) return frame
       yield* Deferred.complete(result, parseJson(frame.payload))
+      // the guest waits for our end before it lets the machine go, and the shim for both
+      yield* connection.end
       return yield* Effect.fail(Option.none())
     })
     const rest = Stream.repeatEffectOption(Effect.flatMap(Effect.mapError(next, Option.some), step))

@@ -98,8 +98,7 @@ export const boot = Effect.fn("boot")(
           initrd,
           memoryMib: plan.memoryMib,
           vcpus: plan.vcpus,
-          disks: disks.disks,
-          memoryFile: path.join(dir, "memory")
+          disks: disks.disks
         }),
         { entry, files: disks.files, cleanup, graceMs: Duration.toMillis(settings.stopGrace) }
       )

@@ -1,77 +1,16 @@
 import { execFileSync, spawn } from "node:child_process"
 import { createHash } from "node:crypto"
-import {
-  chmodSync,
-  existsSync,
-  mkdirSync,
-  mkdtempSync,
-  readdirSync,
-  readFileSync,
-  readlinkSync,
-  rmSync,
-  writeFileSync
-} from "node:fs"
+import { chmodSync, existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs"
 import * as os from "node:os"
 import * as path from "node:path"
 import { assert } from "@effect/vitest"
-import { ConfigProvider, Context, Effect, Layer, Schedule, type Scope } from "effect"
+import { Context, Effect, Layer, Schedule, type Scope } from "effect"
 import type { BootOptions } from "../src/domain/BootOptions.ts"
 import { Machinen } from "../src/Machinen.ts"
-import * as layers from "../src/runtime/layers.ts"
 import type { Vm } from "../src/Vm.ts"
+import { environment, leftovers, live, nothing, processesOf } from "./host.ts"
 
-/** Set-up's assets and the host probe's findings are shared; everything a VM makes goes below `home`. */
-export const environment = (home: string): Record<string, string> => ({
-  MACHINEN_HOME: home,
-  MACHINEN_ASSETS_STORE: process.env["MACHINEN_ASSETS_STORE"] ?? path.join(os.homedir(), ".machinen", "assets"),
-  MACHINEN_CACHE_DIR: process.env["MACHINEN_CACHE_DIR"] ?? path.join(os.homedir(), ".cache", "machinen")
-})
-
-/** A state directory of its own, with a path short enough for sockets; gone with the process. */
-export const temporaryHome = (): string => {
-  const dir = mkdtempSync(path.join(os.tmpdir(), "mn-"))
-  process.on("exit", () => rmSync(dir, { recursive: true, force: true }))
-  return dir
-}
-
-/** The whole program on real guests, with the settings given. */
-export const live = (home: string, overrides: Readonly<Record<string, string>> = {}) =>
-  layers.layer.pipe(
-    Layer.provide(
-      Layer.setConfigProvider(
-        ConfigProvider.fromMap(new Map(Object.entries({ ...environment(home), ...overrides })), { pathDelim: "_" })
-      )
-    )
-  )
-
-/** Processes that mention a path on their command line or hold it open as their plan: shims and VMMs of that home. */
-export const processesOf = (home: string): ReadonlyArray<{ readonly pid: number; readonly argv: string }> =>
-  readdirSync("/proc")
-    .filter((entry) => /^[0-9]+$/.test(entry))
-    .flatMap((pid) => {
-      try {
-        const argv = readFileSync(`/proc/${pid}/cmdline`, "utf8").replaceAll("\0", " ")
-        const open = readdirSync(`/proc/${pid}/fd`).some((fd) => {
-          try {
-            return readlinkSync(`/proc/${pid}/fd/${fd}`).startsWith(`${home}/`)
-          } catch {
-            return false
-          }
-        })
-        const ours = argv.includes("machinen-shim") || argv.includes("qemu-system")
-        return ours && (argv.includes(home) || open) ? [{ pid: Number(pid), argv }] : []
-      } catch {
-        return []
-      }
-    })
-
-/** What is left of VMs below a home; empty lists are what every test wants at its end. */
-export const leftovers = (home: string) => ({
-  processes: processesOf(home).map((p) => p.argv.slice(0, 200)),
-  vms: names(path.join(home, "vms")),
-  names: names(path.join(home, "names"))
-})
-export const nothing = { processes: [], vms: [], names: [] }
+export * from "./host.ts"
 
 /** What every test of a VM ends with: its processes, sockets, files and names are gone. */
 export const assertNothingLeft = (home: string) => assert.deepStrictEqual(leftovers(home), nothing)
@@ -190,14 +129,6 @@ export const smallDisk = (size: string): Effect.Effect<string, never, Scope.Scop
         rmSync(dir, { recursive: true })
       })
   )
-
-const names = (dir: string): ReadonlyArray<string> => {
-  try {
-    return readdirSync(dir)
-  } catch {
-    return []
-  }
-}
 
 export interface CliResult {
   readonly code: number | null

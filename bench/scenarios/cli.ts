@@ -4,7 +4,7 @@ import { Effect } from "effect"
 import { HostProbe } from "../../src/HostProbe.ts"
 import * as command from "../../src/platform/command.ts"
 import { Settings } from "../../src/Settings.ts"
-import { environment } from "../../test/fixtures.ts"
+import { environment } from "../../test/host.ts"
 import { atMost, BenchError, p50, type Scenario, type Variant } from "../harness.ts"
 
 const root = path.resolve(import.meta.dirname, "../..")

@@ -1,3 +1,4 @@
+import * as NodeStream from "@effect/platform-node/NodeStream"
 import { Effect, type Scope, Stream } from "effect"
 
 /** What the program is given on stdin. Reading stops with the scope, so that an idle terminal does not keep the program alive. */
@@ -5,10 +6,18 @@ export const stdin: Effect.Effect<Stream.Stream<Uint8Array>, never, Scope.Scope>
   Effect.sync(() => process.stdin),
   (input) => Effect.sync(() => void input.destroy())
 ).pipe(
+  // not by its async iterator: that one cannot be interrupted while it waits for input
   Effect.map((input) =>
-    Stream.fromAsyncIterable<Uint8Array, unknown>(input, (error) => error).pipe(Stream.orElse(() => Stream.empty))
-  )
+    NodeStream.fromReadable<unknown, Uint8Array>(
+      () => input,
+      (error) => error
+    )
+  ),
+  Effect.map(Stream.orElse(() => Stream.empty))
 )
+
+// A reader that is gone is told by the failed write; without a listener the same error would end the process.
+for (const channel of ["stdout", "stderr"] as const) process[channel].on("error", () => {})
 
 /** Writes with the backpressure of the pipe or terminal behind it; fails when nobody reads any more (`| head`). */
 export const write =

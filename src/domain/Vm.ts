@@ -42,9 +42,7 @@ export class MachineSpec extends Schema.Class<MachineSpec>("MachineSpec")({
   initrd: Schema.String,
   memoryMib: Schema.Int,
   vcpus: Schema.Int,
-  disks: Schema.Array(Disk),
-  /** Backing file of the guest's memory; a snapshot takes it along (design.md D5). */
-  memoryFile: Schema.optional(Schema.String)
+  disks: Schema.Array(Disk)
 }) {}
 
 /** How a command ended. `code` is 128 + `signal` when a signal ended it, as a shell reports it. */
