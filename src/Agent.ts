@@ -145,9 +145,9 @@ export class Agent extends Context.Tag("machinen/Agent")<
               hint: "run `machinen install`: kernel and guest binary must come from the same release"
             })
           }
+          // Not waited for: what is asked of the guest next comes after it on the same channel.
           yield* Effect.ignore(connection.write(Buffer.from(`${JSON.stringify({ nowMs: Date.now() })}\n`)))
-          // the guest closes when its clock is set
-          yield* Effect.ignore(Stream.runDrain(connection.bytes))
+          yield* connection.end
         }).pipe(Effect.scoped)
       })
 

@@ -13,12 +13,11 @@ use super::{Failed, Phases, Step, cgroup};
 
 /// Mounts of the new root besides /dev and /sys, in order. `favordynmods`: without it every move into a group, and so every command,
 /// waits for an RCU grace period.
-const MOUNTS: [(&str, &str, &CStr); 5] = [
+const MOUNTS: [(&str, &str, &CStr); 4] = [
     ("proc", "/proc", c""),
     ("cgroup2", "/sys/fs/cgroup", c"favordynmods"),
     ("devpts", "/dev/pts", c"gid=5,mode=620,ptmxmode=666"),
     ("tmpfs", "/dev/shm", c"mode=1777"),
-    ("tmpfs", "/run", c"mode=755"),
 ];
 
 /// Links every Linux userland expects beside the device nodes; the kernel does not make them.
