@@ -262,7 +262,8 @@ const imageInvalid = (image: string, why: string, cause?: unknown) =>
   })
 
 const toolFailed = (argv: ReadonlyArray<string>, code: number, stderr: string) => {
-  const noSpace = /no space left on device/i.test(stderr)
+  // tar tells a short write by its length only
+  const noSpace = /no space left on device|wrote only \d+ of \d+ bytes/i.test(stderr)
   return new ProvisionError({
     code: noSpace ? "ROOTFS_IMG_NO_SPACE" : "PROVISION_INSTALL_HOOK_FAILED",
     message: `${argv[0]} ended with code ${code}: ${stderr.trim().split("\n").slice(-3).join("; ")}`,

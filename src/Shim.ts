@@ -101,22 +101,25 @@ export class Shim extends Context.Tag("machinen/Shim")<
   })
 }
 
-/** Reads the shim's events to the end of its stdout and settles the two things others wait for. */
+/** Reads the shim's events to its end and settles the two things others wait for; `exited` only once the shim itself is gone. */
 const follow = (
   process: OwnedProcess.OwnedProcess,
   first: Deferred.Deferred<ShimEvent, void>,
   exited: Deferred.Deferred<ExitRecord>
 ) =>
-  process.lines.pipe(
-    Stream.runForEach((line) =>
+  Effect.gen(function* () {
+    let record = lost
+    yield* Stream.runForEach(process.lines, (line) =>
       Effect.gen(function* () {
         const event = yield* Schema.decodeUnknown(Schema.parseJson(ShimEvent))(line)
         yield* Deferred.succeed(first, event)
-        if (event.event === "exited") yield* Deferred.succeed(exited, event.exit)
+        if (event.event === "exited") record = event.exit
       }).pipe(Effect.catchAll((error) => Effect.logWarning("unreadable event from the shim", error)))
-    ),
-    Effect.ensuring(Effect.zipRight(Deferred.fail(first, undefined), Deferred.succeed(exited, lost)))
-  )
+    )
+    yield* process.ended
+    yield* Deferred.fail(first, undefined)
+    yield* Deferred.succeed(exited, record)
+  })
 
 /** What is known of a VM whose shim was killed: the VMM died with it (PDEATHSIG), nobody recorded how. */
 const lost = new ExitRecord({

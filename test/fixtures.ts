@@ -3,7 +3,7 @@ import { createHash } from "node:crypto"
 import { chmodSync, existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs"
 import * as os from "node:os"
 import * as path from "node:path"
-import { assert } from "@effect/vitest"
+import { afterAll, assert } from "@effect/vitest"
 import { Context, Effect, Layer, Schedule, type Scope } from "effect"
 import type { BootOptions } from "../src/domain/BootOptions.ts"
 import { Machinen } from "../src/Machinen.ts"
@@ -11,6 +11,13 @@ import type { Vm } from "../src/Vm.ts"
 import { environment, leftovers, live, nothing, processesOf } from "./host.ts"
 
 export * from "./host.ts"
+
+/** A state directory of its own, with a path short enough for sockets; gone after the file's tests. */
+export const temporaryHome = (): string => {
+  const dir = mkdtempSync(path.join(os.tmpdir(), "mn-"))
+  afterAll(() => rmSync(dir, { recursive: true, force: true }))
+  return dir
+}
 
 /** What every test of a VM ends with: its processes, sockets, files and names are gone. */
 export const assertNothingLeft = (home: string) => assert.deepStrictEqual(leftovers(home), nothing)

@@ -1,3 +1,5 @@
+import * as fs from "node:fs"
+import * as path from "node:path"
 import { Effect, Stream } from "effect"
 import * as Tar from "tar"
 
@@ -30,16 +32,23 @@ export const packFile = (dir: string, name: string, as: string): Stream.Stream<U
   )
 
 /**
- * Unpacks a tar stream into a directory that exists. The stream may come from a hostile guest: the library drops entries that would leave
- * the directory (absolute, `..`, through a symlink), and any warning of it becomes a failure here. Files belong to the caller.
+ * Unpacks a tar stream into a directory that exists. The stream may come from a hostile guest: what would leave the directory (absolute,
+ * `..`, through a symlink) is a failure. Symlinks are made last, with the target they had, so that nothing is written through one of the
+ * archive's own. Files belong to the caller.
  */
 export const unpack = <E, R>(dir: string, bytes: Stream.Stream<Uint8Array, E, R>): Effect.Effect<void, E | Error, R> =>
   Effect.suspend(() => {
     let failure: Error | undefined
+    const links: Array<{ readonly path: string; readonly target: string }> = []
     const unpack = new Tar.Unpack({
       cwd: dir,
       preserveOwner: false,
       strict: false,
+      filter: (path, entry) => {
+        if (!("type" in entry) || entry.type !== "SymbolicLink") return true
+        links.push({ path, target: entry.linkpath ?? "" })
+        return false
+      },
       onwarn: (code, message) => {
         failure ??= new Error(`${code}: ${message}`)
       }
@@ -47,17 +56,35 @@ export const unpack = <E, R>(dir: string, bytes: Stream.Stream<Uint8Array, E, R>
     unpack.on("error", (error: Error) => {
       failure ??= error
     })
+    const settled = () => (failure === undefined ? Effect.void : Effect.fail(failure))
     const write = (chunk: Uint8Array) =>
       Effect.async<void, Error>((resume) => {
-        if (failure !== undefined) return resume(Effect.fail(failure))
+        if (failure !== undefined) return resume(settled())
         if (unpack.write(Buffer.from(chunk.buffer, chunk.byteOffset, chunk.byteLength))) return resume(Effect.void)
-        unpack.once("drain", () => resume(failure === undefined ? Effect.void : Effect.fail(failure)))
+        unpack.once("drain", () => resume(settled()))
       })
     const end = Effect.async<void, Error>((resume) => {
-      unpack.once("close", () => resume(failure === undefined ? Effect.void : Effect.fail(failure)))
+      unpack.once("close", () => resume(settled()))
       unpack.end()
     })
-    return Effect.zipRight(Stream.runForEach(bytes, write), end)
+    const makeLinks = Effect.try({
+      try: () => {
+        for (const { path, target } of links) makeLink(dir, path, target)
+      },
+      catch: toError
+    })
+    return Stream.runForEach(bytes, write).pipe(Effect.zipRight(end), Effect.zipRight(makeLinks))
   })
+
+/** Makes one symlink, in a directory that is really below `dir`. */
+const makeLink = (dir: string, relative: string, target: string): void => {
+  const root = fs.realpathSync(dir)
+  const at = path.resolve(root, relative)
+  if (!at.startsWith(`${root}/`)) throw new Error(`the symlink ${relative} would be made outside of ${dir}`)
+  const parent = fs.realpathSync(path.dirname(at))
+  if (parent !== root && !parent.startsWith(`${root}/`)) throw new Error(`the symlink ${relative} leads out of ${dir}`)
+  fs.rmSync(at, { force: true })
+  fs.symlinkSync(target, at)
+}
 
 const toError = (cause: unknown) => (cause instanceof Error ? cause : new Error(String(cause)))
