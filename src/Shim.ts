@@ -75,7 +75,11 @@ export class Shim extends Context.Tag("machinen/Shim")<
       if (event.event === "failed") return yield* startFailed(event, plan)
       if (event.event === "exited") return yield* Effect.dieMessage("the shim reported an exit before a start")
       return {
-        ...control(plan.controlPath, Deferred.await(exited)),
+        ...control(plan.controlPath),
+        exited: Deferred.await(exited),
+        stop: (graceMs?: number) =>
+          Effect.zipRight(ask(plan.controlPath, stopRequest(graceMs)), Deferred.await(exited)),
+        kill: Effect.zipRight(ask(plan.controlPath, { op: "kill" }), Deferred.await(exited)),
         shim: event.shim,
         vmm: event.vmm,
         detach: request(plan.controlPath, { op: "detach" }).pipe(
@@ -95,8 +99,16 @@ export class Shim extends Context.Tag("machinen/Shim")<
           hint: "try again in a moment"
         })
       }
-      const exited = waitFor(entry.controlPath, { op: "wait" })
-      return { ...control(entry.controlPath, exited), shim, vmm, detach: Effect.void }
+      const answered = (body: object) => endOf(entry.controlPath, body)
+      return {
+        ...control(entry.controlPath),
+        shim,
+        vmm,
+        exited: answered({ op: "wait" }),
+        stop: (graceMs?: number) => answered(stopRequest(graceMs)),
+        kill: answered({ op: "kill" }),
+        detach: Effect.void
+      }
     })
   })
 }
@@ -161,12 +173,10 @@ const startFailed = (event: Extract<ShimEvent, { event: "failed" }>, plan: ShimP
   })
 }
 
-/** The operations of the control socket (docs/protocol.md §5). */
-const control = (controlPath: string, exited: Effect.Effect<ExitRecord>) => ({
-  exited,
-  stop: (graceMs?: number) =>
-    Effect.zipRight(ask(controlPath, { op: "stop", ...(graceMs === undefined ? {} : { graceMs }) }), exited),
-  kill: Effect.zipRight(ask(controlPath, { op: "kill" }), exited),
+const stopRequest = (graceMs: number | undefined) => ({ op: "stop", ...(graceMs === undefined ? {} : { graceMs }) })
+
+/** What the owner of a VM and who attached to it get alike from the control socket (docs/protocol.md §5). */
+const control = (controlPath: string) => ({
   logs: (source: LogSource, options: LogOptions = {}) =>
     Stream.unwrapScoped(
       Effect.map(request(controlPath, { op: "logs", source, follow: false, ...options }), ({ rest }) => rest)
@@ -206,8 +216,8 @@ const gone: NodeJS.ErrnoException = Object.assign(new Error("the shim closed the
 /** A request whose effect is seen elsewhere. Nobody there to take it means that the VM is gone already. */
 const ask = (controlPath: string, body: object) => Effect.ignore(Effect.scoped(request(controlPath, body)))
 
-/** A request that is answered by the VM's end. */
-const waitFor = (controlPath: string, body: object): Effect.Effect<ExitRecord> =>
+/** A request that is answered by the VM's end. A shim that cannot be reached has none any more. */
+const endOf = (controlPath: string, body: object): Effect.Effect<ExitRecord> =>
   Effect.gen(function* () {
     const { rest } = yield* request(controlPath, body)
     const line = yield* rest.pipe(Stream.decodeText(), Stream.splitLines, Stream.runHead)

@@ -1,6 +1,6 @@
 import { spawn } from "node:child_process"
 import { createInterface } from "node:readline"
-import { Deferred, Effect, Queue, Runtime, type Scope, Stream } from "effect"
+import { Deferred, Effect, Exit, Mailbox, Runtime, type Scope, type Stream } from "effect"
 
 /**
  * A child that lives as long as we hold its stdin: it must end by itself when stdin does. That works in a crash of ours too, where no
@@ -26,7 +26,7 @@ export const start = (
 ): Effect.Effect<OwnedProcess, NodeJS.ErrnoException, Scope.Scope> =>
   Effect.gen(function* () {
     const ended = yield* Deferred.make<void>()
-    const lines = yield* Queue.unbounded<string>()
+    const lines = yield* Mailbox.make<string>()
     const runFork = Runtime.runFork(yield* Effect.runtime())
     const [bin, ...args] = argv
 
@@ -37,12 +37,15 @@ export const start = (
     })
     child.stdin.on("error", () => {}) // EPIPE: it ended; `ended` tells
     const reader = createInterface({ input: child.stdout })
-    reader.on("line", (line) => Queue.unsafeOffer(lines, line))
-    child.once("close", () => runFork(Effect.zipRight(Queue.shutdown(lines), Deferred.succeed(ended, undefined))))
+    reader.on("line", (line) => lines.unsafeOffer(line))
+    child.once("close", () => {
+      lines.unsafeDone(Exit.void) // what was offered before is still read
+      runFork(Deferred.succeed(ended, undefined))
+    })
 
     return {
       pid: child.pid ?? 0,
-      lines: Stream.fromQueue(lines),
+      lines: Mailbox.toStream(lines),
       writeLine: (line) => Effect.sync(() => void child.stdin.write(`${line}\n`)),
       disown: Effect.sync(() => void child.stdin.end()),
       release: Effect.sync(() => {

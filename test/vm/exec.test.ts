@@ -113,6 +113,16 @@ layer(guest(home, { memoryMib: 512, rootDiskSizeBytes: 4 * 2 ** 30 }), { exclude
       })
     )
 
+    it.effect("fails for a code other than 0, with what it said", () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        assert.strictEqual(text((yield* vm.exec("echo fine")).stdout), "fine\n")
+        const error = yield* Effect.flip(vm.exec("echo out; echo why >&2; exit 3"))
+        assert.deepStrictEqual([error.code, error.exitCode], ["EXEC_NONZERO_EXIT", 3])
+        assert.include(error.message, "code 3: why")
+      })
+    )
+
     it.effect("reads nothing without stdin", () =>
       Effect.gen(function* () {
         const { stdout } = yield* (yield* Guest).execRaw({ argv: ["sh", "-c", "cat; echo done"] })
