@@ -2,9 +2,11 @@ import { defineConfig } from "vitest/config"
 
 export default defineConfig({
   test: {
+    globalSetup: ["test/globalSetup.ts"],
     projects: [
-      { test: { name: "unit", include: ["test/unit/**/*.test.ts"], setupFiles: ["test/setup.ts"] } },
+      { extends: true, test: { name: "unit", include: ["test/unit/**/*.test.ts"], setupFiles: ["test/setup.ts"] } },
       {
+        extends: true,
         test: {
           name: "vm",
           include: ["test/vm/**/*.test.ts", "test/fault/**/*.test.ts"],

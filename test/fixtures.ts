@@ -1,23 +1,15 @@
 import { execFileSync, spawn } from "node:child_process"
 import { createHash } from "node:crypto"
-import { chmodSync, existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs"
-import * as os from "node:os"
+import { chmodSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
-import { afterAll, assert } from "@effect/vitest"
+import { assert } from "@effect/vitest"
 import { Context, Effect, Layer, Schedule, type Scope } from "effect"
 import type { BootOptions } from "../src/domain/BootOptions.ts"
 import { Machinen } from "../src/Machinen.ts"
 import type { Vm } from "../src/Vm.ts"
-import { environment, leftovers, live, nothing, processesOf } from "./host.ts"
+import { environment, leftovers, live, nothing, processesOf, temporaryDirectory } from "./host.ts"
 
 export * from "./host.ts"
-
-/** A state directory of its own, with a path short enough for sockets; gone after the file's tests. */
-export const temporaryHome = (): string => {
-  const dir = mkdtempSync(path.join(os.tmpdir(), "mn-"))
-  afterAll(() => rmSync(dir, { recursive: true, force: true }))
-  return dir
-}
 
 /** What every test of a VM ends with: its processes, sockets, files and names are gone. */
 export const assertNothingLeft = (home: string) => assert.deepStrictEqual(leftovers(home), nothing)
@@ -126,7 +118,7 @@ export const busyboxExt4 = (dir: string, mark: string): string => {
 export const smallDisk = (size: string): Effect.Effect<string, never, Scope.Scope> =>
   Effect.acquireRelease(
     Effect.sync(() => {
-      const dir = mkdtempSync(path.join(os.tmpdir(), "mn-"))
+      const dir = temporaryDirectory()
       execFileSync("mount", ["-t", "tmpfs", "-o", `size=${size},mode=0700`, "tmpfs", dir])
       return dir
     }),
@@ -208,7 +200,12 @@ export const startCli = (
         pid: child.pid ?? 0,
         closeStdout: Effect.sync(() => void child.stdout.destroy()),
         kill: (signal) => Effect.sync(() => void child.kill(signal)),
-        printed: (wanted) => when(() => (`${text("stdout")}${text("stderr")}`.includes(wanted) ? true : undefined)),
+        printed: (wanted) =>
+          Effect.gen(function* () {
+            const all = () => `${text("stdout")}${text("stderr")}`
+            yield* when(() => (all().includes(wanted) || result !== undefined ? true : undefined))
+            if (!all().includes(wanted)) yield* Effect.dieMessage(`it ended without printing ${wanted}: ${all()}`)
+          }),
         result: when(() => result)
       }
       return { child, process: process_ }

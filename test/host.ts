@@ -11,9 +11,13 @@ export const environment = (home: string): Record<string, string> => ({
   MACHINEN_CACHE_DIR: process.env["MACHINEN_CACHE_DIR"] ?? path.join(os.homedir(), ".cache", "machinen")
 })
 
-/** A state directory of its own, with a path short enough for sockets; gone with the process. */
+/** A new directory with a short path, below the test run's own. */
+export const temporaryDirectory = (): string =>
+  mkdtempSync(path.join(process.env["MACHINEN_TEST_TMP"] ?? os.tmpdir(), "mn-"))
+
+/** A state directory of its own, with a path short enough for sockets; gone with the test run, or with the process outside of one. */
 export const temporaryHome = (): string => {
-  const dir = mkdtempSync(path.join(os.tmpdir(), "mn-"))
+  const dir = temporaryDirectory()
   process.on("exit", () => rmSync(dir, { recursive: true, force: true }))
   return dir
 }
