@@ -41,8 +41,6 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
       const services = yield* Effect.context<
         Settings | Registry | RootfsImage | Assets | Vmm | Agent | FileSystem.FileSystem
       >()
-      // What an earlier process left when it was killed is gone before anything new is made.
-      yield* Effect.catchAll(registry.reconcile(), (error) => Effect.logWarning("reconcile failed", error))
       return Machinen.of({
         boot: (options) =>
           Effect.mapInputContext(boot(options), (scope: Context.Context<Scope.Scope>) =>

@@ -144,8 +144,6 @@ export interface CliOptions {
 
 export interface CliProcess {
   readonly pid: number
-  /** Ends its standard output's reader, as `head` does. */
-  readonly closeStdout: Effect.Effect<void>
   readonly kill: (signal: NodeJS.Signals) => Effect.Effect<void>
   /** Completes when its output so far contains the text. */
   readonly printed: (text: string) => Effect.Effect<void>
@@ -198,7 +196,6 @@ export const startCli = (
         })
       const process_: CliProcess = {
         pid: child.pid ?? 0,
-        closeStdout: Effect.sync(() => void child.stdout.destroy()),
         kill: (signal) => Effect.sync(() => void child.kill(signal)),
         printed: (wanted) =>
           Effect.gen(function* () {

@@ -87,7 +87,8 @@ export const commandLine = (
       "-blockdev",
       `driver=raw,node-name=${id},file=${id}-file,read-only=${onOff(readOnly)},discard=unmap`,
       "-device",
-      `virtio-blk-device,drive=${id},serial=${id}`
+      // a host without space is an I/O error in the guest; QEMU would stop the machine, and nobody would start it again
+      `virtio-blk-device,drive=${id},serial=${id},werror=report,rerror=report`
     ])
   ]
 }

@@ -33,8 +33,11 @@ const report = (cause: Cause.Cause<unknown>): Effect.Effect<void> => {
   return Console.error(Cause.pretty(cause, { renderErrorCause: true }))
 }
 
+/** `gc` reports what it finds; every other verb begins by removing it. */
+const services = process.argv[2] === "gc" ? layers.layerWithoutReconcile : layers.layer
+
 const fiber = cli(process.argv).pipe(
-  Effect.provide(layers.layer),
+  Effect.provide(services),
   Effect.tapErrorCause(report), // outside the layers, so that one that fails to build is reported too
   Effect.provide(debugLogger.layer),
   Effect.runFork

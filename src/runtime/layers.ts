@@ -1,5 +1,5 @@
 import * as NodeContext from "@effect/platform-node/NodeContext"
-import { Layer } from "effect"
+import { Effect, Layer } from "effect"
 import * as QemuProbe from "../../backends/qemu/QemuProbe.ts"
 import * as QemuVmm from "../../backends/qemu/QemuVmm.ts"
 import { Agent } from "../Agent.ts"
@@ -19,10 +19,19 @@ const foundation = Layer.mergeAll(Assets.layer, Registry.layer, Shim.layer, Vsoc
   Layer.provideMerge(NodeContext.layer)
 )
 
-/** The one place where services meet their implementations. */
-export const layer = Layer.mergeAll(Machinen.layer, Doctor.layer, Setup.layer).pipe(
+/** What an earlier process left when it was killed is gone before anything new is made. */
+const reconcileAtStart = Layer.effectDiscard(
+  Effect.flatMap(Registry, (registry) => registry.reconcile()).pipe(
+    Effect.catchAll((error) => Effect.logWarning("reconcile failed", error))
+  )
+)
+
+/** The one place where services meet their implementations. As it is, for who looks at what is left himself. */
+export const layerWithoutReconcile = Layer.mergeAll(Machinen.layer, Doctor.layer, Setup.layer).pipe(
   Layer.provideMerge(QemuVmm.layer),
   Layer.provideMerge(QemuProbe.layer),
   Layer.provideMerge(Layer.mergeAll(Agent.layer, RootfsImage.layer)),
   Layer.provideMerge(foundation)
 )
+
+export const layer = Layer.provideMerge(reconcileAtStart, layerWithoutReconcile)

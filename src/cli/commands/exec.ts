@@ -6,7 +6,7 @@ import { ExitWith } from "../exit.ts"
 import { durationMs, environment, json } from "../options.ts"
 import * as render from "../render.ts"
 import * as stdio from "../stdio.ts"
-import { commandArgs, relay } from "./run.ts"
+import { commandArgs, guestCommand, relay } from "./run.ts"
 
 export const vmArg = Args.text({ name: "vm" }).pipe(Args.withDescription("a VM's name, id or pid"))
 
@@ -24,11 +24,11 @@ export const exec = (tail: ReadonlyArray<string>) =>
       timeout: Options.text("timeout").pipe(Options.optional, Options.withDescription("kill it after this long")),
       json,
       vm: vmArg,
-      command: commandArgs(tail)
+      command: commandArgs
     },
     (input) =>
       Effect.gen(function* () {
-        const [first, ...rest] = input.command
+        const [first, ...rest] = yield* guestCommand(input.command, tail)
         if (first === undefined) {
           return yield* new ParseError({
             code: "PARSE_ARGUMENT_MISSING",

@@ -29,12 +29,26 @@ export const relay = (running: RunningCommand) =>
 export const startFailure = (error: ExecError): number =>
   error.code === "EXEC_COMMAND_NOT_FOUND" ? 127 : error.code === "EXEC_NOT_EXECUTABLE" ? 126 : 125
 
-export const commandArgs = (tail: ReadonlyArray<string>) =>
-  Args.text({ name: "command" }).pipe(
-    Args.repeated,
-    Args.map((head) => [...head, ...tail]),
-    Args.withDescription("the command and its arguments, after --")
-  )
+export const commandArgs = Args.text({ name: "command" }).pipe(
+  Args.repeated,
+  Args.withDescription("the command and its arguments, after --")
+)
+
+/**
+ * The guest's command line: what stands before `--` and what follows it. The option parser takes an option it does not know for an
+ * argument; before `--` it is a mistake.
+ */
+export const guestCommand = Effect.fnUntraced(function* (head: ReadonlyArray<string>, tail: ReadonlyArray<string>) {
+  const flag = head.find((part) => part.startsWith("-"))
+  if (flag !== undefined) {
+    return yield* new ParseError({
+      code: "PARSE_FLAG_UNKNOWN",
+      message: `there is no option ${flag}`,
+      hint: "`--help` shows the options; an option of the guest's command goes after `--`"
+    })
+  }
+  return [...head, ...tail]
+})
 
 /** `machinen run -- COMMAND`: a VM for one command, gone when it ends. */
 export const run = (tail: ReadonlyArray<string>) =>
@@ -46,18 +60,19 @@ export const run = (tail: ReadonlyArray<string>) =>
         Options.optional,
         Options.withDescription("end the command after this long (30s, 5m)")
       ),
-      command: commandArgs(tail)
+      command: commandArgs
     },
     (input) =>
       Effect.gen(function* () {
-        if (input.command.length === 0) {
+        const command = yield* guestCommand(input.command, tail)
+        if (command.length === 0) {
           return yield* new ParseError({
             code: "PARSE_ARGUMENT_MISSING",
             message: "no command to run",
             hint: "machinen run --image debian -- python3 -c 'print(6 * 7)'"
           })
         }
-        const options = yield* toBootOptions(input, input.command)
+        const options = yield* toBootOptions(input, command)
         const limit = yield* Effect.transposeMapOption(input.timeout, (value) => durationMs("timeout", value))
         const machinen = yield* Machinen
         const { vm } = yield* machinen.boot(options)
