@@ -164,6 +164,8 @@ interface Operation {
   /** Everything after `started` up to and without `end`, whose JSON goes to `result`. */
   readonly frames: Stream.Stream<Frame, ExecError | AgentRefusal>
   readonly result: Effect.Effect<unknown, ExecError | AgentRefusal>
+  /** The result, or the failure, is known. */
+  readonly isOver: Effect.Effect<boolean>
   readonly send: Connection["write"]
 }
 
@@ -201,6 +203,7 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
         Stream.tapError((error) => Deferred.fail(result, error))
       ),
       result: Deferred.await(result),
+      isOver: Deferred.isDone(result),
       send: connection.write
     }
     return operation
@@ -229,7 +232,19 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
     stdin: Stream.Stream<Uint8Array> | undefined
   ) {
     const operation = yield* operate(request).pipe(Effect.mapError(toExecError))
-    if (stdin !== undefined) yield* Effect.forkScoped(sendAll(operation.send, stdin))
+    if (stdin !== undefined) {
+      // What we send may be stuck behind input the command does not read, the end of this stream included: say it beside it.
+      const { pid } = operation.started
+      if (pid !== undefined) {
+        yield* Effect.addFinalizer(() =>
+          Effect.unlessEffect(
+            ask({ op: "kill", pid }).pipe(Effect.interruptible, Effect.timeout("2 seconds"), Effect.ignore),
+            operation.isOver
+          )
+        )
+      }
+      yield* Effect.forkScoped(sendAll(operation.send, stdin))
+    }
     const running: RunningCommand = {
       pid: operation.started.pid ?? 0,
       output: operation.frames.pipe(Stream.mapError(toExecError), Stream.filterMap(toOutput)),

@@ -147,6 +147,7 @@ export const AgentRequest = Schema.Union(
   Schema.Struct({ op: Schema.Literal("pull"), path: Schema.String, excludes: Schema.Array(Schema.String) }),
   Schema.Struct({ op: Schema.Literal("stat"), path: Schema.String }),
   Schema.Struct({ op: Schema.Literal("stats") }),
+  Schema.Struct({ op: Schema.Literal("kill"), pid: Schema.Int }),
   Schema.Struct({ op: Schema.Literal("hostname"), hostname: Schema.String }),
   Schema.Struct({ op: Schema.Literal("poweroff") })
 )

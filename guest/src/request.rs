@@ -19,6 +19,7 @@ pub enum Request {
     Pull(Pull),
     Stat(Stat),
     Stats,
+    Kill(Kill),
     Hostname(Hostname),
     Poweroff,
 }
@@ -77,6 +78,11 @@ pub struct Stat {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Kill {
+    pub pid: i32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Hostname {
     pub hostname: String,
 }
@@ -101,6 +107,7 @@ impl Request {
             "pull" => Self::Pull(from_json(json)?),
             "stat" => Self::Stat(from_json(json)?),
             "stats" => Self::Stats,
+            "kill" => Self::Kill(from_json(json)?),
             "hostname" => Self::Hostname(from_json(json)?),
             "poweroff" => Self::Poweroff,
             // The name is the peer's: quoted, and not at any length.
@@ -128,7 +135,7 @@ impl Request {
                 check_path(path)
             }
             Self::Hostname(Hostname { hostname }) => check_hostname(hostname),
-            Self::Main(_) | Self::Stats | Self::Poweroff => Ok(()),
+            Self::Main(_) | Self::Kill(_) | Self::Stats | Self::Poweroff => Ok(()),
         }
     }
 }

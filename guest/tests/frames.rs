@@ -154,7 +154,7 @@ proptest! {
     #[test]
     fn requests_of_any_text_never_panic(text in ".{0,200}", path in ".{0,40}") {
         let _ = Request::parse(text.as_bytes());
-        for op in ["exec", "main", "write", "read", "push", "pull", "stat", "hostname"] {
+        for op in ["exec", "main", "write", "read", "push", "pull", "stat", "kill", "hostname"] {
             let request = serde_json::json!({"op": op, "argv": [path], "path": path, "hostname": path, "mode": 1});
             let _ = Request::parse(request.to_string().as_bytes());
         }

@@ -210,6 +210,17 @@ layer(guest(home, { memoryMib: 512, rootDiskSizeBytes: 4 * 2 ** 30 }), { exclude
       })
     )
 
+    it.effect("is killed at its time limit also when it does not read what is sent to it", () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        const stdin = Stream.repeatEffect(Effect.sync(() => Buffer.alloc(65536)))
+        const stuck = { argv: ["sh", "-c", "exec sleep 1717"], stdin } as const
+        const error = yield* Effect.flip(vm.execRaw(stuck, { timeout: "2 seconds" }))
+        assert.strictEqual(error.code, "EXEC_AGENT_TIMEOUT")
+        assert.strictEqual(yield* sh(vm, "ps | grep -c ' [s]leep 1717$' || true"), "0")
+      })
+    )
+
     it.effect("is killed when its caller is interrupted", () =>
       Effect.gen(function* () {
         const vm = yield* Guest

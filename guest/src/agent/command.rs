@@ -1,6 +1,6 @@
 //! Starting a command, and the handles by which it is watched and ended.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io;
@@ -10,7 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::ptr;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -51,6 +51,21 @@ pub fn start(config: &GuestConfig, request: &Exec) -> Result<Running, ErrorReply
     spawn(request, &environment, &cwd, &program).map_err(|error| refused(name, &error))
 }
 
+/// Commands that have not been reaped, by pid: only these may be killed by pid, for another process cannot have theirs yet.
+static UNREAPED: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
+
+fn unreaped() -> MutexGuard<'static, BTreeSet<i32>> {
+    UNREAPED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Kills a command's process group, whatever its stream is busy with. One that has ended is what was wanted.
+pub fn kill(pid: i32) {
+    if unreaped().contains(&pid) {
+        // SAFETY: plain numbers. The pid is of a child that has not been reaped, and it leads its group.
+        unsafe { libc::kill(-pid, libc::SIGKILL) };
+    }
+}
+
 impl Running {
     /// Waits for the command itself (not for what it started) and reaps it.
     pub async fn wait(&self) -> io::Result<Exit> {
@@ -61,6 +76,7 @@ impl Running {
                 guard.clear_ready();
                 continue;
             };
+            unreaped().remove(&self.pid.as_raw_pid());
             let Some(signal) = status.terminating_signal() else {
                 return Ok(Exit::Code(status.exit_status().unwrap_or(0)));
             };
@@ -146,6 +162,7 @@ fn spawn(request: &Exec, environment: &BTreeMap<&str, &str>, cwd: &Path, program
     // Our copies of the child's pipe ends live in `command`: end of file is when the command's are gone.
     drop(command);
     let pid = Pid::from_child(&child);
+    unreaped().insert(pid.as_raw_pid());
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
     // SAFETY: an OwnedFd is the same open descriptor for as long as it lives.
     let ended = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? };

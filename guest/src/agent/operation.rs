@@ -6,7 +6,7 @@ use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::stream::{Abort, FrameReader, FrameWriter, split};
-use super::{Context, archive, exec, files, main_command, stats};
+use super::{Context, archive, command, exec, files, main_command, stats};
 use crate::frame::{Frame, Kind};
 use crate::init::late;
 use crate::reply::{Done, ErrorReply};
@@ -64,6 +64,10 @@ where
         Request::Pull(request) => json(&archive::pull(request, exchange).await?),
         Request::Stat(request) => json(&files::stat(&request.path)?),
         Request::Stats => json(&stats::stats(&context.lifecycle)?),
+        Request::Kill(request) => {
+            command::kill(request.pid);
+            json(&Done {})
+        }
         Request::Hostname(request) => {
             let name = request.hostname;
             late::set_hostname(&name).map_err(|error| ErrorReply::io("hostname", &error))?;
