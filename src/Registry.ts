@@ -34,10 +34,6 @@ export class Registry extends Context.Tag("machinen/Registry")<
     readonly list: Effect.Effect<ReadonlyArray<VmEntry>, RegistryError>
     /** A live VM by pid (digits), name, id or unambiguous beginning of an id (4 characters or more). */
     readonly find: (reference: string) => Effect.Effect<VmEntry, RegistryError>
-    /** Fails when a live VM holds the name. */
-    readonly checkName: (name: VmName) => Effect.Effect<void, RegistryError>
-    /** Removes what is left of a VM that is gone. Touches nothing of one whose shim lives. */
-    readonly forget: (id: VmId) => Effect.Effect<void>
     /** Removes what dead VMs and dead starters left. */
     readonly reconcile: (options?: {
       readonly dryRun?: boolean
@@ -80,7 +76,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
           Effect.map(Option.filter((entry) => entry.name === name))
         )
 
-      const checkName = Effect.fn("Registry.checkName")(function* (name: VmName) {
+      const checkName = Effect.fnUntraced(function* (name: VmName) {
         const held = yield* holder(name)
         if (Option.isSome(held)) return yield* nameInUse(name, held.value)
       })
@@ -118,7 +114,8 @@ export class Registry extends Context.Tag("machinen/Registry")<
         yield* fs.rename(staging, dirOf(entry.id))
       })
 
-      const forget = Effect.fn("Registry.forget")(function* (id: VmId) {
+      /** Removes what is left of a VM that is gone. Touches nothing of one whose shim lives. */
+      const forget = Effect.fnUntraced(function* (id: VmId) {
         const entry = yield* readEntry(id)
         if (Option.isSome(entry)) {
           const ours = entry.value.shim === undefined && entry.value.owner.pid === me.pid
@@ -157,9 +154,9 @@ export class Registry extends Context.Tag("machinen/Registry")<
       const deadPins = Effect.gen(function* () {
         const found: Array<{ readonly id: string; readonly name: string; readonly path: string }> = []
         for (const file of yield* names(namesDir)) {
-          const name = decodeURIComponent(file)
+          const name = nameOf(file)
           if (Option.isSome(yield* holder(name))) continue
-          found.push({ id: Option.getOrElse(yield* readPin(name), () => ""), name, path: pinOf(name) })
+          found.push({ id: Option.getOrElse(yield* readPin(name), () => ""), name, path: path.join(namesDir, file) })
         }
         return found
       })
@@ -221,12 +218,19 @@ export class Registry extends Context.Tag("machinen/Registry")<
           if (entry === undefined || found.length > 1) return yield* notFound(reference, all, found)
           return entry
         }),
-        checkName,
-        forget,
         reconcile
       })
     })
   )
+}
+
+/** The name a pin's file stands for; a file that is no pin of ours stands for itself. */
+const nameOf = (file: string): string => {
+  try {
+    return decodeURIComponent(file)
+  } catch {
+    return file
+  }
 }
 
 const noStrings: ReadonlyArray<string> = []

@@ -14,8 +14,6 @@ export const baseNames = ["micro", "debian"] as const
 export type BaseName = (typeof baseNames)[number]
 const isBaseName = (image: string): image is BaseName => (baseNames as ReadonlyArray<string>).includes(image)
 
-export const defaultUpperBytes = 2 * 1024 ** 3
-
 /**
  * Root filesystems. A base is a read-only ext4 image shared by every VM that boots from it, built once for each tarball and found by its
  * sha256; what a VM writes goes to its own upper (design.md D4). Since no guest can write a base, its `.ok` marker means "complete and on

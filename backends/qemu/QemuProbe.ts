@@ -12,7 +12,7 @@ import * as HostLock from "../../src/platform/HostLock.ts"
 import * as processes from "../../src/platform/processes.ts"
 import { Settings } from "../../src/Settings.ts"
 import { Shim } from "../../src/Shim.ts"
-import { consoleFd, defaultBinary } from "./commandLine.ts"
+import { bare, consoleFd, defaultBinary, kernelArguments, machine, serialConsole } from "./commandLine.ts"
 
 const kvmDevice = "/dev/kvm"
 
@@ -88,7 +88,10 @@ export const layer = Layer.effect(
     const bootOnKvm = Effect.gen(function* () {
       const id = VmId.make(`f${Date.now().toString(16).padStart(11, "0").slice(-11)}`)
       const dir = path.join(settings.cacheDir, "probe", id)
-      yield* fs.makeDirectory(dir, { recursive: true, mode: 0o700 })
+      // One probe at a time (it runs under a lock): what is there was left by one that was killed.
+      const remove = fs.remove(path.dirname(dir), { recursive: true, force: true })
+      yield* remove
+      yield* Effect.acquireRelease(fs.makeDirectory(dir, { recursive: true, mode: 0o700 }), () => Effect.ignore(remove))
       const running = yield* shim.start(
         yield* assets.shim,
         new ShimPlan({
@@ -99,16 +102,10 @@ export const layer = Layer.effect(
           vmm: {
             argv: [
               binary,
-              ...["-M", "microvm,acpi=off,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off"],
-              ...["-accel", "kvm", "-cpu", "host", "-m", "128M", "-nodefaults", "-no-user-config", "-display", "none"],
-              ...[
-                "-no-reboot",
-                "-kernel",
-                yield* assets.kernel,
-                "-append",
-                "console=ttyS0 reboot=t panic=-1 quiet acpi=off"
-              ],
-              ...["-chardev", `socket,id=console,fd=${consoleFd}`, "-serial", "chardev:console"]
+              ...["-M", machine, "-accel", "kvm", "-cpu", "host", "-m", "128M"],
+              ...bare,
+              ...["-kernel", yield* assets.kernel, "-append", kernelArguments("kvm", 0)],
+              ...serialConsole(consoleFd)
             ],
             env: {}
           },

@@ -3,6 +3,16 @@ import type { Accelerator, MachineSpec } from "../../src/domain/Vm.ts"
 /** The full binary, for it has TCG; Debian's `-microvm` build has KVM only. */
 export const defaultBinary = "qemu-system-x86_64"
 
+/** The machine: no firmware tables, no legacy timer or interrupt controller; a clock and a serial port (lab/qemu.md §2). */
+export const machine = "microvm,acpi=off,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off"
+
+/** Nothing that is not asked for, and a reset ends QEMU. */
+export const bare = ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"] as const
+
+/** The serial port's other end is the shim's. */
+export const serialConsole = (fd: number) =>
+  ["-chardev", `socket,id=console,fd=${fd}`, "-serial", "chardev:console"] as const
+
 /** Descriptors QEMU inherits from the shim: the guest channel and the console, each one end of a socketpair. */
 export const channelFd = 3
 export const consoleFd = 4
@@ -23,7 +33,7 @@ const escape = (value: string) => value.replaceAll(",", ",,")
  * What the guest kernel is told. The second group is for TCG only and measured in lab/kernel.md §4: without it the kernel spends some
  * 400 ms of its boot calibrating timers against emulated hardware and patching code that TCG has translated already.
  */
-const kernelArguments = (accel: Accelerator, tscKhz: number): string =>
+export const kernelArguments = (accel: Accelerator, tscKhz: number): string =>
   [
     "console=ttyS0",
     "reboot=t", // a triple fault ends QEMU (-no-reboot): without ACPI that is the power-off
@@ -59,7 +69,7 @@ export interface CommandLineOptions {
 }
 
 /**
- * QEMU's command line for a machine (measured in lab/qemu.md §2): microvm without firmware tables, PVH kernel, guest memory in a file,
+ * QEMU's command line for a machine (measured in lab/qemu.md §2): microvm without firmware tables, PVH kernel, guest memory in a memfd,
  * nothing by default, QEMU itself confined by its seccomp sandbox. No entropy device: both CPU models have RDRAND, which seeds the guest
  * before its first process.
  */
@@ -70,15 +80,15 @@ export const commandLine = (
   const { accel, binary, controlPath, tscKhz } = options
   return [
     binary,
-    ...["-M", "microvm,acpi=off,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=mem"],
+    ...["-M", `${machine},memory-backend=mem`],
     ...["-accel", accel, "-cpu", cpu[accel]],
     ...["-m", `${spec.memoryMib}M`, "-smp", String(spec.vcpus), "-object", memory(spec)],
-    ...["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"],
+    ...bare,
     ...["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"],
     ...["-global", "virtio-mmio.force-legacy=false"],
     ...["-kernel", spec.kernel, "-initrd", spec.initrd, "-append", kernelArguments(accel, tscKhz)],
     ...["-chardev", `socket,id=qmp,path=${escape(controlPath)},server=on,wait=off`, "-mon", "chardev=qmp,mode=control"],
-    ...["-chardev", `socket,id=console,fd=${consoleFd}`, "-serial", "chardev:console"],
+    ...serialConsole(consoleFd),
     ...["-device", "virtio-serial-device", "-chardev", `socket,id=channel,fd=${channelFd}`],
     ...["-device", `virtserialport,chardev=channel,name=${channelName}`],
     ...spec.disks.flatMap(({ id, path, readOnly }) => [

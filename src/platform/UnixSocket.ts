@@ -102,7 +102,3 @@ export const listenOnce = (
     })
     return Effect.acquireRelease(Effect.interruptible(first), destroy).pipe(Effect.map(fromSocket))
   })
-
-/** A stream's failure as its cause's first error, for callers that fold it into their own. */
-export const errorCode = (cause: unknown): string | undefined =>
-  cause instanceof Error && "code" in cause && typeof cause.code === "string" ? cause.code : undefined

@@ -47,20 +47,6 @@ export const self: Effect.Effect<ProcessIdentity> = Effect.flatMap(
   })
 )
 
-/** Sends a signal to exactly this process; does nothing when it is gone or its pid belongs to another by now. */
-export const signal = (who: ProcessIdentity, name: NodeJS.Signals): Effect.Effect<void> =>
-  Effect.flatMap(isAlive(who), (alive) =>
-    alive
-      ? Effect.sync(() => {
-          try {
-            process.kill(who.pid, name)
-          } catch {
-            // it ended between the look and the call: what was wanted
-          }
-        })
-      : Effect.void
-  )
-
 /** Resident memory in bytes (VmRSS of /proc/<pid>/status), or none when the process is gone. */
 export const residentBytes = (pid: number): Effect.Effect<Option.Option<number>> =>
   Effect.sync(() =>

@@ -1,5 +1,5 @@
 import createDebug from "debug"
-import { HashMap, Logger, LogLevel, Option } from "effect"
+import { HashMap, Layer, Logger, LogLevel, Option } from "effect"
 
 const channels = new Map<string, createDebug.Debugger>()
 const channel = (name: string) => {
@@ -10,8 +10,7 @@ const channel = (name: string) => {
   return made
 }
 
-/** Effect's logs by way of `debug`: DEBUG=machinen:* shows them, DEBUG=machinen:boot one service's, and nothing is printed otherwise. */
-export const layer = Logger.replace(
+const throughDebug = Logger.replace(
   Logger.defaultLogger,
   Logger.make(({ annotations, logLevel, message }) => {
     const service = Option.getOrElse(HashMap.get(annotations, "service"), () => "core")
@@ -19,5 +18,8 @@ export const layer = Logger.replace(
   })
 )
 
-/** As much as `debug` may be asked for; what it is not asked for costs a look-up. */
-export const minimumLevel = Logger.minimumLogLevel(LogLevel.Debug)
+/**
+ * Effect's logs by way of `debug`: DEBUG=machinen:* shows them, DEBUG=machinen:boot one service's, and nothing is printed otherwise. All
+ * levels reach it: what is shown is for `debug` to choose.
+ */
+export const layer = Layer.merge(throughDebug, Logger.minimumLogLevel(LogLevel.Debug))

@@ -126,7 +126,8 @@ describe("ctrl-c", () => {
 const killPart = (part: "shim" | "vmm") =>
   Effect.gen(function* () {
     const who = yield* eventually(`the ${part} in the entry`, () => entry()?.[part])
-    yield* processes.signal(who, "SIGKILL")
+    assert.isTrue(yield* processes.isAlive(who))
+    process.kill(who.pid, "SIGKILL")
   })
 
 describe("kill -9 of", () => {

@@ -1,12 +1,12 @@
 import { Args, Command, Options } from "@effect/cli"
 import { Effect, Option } from "effect"
-import { ExecError, ParseError } from "../../domain/errors.ts"
+import { ParseError } from "../../domain/errors.ts"
 import { Machinen } from "../../Machinen.ts"
 import { ExitWith } from "../exit.ts"
 import { durationMs, environment, json } from "../options.ts"
 import * as render from "../render.ts"
 import * as stdio from "../stdio.ts"
-import { commandArgs, guestCommand, relay } from "./run.ts"
+import { commandArgs, guestCommand, relay, withinLimit } from "./run.ts"
 
 export const vmArg = Args.text({ name: "vm" }).pipe(Args.withDescription("a VM's name, id or pid"))
 
@@ -59,19 +59,7 @@ export const exec = (tail: ReadonlyArray<string>) =>
           return yield* new ExitWith({ code: result.exitCode })
         }
         const running = Effect.flatMap(vm.start(command), relay)
-        const code = yield* Option.match(limit, {
-          onNone: () => running,
-          onSome: (ms) =>
-            Effect.timeoutFail(running, {
-              duration: ms,
-              onTimeout: () =>
-                new ExecError({
-                  code: "EXEC_AGENT_TIMEOUT",
-                  message: `the command was still running after ${ms / 1000} s and was killed`,
-                  hint: "raise --timeout"
-                })
-            })
-        })
+        const code = yield* withinLimit(running, limit)
         return yield* new ExitWith({ code })
       }).pipe(Effect.scoped)
   ).pipe(Command.withDescription("run a command in a running VM"))

@@ -25,6 +25,22 @@ export const relay = (running: RunningCommand) =>
     return code
   })
 
+/** Ends a command that runs for longer than it may, in milliseconds. */
+export const withinLimit = <A, E, R>(running: Effect.Effect<A, E, R>, limit: Option.Option<number>) =>
+  Option.match(limit, {
+    onNone: (): Effect.Effect<A, E | ExecError, R> => running,
+    onSome: (ms) =>
+      Effect.timeoutFail(running, {
+        duration: ms,
+        onTimeout: () =>
+          new ExecError({
+            code: "EXEC_AGENT_TIMEOUT",
+            message: `the command was still running after ${ms / 1000} s and was killed`,
+            hint: "raise --timeout"
+          })
+      })
+  })
+
 /** docker's convention for a command that could not be started. */
 export const startFailure = (error: ExecError): number =>
   error.code === "EXEC_COMMAND_NOT_FOUND" ? 127 : error.code === "EXEC_NOT_EXECUTABLE" ? 126 : 125
@@ -77,19 +93,9 @@ export const run = (tail: ReadonlyArray<string>) =>
         const machinen = yield* Machinen
         const { vm } = yield* machinen.boot(options)
         const main = Effect.flatMap(vm.startMain(yield* stdio.stdin), relay)
-        const code = yield* Option.match(limit, {
-          onNone: () => main,
-          onSome: (ms) => Effect.timeoutFail(main, { duration: ms, onTimeout: () => overTime(ms) })
-        })
+        const code = yield* withinLimit(main, limit)
         // its end is the VM's: what is left is gone before we are
         yield* vm.wait
         return yield* new ExitWith({ code })
       }).pipe(Effect.scoped)
   ).pipe(Command.withDescription("run a command in a new VM and remove it afterwards"))
-
-const overTime = (ms: number) =>
-  new ExecError({
-    code: "EXEC_AGENT_TIMEOUT",
-    message: `the command was still running after ${ms / 1000} s and was ended`,
-    hint: "raise --timeout"
-  })
