@@ -19,6 +19,10 @@ pub enum Code {
     NotExecutable,
     #[serde(rename = "AGENT_CWD_INVALID")]
     CwdInvalid,
+    #[serde(rename = "AGENT_BUSY")]
+    Busy,
+    #[serde(rename = "AGENT_TIMEOUT")]
+    Timeout,
     #[serde(rename = "AGENT_ARGUMENTS_TOO_LARGE")]
     ArgumentsTooLarge,
     #[serde(rename = "AGENT_NO_SPACE")]
@@ -149,4 +153,21 @@ pub struct Stats {
     pub disk_free_bytes: u64,
     /// Processes of commands the kernel killed for want of memory since boot.
     pub oom_kills: u64,
+}
+
+/// Something a copy still has in common with what it was copied from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Kept {
+    pub what: &'static str,
+    pub why: String,
+}
+
+/// Result of `rejuvenate`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Rejuvenated {
+    pub renewed: Vec<&'static str>,
+    pub kept: Vec<Kept>,
+    /// By how much the wall clock was moved.
+    pub clock_step_ms: i64,
 }

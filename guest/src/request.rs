@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error};
+use serde::{Deserialize, Deserializer};
 
 use crate::reply::{Code, ErrorReply};
 
@@ -21,6 +21,8 @@ pub enum Request {
     Stats,
     Kill(Kill),
     Hostname(Hostname),
+    Freeze(Freeze),
+    Rejuvenate(Rejuvenate),
     Poweroff,
 }
 
@@ -87,6 +89,27 @@ pub struct Hostname {
     pub hostname: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Freeze {
+    #[serde(default)]
+    pub sync: bool,
+    pub timeout_ms: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Rejuvenate {
+    #[serde(deserialize_with = "seed")]
+    pub seed: [u8; 32],
+    pub now_ms: u64,
+    pub hostname: String,
+    pub machine_id: String,
+    pub generation: String,
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+}
+
 /// Longest host name Linux takes (`__NEW_UTS_LEN`).
 const MAX_HOSTNAME: usize = 64;
 
@@ -109,6 +132,8 @@ impl Request {
             "stats" => Self::Stats,
             "kill" => Self::Kill(from_json(json)?),
             "hostname" => Self::Hostname(from_json(json)?),
+            "freeze" => Self::Freeze(from_json(json)?),
+            "rejuvenate" => Self::Rejuvenate(from_json(json)?),
             "poweroff" => Self::Poweroff,
             // The name is the peer's: quoted, and not at any length.
             other => {
@@ -135,7 +160,8 @@ impl Request {
                 check_path(path)
             }
             Self::Hostname(Hostname { hostname }) => check_hostname(hostname),
-            Self::Main(_) | Self::Kill(_) | Self::Stats | Self::Poweroff => Ok(()),
+            Self::Rejuvenate(rejuvenate) => rejuvenate.check(),
+            Self::Main(_) | Self::Kill(_) | Self::Stats | Self::Freeze(_) | Self::Poweroff => Ok(()),
         }
     }
 }
@@ -147,15 +173,50 @@ impl Exec {
             return bad("argv needs a command");
         }
         self.argv.iter().try_for_each(|argument| no_nul("argv", argument))?;
-        for (key, value) in &self.env {
-            if key.is_empty() || key.contains('=') {
-                return bad(format!("env has the impossible name {key:?}"));
-            }
-            no_nul("env", key)?;
-            no_nul("env", value)?;
-        }
+        check_env(&self.env)?;
         self.cwd.as_deref().map_or(Ok(()), |cwd| no_nul("cwd", cwd))
     }
+}
+
+impl Rejuvenate {
+    fn check(&self) -> Result<(), ErrorReply> {
+        if self.now_ms == 0 {
+            return bad("nowMs must be the time");
+        }
+        check_hostname(&self.hostname)?;
+        if self.machine_id.len() != 32 || !self.machine_id.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return bad("machineId must be 32 hexadecimal digits");
+        }
+        let plain = |byte: u8| byte.is_ascii_hexdigit() || byte == b'-';
+        if self.generation.len() != 36 || !self.generation.bytes().all(plain) {
+            return bad("generation must be a UUID");
+        }
+        check_env(&self.env)
+    }
+}
+
+fn check_env(env: &BTreeMap<String, String>) -> Result<(), ErrorReply> {
+    for (key, value) in env {
+        if key.is_empty() || key.contains('=') {
+            return bad(format!("env has the impossible name {key:?}"));
+        }
+        no_nul("env", key)?;
+        no_nul("env", value)?;
+    }
+    Ok(())
+}
+
+/// 64 hexadecimal digits. The message does not repeat them: a seed is a secret.
+fn seed<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[u8; 32], D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let mut seed = [0; 32];
+    if text.len() != 64 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Err(D::Error::custom("seed must be 64 hexadecimal digits"));
+    }
+    for (at, byte) in seed.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).map_err(D::Error::custom)?;
+    }
+    Ok(seed)
 }
 
 fn check_hostname(hostname: &str) -> Result<(), ErrorReply> {
@@ -183,4 +244,64 @@ fn bad<T>(message: impl Into<String>) -> Result<T, ErrorReply> {
 
 fn from_json<T: DeserializeOwned>(json: &[u8]) -> Result<T, ErrorReply> {
     serde_json::from_slice(json).map_err(|error| ErrorReply::new(Code::BadRequest, format!("request: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rejuvenate(field: &str, value: serde_json::Value) -> Result<Request, ErrorReply> {
+        let mut request = serde_json::json!({
+            "op": "rejuvenate",
+            "seed": "00ff".repeat(16),
+            "nowMs": 1_700_000_000_000_u64,
+            "hostname": "copy",
+            "machineId": "0123456789abcdef0123456789abcdef",
+            "generation": "6f2c1a52-7c0e-4a53-9d0e-0a1b2c3d4e5f",
+            "env": {"A": "1"},
+        });
+        request[field] = value;
+        Request::parse(request.to_string().as_bytes())
+    }
+
+    #[test]
+    fn reads_the_seed() {
+        let Request::Rejuvenate(parsed) = rejuvenate("env", serde_json::json!({})).unwrap() else { panic!() };
+        assert_eq!(parsed.seed, <[u8; 32]>::try_from([0, 255].repeat(16)).unwrap());
+    }
+
+    #[test]
+    fn refuses_what_is_no_identity() {
+        let digits = |n: usize| serde_json::Value::from("é0".repeat(n / 3));
+        let wrong = [
+            ("seed", "00".repeat(31).into()),
+            ("seed", "+f".repeat(32).into()),
+            ("seed", digits(64)),
+            ("seed", 7.into()),
+            ("nowMs", 0.into()),
+            ("nowMs", (-1).into()),
+            ("nowMs", 1.5.into()),
+            ("hostname", "".into()),
+            ("hostname", "a b".into()),
+            ("machineId", "0".repeat(31).into()),
+            ("machineId", "g".repeat(32).into()),
+            ("machineId", digits(32)),
+            ("generation", "0".repeat(35).into()),
+            ("generation", "../".repeat(12).into()),
+            ("env", serde_json::json!({"": "1"})),
+            ("env", serde_json::json!({"A=B": "1"})),
+            ("env", serde_json::json!({"A": "\0"})),
+        ];
+        for (field, value) in wrong {
+            let refused = rejuvenate(field, value.clone()).unwrap_err();
+            assert_eq!(refused.code, Code::BadRequest, "{field}: {value}");
+        }
+    }
+
+    #[test]
+    fn a_freeze_needs_no_fields() {
+        let parsed = Request::parse(br#"{"op":"freeze"}"#).unwrap();
+        assert_eq!(parsed, Request::Freeze(Freeze { sync: false, timeout_ms: None }));
+        assert!(Request::parse(br#"{"op":"freeze","timeoutMs":-1}"#).is_err());
+    }
 }

@@ -1,12 +1,12 @@
 //! The doorbell: the guest's first words to its host, and the host's clock in return.
 
 use std::io;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use machinen_channel::Opener;
-use rustix::time::{ClockId, Timespec, clock_settime};
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::clock;
 
 const PORT: u32 = 1979;
 /// A clock nearer than this is left alone.
@@ -48,11 +48,8 @@ async fn set_clock(stream: &mut (impl tokio::io::AsyncRead + Unpin)) -> io::Resu
         }
     }
     let Answer { now_ms } = serde_json::from_slice(&line)?;
-    let own = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_millis());
-    if own.abs_diff(now_ms.into()) > TOLERANCE_MS.into() {
-        let seconds = i64::try_from(now_ms / 1000).map_err(io::Error::other)?;
-        let nanoseconds = i64::try_from(now_ms % 1000 * 1_000_000).map_err(io::Error::other)?;
-        clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: nanoseconds })?;
+    if clock::now_ms().abs_diff(now_ms) > TOLERANCE_MS {
+        clock::set(now_ms)?;
     }
     Ok(())
 }

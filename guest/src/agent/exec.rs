@@ -4,15 +4,16 @@ use std::collections::VecDeque;
 use std::io;
 
 use bytes::{Buf, Bytes};
+use machinen_channel::Opener;
 use rustix::io::ioctl_fionread;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::unix::pipe;
 use tokio::sync::{Mutex, watch};
 
+use super::Context;
 use super::command::{self, Running};
 use super::operation::Exchange;
 use super::stream::{Abort, CHUNK, Chunk, FrameReader, FrameWriter};
-use crate::config::GuestConfig;
 use crate::frame::{Frame, Kind};
 use crate::reply::{Exit, Started};
 use crate::request::Exec;
@@ -24,28 +25,46 @@ const MAX_AHEAD: usize = 1 << 20;
 const MAX_SIGNAL: u8 = 64;
 
 /// Runs a command to its end. When the stream ends before, its process group is killed.
-pub async fn exec<R, W>(config: &GuestConfig, request: Exec, exchange: &mut Exchange<R, W>) -> Result<Exit, Abort>
+pub async fn exec<R, W>(context: &Context, request: Exec, exchange: &mut Exchange<R, W>) -> Result<Exit, Abort>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let running = command::start(config, &request)?;
-    attend(running, exchange).await
+    let running = command::start(&context.config(), &request)?;
+    attend(running, exchange, &mut Nowhere).await
 }
 
-/// Says that `running` has started and connects it with the stream until it ends.
-pub async fn attend<R, W>(mut running: Running, exchange: &mut Exchange<R, W>) -> Result<Exit, Abort>
+/// Says that `running` has started and connects it with the stream until it ends. In a copy, whose streams are lost, it goes on
+/// without input, and with its output going to `detached`.
+pub async fn attend<R, W>(
+    mut running: Running,
+    exchange: &mut Exchange<R, W>,
+    detached: &mut impl Output,
+) -> Result<Exit, Abort>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
     let stdin = running.stdin.take();
     let started = Started { pid: running.pid.as_raw_pid().cast_unsigned() };
+    let Exchange { input, output: stream, session } = exchange;
+    let session: &Opener = session;
     let attended = async {
-        exchange.output.send_json(Kind::Started, &started).await?;
+        match stream.send_json(Kind::Started, &started).await {
+            Err(abort) if !is_lost_with_session(&abort, session) => return Err(abort),
+            _ => {}
+        }
+        let obeyed = async {
+            let abort = obey(input, stdin, &running).await;
+            if is_lost_with_session(&abort, session) {
+                std::future::pending::<()>().await;
+            }
+            abort
+        };
+        let mut outlet = Outlet { stream, session, detached };
         tokio::select! {
-            ended = pump_until_end(&running, &mut exchange.output) => ended,
-            abort = obey(&mut exchange.input, stdin, &running) => Err(abort),
+            ended = pump_until_end(&running, &mut outlet) => ended,
+            abort = obeyed => Err(abort),
         }
     }
     .await;
@@ -57,6 +76,11 @@ where
     attended
 }
 
+/// Whether an operation lost its stream only because the whole session ended, as it does in a copy.
+fn is_lost_with_session(abort: &Abort, session: &Opener) -> bool {
+    matches!(abort, Abort::Gone) && !session.is_connected()
+}
+
 /// Where a command's output goes.
 pub trait Output {
     async fn send_chunk(&mut self, chunk: &mut Chunk, kind: Kind, length: usize) -> Result<(), Abort>;
@@ -65,6 +89,34 @@ pub trait Output {
 impl<W: AsyncWrite + Unpin> Output for FrameWriter<W> {
     async fn send_chunk(&mut self, chunk: &mut Chunk, kind: Kind, length: usize) -> Result<(), Abort> {
         FrameWriter::send_chunk(self, chunk, kind, length).await
+    }
+}
+
+/// The stream, as long as there is one.
+struct Outlet<'a, W, D> {
+    stream: &'a mut FrameWriter<W>,
+    session: &'a Opener,
+    /// From then on.
+    detached: &'a mut D,
+}
+
+impl<W: AsyncWrite + Unpin, D: Output> Output for Outlet<'_, W, D> {
+    async fn send_chunk(&mut self, chunk: &mut Chunk, kind: Kind, length: usize) -> Result<(), Abort> {
+        match self.stream.send_chunk(chunk, kind, length).await {
+            Err(abort) if is_lost_with_session(&abort, self.session) => {
+                self.detached.send_chunk(chunk, kind, length).await
+            }
+            sent => sent,
+        }
+    }
+}
+
+/// Reads on so that the command never waits for a reader, for nobody.
+struct Nowhere;
+
+impl Output for Nowhere {
+    async fn send_chunk(&mut self, _: &mut Chunk, _: Kind, _: usize) -> Result<(), Abort> {
+        Ok(())
     }
 }
 

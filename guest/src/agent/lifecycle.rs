@@ -60,7 +60,7 @@ impl Lifecycle {
 }
 
 /// Frames for the lifecycle port. A new host after a restore gets a new stream, which begins with the frame the old one did not
-/// take; a host that refuses gets nothing.
+/// take; between two hosts the frame waits. A host that refuses gets nothing.
 pub struct Output {
     sessions: Sessions,
     stream: Option<FrameWriter<Stream>>,
@@ -71,9 +71,14 @@ pub struct Output {
 impl Output {
     /// The stream of the current session, if its host wants one.
     async fn stream(&mut self) -> Option<&mut FrameWriter<Stream>> {
-        if self.stream.is_none() && (!self.asked || self.sessions.has_changed().unwrap_or(false)) {
+        let up = |session: &Option<Opener>| session.as_ref().is_some_and(Opener::is_connected);
+        while self.stream.is_none() {
+            let same = !self.sessions.has_changed().unwrap_or(false) && up(&self.sessions.borrow());
+            if self.asked && same {
+                return None;
+            }
             self.asked = true;
-            let opener = self.sessions.borrow_and_update().clone()?;
+            let opener = self.sessions.wait_for(up).await.ok()?.clone()?;
             self.stream = opener.open(PORT).await.ok().map(FrameWriter::new);
         }
         self.stream.as_mut()

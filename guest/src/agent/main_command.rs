@@ -19,12 +19,13 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let command = Exec { argv: context.config.cmd.clone(), stdin: request.stdin && !request.detach, ..Exec::default() };
+    let command =
+        Exec { argv: context.config().cmd.clone(), stdin: request.stdin && !request.detach, ..Exec::default() };
     command.check()?;
     if context.main_started.swap(true, Ordering::Relaxed) {
         return Err(Abort::bad("the main command has been started already"));
     }
-    let running = command::start(&context.config, &command).inspect_err(|_| {
+    let running = command::start(&context.config(), &command).inspect_err(|_| {
         context.main_started.store(false, Ordering::Relaxed);
     })?;
     if request.detach {
@@ -33,11 +34,12 @@ where
         exchange.output.send_json(Kind::Started, &started).await?;
         return Ok(Outcome::Done(json(&Done {})));
     }
-    Ok(Outcome::Last(match exec::attend(running, exchange).await {
-        Ok(exit) => json(&exit),
-        // It was killed because its stream ended or made no sense.
-        Err(_) => json(&Exit::Signal { signal: libc::SIGKILL, oom_killed: false }),
-    }))
+    // In a copy nobody is attached to it any more.
+    let mut detached = context.lifecycle.output();
+    let exit = exec::attend(running, exchange, &mut detached).await;
+    // When that fails, it was killed because its stream ended or made no sense.
+    let exit = exit.unwrap_or(Exit::Signal { signal: libc::SIGKILL, oom_killed: false });
+    Ok(Outcome::Last(json(&exit), detached))
 }
 
 async fn attend_detached(context: Arc<Context>, running: command::Running) {

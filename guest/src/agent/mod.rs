@@ -1,30 +1,40 @@
-//! The agent: serves the host's operations over the channel, one stream each. Single-threaded; only archives use threads, because
-//! walking and writing trees blocks for long.
+//! The agent: serves the host's operations over the channel, one stream each. Single-threaded; only archives and writing
+//! everything out use threads, because they block for long.
 
 mod archive;
+mod clock;
 mod command;
 mod doorbell;
 mod exec;
 mod files;
+mod freeze;
+mod gate;
 mod lifecycle;
 mod main_command;
 mod operation;
+mod papers;
 mod port;
+mod rejuvenate;
 mod stats;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use machinen_channel::{Incoming, Opener};
 use tokio::sync::{mpsc, watch};
 
 use crate::config::GuestConfig;
 use crate::init::{Failed, Phases, Step, give_up, late};
+use gate::Gate;
 use lifecycle::Lifecycle;
+use papers::Papers;
 
 /// Where operations are served.
 const OPERATIONS_PORT: u32 = 1978;
@@ -41,10 +51,26 @@ pub struct Guest {
 
 /// What every operation can reach.
 struct Context {
-    config: GuestConfig,
+    /// A copy gets another environment.
+    config: Mutex<GuestConfig>,
     lifecycle: Lifecycle,
+    gate: Gate,
+    /// `/`, unless this is a test.
+    root: PathBuf,
+    /// Of the last freeze: what a copy made during it writes.
+    papers: Mutex<Option<Papers>>,
     /// The main command runs, or has run.
     main_started: AtomicBool,
+}
+
+impl Context {
+    fn config(&self) -> MutexGuard<'_, GuestConfig> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn papers(&self) -> MutexGuard<'_, Option<Papers>> {
+        self.papers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Serves until the machine is reset. Comes back only when it cannot serve at all.
@@ -59,12 +85,17 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
     guest.phases.mark("port");
     let (sessions, current) = watch::channel(None);
     let context = Arc::new(Context {
-        config: guest.config,
+        config: Mutex::new(guest.config),
         lifecycle: Lifecycle::new(guest.writable, current),
+        gate: Gate::new(),
+        root: "/".into(),
+        papers: Mutex::default(),
         main_started: AtomicBool::new(false),
     });
     let mut unfinished = Some((guest.hostname, guest.phases));
     machinen_channel::serve_guest(port, |opener, incoming| {
+        // Before anything of the session can ask.
+        context.gate.new_session();
         sessions.send_replace(Some(opener.clone()));
         let first = unfinished.take();
         let context = Arc::clone(&context);
@@ -72,7 +103,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
             if let Some((hostname, phases)) = first {
                 complete(&opener, &hostname, phases).await;
             }
-            serve_session(context, incoming).await;
+            serve_session(context, opener, incoming).await;
         });
     })
     .await
@@ -93,16 +124,16 @@ async fn complete(opener: &Opener, hostname: &str, mut phases: Phases) {
     phases.print_if_asked();
 }
 
-async fn serve_session(context: Arc<Context>, mut incoming: mpsc::Receiver<Incoming>) {
+async fn serve_session(context: Arc<Context>, session: Opener, mut incoming: mpsc::Receiver<Incoming>) {
     while let Some(request) = incoming.recv().await {
-        let context = Arc::clone(&context);
+        let (context, session) = (Arc::clone(&context), session.clone());
         tokio::spawn(async move {
             if request.port != OPERATIONS_PORT {
                 return request.refuse().await;
             }
             // An opener that is gone already wants nothing.
             if let Ok(stream) = request.accept().await {
-                operation::serve(&context, stream).await;
+                operation::serve(&context, session, stream).await;
             }
         });
     }

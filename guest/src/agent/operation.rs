@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use machinen_channel::Opener;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::stream::{Abort, FrameReader, FrameWriter, split};
-use super::{Context, archive, command, exec, files, main_command, stats};
+use super::{Context, archive, command, exec, files, freeze, lifecycle, main_command, rejuvenate, stats};
 use crate::frame::{Frame, Kind};
 use crate::init::late;
 use crate::reply::{Done, ErrorReply};
@@ -16,21 +17,30 @@ use crate::request::Request;
 pub struct Exchange<R, W> {
     pub input: FrameReader<R>,
     pub output: FrameWriter<W>,
+    /// The stream's session.
+    pub session: Opener,
 }
 
-/// Serves one stream to its end.
-pub async fn serve<S: AsyncRead + AsyncWrite>(context: &Arc<Context>, stream: S) {
+impl<R, W> Exchange<R, W> {
+    /// Whether the whole session has ended, and with it the stream: the host did not leave this operation, another host comes.
+    pub fn session_is_over(&self) -> bool {
+        !self.session.is_connected()
+    }
+}
+
+/// Serves one stream of `session` to its end.
+pub async fn serve<S: AsyncRead + AsyncWrite>(context: &Arc<Context>, session: Opener, stream: S) {
     let (input, output) = split(stream);
-    let mut exchange = Exchange { input, output };
+    let mut exchange = Exchange { input, output, session };
     let done = run(context, &mut exchange).await;
     let output = &mut exchange.output;
     // The stream is all there is to report a failure to, so a failure to send is not reported.
     let _ = match done {
         Ok(Outcome::Done(result)) => output.send_json(Kind::End, &result).await,
-        Ok(Outcome::Last(result)) => {
+        Ok(Outcome::Last(result, announced)) => {
             let _ = output.send_json(Kind::End, &result).await;
             output.finish().await;
-            context.lifecycle.power_off(context.lifecycle.output(), &result, exchange.input.closed()).await
+            context.lifecycle.power_off(announced, &result, exchange.input.closed()).await
         }
         Err(Abort::Reply(error)) => output.send_json(Kind::Error, &error).await,
         Err(Abort::Gone) => Ok(()),
@@ -42,8 +52,8 @@ pub async fn serve<S: AsyncRead + AsyncWrite>(context: &Arc<Context>, stream: S)
 pub enum Outcome {
     /// With this result.
     Done(Value),
-    /// With this result, and the machine with it.
-    Last(Value),
+    /// With this result, and the machine with it, which is announced there.
+    Last(Value, lifecycle::Output),
 }
 
 async fn run<R, W>(context: &Arc<Context>, exchange: &mut Exchange<R, W>) -> Result<Outcome, Abort>
@@ -55,8 +65,19 @@ where
         Frame { kind: Kind::Request, payload } => Request::parse(&payload)?,
         Frame { kind, .. } => return Err(Abort::bad(format!("the first frame is {kind:?}, not Request"))),
     };
+    if waits_at_gate(&request) {
+        tokio::select! {
+            biased;
+            () = context.gate.passed() => {}
+            () = exchange.input.lost() => return Err(Abort::Gone),
+        }
+        // An operation the old host still wanted is not one of the copy.
+        if exchange.session_is_over() {
+            return Err(Abort::Gone);
+        }
+    }
     let result = match request {
-        Request::Exec(request) => json(&exec::exec(&context.config, request, exchange).await?),
+        Request::Exec(request) => json(&exec::exec(context, request, exchange).await?),
         Request::Main(request) => return main_command::run(context, request, exchange).await,
         Request::Write(request) => json(&files::write(&request, exchange).await?),
         Request::Read(request) => json(&files::read(&request, exchange).await?),
@@ -73,9 +94,19 @@ where
             late::set_hostname(&name).map_err(|error| ErrorReply::io("hostname", &error))?;
             json(&Done {})
         }
-        Request::Poweroff => return Ok(Outcome::Last(json(&Done {}))),
+        Request::Freeze(request) => json(&freeze::freeze(context, &request, exchange).await?),
+        Request::Rejuvenate(request) => json(&rejuvenate::rejuvenate(context, request)?),
+        Request::Poweroff => return Ok(Outcome::Last(json(&Done {}), context.lifecycle.output())),
     };
     Ok(Outcome::Done(result))
+}
+
+/// All wait but what opens the gate, looks on, or ends.
+fn waits_at_gate(request: &Request) -> bool {
+    !matches!(
+        request,
+        Request::Freeze(_) | Request::Rejuvenate(_) | Request::Stats | Request::Kill(_) | Request::Poweroff
+    )
 }
 
 /// Results are plain structures of numbers and strings, which always have a JSON form.

@@ -13,6 +13,8 @@ use crate::reply::{Code, ErrorReply};
 const READ_SIZE: usize = 64 * 1024;
 /// Payload of the frames that carry bulk data.
 pub const CHUNK: usize = 64 * 1024;
+/// How much a host may send to an operation that waits.
+const MAX_WAITING: usize = 1 << 20;
 
 /// Why an operation ends without a result.
 #[derive(Debug)]
@@ -87,6 +89,17 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             Frame { kind: Kind::Eof, .. } => Ok(None),
             Frame { kind, .. } => Err(Abort::bad(format!("unexpected {kind:?} frame"))),
         }
+    }
+
+    /// Waits until the stream ends, keeping what the host sends meanwhile for `next`. Behind too much of that no end is noticed.
+    pub async fn lost(&mut self) {
+        while self.buffer.len() < MAX_WAITING {
+            self.buffer.reserve(READ_SIZE);
+            if !matches!(self.stream.read_buf(&mut self.buffer).await, Ok(1..)) {
+                return;
+            }
+        }
+        std::future::pending().await
     }
 
     /// Waits until the host has closed the stream, whatever it still sends.

@@ -9,6 +9,8 @@ use super::root::make_directory;
 const SYSTEM: &str = "/sys/fs/cgroup/system";
 /// Every command.
 pub const WORKLOAD: &str = "/sys/fs/cgroup/workload";
+/// What the commands' group says of itself; a change is an exceptional condition (`POLLPRI`) of the file.
+pub const EVENTS: &str = "/sys/fs/cgroup/workload/cgroup.events";
 
 /// Makes both groups and puts this process into `system`. No controller is turned on: freezing, killing and counting processes need
 /// none, and each costs every boot some milliseconds. Who wants limits turns on what they need.
@@ -34,6 +36,21 @@ pub fn processes() -> io::Result<u64> {
     Ok(pids.lines().count() as u64)
 }
 
+/// Begins to freeze every command. `EVENTS` says when that is done.
+pub fn freeze_workload() -> io::Result<()> {
+    fs::write(format!("{WORKLOAD}/cgroup.freeze"), "1")
+}
+
+/// Lets the commands run again.
+pub fn thaw_workload() -> io::Result<()> {
+    fs::write(format!("{WORKLOAD}/cgroup.freeze"), "0")
+}
+
+/// Whether the content of `EVENTS` says that all commands are frozen.
+pub fn is_frozen(events: &[u8]) -> bool {
+    events.split(|byte| *byte == b'\n').any(|line| line == b"frozen 1")
+}
+
 /// Kills every command with everything it has started.
 pub fn kill_workload() -> io::Result<()> {
     fs::write(format!("{WORKLOAD}/cgroup.kill"), "1")
@@ -47,5 +64,12 @@ mod tests {
     fn reads_the_count_of_its_own_line_only() {
         assert_eq!(oom_kills_in("drop_slab 0\noom_kill_x 3\noom_kill 2\nnuma_hit 7\n"), 2);
         assert_eq!(oom_kills_in("drop_slab 0\n"), 0);
+    }
+
+    #[test]
+    fn frozen_is_a_line_of_its_own() {
+        assert!(is_frozen(b"populated 1\nfrozen 1\n"));
+        assert!(!is_frozen(b"populated 1\nfrozen 0\n"));
+        assert!(!is_frozen(b"unfrozen 1\n"));
     }
 }

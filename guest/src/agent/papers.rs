@@ -1,0 +1,109 @@
+//! The files that say who a machine is, opened while it is still the original: a copy only has to write them. In a copy the first step
+//! into every part of the kernel is slow (emulated, it is translated anew): looking these two files up there took 50 ms, writing takes 2.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use rustix::mount::MountFlags;
+
+/// What a program looks at to learn whether it has been copied; empty in a machine that is no copy.
+const GENERATION: &str = "generation";
+const GENERATION_DIR: &str = "run/machinen";
+const MACHINE_ID: &str = "etc/machine-id";
+
+/// Files to be written in a copy, each with why it cannot be.
+#[derive(Debug)]
+pub struct Papers {
+    generation: io::Result<File>,
+    machine_id: io::Result<File>,
+}
+
+impl Papers {
+    /// Opens what there is below `root`, `/` in a machine.
+    pub fn prepare(root: &Path) -> Self {
+        Papers { generation: open_generation(root), machine_id: open_machine_id(root) }
+    }
+
+    pub fn renew_generation(&self, generation: &str) -> io::Result<()> {
+        write(&self.generation, generation)
+    }
+
+    pub fn renew_machine_id(&self, id: &str) -> io::Result<()> {
+        // Capitals are not allowed there (machine-id(5)).
+        write(&self.machine_id, &id.to_ascii_lowercase())
+    }
+}
+
+/// In place and without a moment in between: whoever could read it is frozen, and it always has the same length.
+fn write(file: &io::Result<File>, line: &str) -> io::Result<()> {
+    match file {
+        Ok(file) => file.write_all_at(format!("{line}\n").as_bytes(), 0),
+        Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+    }
+}
+
+/// In memory, not on a disk: writing there is quicker, and it is nothing to be kept.
+fn open_generation(root: &Path) -> io::Result<File> {
+    let dir = root.join(GENERATION_DIR);
+    fs::create_dir_all(&dir)?;
+    let path = dir.join(GENERATION);
+    // A test's root is no machine's: nothing is mounted there.
+    if root == Path::new("/") && !path.exists() {
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        rustix::mount::mount("tmpfs", &dir, "tmpfs", flags, c"mode=755,size=64k")?;
+    }
+    let file = OpenOptions::new().write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o444))?;
+    Ok(file)
+}
+
+/// Only an image that has one gets another. Opening it for writing brings it into the machine's own layer.
+fn open_machine_id(root: &Path) -> io::Result<File> {
+    let path = root.join(MACHINE_ID);
+    if !fs::symlink_metadata(&path)?.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: &str = "0123456789abcdef0123456789ABCDEF";
+
+    #[test]
+    fn a_machine_id_keeps_its_mode() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join(MACHINE_ID);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, "").unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o444)).unwrap();
+        Papers::prepare(root.path()).renew_machine_id(ID).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", ID.to_lowercase()));
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o444);
+    }
+
+    #[test]
+    fn only_a_file_can_be_a_machine_id() {
+        let root = tempfile::tempdir().unwrap();
+        let papers = Papers::prepare(root.path());
+        assert_eq!(papers.renew_machine_id(ID).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(!root.path().join(MACHINE_ID).exists());
+        fs::create_dir_all(root.path().join(MACHINE_ID)).unwrap();
+        assert!(Papers::prepare(root.path()).renew_machine_id(ID).is_err());
+    }
+
+    #[test]
+    fn a_generation_follows_another() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join(GENERATION_DIR).join(GENERATION);
+        for generation in ["one", "two"] {
+            let papers = Papers::prepare(root.path());
+            papers.renew_generation(generation).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), format!("{generation}\n"));
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! The operation `rejuvenate`: makes a copy a machine of its own. What must not be the same twice comes first.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use super::{Context, clock};
+use crate::init::{cgroup, late};
+use crate::reply::{Code, ErrorReply, Kept, Rejuvenated};
+use crate::request::Rejuvenate;
+
+const RANDOM: &str = "/dev/urandom";
+/// `_IOW('R', 3, int[2])`: mixes bytes into the kernel's pool and counts them as entropy.
+const ADD_ENTROPY: libc::c_ulong = 0x4008_5203;
+/// `_IO('R', 7)`: makes the generator take a new key from the pool now, and every process's own generator with it.
+const RESEED: libc::c_ulong = 0x5207;
+
+/// Renews what identifies the machine, then thaws its commands and opens the gate. Without new randomness and the right time it
+/// stays frozen.
+pub fn rejuvenate(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, ErrorReply> {
+    if !context.gate.is_restored() {
+        return Err(ErrorReply::new(Code::BadRequest, "this machine is not a copy that waits to be made itself"));
+    }
+    reseed(&request.seed).map_err(|error| ErrorReply::io("random", &error))?;
+    let clock_step_ms = clock::set(request.now_ms).map_err(|error| ErrorReply::io("clock", &error))?;
+    let mut done = Rejuvenated { renewed: vec!["random", "clock"], kept: Vec::new(), clock_step_ms };
+    done.note("hostname", late::set_hostname(&request.hostname));
+    let papers = context.papers();
+    let papers =
+        papers.as_ref().ok_or_else(|| ErrorReply::new(Code::BadRequest, "nothing was opened before the copying"))?;
+    done.note("machine-id", papers.renew_machine_id(&request.machine_id));
+    done.note("generation", papers.renew_generation(&request.generation));
+    context.config().env.extend(request.env);
+    cgroup::thaw_workload().map_err(|error| ErrorReply::io("thaw", &error))?;
+    context.gate.open();
+    Ok(done)
+}
+
+impl Rejuvenated {
+    fn note(&mut self, what: &'static str, renewed: io::Result<()>) {
+        match renewed {
+            Ok(()) => self.renewed.push(what),
+            Err(error) => self.kept.push(Kept { what, why: error.to_string() }),
+        }
+    }
+}
+
+/// `struct rand_pool_info` (random(4)) around one seed.
+#[repr(C)]
+struct Entropy {
+    bits: libc::c_int,
+    bytes: libc::c_int,
+    seed: [u8; 32],
+}
+
+fn reseed(seed: &[u8; 32]) -> io::Result<()> {
+    let random = File::open(RANDOM)?;
+    let entropy = Entropy { bits: 256, bytes: 32, seed: *seed };
+    // SAFETY: the kernel reads the two numbers and as many bytes after them as the second says, which is all of `entropy`.
+    if unsafe { libc::ioctl(random.as_raw_fd(), ADD_ENTROPY, &raw const entropy) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: takes no argument.
+    if unsafe { libc::ioctl(random.as_raw_fd(), RESEED) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn says_what_was_kept_and_why() {
+        let mut done = Rejuvenated { renewed: vec!["random"], kept: Vec::new(), clock_step_ms: -5 };
+        done.note("hostname", Ok(()));
+        done.note("machine-id", Err(io::Error::other("not a regular file")));
+        let expected = serde_json::json!({
+            "renewed": ["random", "hostname"],
+            "kept": [{"what": "machine-id", "why": "not a regular file"}],
+            "clockStepMs": -5,
+        });
+        assert_eq!(serde_json::to_value(done).unwrap(), expected);
+    }
+}

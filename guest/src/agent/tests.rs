@@ -1,0 +1,179 @@
+//! The agent behind a channel in memory: what waits at the gate, and what the next host finds. Commands need a guest and are left out.
+
+// Clippy exempts test functions only, not what they call.
+#![allow(clippy::unwrap_used)]
+
+use std::fs::File;
+
+use bytes::BytesMut;
+use machinen_channel::{Stream, connect_host, serve_guest};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+use super::*;
+use crate::frame::{self, Kind};
+
+struct Machine {
+    context: Arc<Context>,
+    hosts: mpsc::Sender<DuplexStream>,
+}
+
+fn machine() -> Machine {
+    let (port, mut guest) = duplex(100_000);
+    let (hosts, mut replaced) = mpsc::channel::<DuplexStream>(1);
+    tokio::spawn(async move {
+        let mut host = replaced.recv().await.unwrap();
+        // What is under way between the two is lost, as in a snapshot.
+        while let Some(next) = tokio::select! {
+            _ = tokio::io::copy_bidirectional(&mut guest, &mut host) => None,
+            next = replaced.recv() => next,
+        } {
+            host = next;
+        }
+    });
+    let (sessions, current) = watch::channel(None);
+    let context = Arc::new(Context {
+        config: Mutex::default(),
+        lifecycle: Lifecycle::new(File::open("/").unwrap().into(), current),
+        gate: Gate::new(),
+        root: std::env::temp_dir().join("machinen-agent-test"),
+        papers: Mutex::default(),
+        main_started: AtomicBool::new(false),
+    });
+    let served = Arc::clone(&context);
+    tokio::spawn(serve_guest(port, move |opener, incoming| {
+        served.gate.new_session();
+        sessions.send_replace(Some(opener.clone()));
+        tokio::spawn(serve_session(Arc::clone(&served), opener, incoming));
+    }));
+    Machine { context, hosts }
+}
+
+impl Machine {
+    /// Another host takes the place of the last.
+    async fn next_host(&self) -> Opener {
+        let (near, far) = duplex(100_000);
+        let session = connect_host(near, true);
+        self.hosts.send(far).await.unwrap();
+        tokio::spawn(session.driver);
+        session.opener
+    }
+}
+
+async fn ask(host: &Opener, request: Value) -> Stream {
+    let mut stream = host.open(OPERATIONS_PORT).await.unwrap();
+    stream.write_all(&frame::encode(Kind::Request, request.to_string().as_bytes()).unwrap()).await.unwrap();
+    stream
+}
+
+/// The last frame of a stream, `None` when it ends without.
+async fn answer(mut stream: Stream) -> Option<(Kind, Value)> {
+    let mut received = BytesMut::new();
+    while !matches!(stream.read_buf(&mut received).await, Ok(0) | Err(_)) {}
+    let mut last = None;
+    while let Some(frame) = frame::decode(&mut received).unwrap() {
+        last = Some((frame.kind, serde_json::from_slice(&frame.payload).unwrap()));
+    }
+    last
+}
+
+fn write(path: &std::path::Path) -> Value {
+    json!({"op": "write", "path": path})
+}
+
+fn rejuvenate() -> Value {
+    json!({
+        "op": "rejuvenate",
+        "seed": "5a".repeat(32),
+        "nowMs": 1,
+        "hostname": "copy",
+        "machineId": "0".repeat(32),
+        "generation": "6f2c1a52-7c0e-4a53-9d0e-0a1b2c3d4e5f",
+    })
+}
+
+#[tokio::test]
+async fn an_operation_waits_at_the_gate_with_what_was_sent_to_it() {
+    let machine = machine();
+    let host = machine.next_host().await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("file");
+    assert!(machine.context.gate.hold());
+    let mut waiting = ask(&host, write(&path)).await;
+    waiting.write_all(&frame::encode(Kind::Data, b"abc").unwrap()).await.unwrap();
+    waiting.write_all(&frame::encode(Kind::Eof, b"").unwrap()).await.unwrap();
+    // Answered while the other waits, and after it was received.
+    let (kind, _) = answer(ask(&host, json!({"op": "kill", "pid": -1})).await).await.unwrap();
+    assert_eq!((kind, path.exists()), (Kind::End, false));
+    machine.context.gate.open();
+    assert_eq!(answer(waiting).await, Some((Kind::End, json!({"bytes": 3}))));
+    assert_eq!(std::fs::read(&path).unwrap(), b"abc");
+}
+
+#[tokio::test]
+async fn an_operation_whose_stream_ends_at_the_gate_is_none() {
+    let machine = machine();
+    let host = machine.next_host().await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("file");
+    assert!(machine.context.gate.hold());
+    let mut waiting = ask(&host, write(&path)).await;
+    waiting.shutdown().await.unwrap();
+    assert_eq!(answer(waiting).await, None);
+    machine.context.gate.open();
+    assert!(answer(ask(&host, json!({"op": "stat", "path": "/"})).await).await.is_some());
+    assert!(!path.exists());
+}
+
+#[tokio::test]
+async fn one_freeze_at_a_time() {
+    let machine = machine();
+    let host = machine.next_host().await;
+    assert!(machine.context.gate.hold());
+    let (kind, error) = answer(ask(&host, json!({"op": "freeze"})).await).await.unwrap();
+    assert_eq!((kind, &error["code"]), (Kind::Error, &json!("AGENT_BUSY")));
+}
+
+#[tokio::test]
+async fn what_waited_for_the_last_host_is_not_done_for_the_next() {
+    let machine = machine();
+    let host = machine.next_host().await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("file");
+    assert!(machine.context.gate.hold());
+    let waiting = ask(&host, write(&path)).await;
+    // More than an operation that waits takes in, so that it does not see its stream end.
+    let mut flooding = ask(&host, write(&path)).await;
+    let flood = frame::encode(Kind::Data, &[0; 1 << 20]).unwrap();
+    flooding.write_all(&flood).await.unwrap();
+    assert!(answer(ask(&host, json!({"op": "kill", "pid": -1})).await).await.is_some());
+
+    let next = machine.next_host().await;
+    let mut late = ask(&next, json!({"op": "stat", "path": "/"})).await;
+    assert!(answer(ask(&next, json!({"op": "kill", "pid": -1})).await).await.is_some());
+    assert!(machine.context.gate.is_restored());
+    tokio::select! {
+        biased;
+        _ = late.read_u8() => panic!("served behind the gate"),
+        () = tokio::task::yield_now() => {}
+    }
+    machine.context.gate.open();
+    let mut kind = [0];
+    late.read_exact(&mut kind).await.unwrap();
+    assert_eq!(kind, [Kind::End as u8]);
+    assert!(!path.exists());
+    drop((waiting, flooding));
+}
+
+#[tokio::test]
+async fn only_a_copy_is_made_itself() {
+    let machine = machine();
+    let host = machine.next_host().await;
+    for held in [false, true] {
+        if held {
+            assert!(machine.context.gate.hold());
+        }
+        let (kind, error) = answer(ask(&host, rejuvenate()).await).await.unwrap();
+        assert_eq!((kind, &error["code"]), (Kind::Error, &json!("AGENT_BAD_REQUEST")));
+    }
+}
