@@ -1,13 +1,17 @@
 //! A VMM as far as a shim can tell, with its guest: channel on descriptor 3, console on descriptor 4. For the tests.
 //!
-//! `fake-vmm serve [--deaf] [--main <code>] [--quiet]`, `fake-vmm mute`, `fake-vmm inspect <console>`, `fake-vmm fail <code> <text>`.
+//! `fake-vmm serve [--deaf] [--main <code>] [--quiet] [--memory shared|private]`, `fake-vmm mute`, `fake-vmm inspect <console>`, `fake-vmm fail <code> <text>`.
+//! Memory: descriptor 5, read once where it is private; port 11 takes a u32 page and a byte to fill it with, and answers that byte.
 //! Ports: 7 echoes, 8 prints what it gets on the console, 10 dials the port it is told and passes everything on, 1978 knows
 //! `poweroff`; all others are refused.
 
 use machinen_channel::{Incoming, Opener, Stream, serve_guest};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use std::io::{self, Write};
+use std::num::NonZeroUsize;
 use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 #[derive(Clone, Default)]
@@ -18,6 +22,7 @@ struct Guest {
     quiet: bool,
     /// A detached main command that prints and ends with this code.
     main: Option<i32>,
+    memory: Option<Arc<Mutex<&'static mut [u8]>>>,
 }
 
 fn inherited(fd: i32) -> UnixStream {
@@ -45,10 +50,30 @@ fn main() -> io::Result<()> {
             "--deaf" => guest.deaf = true,
             "--quiet" => guest.quiet = true,
             "--main" => guest.main = rest.next().and_then(|code| code.parse().ok()),
+            "--memory" => {
+                guest.memory = Some(Arc::new(Mutex::new(memory(rest.next().is_some_and(|kind| kind == "shared"))?)))
+            }
             _ => return Err(io::ErrorKind::InvalidInput.into()),
         }
     }
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(guest))
+}
+
+/// Maps the memory as QEMU does: by its name, for writing.
+fn memory(shared: bool) -> io::Result<&'static mut [u8]> {
+    let file = std::fs::File::options().read(true).write(true).open("/proc/self/fd/5")?;
+    let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+    let flags = if shared { MapFlags::MAP_SHARED } else { MapFlags::MAP_PRIVATE };
+    let size = NonZeroUsize::new(length).ok_or(io::ErrorKind::InvalidInput)?;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let mapped = unsafe { mmap(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags, &file, 0) }?;
+    // SAFETY: it is never unmapped, and what else maps the file only reads it, by system calls.
+    let memory = unsafe { std::slice::from_raw_parts_mut(mapped.cast().as_ptr(), length) };
+    if !shared {
+        // Reading makes no page the reader's own.
+        std::hint::black_box(memory.iter().step_by(4096).fold(0, |sum: u8, byte| sum.wrapping_add(*byte)));
+    }
+    Ok(memory)
 }
 
 /// Prints what it was started with.
@@ -98,6 +123,7 @@ async fn session(
             7 => drop(tokio::spawn(async move { echo(incoming.accept().await?).await })),
             8 => drop(tokio::spawn(print(incoming, console.try_clone()?))),
             10 => drop(tokio::spawn(dial(incoming, opener.clone()))),
+            11 => drop(tokio::spawn(fill(incoming, guest.memory.clone()))),
             1978 => drop(tokio::spawn(agent(incoming, opener.clone(), guest.deaf))),
             _ => incoming.refuse().await,
         }
@@ -124,6 +150,17 @@ async fn dial(incoming: Incoming, opener: Opener) -> io::Result<()> {
     let mut near = incoming.accept().await?;
     let mut far = opener.open(near.read_u32().await?).await?;
     tokio::io::copy_bidirectional(&mut near, &mut far).await.map(drop)
+}
+
+async fn fill(incoming: Incoming, memory: Option<Arc<Mutex<&'static mut [u8]>>>) -> io::Result<()> {
+    let memory = memory.ok_or(io::ErrorKind::NotFound)?;
+    let mut stream = incoming.accept().await?;
+    loop {
+        let page = usize::try_from(stream.read_u32().await?).map_err(io::Error::other)?;
+        let byte = stream.read_u8().await?;
+        memory.lock().unwrap_or_else(PoisonError::into_inner)[page * 4096..][..4096].fill(byte);
+        stream.write_all(&[byte]).await?;
+    }
 }
 
 async fn ring(opener: Opener) -> io::Result<()> {

@@ -16,7 +16,8 @@ pub fn run(plan: &Plan) {
     remove(&plan.dir);
 }
 
-fn remove(path: &Path) {
+/// Removes a file, or a directory with everything in it.
+pub fn remove(path: &Path) {
     // Not followed: a link is removed, not what it points to.
     let is_dir = path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir());
     let _ = if is_dir { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };

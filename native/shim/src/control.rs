@@ -1,14 +1,15 @@
-//! The control socket: one request a connection, a JSON line.
+//! The control socket: one request a connection, a JSON line. Only a capture is a conversation.
 
 use crate::event::Reason;
 use crate::hang_up::hung_up;
-use crate::line;
 use crate::log::Log;
 use crate::state::State;
 use crate::stop::Ask;
+use crate::{capture, line};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::io;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +20,7 @@ use tokio::task::JoinSet;
 /// Further clients wait.
 const MAX_CLIENTS: usize = 128;
 /// Longest request.
-const MAX_LINE: usize = 4096;
+pub const MAX_LINE: usize = 64 * 1024;
 const BUFFER: usize = 64 * 1024;
 
 #[derive(Deserialize)]
@@ -38,6 +39,11 @@ enum Request {
         tail_bytes: Option<u64>,
     },
     Status,
+    Name {
+        name: Option<String>,
+        pin: Option<PathBuf>,
+    },
+    Capture(capture::Request),
 }
 
 #[derive(Deserialize)]
@@ -69,11 +75,12 @@ pub async fn serve(listener: UnixListener, state: Arc<State>) {
 }
 
 async fn serve_client(mut client: UnixStream, state: Arc<State>) -> io::Result<()> {
-    let line = line::read(&mut client, MAX_LINE).await.map(|line| line.text);
-    let request = line
-        .map_err(|error| error.to_string())
-        .and_then(|line| serde_json::from_slice::<Request>(&line).map_err(|error| error.to_string()));
-    let request = match request {
+    let line = line::read(&mut client, MAX_LINE).await;
+    let request = line.map_err(|error| error.to_string()).and_then(|line| {
+        let request = serde_json::from_slice::<Request>(&line.text).map_err(|error| error.to_string())?;
+        Ok((request, line.rest))
+    });
+    let (request, rest) = match request {
         Ok(request) => request,
         Err(message) => return answer(&mut client, &json!({"ok": false, "message": message})).await,
     };
@@ -103,10 +110,19 @@ async fn serve_client(mut client: UnixStream, state: Arc<State>) -> io::Result<(
             let (ready, detached) = (state.is_ready(), state.is_detached());
             answer(&mut client, &json!({"ok": true, "ready": ready, "detached": detached, "uptimeMs": uptime})).await
         }
+        Request::Name { name, pin } => {
+            let named = state.entry().named(name.as_deref(), pin);
+            let said = match named {
+                Ok(()) => json!({"ok": true}),
+                Err(error) => json!({"ok": false, "message": error.to_string()}),
+            };
+            answer(&mut client, &said).await
+        }
+        Request::Capture(request) => capture::serve(&mut client, rest, request, &state).await,
     }
 }
 
-async fn answer(client: &mut UnixStream, answer: &Value) -> io::Result<()> {
+pub async fn answer(client: &mut UnixStream, answer: &Value) -> io::Result<()> {
     client.write_all(format!("{answer}\n").as_bytes()).await
 }
 

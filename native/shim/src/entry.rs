@@ -10,19 +10,25 @@ use std::path::PathBuf;
 pub struct Entry {
     path: PathBuf,
     fields: Map<String, Value>,
+    /// The name's pin, when the VM was named while it ran.
+    pin: Option<PathBuf>,
     removed: bool,
 }
 
 impl Entry {
     pub fn new(path: PathBuf, fields: Map<String, Value>) -> Self {
-        Entry { path, fields, removed: false }
+        Entry { path, fields, pin: None, removed: false }
     }
 
-    /// From now on shim and VMM answer for it.
-    pub fn started(&mut self, shim: Identity, vmm: Identity) -> io::Result<()> {
+    /// From now on shim and VMM answer for it. A guest that was running before is `running` at once: it does not ring again.
+    pub fn started(&mut self, shim: Identity, vmm: Identity, running: bool) -> io::Result<()> {
         self.fields.insert("shim".into(), json!(shim));
         self.fields.insert("vmm".into(), json!(vmm));
-        self.fields.entry("state").or_insert_with(|| json!("booting"));
+        if running {
+            self.fields.insert("state".into(), json!("running"));
+        } else {
+            self.fields.entry("state").or_insert_with(|| json!("booting"));
+        }
         self.write()
     }
 
@@ -38,9 +44,25 @@ impl Entry {
         self.write()
     }
 
+    /// The VM is called so from now on, or no longer called anything. The pin is made by who asks, and goes with the entry.
+    pub fn named(&mut self, name: Option<&str>, pin: Option<PathBuf>) -> io::Result<()> {
+        match name {
+            Some(name) => self.fields.insert("name".into(), json!(name)),
+            None => self.fields.remove("name"),
+        };
+        self.pin = pin;
+        self.write()
+    }
+
     /// Removes it for good: later changes are not written any more.
     pub fn remove(&mut self) {
         self.removed = true;
+        // A name that somebody else got first is theirs.
+        if let Some(pin) = self.pin.take()
+            && std::fs::read_to_string(&pin).is_ok_and(|id| self.fields.get("id").is_some_and(|own| own == id.trim()))
+        {
+            let _ = std::fs::remove_file(pin);
+        }
         for path in [replace::temporary(&self.path), self.path.clone()] {
             let _ = std::fs::remove_file(path);
         }

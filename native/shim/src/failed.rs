@@ -33,6 +33,6 @@ impl Failed {
 }
 
 /// An error that is not the system's own has no errno; the nearest is what the caller did wrong.
-fn code(error: &io::Error) -> String {
+pub fn code(error: &io::Error) -> String {
     format!("{:?}", error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw))
 }

@@ -7,36 +7,51 @@ use nix::unistd::{Whence, lseek};
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Copied in one call, after which `cancel` is looked at.
 const STEP: u64 = 64 << 20;
 const BUFFER: u64 = 256 * 1024;
 
-/// Makes all copies. On failure none is left.
+/// Makes all copies, and counts the bytes written. On failure none is left.
 ///
 /// # Errors
 /// Also `ECANCELED`, when `cancel` was set meanwhile.
-pub fn copy_all(copies: &[FileCopy], cancel: &AtomicBool) -> Result<(), (PathBuf, io::Error)> {
+pub fn copy_all(copies: &[FileCopy], cancel: &AtomicBool) -> Result<u64, (PathBuf, io::Error)> {
+    let mut bytes = 0;
     for (done, plan) in copies.iter().enumerate() {
-        if let Err(error) = copy(plan, cancel) {
-            for plan in &copies[..done] {
-                let _ = std::fs::remove_file(&plan.to);
+        match copy(plan, cancel) {
+            Ok(copied) => bytes += copied,
+            Err(error) => {
+                for plan in &copies[..done] {
+                    let _ = std::fs::remove_file(&plan.to);
+                }
+                return Err((plan.to.clone(), error));
             }
-            return Err((plan.to.clone(), error));
         }
     }
-    Ok(())
+    Ok(bytes)
 }
 
-fn copy(plan: &FileCopy, cancel: &AtomicBool) -> io::Result<()> {
+/// Opens a regular file for reading.
+pub fn open(path: &Path) -> io::Result<File> {
     // Not blocking: a fifo would wait for a writer.
-    let from = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&plan.from)?;
-    if !from.metadata()?.is_file() {
+    let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
         return Err(io::Error::new(ErrorKind::InvalidInput, "not a regular file"));
     }
-    let to = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&plan.to)?;
+    Ok(file)
+}
+
+/// Makes a file that was not there.
+pub fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
+fn copy(plan: &FileCopy, cancel: &AtomicBool) -> io::Result<u64> {
+    let from = open(&plan.from)?;
+    let to = create(&plan.to)?;
     let copied = copy_content(&from, &to, plan.size.unwrap_or(0), cancel);
     if copied.is_err() {
         let _ = std::fs::remove_file(&plan.to);
@@ -44,18 +59,20 @@ fn copy(plan: &FileCopy, cancel: &AtomicBool) -> io::Result<()> {
     copied
 }
 
-fn copy_content(from: &File, to: &File, size: u64, cancel: &AtomicBool) -> io::Result<()> {
+/// Copies what is data, extends the copy to `size`, and counts the bytes written.
+pub fn copy_content(from: &File, to: &File, size: u64, cancel: &AtomicBool) -> io::Result<u64> {
     let length = from.metadata()?.len();
-    let mut at = 0;
+    let (mut at, mut bytes) = (0, 0);
     while let Some((start, end)) = next_data(from, at, length)? {
-        copy_range(from, to, start, end, cancel)?;
+        bytes += copy_range(from, to, start, end, cancel)?;
         at = end;
     }
-    to.set_len(length.max(size))
+    to.set_len(length.max(size))?;
+    Ok(bytes)
 }
 
 /// The first range of data at or behind `at`.
-fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<(u64, u64)>> {
+pub fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<(u64, u64)>> {
     if at >= length {
         return Ok(None);
     }
@@ -69,8 +86,8 @@ fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<(u64, u64)>
     Ok(Some((start, end)))
 }
 
-fn copy_range(from: &File, to: &File, mut at: u64, end: u64, cancel: &AtomicBool) -> io::Result<()> {
-    let mut in_kernel = true;
+fn copy_range(from: &File, to: &File, start: u64, end: u64, cancel: &AtomicBool) -> io::Result<u64> {
+    let (mut at, mut in_kernel) = (start, true);
     while at < end {
         if cancel.load(Ordering::Relaxed) {
             return Err(Errno::ECANCELED.into());
@@ -89,11 +106,11 @@ fn copy_range(from: &File, to: &File, mut at: u64, end: u64, cancel: &AtomicBool
         };
         if copied == 0 {
             // It was cut meanwhile: what is missing becomes a hole.
-            return Ok(());
+            break;
         }
         at += copied;
     }
-    Ok(())
+    Ok(at - start)
 }
 
 fn copy_in_kernel(from: &File, to: &File, at: u64, length: u64) -> Result<u64, Errno> {
@@ -115,7 +132,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
 
-    fn plan(dir: &std::path::Path, size: Option<u64>) -> FileCopy {
+    fn plan(dir: &Path, size: Option<u64>) -> FileCopy {
         FileCopy { from: dir.join("from"), to: dir.join("to"), size }
     }
 

@@ -3,10 +3,10 @@
 use serde::Serialize;
 use std::io;
 
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Identity {
-    pid: u32,
+    pub pid: u32,
     /// Clock ticks since the host's boot.
     start_time: u64,
 }

@@ -9,14 +9,18 @@
 //!   vsock, guest_ports, proxy                  sockets <-> channel (section 2)
 //!   doorbell, lifecycle, power_off, frame      what the shim itself says to the guest and hears from it
 //!   control      the control socket            state        what all of these share
+//!   capture, undo                              a conversation there: copies of a stopped VM, or nothing
+//!   memory, private_memory, pieces             the guest's memory, and copies of it
 //! ```
 //!
 //! Who holds what: the shim is the parent of the VMM, which dies with it (PDEATHSIG); its starter holds the shim's stdin. One thread
 //! does everything except waiting for the owner and the copies: a blocked disk must not block the guest.
 
+mod capture;
 mod cleanup;
 mod console;
 mod control;
+mod digest;
 mod doorbell;
 mod entry;
 mod event;
@@ -29,9 +33,12 @@ mod identity;
 mod lifecycle;
 mod line;
 mod log;
+mod memory;
 mod owner;
+mod pieces;
 mod plan;
 mod power_off;
+mod private_memory;
 mod proxy;
 mod replace;
 mod state;
@@ -39,6 +46,7 @@ mod stop;
 mod supervisor;
 mod tail;
 mod tsc;
+mod undo;
 mod vmm;
 mod vsock;
 
@@ -52,8 +60,12 @@ fn main() -> ExitCode {
             println!("{}", tsc::khz());
             ExitCode::SUCCESS
         }
+        [verb, files @ ..] if verb == "digest" && !files.is_empty() => digest::main(files),
         _ => {
-            eprintln!("usage: machinen-shim            (the plan is read from stdin)\n       machinen-shim tsc-khz");
+            eprintln!(
+                "usage: machinen-shim            (the plan is read from stdin)\n       machinen-shim tsc-khz\n       \
+                 machinen-shim digest <file>..."
+            );
             ExitCode::from(2)
         }
     }

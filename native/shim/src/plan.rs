@@ -3,7 +3,7 @@
 use crate::failed::{Failed, Step};
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead, ErrorKind};
 use std::os::fd::RawFd;
 use std::path::{Component, Path, PathBuf};
@@ -33,6 +33,9 @@ pub struct Plan {
     pub detached: bool,
     pub grace_ms: u64,
     pub exit_record_path: Option<PathBuf>,
+    pub memory: Option<Memory>,
+    #[serde(default)]
+    pub inherit: Vec<Inherit>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -67,6 +70,36 @@ pub struct Console {
     pub max_bytes: u64,
 }
 
+/// The guest's memory, where it is a file, and under which number the VMM finds it.
+#[derive(Debug, Deserialize)]
+#[serde(untagged, rename_all_fields = "camelCase")]
+pub enum Memory {
+    New {
+        fd: RawFd,
+        size_bytes: u64,
+    },
+    /// What the VMM maps privately, and nobody ever writes.
+    File {
+        fd: RawFd,
+        from: PathBuf,
+    },
+}
+
+impl Memory {
+    pub fn fd(&self) -> RawFd {
+        match self {
+            Memory::New { fd, .. } | Memory::File { fd, .. } => *fd,
+        }
+    }
+}
+
+/// A file the VMM finds open for reading.
+#[derive(Debug, Deserialize)]
+pub struct Inherit {
+    pub fd: RawFd,
+    pub path: PathBuf,
+}
+
 impl Plan {
     /// Reads the plan's line. `None`: the starter changed its mind (or died) before it had sent it all.
     pub fn read(input: impl BufRead) -> Result<Option<Self>, Failed> {
@@ -91,8 +124,8 @@ impl Plan {
         if self.vmm.argv.is_empty() {
             return Err("vmm.argv is empty");
         }
-        let channel = self.channel.as_ref().map(|channel| channel.fd);
-        if !FDS.contains(&self.console.fd) || channel.is_some_and(|fd| !FDS.contains(&fd) || fd == self.console.fd) {
+        let mut taken = BTreeSet::new();
+        if !self.fds().all(|fd| FDS.contains(&fd) && taken.insert(fd)) {
             return Err("descriptors out of range or equal");
         }
         // What is removed recursively must be meant.
@@ -102,13 +135,22 @@ impl Plan {
         Ok(())
     }
 
+    /// The numbers under which the VMM finds what it inherits.
+    fn fds(&self) -> impl Iterator<Item = RawFd> {
+        std::iter::once(self.console.fd)
+            .chain(self.channel.as_ref().map(|channel| channel.fd))
+            .chain(self.memory.as_ref().map(Memory::fd))
+            .chain(self.inherit.iter().map(|inherit| inherit.fd))
+    }
+
     /// Where the sockets of the guest's ports are.
     pub fn vsock_path(&self) -> PathBuf {
         self.channel.as_ref().map_or_else(|| self.dir.join("vsock.sock"), |channel| channel.vsock_path.clone())
     }
 }
 
-fn removable(path: &Path) -> bool {
+/// Whether a path is meant, when it is to be removed with everything below it.
+pub fn removable(path: &Path) -> bool {
     path.is_absolute()
         && path.file_name().is_some()
         && path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
@@ -142,10 +184,25 @@ mod tests {
         assert!(plan(|plan| plan["console"]["fd"] = json!(2)).is_err());
         assert!(plan(|plan| plan["channel"] = json!({"fd": 4, "vsockPath": "/s", "resume": false})).is_err());
         assert!(plan(|plan| plan["graceMs"] = json!(-1)).is_err());
+        for fd in [-1, 2, 4, 256] {
+            assert!(plan(|plan| plan["memory"] = json!({"fd": fd, "sizeBytes": 4096})).is_err(), "{fd}");
+            assert!(plan(|plan| plan["memory"] = json!({"fd": fd, "from": "/m"})).is_err(), "{fd}");
+            assert!(plan(|plan| plan["inherit"] = json!([{"fd": fd, "path": "/p"}])).is_err(), "{fd}");
+        }
+        assert!(plan(|plan| plan["inherit"] = json!([{"fd": 5, "path": "/p"}, {"fd": 5, "path": "/q"}])).is_err());
+        assert!(plan(|plan| plan["memory"] = json!({"fd": 5})).is_err());
+        assert!(plan(|plan| plan["memory"] = json!({"fd": 5, "sizeBytes": -1})).is_err());
         for dir in ["/", "a", "/a/..", "/a/../b", ""] {
             assert!(plan(|plan| plan["dir"] = json!(dir)).is_err(), "{dir}");
             assert!(plan(|plan| plan["cleanup"] = json!([dir])).is_err(), "{dir}");
         }
+    }
+
+    #[test]
+    fn memory_is_new_or_a_file() {
+        let memory = |json| plan(|plan| plan["memory"] = json).unwrap().unwrap().memory.unwrap();
+        assert!(matches!(memory(json!({"fd": 5, "sizeBytes": 7})), Memory::New { fd: 5, size_bytes: 7 }));
+        assert!(matches!(memory(json!({"fd": 5, "from": "/m"})), Memory::File { fd: 5, .. }));
     }
 
     #[test]

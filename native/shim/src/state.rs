@@ -3,12 +3,14 @@
 use crate::console::Console;
 use crate::entry::Entry;
 use crate::event::{MainExit, Reason};
+use crate::identity::Identity;
 use crate::log::Log;
+use crate::memory::Memory;
 use crate::stop::Ask;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 pub struct State {
     pub since: Instant,
@@ -16,12 +18,28 @@ pub struct State {
     pub output: Log,
     /// To the supervisor.
     pub asks: mpsc::Sender<Ask>,
+    /// Becomes true when the VMM has ended.
+    pub over: watch::Sender<bool>,
     /// The `exited` event, once nothing is left of the VM.
     pub exited: watch::Sender<Option<Arc<str>>>,
+    pub vmm: Identity,
+    pub memory: Option<Arc<Memory>>,
+    /// Held by the one capture there may be, until nothing is left to undo.
+    pub capturing: Semaphore,
     detached: AtomicBool,
     ready: AtomicBool,
     entry: Mutex<Entry>,
     end: Mutex<End>,
+}
+
+/// What a VM is when it has been started.
+pub struct Started {
+    pub entry: Entry,
+    pub vmm: Identity,
+    pub memory: Option<Arc<Memory>>,
+    pub detached: bool,
+    /// The guest was running before.
+    pub ready: bool,
 }
 
 /// What is known of the VM's end before it comes.
@@ -38,15 +56,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl State {
-    pub fn new(entry: Entry, detached: bool, console: Console, output: Log, asks: mpsc::Sender<Ask>) -> Self {
+    pub fn new(started: Started, console: Console, output: Log, asks: mpsc::Sender<Ask>) -> Self {
+        let Started { entry, vmm, memory, detached, ready } = started;
         State {
             since: Instant::now(),
             console,
             output,
             asks,
+            over: watch::Sender::new(false),
             exited: watch::Sender::new(None),
+            vmm,
+            memory,
+            capturing: Semaphore::new(1),
             detached: AtomicBool::new(detached),
-            ready: AtomicBool::new(false),
+            ready: AtomicBool::new(ready),
             entry: Mutex::new(entry),
             end: Mutex::default(),
         }
@@ -75,6 +98,12 @@ impl State {
 
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Relaxed)
+    }
+
+    /// Resolves when the VMM has ended.
+    pub async fn over(&self) {
+        // The sender is ours.
+        let _ = self.over.subscribe().wait_for(|over| *over).await;
     }
 
     /// The guest can be talked to. An entry that cannot be written goes on saying that the VM boots.

@@ -6,10 +6,11 @@ use crate::event::{Event, ExitRecord, Reason, VmmExit};
 use crate::failed::{Failed, Step};
 use crate::identity::Identity;
 use crate::log::Log;
-use crate::plan::Plan;
+use crate::memory::Memory;
+use crate::plan::{Inherit, Plan};
 use crate::power_off::Agent;
 use crate::replace::replace;
-use crate::state::State;
+use crate::state::{Started, State};
 use crate::stop::{Ask, Stops};
 use crate::vmm::{Inherited, Vmm};
 use crate::{cleanup, control, files, guest_ports, lifecycle, owner, tail, vsock};
@@ -23,7 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::UnixListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -92,10 +93,10 @@ async fn make_files(plan: &Plan, stops: &mut Stops) -> Result<(), Failed> {
         }
     };
     match done {
-        Ok(Ok(())) if cancel.load(Ordering::Relaxed) => {
+        Ok(Ok(_)) if cancel.load(Ordering::Relaxed) => {
             Err(Failed::new(Step::Files, "stopped", &io::Error::from_raw_os_error(nix::libc::ECANCELED)))
         }
-        Ok(Ok(())) => Ok(()),
+        Ok(Ok(_)) => Ok(()),
         Ok(Err((path, error))) => Err(Failed::new(Step::Files, path.display(), &error)),
         Err(error) => Err(Failed::new(Step::Files, "copying", &io::Error::other(error))),
     }
@@ -107,8 +108,6 @@ struct Vm {
     state: Arc<State>,
     agent: Agent,
     asks: mpsc::Receiver<Ask>,
-    /// Becomes true when the VMM has ended.
-    over: watch::Sender<bool>,
     console: JoinHandle<()>,
     /// What deals with the guest's streams. Ends by itself once the VM is over.
     channel: JoinSet<()>,
@@ -125,7 +124,18 @@ impl Vm {
         let vmm_failed = |error: io::Error| Failed::new(Step::Vmm, &plan.vmm.argv[0], &error);
         let vsock_path = plan.vsock_path();
 
-        // 1. What others connect to. There before the VMM is: a client that is early waits.
+        // 1. Files the VMM finds open.
+        let memory = plan.memory.as_ref().map(Memory::open).transpose()?.map(Arc::new);
+        let mut inherited = Vec::new();
+        if let (Some(plan), Some(memory)) = (&plan.memory, &memory) {
+            inherited.push(Inherited { fd: plan.fd(), what: memory.file().try_clone().map_err(vmm_failed)?.into() });
+        }
+        for Inherit { fd, path } in &plan.inherit {
+            let file = files::open(path).map_err(|error| Failed::new(Step::Files, path.display(), &error))?;
+            inherited.push(Inherited { fd: *fd, what: file.into() });
+        }
+
+        // 2. What others connect to. There before the VMM is: a client that is early waits.
         let control = UnixListener::bind(&plan.control_path).map_err(registry(&plan.control_path))?;
         let vsock = match &plan.channel {
             Some(channel) => UnixListener::bind(&channel.vsock_path).map_err(registry(&channel.vsock_path))?,
@@ -135,21 +145,22 @@ impl Vm {
             }
         };
 
-        // 2. The VMM, with one end of every pair; we keep the other.
+        // 3. The VMM, with one end of every pair; we keep the other.
         let (console, console_end) = pair().map_err(vmm_failed)?;
-        let mut inherited = vec![Inherited { fd: plan.console.fd, end: console_end }];
+        inherited.push(Inherited { fd: plan.console.fd, what: console_end.into() });
         let mut port = None;
         if let Some(channel) = &plan.channel {
             let (ours, end) = pair().map_err(vmm_failed)?;
-            inherited.push(Inherited { fd: channel.fd, end });
+            inherited.push(Inherited { fd: channel.fd, what: end.into() });
             port = Some((ours, channel.resume));
         }
         let mut vmm = Vmm::spawn(&plan.vmm, &plan.vmm_log_path, inherited).map_err(vmm_failed)?;
 
-        // 3. The entry. A VM that is not in the registry must not run.
+        // 4. The entry. A VM that is not in the registry must not run.
         let mut entry = Entry::new(plan.entry_path.clone(), plan.entry.clone());
+        let resumed = plan.channel.as_ref().is_some_and(|channel| channel.resume);
         let entered =
-            Identity::of(std::process::id()).and_then(|shim| entry.started(shim, vmm.identity).map(|()| shim));
+            Identity::of(std::process::id()).and_then(|shim| entry.started(shim, vmm.identity, resumed).map(|()| shim));
         let shim = match entered {
             Ok(shim) => shim,
             Err(error) => {
@@ -159,12 +170,13 @@ impl Vm {
             }
         };
 
-        // 4. Everything that serves it.
+        // 5. Everything that serves it.
         let log = |path: &Path| Log::new(path.to_owned(), plan.console.max_bytes);
         let (ask, asks) = mpsc::channel(16);
         let guest_console = Console::new(log(&plan.console.log_path));
-        let state = Arc::new(State::new(entry, plan.detached, guest_console, log(&plan.output_log_path), ask));
-        let (over, is_over) = watch::channel(false);
+        let started = Started { entry, vmm: vmm.identity, memory, detached: plan.detached, ready: resumed };
+        let state = Arc::new(State::new(started, guest_console, log(&plan.output_log_path), ask));
+        let is_over = state.over.subscribe();
         let mut channel = JoinSet::new();
         let agent = match port {
             Some((port, resume)) => {
@@ -188,7 +200,7 @@ impl Vm {
         let control = tokio::spawn(control::serve(control, Arc::clone(&state)));
 
         owner::tell(&Event::Started { shim, vmm: vmm.identity }.line());
-        Ok(Vm { vmm, state, agent, asks, over, console, channel, control })
+        Ok(Vm { vmm, state, agent, asks, console, channel, control })
     }
 
     /// Waits for the VMM's end, and brings it about when it is wanted.
@@ -235,7 +247,7 @@ impl Vm {
     /// Sees to it that nothing is left, and says how it ended.
     async fn finish(mut self, plan: &Plan, vmm: VmmExit) {
         // Helpers the VMM may have started would hold its sockets open.
-        self.over.send_replace(true);
+        self.state.over.send_replace(true);
         let _ = timeout(REST, &mut self.console).await;
         self.console.abort();
         let rest = async { while self.channel.join_next().await.is_some() {} };
@@ -243,6 +255,8 @@ impl Vm {
         self.channel.shutdown().await;
         self.asks.close();
         let state = self.state;
+        // A capture learns it too, and is undone before anybody hears that nothing is left; another one cannot begin any more.
+        let _last = state.capturing.acquire().await;
         for log in [&state.console.log, &state.output] {
             log.close();
         }

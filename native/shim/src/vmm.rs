@@ -10,7 +10,6 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Stdio;
@@ -22,10 +21,10 @@ pub struct Vmm {
     pub identity: Identity,
 }
 
-/// One end of a socketpair that the VMM finds under a number of the plan's choice.
+/// What the VMM finds open under a number of the plan's choice.
 pub struct Inherited {
     pub fd: RawFd,
-    pub end: UnixStream,
+    pub what: OwnedFd,
 }
 
 impl Vmm {
@@ -91,9 +90,8 @@ impl Placed {
     fn new(inherited: Vec<Inherited>) -> io::Result<Self> {
         let highest = inherited.iter().map(|inherited| inherited.fd).max().unwrap_or(0);
         let mut fds = Vec::new();
-        for Inherited { fd, end } in inherited {
-            end.set_nonblocking(false)?;
-            fds.push((above(&end, highest)?, fd));
+        for Inherited { fd, what } in inherited {
+            fds.push((above(&what, highest)?, fd));
         }
         let mut fillers = Vec::new();
         loop {
@@ -107,7 +105,7 @@ impl Placed {
 }
 
 /// A duplicate with a number greater than `than`, closed on exec.
-fn above(fd: &UnixStream, than: RawFd) -> io::Result<OwnedFd> {
+fn above(fd: &OwnedFd, than: RawFd) -> io::Result<OwnedFd> {
     let raw = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(than + 1))?;
     // SAFETY: fcntl has just made it, nobody else knows it.
     Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(raw) })
