@@ -1,6 +1,7 @@
+import { randomBytes } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem } from "@effect/platform"
-import { Context, Deferred, type Duration, Effect, Layer, Option, Schema, type Scope, Stream } from "effect"
+import { Context, Deferred, Duration, Effect, Layer, Option, Schema, type Scope, Stream } from "effect"
 import picomatch from "picomatch"
 import {
   AgentFault,
@@ -12,7 +13,8 @@ import {
   FrameDecoder,
   FrameType,
   GuestStats,
-  maxPayload
+  maxPayload,
+  Rejuvenation
 } from "./AgentProtocol.ts"
 import { ExecError, FilesError } from "./domain/errors.ts"
 import { ExitStatus } from "./domain/Vm.ts"
@@ -73,6 +75,15 @@ export interface WriteFileOptions {
   readonly append?: boolean
 }
 
+/** What is a restored guest's own. */
+export interface Identity {
+  readonly hostname: string
+  /** A UUID; no other machine that was restored from the same snapshot has it. */
+  readonly generation: string
+  /** Over the environment the original was booted with. */
+  readonly env: Readonly<Record<string, string>>
+}
+
 /** What the agent in one guest can do. */
 export interface AgentClient {
   readonly start: (command: Commandlike) => Effect.Effect<RunningCommand, ExecError, Scope.Scope>
@@ -103,6 +114,16 @@ export interface AgentClient {
     options?: { readonly excludes?: ReadonlyArray<string> }
   ) => Effect.Effect<void, FilesError>
   readonly stat: (path: string) => Effect.Effect<FileStat, FilesError>
+  /**
+   * Freezes the guest's commands until the scope closes; with `sync` its filesystems are written out first. Operations asked for meanwhile
+   * wait.
+   */
+  readonly freeze: (options: {
+    readonly sync: boolean
+    readonly timeout: Duration.DurationInput
+  }) => Effect.Effect<void, ExecError, Scope.Scope>
+  /** Makes a restored guest one of its own, and only then lets its commands go on. */
+  readonly rejuvenate: (identity: Identity) => Effect.Effect<Rejuvenation, ExecError>
   readonly stats: Effect.Effect<GuestStats, ExecError>
 }
 
@@ -411,6 +432,38 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
       ).pipe(Effect.mapError(hostIo(hostPath)))
     }),
     stat,
+    freeze: Effect.fn("Agent.freeze")(function* ({ sync, timeout }) {
+      // the stream is the scope's: whatever ends it thaws
+      const { frames, send } = yield* Effect.mapError(
+        operate({ op: "freeze", sync, timeoutMs: Duration.toMillis(timeout) }),
+        toExecError
+      )
+      yield* Effect.addFinalizer(() =>
+        send(encodeFrame(FrameType.eof, new Uint8Array(0))).pipe(
+          Effect.zipRight(Stream.runDrain(frames)),
+          Effect.interruptible,
+          Effect.timeout("2 seconds"),
+          Effect.ignore
+        )
+      )
+    }),
+    rejuvenate: Effect.fn("Agent.rejuvenate")(function* ({ env, generation, hostname }) {
+      const result = yield* Effect.mapError(
+        Effect.suspend(() =>
+          ask({
+            op: "rejuvenate",
+            seed: randomBytes(32).toString("hex"),
+            nowMs: Date.now(),
+            hostname,
+            machineId: randomBytes(16).toString("hex"),
+            generation,
+            env
+          })
+        ),
+        toExecError
+      )
+      return yield* Effect.mapError(decodeRejuvenation(result), (cause) => protocolError("unreadable answer", cause))
+    }),
     stats: ask({ op: "stats" }).pipe(
       Effect.flatMap(decodeStats),
       Effect.mapError((e) => (e._tag === "ParseError" ? protocolError("unreadable statistics", e) : toExecError(e)))
@@ -492,6 +545,7 @@ const decodeFault = decodeWith(AgentFault)
 const decodeStarted = decodeWith(AgentStarted)
 const decodeExit = Schema.decodeUnknown(ExitStatus)
 const decodeStat = Schema.decodeUnknown(FileStat)
+const decodeRejuvenation = Schema.decodeUnknown(Rejuvenation)
 const decodeStats = Schema.decodeUnknown(GuestStats)
 
 const toOutput = (frame: Frame): Option.Option<CommandOutput> =>
@@ -570,6 +624,8 @@ const toExecError = (error: ExecError | AgentRefusal): ExecError => {
       return new ExecError({ code: "EXEC_NOT_EXECUTABLE", message, hint: "check its mode and its format", cause })
     case "AGENT_CWD_INVALID":
       return new ExecError({ code: "EXEC_CWD_INVALID", message, hint: "create the directory first", cause })
+    case "AGENT_TIMEOUT":
+      return new ExecError({ code: "EXEC_AGENT_TIMEOUT", message, cause })
     case "AGENT_ARGUMENTS_TOO_LARGE":
       return new ExecError({
         code: "EXEC_ARGUMENTS_TOO_LARGE",

@@ -149,6 +149,20 @@ export const AgentRequest = Schema.Union(
   Schema.Struct({ op: Schema.Literal("stats") }),
   Schema.Struct({ op: Schema.Literal("kill"), pid: Schema.Int }),
   Schema.Struct({ op: Schema.Literal("hostname"), hostname: Schema.String }),
+  Schema.Struct({
+    op: Schema.Literal("freeze"),
+    sync: Schema.Boolean,
+    timeoutMs: Schema.optional(Schema.Int)
+  }),
+  Schema.Struct({
+    op: Schema.Literal("rejuvenate"),
+    seed: Schema.String,
+    nowMs: Schema.Int,
+    hostname: Schema.String,
+    machineId: Schema.String,
+    generation: Schema.String,
+    env: Environment
+  }),
   Schema.Struct({ op: Schema.Literal("poweroff") })
 )
 export type AgentRequest = typeof AgentRequest.Type
@@ -163,6 +177,8 @@ export const AgentFault = Schema.Struct({
     "AGENT_NOT_FOUND",
     "AGENT_NOT_EXECUTABLE",
     "AGENT_CWD_INVALID",
+    "AGENT_BUSY",
+    "AGENT_TIMEOUT",
     "AGENT_ARGUMENTS_TOO_LARGE",
     "AGENT_NO_SPACE",
     "AGENT_IO"
@@ -192,4 +208,12 @@ export class GuestStats extends Schema.Class<GuestStats>("GuestStats")({
   diskFreeBytes: Schema.Number,
   /** Processes the guest kernel ended for want of memory since boot. */
   oomKills: Schema.Int
+}) {}
+
+/** What a restored guest made new before its processes went on, and what stayed as it was in the original. */
+export class Rejuvenation extends Schema.Class<Rejuvenation>("Rejuvenation")({
+  renewed: Schema.Array(Schema.String),
+  kept: Schema.Array(Schema.Struct({ what: Schema.String, why: Schema.String })),
+  /** How far the wall clock was set, in milliseconds; about the age of the snapshot. */
+  clockStepMs: Schema.Number
 }) {}

@@ -2,18 +2,42 @@ import type { FileSystem } from "@effect/platform"
 import { Context, Effect, Layer, type Scope } from "effect"
 import { Agent } from "./Agent.ts"
 import type { Assets } from "./Assets.ts"
+import * as Bundle from "./Bundle.ts"
 import { type Booted, boot } from "./boot.ts"
+import type { Digests } from "./Digests.ts"
 import type { BootOptions } from "./domain/BootOptions.ts"
-import type { AssetError, BootError, ExecError, ProvisionError, RegistryError } from "./domain/errors.ts"
+import type { AssetError, BootError, ExecError, ProvisionError, RegistryError, SnapshotError } from "./domain/errors.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
+import { type Forked, type ForkOptions, fork } from "./fork.ts"
 import { type Leftover, Registry } from "./Registry.ts"
 import type { RootfsImage } from "./RootfsImage.ts"
+import { misfits, type Restored, type RestoreOptions, restore } from "./restore.ts"
 import type { Settings } from "./Settings.ts"
 import { Shim } from "./Shim.ts"
+import type { SnapshotEngines } from "./SnapshotEngine.ts"
+import { checkSnapshot, type Snapshot, type SnapshotOptions, snapshot } from "./snapshot.ts"
 import * as Vm from "./Vm.ts"
 import { Vmm } from "./Vmm.ts"
 
+export interface Inspection {
+  readonly bundle: Bundle.Bundle
+  /** Empty when it can be restored here. */
+  readonly misfits: ReadonlyArray<string>
+}
+
+export type SnapshotFailure = SnapshotError | BootError
 export type BootFailure = BootError | RegistryError | ProvisionError | AssetError | ExecError
+
+type Services =
+  | Settings
+  | Registry
+  | RootfsImage
+  | Assets
+  | Digests
+  | Vmm
+  | Agent
+  | SnapshotEngines
+  | FileSystem.FileSystem
 
 /** microVMs on this host: the one service a program needs. */
 export class Machinen extends Context.Tag("machinen/Machinen")<
@@ -24,6 +48,18 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
      * output is lost.
      */
     readonly boot: (options: BootOptions) => Effect.Effect<Booted, BootFailure, Scope.Scope>
+    /** Turns a running VM into a bundle. Unless `leaveRunning`, the VM ends with it. */
+    readonly snapshot: (vm: Vm.Vm, options: SnapshotOptions) => Effect.Effect<Snapshot, SnapshotFailure>
+    /** Fails as `snapshot` would for its options and the state of the VM; touches nothing. */
+    readonly checkSnapshot: (vm: Vm.Vm, options: SnapshotOptions) => Effect.Effect<void, SnapshotFailure>
+    /** What a bundle holds, and why this host could not go on with it, if it could not. */
+    readonly inspect: (snapDir: string) => Effect.Effect<Inspection, BootFailure>
+    /** Reads all of a bundle; the names of the blobs that are not what they were. */
+    readonly verify: (snapDir: string) => Effect.Effect<ReadonlyArray<string>, BootError>
+    /** A VM that goes on where the bundle's source stood. It ends with the scope, unless it is detached. */
+    readonly restore: (options: RestoreOptions) => Effect.Effect<Restored, BootFailure, Scope.Scope>
+    /** Siblings of a running VM, which goes on. They end with the scope, unless they are detached. */
+    readonly fork: (vm: Vm.Vm, options?: ForkOptions) => Effect.Effect<Forked, BootFailure | SnapshotError, Scope.Scope>
     /** A handle on a running VM by pid, name or id. Closing nothing ends it: it belongs to who booted it. */
     readonly attach: (reference: string) => Effect.Effect<Vm.Vm, RegistryError>
     readonly list: Effect.Effect<ReadonlyArray<VmEntry>, RegistryError>
@@ -38,14 +74,25 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
       const shim = yield* Shim
       const vmm = yield* Vmm
       const agent = yield* Agent
-      const services = yield* Effect.context<
-        Settings | Registry | RootfsImage | Assets | Vmm | Agent | FileSystem.FileSystem
-      >()
+      const services = yield* Effect.context<Services>()
+      const provided = <A, E>(effect: Effect.Effect<A, E, Services>) => Effect.provide(effect, services)
+      const providedScoped = <A, E>(effect: Effect.Effect<A, E, Services | Scope.Scope>) =>
+        Effect.mapInputContext(effect, (scope: Context.Context<Scope.Scope>) => Context.merge(services, scope))
+      const sourceOf = (vm: Vm.Vm) => ({ entry: vm.entry, machine: vm.machine, agent: vm })
       return Machinen.of({
-        boot: (options) =>
-          Effect.mapInputContext(boot(options), (scope: Context.Context<Scope.Scope>) =>
-            Context.merge(services, scope)
+        boot: (options) => providedScoped(boot(options)),
+        snapshot: (vm, options) => provided(snapshot(sourceOf(vm), options)),
+        checkSnapshot: (vm, options) => provided(checkSnapshot(sourceOf(vm), options)),
+        restore: (options) => providedScoped(restore(options)),
+        fork: (vm, options) => providedScoped(fork(sourceOf(vm), options)),
+        inspect: (snapDir) =>
+          provided(
+            Effect.gen(function* () {
+              const bundle = yield* Bundle.read(snapDir)
+              return { bundle, misfits: yield* misfits(bundle, {}) }
+            })
           ),
+        verify: (snapDir) => provided(Effect.flatMap(Bundle.read(snapDir), Bundle.verify)),
         attach: Effect.fn("Machinen.attach")(function* (reference) {
           const entry = yield* registry.find(reference)
           const running = yield* shim.attach(entry)

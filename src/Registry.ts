@@ -1,3 +1,4 @@
+import { randomBytes } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
 import { Context, Effect, Layer, Option, Schema, type Scope } from "effect"
@@ -30,6 +31,17 @@ export class Registry extends Context.Tag("machinen/Registry")<
      * the shim is to remove what is returned, before the entry, so that nobody takes a name over that it then removes.
      */
     readonly claim: (entry: VmEntry) => Effect.Effect<ReadonlyArray<string>, RegistryError, Scope.Scope>
+    /**
+     * Gives a VM without a name the first of these that is free; its shim is told by `rename`, before the pin is made, so that the pin goes
+     * with the VM. None free: none given.
+     */
+    readonly assign: <E>(
+      id: VmId,
+      candidates: ReadonlyArray<VmName>,
+      rename: (name: VmName | null, pin: string | null) => Effect.Effect<void, E>
+    ) => Effect.Effect<Option.Option<VmName>, RegistryError | E>
+    /** A directory for files that live no longer than the scope; gone as well, at the next command, if this process is killed. */
+    readonly scratch: Effect.Effect<string, RegistryError, Scope.Scope>
     /** VMs that are alive, oldest first. */
     readonly list: Effect.Effect<ReadonlyArray<VmEntry>, RegistryError>
     /** A live VM by pid (digits), name, id or unambiguous beginning of an id (4 characters or more). */
@@ -202,6 +214,32 @@ export class Registry extends Context.Tag("machinen/Registry")<
           )
           return [pinOf(entry.name)]
         }),
+        assign: Effect.fn("Registry.assign")(function* (id, candidates, rename) {
+          for (const name of candidates) {
+            if (Option.isSome(yield* holder(name))) continue
+            yield* rename(name, pinOf(name))
+            const taken = yield* takeName(name, id).pipe(
+              Effect.as(true),
+              Effect.catchIf(
+                (e) => e._tag === "RegistryError",
+                () => Effect.succeed(false)
+              ),
+              Effect.mapError(unreadable(namesDir))
+            )
+            if (taken) return Option.some(name)
+            yield* rename(null, null)
+          }
+          return Option.none<VmName>()
+        }),
+        scratch: Effect.acquireRelease(
+          Effect.gen(function* () {
+            const dir = dirOf(stagingName(randomBytes(6).toString("hex"), me))
+            yield* fs.makeDirectory(vmsDir, { recursive: true, mode: 0o700 })
+            yield* fs.makeDirectory(dir, { mode: 0o700 })
+            return dir
+          }).pipe(Effect.mapError(unreadable(vmsDir))),
+          (dir) => Effect.ignore(fs.remove(dir, { recursive: true, force: true }))
+        ),
         list,
         find: Effect.fn("Registry.find")(function* (reference) {
           // The pin decides who has a name: of those that want one at once, all but one are about to go.

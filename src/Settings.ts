@@ -15,7 +15,8 @@ const raw = Config.nested(
     vmm: Config.option(Config.string("VMM")),
     mke2fs: Config.option(Config.string("MKE2FS")),
     bootTimeout: Config.duration("BOOT_TIMEOUT").pipe(Config.withDefault(Duration.seconds(60))),
-    stopGrace: Config.duration("STOP_GRACE").pipe(Config.withDefault(Duration.seconds(5)))
+    stopGrace: Config.duration("STOP_GRACE").pipe(Config.withDefault(Duration.seconds(5))),
+    snapshotEngine: Config.string("SNAPSHOT_ENGINE").pipe(Config.withDefault(""))
   }),
   "MACHINEN"
 )
@@ -40,6 +41,8 @@ export interface SettingsValues {
   readonly bootTimeout: Duration.Duration
   /** From the request to power off to SIGKILL. */
   readonly stopGrace: Duration.Duration
+  /** As it was given; empty when it was not. Checked by who takes a snapshot. */
+  readonly snapshotEngine: string
 }
 
 const derive = (c: Config.Config.Success<typeof raw>): SettingsValues => {
@@ -54,7 +57,7 @@ const derive = (c: Config.Config.Success<typeof raw>): SettingsValues => {
 
 /**
  * Host-wide settings, read once: MACHINEN_HOME, MACHINEN_CACHE_DIR, MACHINEN_ASSETS_STORE, MACHINEN_REGISTRY_DIR, MACHINEN_BACKEND,
- * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_BOOT_TIMEOUT and MACHINEN_STOP_GRACE (as "5 seconds").
+ * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_BOOT_TIMEOUT and MACHINEN_STOP_GRACE (as "5 seconds"), MACHINEN_SNAPSHOT_ENGINE.
  */
 export class Settings extends Context.Tag("machinen/Settings")<Settings, SettingsValues>() {
   static readonly layer = Layer.effect(Settings, Effect.map(raw, derive))
@@ -73,6 +76,7 @@ export class Settings extends Context.Tag("machinen/Settings")<Settings, Setting
       mke2fs: Option.none(),
       bootTimeout: Duration.seconds(60),
       stopGrace: Duration.seconds(5),
+      snapshotEngine: "",
       ...overrides
     })
 }

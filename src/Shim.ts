@@ -2,6 +2,7 @@ import { Context, Deferred, Effect, Layer, Option, Ref, Schema, type Scope, Stre
 import { BootError, RegistryError } from "./domain/errors.ts"
 import type { ProcessIdentity } from "./domain/ProcessIdentity.ts"
 import { ExitRecord, ShimEvent, ShimPlan } from "./domain/ShimPlan.ts"
+import type { VmName } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import * as OwnedProcess from "./platform/OwnedProcess.ts"
 import * as UnixSocket from "./platform/UnixSocket.ts"
@@ -15,6 +16,34 @@ export interface LogOptions {
   readonly tailBytes?: number
 }
 
+/** What is copied while a VM is stopped, and how a snapshot whose maker is gone is undone (docs/protocol.md §5, capture). */
+export interface CaptureRequest {
+  /** Where the guest's memory goes, if it is wanted. */
+  readonly memory: string | undefined
+  readonly files: ReadonlyArray<{ readonly from: string; readonly to: string }>
+  readonly undo: {
+    readonly remove: ReadonlyArray<string>
+    /** Who lets the VM go on, and what to say to it. */
+    readonly socket: string
+    readonly lines: ReadonlyArray<string>
+  }
+}
+
+/** A capture under way. Closing its scope before `commit` undoes it, as does the end of this process. */
+export interface Capture {
+  /** Copies memory and files; the VM is stopped. Returns the bytes written. */
+  readonly copy: Effect.Effect<number, CaptureFailed>
+  /** What was made stays. */
+  readonly commit: Effect.Effect<void, CaptureFailed>
+}
+
+/** The shim could not copy, or is gone; `code` is an errno's name (ENOSPC, EBUSY, ECONNRESET, ...). */
+export class CaptureFailed extends Schema.TaggedError<CaptureFailed>()("CaptureFailed", {
+  code: Schema.String,
+  message: Schema.String,
+  cause: Schema.optional(Schema.Defect)
+}) {}
+
 /** A VM's supervisor, seen from its starter or from any process that found it in the registry. */
 export interface ShimHandle {
   readonly shim: ProcessIdentity
@@ -27,6 +56,10 @@ export interface ShimHandle {
   /** From now on the VM outlives its starter. */
   readonly detach: Effect.Effect<void>
   readonly logs: (source: LogSource, options?: LogOptions) => Stream.Stream<Uint8Array, RegistryError>
+  /** Prepares a capture: what never changes is copied already, the rest when the VM is stopped. One at a time. */
+  readonly capture: (request: CaptureRequest) => Effect.Effect<Capture, CaptureFailed, Scope.Scope>
+  /** Gives the VM, which has none, a name, or takes it back; the pin that goes with it is removed with the VM. */
+  readonly rename: (name: VmName | null, pin: string | null) => Effect.Effect<void, RegistryError>
 }
 
 /**
@@ -185,8 +218,68 @@ const control = (controlPath: string) => ({
         (cause) =>
           new RegistryError({ code: "REGISTRY_VM_NOT_FOUND", message: "the VM is gone, and its logs with it", cause })
       )
+    ),
+  capture: (capture: CaptureRequest) => startCapture(controlPath, capture),
+  rename: (name: VmName | null, pin: string | null) =>
+    Effect.scoped(request(controlPath, { op: "name", name, pin })).pipe(
+      Effect.flatMap(({ answer }) => decodeAnswer(answer)),
+      Effect.filterOrFail((answer) => answer.ok),
+      Effect.mapError(
+        (cause) =>
+          new RegistryError({ code: "REGISTRY_VM_NOT_FOUND", message: "the VM is gone before it had its name", cause })
+      ),
+      Effect.asVoid
     )
 })
+
+const Answer = Schema.parseJson(
+  Schema.Struct({
+    ok: Schema.Boolean,
+    bytes: Schema.optional(Schema.Number),
+    code: Schema.optional(Schema.String),
+    message: Schema.optional(Schema.String)
+  })
+)
+const decodeAnswer = Schema.decode(Answer)
+
+/** How long the shim may take to undo: it waits 2 s for the VMM, then removes files. */
+const undoneWithin = "5 seconds"
+
+const startCapture = Effect.fn("Shim.capture")(function* (controlPath: string, capture: CaptureRequest) {
+  const connection = yield* Effect.mapError(UnixSocket.connect(controlPath), captureLost)
+  const lines = yield* Stream.toPull(
+    connection.bytes.pipe(Stream.decodeText(), Stream.splitLines, Stream.rechunk(1), Stream.mapError(captureLost))
+  )
+  // The shim undoes what was not committed once we hang up, and hangs up when it has.
+  yield* Effect.addFinalizer(() =>
+    connection.end.pipe(
+      Effect.zipRight(Effect.ignore(Effect.forever(lines))),
+      Effect.interruptible,
+      Effect.timeout(undoneWithin),
+      Effect.ignore
+    )
+  )
+  const ask = (body: object) =>
+    Effect.gen(function* () {
+      yield* Effect.mapError(connection.write(Buffer.from(`${JSON.stringify(body)}\n`)), captureLost)
+      const [line = ""] = yield* Effect.mapError(
+        lines,
+        Option.getOrElse(() => captureLost(gone))
+      )
+      const answer = yield* Effect.mapError(decodeAnswer(line), captureLost)
+      if (answer.ok) return answer
+      return yield* new CaptureFailed({ code: answer.code ?? "EIO", message: answer.message ?? "the shim refused" })
+    })
+  const { files, memory, undo } = capture
+  yield* ask({ op: "capture", memory: memory ?? null, files, undo })
+  return {
+    copy: Effect.map(ask({ step: "copy" }), ({ bytes }) => bytes ?? 0),
+    commit: Effect.asVoid(ask({ step: "commit" }))
+  }
+})
+
+const captureLost = (cause: unknown) =>
+  new CaptureFailed({ code: "ECONNRESET", message: "the VM's shim is gone", cause })
 
 /** Sends a request and reads its first line; `rest` is what follows. */
 const request = (controlPath: string, body: object) =>

@@ -33,6 +33,8 @@ export interface Vm extends AgentClient {
   /** `console`: what the kernel and init printed. `output`: what a detached main command printed. */
   readonly logs: (source: LogSource, options?: LogOptions) => Stream.Stream<Uint8Array, RegistryError>
   readonly memoryStats: Effect.Effect<MemoryStats>
+  /** The hypervisor, for those who save the machine. */
+  readonly machine: VmmHandle
 }
 
 export const make = (entry: VmEntry, vmm: VmmHandle, agent: AgentClient): Vm => ({
@@ -48,6 +50,7 @@ export const make = (entry: VmEntry, vmm: VmmHandle, agent: AgentClient): Vm => 
   pause: vmm.pause,
   resume: vmm.resume,
   logs: vmm.logs,
+  machine: vmm,
   memoryStats: Effect.map(processes.residentBytes(vmm.vmm.pid), (rss) => ({
     ceilingMib: entry.memoryMib,
     hostRssBytes: Option.getOrNull(rss)

@@ -1,8 +1,8 @@
 import { Context, type Effect, Schema, type Scope } from "effect"
 import type { BootError } from "./domain/errors.ts"
-import type { Accelerator, MachineSpec } from "./domain/Vm.ts"
+import type { Accelerator, Disk, MachineFingerprint, MachineSpec } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
-import type { ShimHandle } from "./Shim.ts"
+import type { CaptureFailed, ShimHandle } from "./Shim.ts"
 
 /** What a backend can do beyond booting; callers ask before they promise. */
 export interface Capabilities {
@@ -22,6 +22,23 @@ export interface VmmHandle extends ShimHandle {
   /** Stops the vCPUs; memory and devices stay as they are. */
   readonly pause: Effect.Effect<void, VmmControlFailed>
   readonly resume: Effect.Effect<void, VmmControlFailed>
+  /** Prepares to take the machine's state out. Closing the scope before `commit` leaves the machine running and no file. */
+  readonly save: (target: SaveTarget) => Effect.Effect<Saving, VmmControlFailed | CaptureFailed, Scope.Scope>
+}
+
+/** Absolute paths of files that are to be made. */
+export interface SaveTarget {
+  /** Device state and memory; left out when only disks are wanted. */
+  readonly machine?: { readonly state: string; readonly memory: string }
+  readonly files: ReadonlyArray<{ readonly from: string; readonly to: string }>
+  /** Removed, with everything below, if the saving is not committed. */
+  readonly remove: ReadonlyArray<string>
+}
+
+export interface Saving {
+  /** Stops the machine and saves it. Closing the scope lets it go on. */
+  readonly whileStopped: Effect.Effect<void, VmmControlFailed | CaptureFailed, Scope.Scope>
+  readonly commit: Effect.Effect<void, CaptureFailed>
 }
 
 /** What the shim needs beside the machine itself. */
@@ -44,6 +61,8 @@ export class Vmm extends Context.Tag("machinen/Vmm")<
     readonly controlPath: (dir: string) => string | undefined
     /** Starts the machine under a shim. Released as `Shim.start` says. */
     readonly launch: (spec: MachineSpec, supervision: Supervision) => Effect.Effect<VmmHandle, BootError, Scope.Scope>
+    /** What a machine with these disks would be here and now. */
+    readonly fingerprint: (disks: ReadonlyArray<Disk>) => Effect.Effect<MachineFingerprint, BootError>
     /** The hypervisor of a VM that runs already. */
     readonly attach: (entry: VmEntry, shim: ShimHandle) => VmmHandle
   }

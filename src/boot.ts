@@ -1,24 +1,22 @@
-import { randomBytes } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
-import { Duration, Effect, Stream } from "effect"
+import { Duration, Effect } from "effect"
 import { Agent } from "./Agent.ts"
 import { Assets } from "./Assets.ts"
 import { type BootOptions, type BootPlan, validate } from "./domain/BootOptions.ts"
 import { BootError, type ExecError } from "./domain/errors.ts"
-import type { ExitRecord } from "./domain/ShimPlan.ts"
-import { type Disk, MachineSpec, VmId } from "./domain/Vm.ts"
+import { type Disk, MachineSpec } from "./domain/Vm.ts"
 import { VmEntry } from "./domain/VmEntry.ts"
 import * as Initramfs from "./Initramfs.ts"
+import * as Launch from "./launch.ts"
 import * as PhaseTimer from "./PhaseTimer.ts"
 import * as memory from "./platform/memory.ts"
 import * as processes from "./platform/processes.ts"
-import * as UnixSocket from "./platform/UnixSocket.ts"
 import { Registry } from "./Registry.ts"
 import { RootfsImage } from "./RootfsImage.ts"
 import { Settings } from "./Settings.ts"
 import * as Vm from "./Vm.ts"
-import { Vmm, type VmmHandle } from "./Vmm.ts"
+import { Vmm } from "./Vmm.ts"
 
 export interface Booted {
   readonly vm: Vm.Vm
@@ -49,10 +47,10 @@ export const boot = Effect.fn("boot")(
       memoryBytes: yield* memory.totalBytes,
       maxVcpus: capabilities.maxVcpus
     }).pipe(phase("validate"))
-    const id = newId()
+    const id = Launch.newId()
     const dir = path.join(settings.vmsDir, id)
     const vsockPath = path.join(dir, "vsock.sock")
-    yield* checkSocketPath(`${vsockPath}_65535`, settings.home)
+    yield* Launch.checkSocketPath(`${vsockPath}_65535`, settings.home)
     const controlPath = vmm.controlPath(dir)
     const entry = new VmEntry({
       version: 1,
@@ -89,38 +87,29 @@ export const boot = Effect.fn("boot")(
     )
 
     // 4. Shim and VMM. From here on the shim answers for everything in the directory.
+    const complete = new VmEntry({ ...entry, kernel, disks: disks.disks })
     const machine = yield* vmm
       .launch(
         new MachineSpec({
           id,
           dir,
-          kernel,
-          initrd,
+          start: { _tag: "Kernel", kernel, initrd },
           memoryMib: plan.memoryMib,
           vcpus: plan.vcpus,
           disks: disks.disks
         }),
-        { entry, files: disks.files, cleanup, graceMs: Duration.toMillis(settings.stopGrace) }
+        { entry: complete, files: disks.files, cleanup, graceMs: Duration.toMillis(settings.stopGrace) }
       )
       .pipe(phase("vmm-spawn"))
 
     // 5. The doorbell, raced against the machine's end and the deadline.
-    yield* doorbell.pipe(
-      Effect.raceFirst(Effect.flatMap(machine.exited, (exit) => exitedEarly(exit))),
-      Effect.timeoutTo({
-        duration: settings.bootTimeout,
-        onSuccess: () => Effect.void,
-        onTimeout: () => Effect.flatMap(consoleTail(machine), notReady(settings.bootTimeout))
-      }),
-      Effect.flatten,
-      // a guest that cannot be served is not left running, detached or not
-      Effect.tapError(() => machine.kill),
+    yield* Launch.untilReady(doorbell, machine, settings.bootTimeout).pipe(
       Effect.mapError((error) => (plan.detached ? notReadyDetached(error) : error)),
       phase("guest-ready")
     )
 
     const vm = Vm.make(
-      new VmEntry({ ...entry, state: "running", shim: machine.shim, vmm: machine.vmm }),
+      new VmEntry({ ...complete, state: "running", shim: machine.shim, vmm: machine.vmm }),
       machine,
       agent.client(vsockPath)
     )
@@ -130,21 +119,6 @@ export const boot = Effect.fn("boot")(
   },
   Effect.annotateLogs({ service: "boot" })
 )
-
-/** The first digit is a letter: digits alone would be taken for a pid. */
-const newId = () => {
-  const hex = randomBytes(6).toString("hex")
-  return VmId.make("abcdef".charAt(Number.parseInt(hex.charAt(0), 16) % 6) + hex.slice(1))
-}
-
-const checkSocketPath = (longest: string, home: string) =>
-  Buffer.byteLength(longest) <= UnixSocket.maxPath
-    ? Effect.void
-    : new BootError({
-        code: "BOOT_STATE_DIR_UNUSABLE",
-        message: `the state directory's path is too long for unix sockets (${Buffer.byteLength(longest)} of ${UnixSocket.maxPath} bytes): ${home}`,
-        hint: "set MACHINEN_HOME to a shorter path"
-      })
 
 /** The disks of the guest's root, and what has to be copied into the VM's directory for them. */
 const rootDisks = Effect.fnUntraced(function* (plan: BootPlan, dir: string, images: RootfsImage["Type"]) {
@@ -184,7 +158,7 @@ const writeInitramfs = Effect.fnUntraced(function* (
     boot: {
       version: 1,
       id: entry.id,
-      hostname: hostname(entry),
+      hostname: Launch.hostname(entry),
       root: plan.rootDisk === undefined ? "overlay" : "disk"
     }
   })
@@ -192,62 +166,12 @@ const writeInitramfs = Effect.fnUntraced(function* (
   return initrd
 })
 
-/** A valid host name (RFC 1123: letters, digits, hyphens, at most 63) made of the VM's name, else of its id (spec registry.md §7). */
-const hostname = (entry: VmEntry): string => {
-  const name = (entry.name ?? "")
-    .toLowerCase()
-    .replaceAll(/[^a-z0-9-]/g, "-")
-    .slice(0, 63)
-    .replaceAll(/^-+|-+$/g, "")
-  return name === "" ? `vm-${entry.id}` : name
-}
-
 const packFailed = (cause: PlatformErrors.PlatformError) =>
   new BootError({
     code: "BOOT_PACK_FAILED",
     message: `the initramfs could not be written: ${cause.message}`,
     hint: "check the free space of the state directory (MACHINEN_HOME)",
     cause
-  })
-
-const consoleTail = (machine: VmmHandle) =>
-  machine.logs("console", { tailBytes: 4096 }).pipe(
-    Stream.decodeText(),
-    Stream.mkString,
-    Effect.timeout("1 second"),
-    Effect.orElseSucceed(() => "")
-  )
-
-/** The VMM ended before the guest was ready: its own fault, the guest kernel's, or our init's, told apart by what they printed. */
-const exitedEarly = (exit: ExitRecord) => {
-  const vmm = exit.vmm.signal === null ? `code ${exit.vmm.code}` : `signal ${exit.vmm.signal}`
-  const printed = exit.vmmLogTail.trim()
-  const panic = /Kernel panic[^\n]*/.exec(exit.consoleTail)?.[0]
-  const init = /machinen-init: [^\n]*/.exec(exit.consoleTail)?.[0]
-  const guest = panic ?? init
-  return guest === undefined
-    ? new BootError({
-        code: "BOOT_VMM_FAILED",
-        message: `the VMM ended (${vmm}) before the guest was ready${printed === "" ? "" : `: ${printed.split("\n").slice(-3).join("; ")}`}`,
-        hint: "`machinen doctor` tells what is missing or broken on this host",
-        ...nonEmpty(exit.consoleTail)
-      })
-    : new BootError({
-        code: "BOOT_GUEST_FAILED",
-        message: `the guest did not come up: ${guest.trim()}`,
-        hint: "is the image a root filesystem, and is there enough memory for it?",
-        ...nonEmpty(exit.consoleTail)
-      })
-}
-
-const nonEmpty = (console: string) => (console.trim() === "" ? {} : { console })
-
-const notReady = (limit: Duration.Duration) => (console: string) =>
-  new BootError({
-    code: "BOOT_READY_TIMEOUT",
-    message: `the guest did not report ready within ${Duration.format(limit)}`,
-    hint: "raise MACHINEN_BOOT_TIMEOUT on a slow or busy host; `machinen doctor` checks the host",
-    ...nonEmpty(console)
   })
 
 const notReadyDetached = (error: BootError | ExecError) =>

@@ -5,7 +5,7 @@ import { AssetError, BootError, ExecError, FilesError, ProvisionError } from "..
 import { ExitRecord } from "../../src/domain/ShimPlan.ts"
 import type { MachineSpec } from "../../src/domain/Vm.ts"
 import { RootfsImage } from "../../src/RootfsImage.ts"
-import type { ShimHandle } from "../../src/Shim.ts"
+import { CaptureFailed, type ShimHandle } from "../../src/Shim.ts"
 import { type Supervision, Vmm, VmmControlFailed, type VmmHandle } from "../../src/Vmm.ts"
 
 /** Steps of a boot that can be made to fail, or never to end. */
@@ -53,8 +53,13 @@ const silent: AgentClient = {
   push: () => nowhere,
   pull: () => nowhere,
   stat: () => nowhere,
+  freeze: () => nobody,
+  rejuvenate: () => nobody,
   stats: nobody
 }
+
+const noMachine = Effect.fail(new VmmControlFailed({ message: "a fake has no machine" }))
+const unsupported = { pause: noMachine, resume: noMachine, save: () => noMachine }
 
 /** Everything below the boot pipeline that would need a hypervisor, in memory; the registry is the real one. */
 export const layer = Layer.unwrapEffect(
@@ -97,10 +102,11 @@ export const layer = Layer.unwrapEffect(
         stop: () => end("stop"),
         kill: end("kill"),
         detach: note("detach"),
-        logs: () => Stream.make(Buffer.from("fake console\n"))
+        logs: () => Stream.make(Buffer.from("fake console\n")),
+        capture: () => Effect.fail(new CaptureFailed({ code: "ESRCH", message: "a fake has no shim" })),
+        rename: () => note("rename")
       }
-      const unsupported = Effect.fail(new VmmControlFailed({ message: "a fake has no vCPUs" }))
-      return { ...shim, pause: unsupported, resume: unsupported }
+      return { ...shim, ...unsupported }
     }
 
     return Layer.mergeAll(
@@ -168,11 +174,8 @@ export const layer = Layer.unwrapEffect(
               }),
               (exited) => Effect.zipRight(note("launch-"), Deferred.succeed(exited, ended("owner-lost", "")))
             ).pipe(Effect.map(handle)),
-          attach: (_entry, shim) => ({
-            ...shim,
-            pause: Effect.fail(new VmmControlFailed({ message: "a fake has no vCPUs" })),
-            resume: Effect.fail(new VmmControlFailed({ message: "a fake has no vCPUs" }))
-          })
+          fingerprint: () => Effect.fail(new BootError({ code: "BOOT_VMM_MISSING", message: "a fake is no machine" })),
+          attach: (_entry, shim) => ({ ...shim, ...unsupported })
         })
       )
     )

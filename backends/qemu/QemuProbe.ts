@@ -23,6 +23,7 @@ const kvmDeadline = "6 seconds"
 const Findings = Schema.parseJson(
   Schema.Struct({
     tscKhz: Schema.optional(Schema.Int),
+    vmm: Schema.optional(Schema.Struct({ subject: Schema.String, version: Schema.String })),
     kvm: Schema.optional(Schema.Struct({ subject: Schema.String, works: Schema.Boolean, reason: Schema.String }))
   })
 )
@@ -83,6 +84,33 @@ export const layer = Layer.effect(
       yield* remember({ tscKhz: measured })
       return measured
     })
+
+    /** Asking QEMU costs 15 ms, so it is asked once for each state of the file. */
+    const vmmVersion = Effect.gen(function* () {
+      const dirs = (process.env["PATH"] ?? "").split(path.delimiter)
+      const places = binary.includes("/") ? [binary] : dirs.map((dir) => path.join(dir, binary))
+      const info = yield* Effect.firstSuccessOf(places.map((place) => fs.stat(place)))
+      const subject = [binary, info.size, Option.map(info.mtime, Number), info.ino].map(String).join(" ")
+      const known = (yield* read).vmm
+      if (known?.subject === subject) return known.version
+      const { stdout } = yield* command.run([binary, "--version"])
+      const version = /version (\S+)/.exec(stdout)?.[1]
+      if (version === undefined)
+        return yield* Effect.fail(new Error(`it answered ${JSON.stringify(stdout.slice(0, 80))}`))
+      yield* remember({ vmm: { subject, version } })
+      return version
+    }).pipe(
+      Effect.provideService(CommandExecutor.CommandExecutor, executor),
+      Effect.mapError(
+        (cause) =>
+          new BootError({
+            code: "BOOT_VMM_MISSING",
+            message: `${binary} does not tell its version: ${cause.message}`,
+            hint: "`machinen doctor` tells what is missing or broken on this host",
+            cause
+          })
+      )
+    )
 
     /** Boots our kernel with nothing to run: on a KVM that works it panics, resets, and QEMU ends with code 0. */
     const bootOnKvm = Effect.gen(function* () {
@@ -177,7 +205,11 @@ export const layer = Layer.effect(
     })
 
     // One answer for each process: the host does not change under it.
-    return HostProbe.of({ accelerator: yield* Effect.cached(accelerator), tscKhz: yield* Effect.cached(tscKhz) })
+    return HostProbe.of({
+      accelerator: yield* Effect.cached(accelerator),
+      tscKhz: yield* Effect.cached(tscKhz),
+      vmmVersion: yield* Effect.cached(vmmVersion)
+    })
   })
 )
 

@@ -1,13 +1,24 @@
 import * as path from "node:path"
-import { Effect, Layer, Option } from "effect"
+import { Effect, Layer, Option, Schema } from "effect"
 import { Assets } from "../../src/Assets.ts"
 import { BootError } from "../../src/domain/errors.ts"
 import { ShimPlan } from "../../src/domain/ShimPlan.ts"
+import { MachineFingerprint } from "../../src/domain/Vm.ts"
 import { HostProbe } from "../../src/HostProbe.ts"
 import { Settings } from "../../src/Settings.ts"
 import { Shim, type ShimHandle } from "../../src/Shim.ts"
-import { Vmm, type VmmHandle } from "../../src/Vmm.ts"
-import { channelFd, commandLine, consoleFd, defaultBinary } from "./commandLine.ts"
+import { Vmm, VmmControlFailed, type VmmHandle } from "../../src/Vmm.ts"
+import {
+  channelFd,
+  commandLine,
+  consoleFd,
+  cpu,
+  defaultBinary,
+  devices,
+  machine,
+  memoryFd,
+  stateFd
+} from "./commandLine.ts"
 import * as Qmp from "./Qmp.ts"
 
 const consoleLogBytes = 1024 * 1024
@@ -29,11 +40,34 @@ export const layer = Layer.effect(
     const binary = Option.getOrElse(settings.vmm, () => defaultBinary)
 
     const handle = (qmpPath: string, running: ShimHandle): VmmHandle => {
+      const connect = Qmp.connect(qmpPath, greetingDeadline)
       const once = (command: string) =>
-        Effect.scoped(Effect.flatMap(Qmp.connect(qmpPath, greetingDeadline), (qmp) => qmp.execute(command))).pipe(
-          Effect.asVoid
-        )
-      return { ...running, pause: once("stop"), resume: once("cont") }
+        Effect.scoped(Effect.flatMap(connect, (qmp) => qmp.execute(command))).pipe(Effect.asVoid)
+      return {
+        ...running,
+        pause: once("stop"),
+        resume: once("cont"),
+        save: ({ files, machine, remove }) =>
+          Effect.gen(function* () {
+            // a guest that stands cannot freeze its processes, and whoever stopped it lets it go on, not we
+            if (!(yield* Effect.scoped(Effect.flatMap(connect, isRunning)))) {
+              return yield* new VmmControlFailed({ message: "the VM is paused" })
+            }
+            const capture = yield* running.capture({
+              memory: machine?.memory,
+              files,
+              undo: { remove, socket: qmpPath, lines: goOn }
+            })
+            const whileStopped = Effect.gen(function* () {
+              const qmp = yield* connect
+              yield* Effect.acquireRelease(qmp.execute("stop"), () => Effect.ignore(qmp.execute("cont")))
+              if (machine !== undefined)
+                yield* qmp.execute("xen-save-devices-state", { filename: machine.state, live: false })
+              yield* capture.copy
+            })
+            return { whileStopped, commit: capture.commit }
+          })
+      }
     }
 
     return Vmm.of({
@@ -43,6 +77,7 @@ export const layer = Layer.effect(
         const shimBinary = yield* assets.shim.pipe(Effect.mapError(assetMissing))
         const { accel } = yield* probe.accelerator
         const tscKhz = accel === "tcg" ? yield* probe.tscKhz : 0
+        const { start } = spec
         const [argv0, ...argv] = commandLine(spec, { binary, accel, tscKhz, controlPath: controlPath(spec.dir) })
         const running = yield* shim.start(
           shimBinary,
@@ -52,7 +87,12 @@ export const layer = Layer.effect(
             dir: spec.dir,
             files,
             vmm: { argv: [argv0, ...argv], env: {} },
-            channel: { fd: channelFd, vsockPath: entry.vsockPath, resume: false },
+            channel: { fd: channelFd, vsockPath: entry.vsockPath, resume: start._tag === "Saved" },
+            memory:
+              start._tag === "Saved"
+                ? { fd: memoryFd, from: start.memory }
+                : { fd: memoryFd, sizeBytes: spec.memoryMib * 2 ** 20 },
+            inherit: start._tag === "Saved" ? [{ fd: stateFd, path: start.state }] : [],
             console: { fd: consoleFd, logPath: path.join(spec.dir, "console.log"), maxBytes: consoleLogBytes },
             outputLogPath: path.join(spec.dir, "output.log"),
             vmmLogPath: path.join(spec.dir, "vmm.log"),
@@ -66,10 +106,30 @@ export const layer = Layer.effect(
         )
         return handle(controlPath(spec.dir), running)
       }),
+      fingerprint: Effect.fn("QemuVmm.fingerprint")(function* (disks) {
+        const { accel } = yield* probe.accelerator
+        return new MachineFingerprint({
+          backend: "qemu",
+          vmmVersion: yield* probe.vmmVersion,
+          machine,
+          accel,
+          cpu: cpu[accel],
+          tscKhz: yield* probe.tscKhz,
+          devices: devices(disks)
+        })
+      }),
       attach: (entry, running) => handle(entry.vmmControlPath ?? controlPath(path.dirname(entry.controlPath)), running)
     })
   })
 )
+
+/** What lets a machine go on whose saver has died: said by the shim, each line after the answer to the one before. */
+const goOn = ["qmp_capabilities", "cont"].map((execute) => JSON.stringify({ execute }))
+
+const isRunning = (qmp: Qmp.Qmp) =>
+  Effect.map(qmp.execute("query-status"), (status) =>
+    Option.exists(Schema.decodeUnknownOption(Schema.Struct({ running: Schema.Boolean }))(status), (s) => s.running)
+  )
 
 const assetMissing = (cause: Error) =>
   new BootError({

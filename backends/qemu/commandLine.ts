@@ -1,4 +1,4 @@
-import type { Accelerator, MachineSpec } from "../../src/domain/Vm.ts"
+import type { Accelerator, Disk, MachineSpec } from "../../src/domain/Vm.ts"
 
 /** The full binary, for it has TCG; Debian's `-microvm` build has KVM only. */
 export const defaultBinary = "qemu-system-x86_64"
@@ -13,15 +13,17 @@ export const bare = ["-nodefaults", "-no-user-config", "-display", "none", "-no-
 export const serialConsole = (fd: number) =>
   ["-chardev", `socket,id=console,fd=${fd}`, "-serial", "chardev:console"] as const
 
-/** Descriptors QEMU inherits from the shim: the guest channel and the console, each one end of a socketpair. */
+/** Descriptors QEMU inherits from the shim: channel and console, each one end of a socketpair; memory; a saved machine's state. */
 export const channelFd = 3
 export const consoleFd = 4
+export const memoryFd = 5
+export const stateFd = 6
 
 /**
  * TCG advertises fast `rep movsb` and emulates it byte by byte: without ERMS the guest kernel copies in words, and a command's output
  * costs 850 instead of 2000 ms of CPU for 100 MB (measured).
  */
-const cpu: Record<Accelerator, string> = { kvm: "host", tcg: "max,-erms" }
+export const cpu: Record<Accelerator, string> = { kvm: "host", tcg: "max,-erms" }
 
 /** The port the guest's agent looks for (docs/protocol.md §1). */
 const channelName = "machinen.channel"
@@ -56,10 +58,21 @@ export const kernelArguments = (accel: Accelerator, tscKhz: number): string =>
   ].join(" ")
 
 /**
- * Guest memory in a memfd: shared memory with a name below /proc/<pid>/fd, so that a snapshot can take it, but in no file system. The same
- * in a file on ext4 costs 300 ms of a boot in page faults (measured), and disk writes for as long as the VM runs.
+ * Guest memory is the shim's: a memfd, shared, so that the shim can copy it for a snapshot; or a bundle's memory file, mapped privately, so
+ * that any number of machines can begin as it. Not a file of the VM's own: on ext4 that costs 300 ms of a boot in page faults
+ * (measured), and disk writes for as long as the VM runs.
  */
-const memory = ({ memoryMib }: MachineSpec) => `memory-backend-memfd,id=mem,size=${memoryMib}M,share=on`
+const memory = ({ memoryMib, start }: MachineSpec) =>
+  `memory-backend-file,id=mem,size=${memoryMib}M,mem-path=/proc/self/fd/${memoryFd},share=${onOff(start._tag === "Kernel")}`
+
+/**
+ * A kernel to load, or a state to go on from. The state is what `xen-save-devices-state` wrote (QMP reference): all devices, no memory, and
+ * without the configuration section that a migration stream begins with.
+ */
+const begin = ({ start }: MachineSpec, accel: Accelerator, tscKhz: number): ReadonlyArray<string> =>
+  start._tag === "Kernel"
+    ? ["-kernel", start.kernel, "-initrd", start.initrd, "-append", kernelArguments(accel, tscKhz)]
+    : ["-global", "migration.send-configuration=off", "-incoming", `fd:${stateFd}`]
 
 export interface CommandLineOptions {
   readonly binary: string
@@ -86,21 +99,26 @@ export const commandLine = (
     ...bare,
     ...["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"],
     ...["-global", "virtio-mmio.force-legacy=false"],
-    ...["-kernel", spec.kernel, "-initrd", spec.initrd, "-append", kernelArguments(accel, tscKhz)],
+    ...begin(spec, accel, tscKhz),
     ...["-chardev", `socket,id=qmp,path=${escape(controlPath)},server=on,wait=off`, "-mon", "chardev=qmp,mode=control"],
     ...serialConsole(consoleFd),
-    ...["-device", "virtio-serial-device", "-chardev", `socket,id=channel,fd=${channelFd}`],
-    ...["-device", `virtserialport,chardev=channel,name=${channelName}`],
+    ...["-chardev", `socket,id=channel,fd=${channelFd}`],
     ...spec.disks.flatMap(({ id, path, readOnly }) => [
       "-blockdev",
       `driver=file,node-name=${id}-file,filename=${escape(path)},read-only=${onOff(readOnly)},discard=unmap,locking=off`,
       "-blockdev",
-      `driver=raw,node-name=${id},file=${id}-file,read-only=${onOff(readOnly)},discard=unmap`,
-      "-device",
-      // a host without space is an I/O error in the guest; QEMU would stop the machine, and nobody would start it again
-      `virtio-blk-device,drive=${id},serial=${id},werror=report,rerror=report`
-    ])
+      `driver=raw,node-name=${id},file=${id}-file,read-only=${onOff(readOnly)},discard=unmap`
+    ]),
+    ...devices(spec.disks).flatMap((device) => ["-device", device])
   ]
 }
+
+/** What is plugged into the machine, in this order; a saved machine goes on only with the same in the same order. */
+export const devices = (disks: ReadonlyArray<Disk>): ReadonlyArray<string> => [
+  "virtio-serial-device",
+  `virtserialport,chardev=channel,name=${channelName}`,
+  // a host without space is an I/O error in the guest; QEMU would stop the machine, and nobody would start it again
+  ...disks.map(({ id }) => `virtio-blk-device,drive=${id},serial=${id},werror=report,rerror=report`)
+]
 
 const onOff = (value: boolean) => (value ? "on" : "off")

@@ -10,7 +10,9 @@ import { install } from "./commands/install.ts"
 import { gc, pause, resume, stop } from "./commands/lifecycle.ts"
 import { logs } from "./commands/logs.ts"
 import { ls } from "./commands/ls.ts"
+import { fork, restore } from "./commands/restore.ts"
 import { run } from "./commands/run.ts"
+import { bundle, snapshot } from "./commands/snapshot.ts"
 
 /**
  * argv in, Effect out; its requirements are services, so that a test can run it on fakes. What follows the first `--` belongs to a guest
@@ -34,6 +36,9 @@ export const cli = (argv: ReadonlyArray<string>) => {
       stop,
       pause,
       resume,
+      ["inspect", "verify"].includes(head[3] ?? "") ? bundle : snapshot,
+      restore,
+      fork,
       gc,
       install,
       doctor,

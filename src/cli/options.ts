@@ -87,6 +87,12 @@ export const environment = (pairs: ReadonlyArray<string>) =>
       : Effect.succeed([pair, inherited] as const)
   }).pipe(Effect.map((entries) => Object.fromEntries(entries)))
 
+/** The options that were given, without those that were not. */
+export const whenGiven = <A extends Readonly<Record<string, Option.Option<unknown>>>>(options: A) => {
+  const given = Object.entries(options).flatMap(([key, value]) => (Option.isSome(value) ? [[key, value.value]] : []))
+  return Object.fromEntries(given) as { readonly [K in keyof A]?: A[K] extends Option.Option<infer B> ? B : never }
+}
+
 const memory = (value: string): Effect.Effect<number | "auto", ParseError> =>
   value === "auto" ? Effect.succeed("auto") : number("memory", value)
 

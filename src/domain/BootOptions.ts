@@ -132,7 +132,7 @@ const validateEnv = Effect.fnUntraced(function* (env: Readonly<Record<string, st
 const maxEnvString = 128 * 1024
 const maxEnv = 1024 * 1024
 
-const decodeName = (name: string) =>
+export const decodeName = (name: string) =>
   Effect.mapError(
     Schema.decode(VmName)(name),
     () =>

@@ -16,6 +16,15 @@ export class ShimPlan extends Schema.Class<ShimPlan>("ShimPlan")({
   /** The guest channel over an inherited descriptor, or null when the VMM serves `vsock.sock` itself. */
   channel: Schema.NullOr(Schema.Struct({ fd: Schema.Int, vsockPath: Schema.String, resume: Schema.Boolean })),
   console: Schema.Struct({ fd: Schema.Int, logPath: Schema.String, maxBytes: Schema.Int }),
+  /** The guest's memory, for the VMM at /proc/self/fd/<fd>: new, or a file that is mapped copy-on-write. */
+  memory: Schema.optional(
+    Schema.Union(
+      Schema.Struct({ fd: Schema.Int, sizeBytes: Schema.Int }),
+      Schema.Struct({ fd: Schema.Int, from: Schema.String })
+    )
+  ),
+  /** Files the VMM gets as open descriptors, read-only. */
+  inherit: Schema.optional(Schema.Array(Schema.Struct({ fd: Schema.Int, path: Schema.String }))),
   outputLogPath: Schema.String,
   vmmLogPath: Schema.String,
   controlPath: Schema.String,

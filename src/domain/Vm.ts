@@ -30,6 +30,14 @@ export const Disk = Schema.Struct({
 })
 export type Disk = typeof Disk.Type
 
+/** How a machine begins: a kernel is loaded, or a saved machine goes on where it was stopped. */
+export const Start = Schema.Union(
+  Schema.TaggedStruct("Kernel", { kernel: Schema.String, initrd: Schema.String }),
+  /** `memory` is mapped copy-on-write and never written. */
+  Schema.TaggedStruct("Saved", { state: Schema.String, memory: Schema.String })
+)
+export type Start = typeof Start.Type
+
 /**
  * One machine, as a VMM backend needs to know it. Plain data: a backend turns it into a command line or API calls and nothing else.
  * All paths are absolute.
@@ -38,11 +46,27 @@ export class MachineSpec extends Schema.Class<MachineSpec>("MachineSpec")({
   id: VmId,
   /** Holds everything that belongs to this VM alone. */
   dir: Schema.String,
-  kernel: Schema.String,
-  initrd: Schema.String,
+  start: Start,
   memoryMib: Schema.Int,
   vcpus: Schema.Int,
   disks: Schema.Array(Disk)
+}) {}
+
+/** Which accelerator runs guest code: the CPU itself, or QEMU's translator. */
+export const Accelerator = Schema.Literal("kvm", "tcg")
+export type Accelerator = typeof Accelerator.Type
+
+/** What the VMM and the host make of a machine; a saved one goes on only where all of it is the same. */
+export class MachineFingerprint extends Schema.Class<MachineFingerprint>("MachineFingerprint")({
+  backend: Schema.String,
+  vmmVersion: Schema.String,
+  machine: Schema.String,
+  accel: Accelerator,
+  cpu: Schema.String,
+  /** The guest's clock counts in the host's TSC ticks. */
+  tscKhz: Schema.Int,
+  /** In the order they are plugged in. */
+  devices: Schema.Array(Schema.String)
 }) {}
 
 /** How a command ended. `code` is 128 + `signal` when a signal ended it, as a shell reports it. */
@@ -52,7 +76,3 @@ export class ExitStatus extends Schema.Class<ExitStatus>("ExitStatus")({
   /** The guest kernel ended it for want of memory. */
   oomKilled: Schema.optionalWith(Schema.Boolean, { default: () => false })
 }) {}
-
-/** Which accelerator runs guest code: the CPU itself, or QEMU's translator. */
-export const Accelerator = Schema.Literal("kvm", "tcg")
-export type Accelerator = typeof Accelerator.Type

@@ -1,6 +1,6 @@
 import { Schema } from "effect"
 import { ProcessIdentity } from "./ProcessIdentity.ts"
-import { Accelerator, VmId, VmName } from "./Vm.ts"
+import { Accelerator, Disk, VmId, VmName } from "./Vm.ts"
 
 /**
  * The registry's record of one VM: `<vms>/<id>/entry.json`. Written by the starter when it claims the id (`booting`), from then on by
@@ -23,6 +23,11 @@ export class VmEntry extends Schema.Class<VmEntry>("VmEntry")({
   command: Schema.optional(Schema.Array(Schema.String)),
   memoryMib: Schema.Int,
   vcpus: Schema.Int,
+  /** The kernel it was booted with, and its disks: what a snapshot is made of beside memory. */
+  kernel: Schema.optional(Schema.String),
+  disks: Schema.optional(Schema.Array(Disk)),
+  /** The bundle it was restored from, or the id of the VM it was forked from. */
+  forkedFrom: Schema.optional(Schema.String),
   /** Unix milliseconds. */
   createdAt: Schema.Number,
   vsockPath: Schema.String,

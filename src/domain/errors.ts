@@ -47,8 +47,24 @@ export class BootError extends Schema.TaggedError<BootError>()(
     "BOOT_READY_TIMEOUT",
     "BOOT_TIMEOUT",
     "BOOT_DETACHED_READINESS_FAILED",
-    "BOOT_STATE_DIR_UNUSABLE"
+    "BOOT_STATE_DIR_UNUSABLE",
+    "BOOT_SNAPSHOT_NOT_FOUND",
+    "BOOT_SNAPSHOT_INVALID",
+    "BOOT_SNAPSHOT_MISMATCH",
+    "BOOT_SNAPSHOT_ENGINE_INVALID",
+    "BOOT_REJUVENATION_FAILED",
+    "FORK_MEMORY_BACKPRESSURE"
   )
+) {
+  get retryable() {
+    return retryableCodes.has(this.code)
+  }
+}
+
+/** A running VM could not be turned into a bundle. The VM goes on, and nothing is left where the bundle was to be. */
+export class SnapshotError extends Schema.TaggedError<SnapshotError>()(
+  "SnapshotError",
+  fields("SNAPSHOT_NO_DISK", "SNAPSHOT_DUMP_FAILED", "SNAPSHOT_TIMEOUT")
 ) {
   get retryable() {
     return retryableCodes.has(this.code)
@@ -151,6 +167,7 @@ export class AssetError extends Schema.TaggedError<AssetError>()(
 /** The closed set a caller can see; services list only the members they can raise. */
 export const MachinenError = Schema.Union(
   BootError,
+  SnapshotError,
   ExecError,
   FilesError,
   RegistryError,

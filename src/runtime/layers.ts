@@ -1,9 +1,11 @@
 import * as NodeContext from "@effect/platform-node/NodeContext"
-import { Effect, Layer } from "effect"
+import { Context, Effect, Layer } from "effect"
 import * as QemuProbe from "../../backends/qemu/QemuProbe.ts"
 import * as QemuVmm from "../../backends/qemu/QemuVmm.ts"
+import * as Vmstate from "../../backends/vmstate/Vmstate.ts"
 import { Agent } from "../Agent.ts"
 import { Assets } from "../Assets.ts"
+import { Digests } from "../Digests.ts"
 import { Doctor } from "../Doctor.ts"
 import { Machinen } from "../Machinen.ts"
 import { Registry } from "../Registry.ts"
@@ -11,12 +13,23 @@ import { RootfsImage } from "../RootfsImage.ts"
 import { Settings } from "../Settings.ts"
 import { Setup } from "../Setup.ts"
 import { Shim } from "../Shim.ts"
+import { SnapshotEngine, SnapshotEngines } from "../SnapshotEngine.ts"
 import { Vsock } from "../Vsock.ts"
 
 /** Platform, settings and the services that know no VMM. */
 const foundation = Layer.mergeAll(Assets.layer, Registry.layer, Shim.layer, Vsock.layer).pipe(
   Layer.provideMerge(Settings.layer),
   Layer.provideMerge(NodeContext.layer)
+)
+
+/** Every engine by its name. */
+const engines = Layer.effect(
+  SnapshotEngines,
+  Effect.gen(function* () {
+    const context = yield* Effect.forEach([Vmstate.layer], Layer.build)
+    const all = context.map((built) => Context.get(built, SnapshotEngine))
+    return new Map(all.map((engine) => [engine.name, engine]))
+  }).pipe(Effect.scoped)
 )
 
 /** What an earlier process left when it was killed is gone before anything new is made. */
@@ -28,9 +41,10 @@ const reconcileAtStart = Layer.effectDiscard(
 
 /** The one place where services meet their implementations. As it is, for who looks at what is left himself. */
 export const layerWithoutReconcile = Layer.mergeAll(Machinen.layer, Doctor.layer, Setup.layer).pipe(
+  Layer.provideMerge(engines),
   Layer.provideMerge(QemuVmm.layer),
   Layer.provideMerge(QemuProbe.layer),
-  Layer.provideMerge(Layer.mergeAll(Agent.layer, RootfsImage.layer)),
+  Layer.provideMerge(Layer.mergeAll(Agent.layer, RootfsImage.layer, Digests.layer)),
   Layer.provideMerge(foundation)
 )
 

@@ -14,7 +14,7 @@ print("  files by kind:", ", ".join(f"{k} {n}" for k, n in kinds.most_common(4))
 open("/srv/work/REPORT", "w").write(repr(kinds))
 `
 
-/** `machinen demo`: set-up, then the main job on a real Debian guest: boot, files in, work, files out, gone. */
+/** `machinen demo`: set-up, then the main job on a real Debian guest: boot, files in, work, files out, two siblings that diverge, gone. */
 export const demo = Command.make(
   "demo",
   { image: Options.text("image").pipe(Options.withDefault("debian")) },
@@ -52,6 +52,18 @@ export const demo = Command.make(
 
           const report = yield* vm.readFile("/srv/work/REPORT").pipe(Stream.decodeText(), Stream.mkString)
           yield* say(`read its report back: ${report.trim().slice(0, 60)}`)
+
+          yield* vm.exec("echo 'a thought, in memory only' > /dev/shm/thought")
+          const { pausedMs, siblings } = yield* machinen.fork(vm, { count: 2 })
+          yield* say(`forked into ${siblings.length} siblings; it stood still for ${Math.round(pausedMs)} ms`)
+          for (const [i, sibling] of siblings.entries()) {
+            const { stdout } = yield* sibling.vm.exec(
+              `echo 'and one of number ${i + 1}' >> /dev/shm/thought; paste -s -d, /dev/shm/thought || cat /dev/shm/thought`
+            )
+            yield* say(`${sibling.vm.id} remembers: ${Buffer.from(stdout).toString().trim()}`)
+          }
+          const own = yield* vm.readFile("/dev/shm/thought").pipe(Stream.decodeText(), Stream.mkString)
+          yield* say(`the original still has only: ${own.trim()}`)
           const { hostRssBytes } = yield* vm.memoryStats
           yield* say(`memory on the host: ${bytes(hostRssBytes ?? 0)} of at most ${vm.entry.memoryMib} MiB`)
         })

@@ -1,0 +1,76 @@
+import * as path from "node:path"
+import { Effect, Layer } from "effect"
+import { ExecError, SnapshotError } from "../../src/domain/errors.ts"
+import { SnapshotEngine } from "../../src/SnapshotEngine.ts"
+
+const stateFile = "state"
+const memoryFile = "memory"
+/** What the guest's own answer to a time limit may take. */
+const graceMs = 2000
+
+/**
+ * The whole machine: device state and memory by the VMM, disks by copying, all while it is stopped and its processes are frozen, so that in
+ * a copy none of them runs before it has randomness and a clock of its own (design.md D5, D6).
+ */
+export const layer = Layer.succeed(
+  SnapshotEngine,
+  SnapshotEngine.of({
+    name: "vmstate",
+    blobs: [stateFile, memoryFile],
+    take: Effect.fn("Vmstate.take")(function* ({ agent, entry, machine }, { dir, remove, sync, timeoutMs }) {
+      const disks = (entry.disks ?? []).filter(({ readOnly }) => !readOnly)
+      const saving = yield* Effect.mapError(
+        machine.save({
+          machine: { state: path.join(dir, stateFile), memory: path.join(dir, memoryFile) },
+          files: disks.map(({ id, path: from }) => ({ from, to: path.join(dir, `${id}.img`) })),
+          remove
+        }),
+        failed
+      )
+      return {
+        blobs: [stateFile, memoryFile, ...disks.map(({ id }) => `${id}.img`)],
+        hold: Effect.gen(function* () {
+          yield* Effect.timeoutFail(agent.freeze({ sync, timeout: timeoutMs }), {
+            duration: timeoutMs + graceMs,
+            onTimeout: () => new ExecError({ code: "EXEC_AGENT_TIMEOUT", message: "the guest does not answer" })
+          })
+          const since = performance.now()
+          yield* saving.whileStopped
+          return since
+        }).pipe(Effect.mapError(failed)),
+        commit: Effect.mapError(saving.commit, failed)
+      }
+    }),
+    revive: (bundleDir) =>
+      Effect.succeed({
+        start: { _tag: "Saved", state: path.join(bundleDir, stateFile), memory: path.join(bundleDir, memoryFile) },
+        ready: (agent, identity) => agent.rejuvenate(identity)
+      })
+  })
+)
+
+const failed = (cause: { readonly message: string; readonly code?: string }) => {
+  if (cause.code === "EXEC_AGENT_TIMEOUT") {
+    return new SnapshotError({
+      code: "SNAPSHOT_TIMEOUT",
+      message: `the guest's processes could not be frozen in time: ${cause.message}`,
+      hint: "one may be waiting for a slow disk; try again, or allow more time",
+      cause
+    })
+  }
+  return new SnapshotError({
+    code: "SNAPSHOT_DUMP_FAILED",
+    message: `the VM could not be saved: ${cause.message}`,
+    ...hint(cause),
+    cause
+  })
+}
+
+const hint = ({ code, message }: { readonly message: string; readonly code?: string }) =>
+  code === "ENOSPC"
+    ? { hint: "free some space, or choose another directory" }
+    : code === "EBUSY"
+      ? { hint: "another snapshot of this VM is being taken; wait for it" }
+      : message.includes("is paused")
+        ? { hint: "let it go on first: `machinen resume`" }
+        : {}

@@ -1,0 +1,254 @@
+import { createHash } from "node:crypto"
+import * as path from "node:path"
+import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
+import { Effect, Exit, Schema } from "effect"
+import { Digests } from "./Digests.ts"
+import { BundleManifest } from "./domain/BundleManifest.ts"
+import { BootError, SnapshotError } from "./domain/errors.ts"
+import { ProcessIdentity } from "./domain/ProcessIdentity.ts"
+import { probeHash } from "./platform/probeHash.ts"
+import * as processes from "./platform/processes.ts"
+
+/** A bundle on disk whose manifest is sound. */
+export interface Bundle {
+  /** Absolute. */
+  readonly dir: string
+  readonly manifest: BundleManifest
+}
+
+/** A directory taken for a bundle in the making. */
+export interface Claim {
+  readonly dir: string
+  /** What goes if the bundle is not finished: the directory, when it was made for this, else what may be in it. */
+  readonly remove: ReadonlyArray<string>
+}
+
+const manifestFile = "meta.json"
+/** Made first and exclusively: of two that want one directory, one is refused. */
+const draftFile = "meta.json.partial"
+
+/** The files an unfinished bundle may hold; the directory itself was there before and stays. */
+const mayHold = (dir: string, blobs: ReadonlyArray<string>) => [...blobs, draftFile].map((name) => path.join(dir, name))
+
+/**
+ * Takes `outDir` for a bundle: it must not exist, parents included if need be, or be empty. Closing the scope with a failure removes what was
+ * made.
+ */
+export const claim = Effect.fn("Bundle.claim")(function* (outDir: string, blobs: ReadonlyArray<string>) {
+  const fs = yield* FileSystem.FileSystem
+  const { dir, missing } = yield* checkDir(outDir)
+  const [topmost] = missing
+  const remove = topmost === undefined ? mayHold(dir, blobs) : [topmost]
+  const me = yield* processes.self
+  yield* Effect.acquireRelease(
+    Effect.gen(function* () {
+      // one by one: Node's recursive mkdir never returns where a file system refuses to make directories
+      yield* Effect.forEach(missing, (at) => Effect.catchIf(fs.makeDirectory(at), alreadyExists, () => Effect.void))
+      yield* fs.writeFileString(path.join(dir, draftFile), JSON.stringify(me), { flag: "wx" })
+    }).pipe(
+      Effect.tapError(() => Effect.forEach([...missing].reverse(), removeIfEmpty)),
+      Effect.mapError((cause) =>
+        alreadyExists(cause) ? notEmpty(dir, "is being written by another snapshot") : unusable(dir)(cause)
+      )
+    ),
+    (_, exit) =>
+      Exit.isSuccess(exit)
+        ? Effect.void
+        : Effect.forEach(remove, (file) => Effect.ignore(fs.remove(file, { recursive: true, force: true })))
+  )
+  const claimed: Claim = { dir, remove }
+  return claimed
+})
+
+const alreadyExists = (e: PlatformErrors.PlatformError) => e._tag === "SystemError" && e.reason === "AlreadyExists"
+
+/** What somebody else has put something into meanwhile stays. */
+const removeIfEmpty = (dir: string) =>
+  Effect.flatMap(FileSystem.FileSystem, (fs) =>
+    Effect.whenEffect(
+      fs.remove(dir, { recursive: true }),
+      Effect.map(fs.readDirectory(dir), (inside) => inside.length === 0)
+    )
+  ).pipe(Effect.ignore)
+
+/** Whether a bundle can be made there; and the directories that would have to be made first, the topmost first. */
+export const checkDir = Effect.fn("Bundle.checkDir")(function* (outDir: string) {
+  const fs = yield* FileSystem.FileSystem
+  const dir = path.resolve(outDir)
+  const missing: Array<string> = []
+  for (let at = dir; !(yield* Effect.mapError(fs.exists(at), unusable(dir))); at = path.dirname(at)) missing.unshift(at)
+  if (missing.length > 0) return { dir, missing }
+  const info = yield* Effect.mapError(fs.stat(dir), unusable(dir))
+  if (info.type !== "Directory") return yield* notEmpty(dir, "is a file")
+  const inside = yield* Effect.mapError(fs.readDirectory(dir), unusable(dir))
+  const [only] = inside
+  if (only === draftFile && inside.length === 1 && (yield* isStale(path.join(dir, draftFile)))) {
+    yield* Effect.ignore(fs.remove(path.join(dir, draftFile), { force: true }))
+    return { dir, missing }
+  }
+  if (only !== undefined) return yield* notEmpty(dir, "is not empty")
+  return { dir, missing }
+})
+
+/** A claim whose maker was killed before there was anything else. */
+const isStale = (draft: string) =>
+  Effect.gen(function* () {
+    const fs = yield* FileSystem.FileSystem
+    const maker = yield* Schema.decode(Schema.parseJson(ProcessIdentity))(yield* fs.readFileString(draft))
+    return !(yield* processes.isAlive(maker))
+  }).pipe(Effect.orElseSucceed(() => false))
+
+export type Facts = Omit<typeof BundleManifest.Encoded, "blobs" | "format">
+
+/** Makes what lies in the directory a bundle: every blob on disk and hashed, then the manifest, by rename. */
+export const finish = Effect.fn("Bundle.finish")(
+  function* (dir: string, blobs: ReadonlyArray<string>, facts: Facts) {
+    const fs = yield* FileSystem.FileSystem
+    const digests = yield* Digests
+    const files = blobs.map((name) => path.join(dir, name))
+    const [hashes, probes] = yield* Effect.all(
+      [digests.of(files), Effect.forEach(files, probeHash), Effect.forEach(files, sync)],
+      { concurrency: 3 }
+    )
+    const manifest = yield* Schema.decode(BundleManifest)({
+      ...facts,
+      format: 1,
+      blobs: blobs.flatMap((name, i) => {
+        const [digest, probe] = [hashes[i], probes[i]]
+        return digest === undefined || probe === undefined ? [] : [{ name, ...digest, probe }]
+      })
+    })
+    const draft = path.join(dir, draftFile)
+    yield* fs.writeFileString(draft, seal(yield* Schema.encode(BundleManifest)(manifest)))
+    yield* sync(draft)
+    yield* fs.rename(draft, path.join(dir, manifestFile))
+    yield* sync(dir)
+    yield* sync(path.dirname(dir))
+    const bundle: Bundle = { dir, manifest }
+    return bundle
+  },
+  (effect, dir) =>
+    Effect.mapError(
+      effect,
+      (cause) =>
+        new SnapshotError({
+          code: "SNAPSHOT_DUMP_FAILED",
+          message: `the bundle ${dir} could not be finished: ${cause.message}`,
+          hint: "check the free space and the permissions there",
+          cause
+        })
+    )
+)
+
+const sync = (file: string) =>
+  Effect.flatMap(FileSystem.FileSystem, (fs) =>
+    Effect.scoped(Effect.flatMap(fs.open(file, { flag: "r" }), (handle) => handle.sync))
+  )
+
+const checksum = (text: string) => createHash("sha256").update(text).digest("hex")
+
+/** The manifest's text with its own hash, so that a damaged one is known for what it is. */
+const seal = (encoded: typeof BundleManifest.Encoded): string =>
+  JSON.stringify({ ...encoded, checksum: checksum(JSON.stringify(encoded)) })
+
+const Sealed = Schema.parseJson(
+  Schema.Struct({ checksum: Schema.String }, Schema.Record({ key: Schema.String, value: Schema.Unknown }))
+)
+
+/** Reads the manifest of a bundle. */
+export const read = Effect.fn("Bundle.read")(function* (snapDir: string) {
+  const fs = yield* FileSystem.FileSystem
+  const dir = path.resolve(snapDir)
+  const text = yield* Effect.mapError(fs.readFileString(path.join(dir, manifestFile)), (cause) => noBundle(dir, cause))
+  const { checksum: stated, ...rest } = yield* Effect.mapError(Schema.decode(Sealed)(text), (cause) =>
+    damaged(dir, `${manifestFile} cannot be read`, cause)
+  )
+  if (rest["format"] !== 1) {
+    return yield* new BootError({
+      code: "BOOT_SNAPSHOT_MISMATCH",
+      message: `the bundle ${dir} has format ${String(rest["format"])}; this version reads format 1`,
+      hint: "restore it with the version that made it, or take the snapshot again"
+    })
+  }
+  if (checksum(JSON.stringify(rest)) !== stated)
+    return yield* damaged(dir, `${manifestFile} does not match its checksum`)
+  const manifest = yield* Effect.mapError(Schema.decodeUnknown(BundleManifest)(rest), (cause) =>
+    damaged(dir, `${manifestFile} lacks something, or has something else than a manifest has`, cause)
+  )
+  const names = manifest.blobs.map(({ name }) => name)
+  const used = manifest.disks.flatMap(({ source }) => (source._tag === "Blob" ? [source.name] : []))
+  if (new Set(names).size !== names.length || used.some((name) => !names.includes(name))) {
+    return yield* damaged(dir, `${manifestFile} contradicts itself about the files there are`)
+  }
+  const bundle: Bundle = { dir, manifest }
+  return bundle
+})
+
+/**
+ * Looks whether the blobs are those of the manifest, by size and by both ends of each: fast enough for every restore. A file that was cut is
+ * found here, before a machine maps it. `needed`: what a bundle of its engine has in any case.
+ */
+export const check = Effect.fn("Bundle.check")(function* ({ dir, manifest }: Bundle, needed: ReadonlyArray<string>) {
+  const fs = yield* FileSystem.FileSystem
+  const missing = needed.find((name) => !manifest.blobs.some((blob) => blob.name === name))
+  if (missing !== undefined) return yield* damaged(dir, `${manifestFile} does not list "${missing}"`)
+  yield* Effect.forEach(
+    manifest.blobs,
+    ({ name, probe, sizeBytes }) =>
+      Effect.gen(function* () {
+        const file = path.join(dir, name)
+        const { size } = yield* Effect.mapError(fs.stat(file), (cause) => damaged(dir, `${name} is missing`, cause))
+        if (Number(size) !== sizeBytes) {
+          return yield* damaged(dir, `${name} has ${size} bytes instead of ${sizeBytes}`)
+        }
+        const found = yield* Effect.mapError(probeHash(file), (cause) => damaged(dir, `${name} cannot be read`, cause))
+        if (found !== probe) return yield* damaged(dir, `${name} is not the file this snapshot was made with`)
+      }),
+    { concurrency: 4, discard: true }
+  )
+})
+
+/** Reads every byte of data in a bundle; returns the names of the blobs that are not what they were. */
+export const verify = Effect.fn("Bundle.verify")(function* ({ dir, manifest }: Bundle) {
+  const digests = yield* Digests
+  return yield* Effect.filter(
+    manifest.blobs,
+    ({ name, sha256, sizeBytes }) =>
+      digests.of([path.join(dir, name)]).pipe(
+        Effect.map(([found]) => found?.sha256 !== sha256 || found.sizeBytes !== sizeBytes),
+        Effect.orElseSucceed(() => true)
+      ),
+    { concurrency: 2 }
+  ).pipe(Effect.map((bad) => bad.map(({ name }) => name)))
+})
+
+const unusable = (dir: string) => (cause: PlatformErrors.PlatformError) =>
+  new SnapshotError({
+    code: "SNAPSHOT_DUMP_FAILED",
+    message: `${dir} cannot be used for a bundle: ${cause.message}`,
+    hint: "choose a directory that can be made or is empty",
+    cause
+  })
+
+const notEmpty = (dir: string, why: string) =>
+  new SnapshotError({
+    code: "SNAPSHOT_DUMP_FAILED",
+    message: `${dir} ${why}; nothing was touched`,
+    hint: "choose a directory that does not exist yet, or an empty one"
+  })
+
+const noBundle = (dir: string, cause: unknown) =>
+  new BootError({
+    code: "BOOT_SNAPSHOT_NOT_FOUND",
+    message: `there is no snapshot in ${dir}: it has no ${manifestFile}`,
+    hint: "give the directory `machinen snapshot` made; one that was interrupted is none",
+    cause
+  })
+
+const damaged = (dir: string, what: string, cause?: unknown) =>
+  new BootError({
+    code: "BOOT_SNAPSHOT_INVALID",
+    message: `the bundle ${dir} is damaged: ${what}`,
+    hint: "`machinen snapshot verify` reads all of it; a damaged bundle cannot be mended, take the snapshot again",
+    cause
+  })

@@ -1,0 +1,58 @@
+import { Context, type Effect, type Scope } from "effect"
+import type { AgentClient, Identity } from "./Agent.ts"
+import type { Rejuvenation } from "./AgentProtocol.ts"
+import type { EngineName } from "./domain/BundleManifest.ts"
+import type { BootError, ExecError, SnapshotError } from "./domain/errors.ts"
+import type { Start } from "./domain/Vm.ts"
+import type { VmEntry } from "./domain/VmEntry.ts"
+import type { VmmHandle } from "./Vmm.ts"
+
+/** A running VM that is to be captured. */
+export interface Source {
+  readonly entry: VmEntry
+  readonly machine: VmmHandle
+  readonly agent: AgentClient
+}
+
+export interface Target {
+  /** Exists; what is made goes there. */
+  readonly dir: string
+  /** Removed by the VM's shim if this process dies before the commit. */
+  readonly remove: ReadonlyArray<string>
+  /** Write the guest's filesystems out first, so that the disks are complete without the memory. */
+  readonly sync: boolean
+  readonly timeoutMs: number
+}
+
+/** A capture, prepared. */
+export interface Taking {
+  /** Holds the guest's processes and makes the blobs; closing the scope lets them go on. Returns when they stopped (performance.now). */
+  readonly hold: Effect.Effect<number, SnapshotError, Scope.Scope>
+  /** Names of the files `hold` makes. */
+  readonly blobs: ReadonlyArray<string>
+  /** From here on nothing is undone when this process dies. */
+  readonly commit: Effect.Effect<void, SnapshotError>
+}
+
+/** How a machine begins as a snapshot, and when it has. */
+export interface Revival {
+  readonly start: Start
+  /** After the launch: completes once the guest is one of its own and its processes go on. */
+  readonly ready: (agent: AgentClient, identity: Identity) => Effect.Effect<Rejuvenation, BootError | ExecError>
+}
+
+/** Turns a running VM into files and files into running VMs. What differs between saving a machine and dumping processes lives here. */
+export interface SnapshotEngine {
+  readonly name: EngineName
+  /** Files that every bundle of this engine has, disks aside. */
+  readonly blobs: ReadonlyArray<string>
+  readonly take: (source: Source, target: Target) => Effect.Effect<Taking, SnapshotError, Scope.Scope>
+  readonly revive: (bundleDir: string) => Effect.Effect<Revival, BootError, Scope.Scope>
+}
+export const SnapshotEngine = Context.GenericTag<SnapshotEngine>("machinen/SnapshotEngine")
+
+/** The engines there are; which one is chosen for each snapshot, and by the bundle for a restore. */
+export class SnapshotEngines extends Context.Tag("machinen/SnapshotEngines")<
+  SnapshotEngines,
+  ReadonlyMap<EngineName, SnapshotEngine>
+>() {}

@@ -1,0 +1,106 @@
+import { Args, Command, Options } from "@effect/cli"
+import { Console, Effect } from "effect"
+import { Machinen } from "../../Machinen.ts"
+import type { Restored } from "../../restore.ts"
+import { environment, json, whenGiven } from "../options.ts"
+import * as render from "../render.ts"
+import { vmArg } from "./exec.ts"
+import { engineOption } from "./snapshot.ts"
+
+const name = Options.text("name").pipe(
+  Options.withAlias("n"),
+  Options.optional,
+  Options.withDescription("the VM's name (default: <source>/<pid>)")
+)
+const env = Options.text("env").pipe(
+  Options.withAlias("e"),
+  Options.repeated,
+  Options.withDescription("KEY=VALUE for commands run from now on; may be repeated")
+)
+const detach = Options.boolean("detach").pipe(
+  Options.withAlias("d"),
+  Options.withDescription("return when it is ready; it lives until it is stopped")
+)
+
+const restoredJson = ({ phases, rejuvenation, vm }: Restored) => ({
+  ...render.vmJson(vm.entry),
+  forkedFrom: vm.entry.forkedFrom ?? null,
+  rejuvenation,
+  phasesMs: Object.fromEntries(phases)
+})
+
+/** Detached VMs are named and left; others are kept in the foreground until the last has ended or ctrl-c. */
+const keep = (restored: ReadonlyArray<Restored>, detached: boolean) =>
+  Effect.gen(function* () {
+    for (const { vm } of restored) {
+      yield* detached
+        ? Console.log(vm.name ?? vm.id)
+        : Console.error(`${vm.name ?? vm.id} is up (pid ${vm.pid}); ctrl-c stops it`)
+    }
+    if (!detached) yield* Effect.forEach(restored, ({ vm }) => vm.wait, { concurrency: "unbounded" })
+  })
+
+/** `machinen restore DIR`: a VM that goes on where the bundle's source stood. */
+export const restore = Command.make(
+  "restore",
+  {
+    name,
+    image: Options.text("image").pipe(
+      Options.optional,
+      Options.withDescription("where the source's image lies now, if it was moved")
+    ),
+    env,
+    detach,
+    json,
+    dir: Args.text({ name: "dir" }).pipe(Args.withDescription("the bundle's directory"))
+  },
+  (input) =>
+    Effect.gen(function* () {
+      const machinen = yield* Machinen
+      const restored = yield* machinen.restore({
+        snapDir: input.dir,
+        ...whenGiven({ name: input.name, image: input.image }),
+        env: yield* environment(input.env),
+        detached: input.detach
+      })
+      if (input.json) yield* render.json(restoredJson(restored))
+      if (!input.json || !input.detach) yield* keep([restored], input.detach)
+    }).pipe(Effect.scoped)
+).pipe(Command.withDescription("start a VM from a bundle"))
+
+/** `machinen fork VM`: siblings of a running VM, which goes on. */
+export const fork = Command.make(
+  "fork",
+  {
+    newName: Options.text("new-name").pipe(
+      Options.optional,
+      Options.withDescription("the sibling's name (default: <source>/<pid>)")
+    ),
+    outDir: Options.text("out-dir").pipe(
+      Options.optional,
+      Options.withDescription("keep the bundle there (default: nothing of it stays)")
+    ),
+    count: Options.integer("count").pipe(
+      Options.withDefault(1),
+      Options.withDescription("how many siblings, all of one moment (default 1)")
+    ),
+    engine: engineOption,
+    env,
+    detach,
+    json,
+    vm: vmArg
+  },
+  (input) =>
+    Effect.gen(function* () {
+      const machinen = yield* Machinen
+      const vm = yield* machinen.attach(input.vm)
+      const { pausedMs, siblings } = yield* machinen.fork(vm, {
+        ...whenGiven({ name: input.newName, outDir: input.outDir, engine: input.engine }),
+        count: input.count,
+        env: yield* environment(input.env),
+        detached: input.detach
+      })
+      if (input.json) yield* render.json({ pausedMs, siblings: siblings.map(restoredJson) })
+      if (!input.json || !input.detach) yield* keep(siblings, input.detach)
+    }).pipe(Effect.scoped)
+).pipe(Command.withDescription("fork a running VM into siblings"))

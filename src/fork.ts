@@ -1,0 +1,107 @@
+import * as path from "node:path"
+import { Effect, Scope } from "effect"
+import type { EngineName } from "./domain/BundleManifest.ts"
+import { BootError } from "./domain/errors.ts"
+import * as memory from "./platform/memory.ts"
+import { Registry } from "./Registry.ts"
+import { type Restored, type RestoreOptions, restore, revive } from "./restore.ts"
+import type { Source } from "./SnapshotEngine.ts"
+import { checkSource, chooseEngine, held, snapshot } from "./snapshot.ts"
+
+export interface ForkOptions extends Omit<RestoreOptions, "snapDir" | "image"> {
+  /** How many siblings, all from one moment. Default 1; with a `name` only 1. */
+  readonly count?: number
+  /** Keep the bundle there; otherwise nothing of it stays. */
+  readonly outDir?: string
+  readonly engine?: EngineName
+  readonly timeoutMs?: number
+  /** The part of the host's memory that must be free, 0 to 1; 0: no matter. Default 0.01. */
+  readonly freeMemoryThreshold?: number
+}
+
+export interface Forked {
+  readonly siblings: ReadonlyArray<Restored>
+  /** For how long the source's processes stood still, in milliseconds. */
+  readonly pausedMs: number
+}
+
+const defaultThreshold = 0.01
+const maxSiblings = 256
+/** Starting more at once than there are cores only makes each of them late. */
+const startedAtOnce = 4
+
+/** Forks a running VM into siblings, in the current scope; the source goes on. */
+export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOptions = {}) {
+  const { count = 1, outDir, ...rest } = options
+  if (!Number.isSafeInteger(count) || count < 1 || count > maxSiblings || (count > 1 && options.name !== undefined)) {
+    return yield* new BootError({
+      code: "BOOT_OPTION_INVALID",
+      message:
+        count > 1 && options.name !== undefined
+          ? `${count} siblings cannot have one name`
+          : `a VM cannot be forked into ${count} siblings at once`,
+      hint: `give a whole number from 1 to ${maxSiblings}, and a name only to one`
+    })
+  }
+  yield* checkSource(source)
+  yield* checkMemory(options.freeMemoryThreshold ?? defaultThreshold)
+  const siblings = Array.from({ length: count })
+
+  if (outDir !== undefined) {
+    const taken = yield* snapshot(source, { ...rest, outDir, leaveRunning: true })
+    const restored = yield* Effect.forEach(siblings, () => restore({ ...rest, snapDir: outDir }), {
+      concurrency: startedAtOnce
+    })
+    const kept: Forked = { siblings: restored, pausedMs: taken.pausedMs ?? 0 }
+    return kept
+  }
+
+  // The files are open in the siblings when this scope ends, and need no names any more.
+  return yield* Effect.scopedWith((files) =>
+    Effect.gen(function* () {
+      const registry = yield* Registry
+      const engine = yield* chooseEngine(options.engine)
+      const dir = yield* Effect.provideService(registry.scratch, Scope.Scope, files)
+      const taking = yield* engine
+        .take(source, { dir, remove: [], sync: false, timeoutMs: options.timeoutMs ?? 90_000 })
+        .pipe(Effect.provideService(Scope.Scope, files))
+      const pausedMs = yield* held(taking)
+      yield* taking.commit
+      const { entry } = source
+      const seed = {
+        engine,
+        dir,
+        disks: (entry.disks ?? []).map((disk) =>
+          disk.readOnly ? disk : { ...disk, path: path.join(dir, `${disk.id}.img`) }
+        ),
+        image: entry.image,
+        command: entry.command,
+        kernel: entry.kernel ?? "",
+        memoryMib: entry.memoryMib,
+        vcpus: entry.vcpus,
+        sourceName: entry.name,
+        forkedFrom: entry.id
+      }
+      const forked: Forked = {
+        siblings: yield* Effect.forEach(siblings, () => revive(seed, rest), { concurrency: startedAtOnce }),
+        pausedMs
+      }
+      return forked
+    })
+  )
+})
+
+/** A host without memory to spare is not given another guest (spec memory.md §5). */
+const checkMemory = Effect.fnUntraced(function* (threshold: number) {
+  if (threshold <= 0) return
+  const [free, total] = [yield* memory.availableBytes, yield* memory.totalBytes]
+  const needed = total * Math.min(threshold, 1)
+  if (free >= needed) return
+  return yield* new BootError({
+    code: "FORK_MEMORY_BACKPRESSURE",
+    message: `${mib(free)} MiB of the host's ${mib(total)} MiB are free; a fork wants ${mib(needed)} MiB to be`,
+    hint: "stop a VM, or lower freeMemoryThreshold"
+  })
+})
+
+const mib = (bytes: number) => Math.round(bytes / 2 ** 20)

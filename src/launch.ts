@@ -1,0 +1,89 @@
+import { randomBytes } from "node:crypto"
+import { Duration, Effect, Stream } from "effect"
+import { BootError } from "./domain/errors.ts"
+import type { ExitRecord } from "./domain/ShimPlan.ts"
+import { VmId } from "./domain/Vm.ts"
+import type { VmEntry } from "./domain/VmEntry.ts"
+import * as UnixSocket from "./platform/UnixSocket.ts"
+import type { VmmHandle } from "./Vmm.ts"
+
+/** The first digit is a letter: digits alone would be taken for a pid. */
+export const newId = () => {
+  const hex = randomBytes(6).toString("hex")
+  return VmId.make("abcdef".charAt(Number.parseInt(hex.charAt(0), 16) % 6) + hex.slice(1))
+}
+
+export const checkSocketPath = (longest: string, home: string) =>
+  Buffer.byteLength(longest) <= UnixSocket.maxPath
+    ? Effect.void
+    : new BootError({
+        code: "BOOT_STATE_DIR_UNUSABLE",
+        message: `the state directory's path is too long for unix sockets (${Buffer.byteLength(longest)} of ${UnixSocket.maxPath} bytes): ${home}`,
+        hint: "set MACHINEN_HOME to a shorter path"
+      })
+
+/** A valid host name (RFC 1123: letters, digits, hyphens, at most 63) made of the VM's name, else of its id (spec registry.md §7). */
+export const hostname = (entry: VmEntry): string => {
+  const name = (entry.name ?? "")
+    .toLowerCase()
+    .replaceAll(/[^a-z0-9-]/g, "-")
+    .slice(0, 63)
+    .replaceAll(/^-+|-+$/g, "")
+  return name === "" ? `vm-${entry.id}` : name
+}
+
+/**
+ * Waits for a guest that has been launched, raced against the machine's end and the deadline. A guest that cannot be served is not left
+ * running, detached or not.
+ */
+export const untilReady = <A, E>(ready: Effect.Effect<A, E>, machine: VmmHandle, limit: Duration.Duration) =>
+  ready.pipe(
+    Effect.raceFirst(Effect.flatMap(machine.exited, (exit) => exitedEarly(exit))),
+    Effect.timeoutTo({
+      duration: limit,
+      onSuccess: (a) => Effect.succeed(a),
+      onTimeout: () => Effect.flatMap(consoleTail(machine), notReady(limit))
+    }),
+    Effect.flatten,
+    Effect.tapError(() => machine.kill)
+  )
+
+const consoleTail = (machine: VmmHandle) =>
+  machine.logs("console", { tailBytes: 4096 }).pipe(
+    Stream.decodeText(),
+    Stream.mkString,
+    Effect.timeout("1 second"),
+    Effect.orElseSucceed(() => "")
+  )
+
+/** The VMM ended before the guest was ready: its own fault, the guest kernel's, or our init's, told apart by what they printed. */
+const exitedEarly = (exit: ExitRecord) => {
+  const vmm = exit.vmm.signal === null ? `code ${exit.vmm.code}` : `signal ${exit.vmm.signal}`
+  const printed = exit.vmmLogTail.trim()
+  const panic = /Kernel panic[^\n]*/.exec(exit.consoleTail)?.[0]
+  const init = /machinen-init: [^\n]*/.exec(exit.consoleTail)?.[0]
+  const guest = panic ?? init
+  return guest === undefined
+    ? new BootError({
+        code: "BOOT_VMM_FAILED",
+        message: `the VMM ended (${vmm}) before the guest was ready${printed === "" ? "" : `: ${printed.split("\n").slice(-3).join("; ")}`}`,
+        hint: "`machinen doctor` tells what is missing or broken on this host",
+        ...nonEmpty(exit.consoleTail)
+      })
+    : new BootError({
+        code: "BOOT_GUEST_FAILED",
+        message: `the guest did not come up: ${guest.trim()}`,
+        hint: "is the image a root filesystem, and is there enough memory for it?",
+        ...nonEmpty(exit.consoleTail)
+      })
+}
+
+const nonEmpty = (console: string) => (console.trim() === "" ? {} : { console })
+
+const notReady = (limit: Duration.Duration) => (console: string) =>
+  new BootError({
+    code: "BOOT_READY_TIMEOUT",
+    message: `the guest did not report ready within ${Duration.format(limit)}`,
+    hint: "raise MACHINEN_BOOT_TIMEOUT on a slow or busy host; `machinen doctor` checks the host",
+    ...nonEmpty(console)
+  })

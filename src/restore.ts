@@ -1,0 +1,250 @@
+import { randomUUID } from "node:crypto"
+import * as path from "node:path"
+import { Duration, Effect, Option, Schema } from "effect"
+import { Agent } from "./Agent.ts"
+import type { Rejuvenation } from "./AgentProtocol.ts"
+import { Assets } from "./Assets.ts"
+import * as Bundle from "./Bundle.ts"
+import { Digests } from "./Digests.ts"
+import { decodeName } from "./domain/BootOptions.ts"
+import type { BundleManifest } from "./domain/BundleManifest.ts"
+import { BootError } from "./domain/errors.ts"
+import { type Disk, MachineSpec, VmName } from "./domain/Vm.ts"
+import { VmEntry } from "./domain/VmEntry.ts"
+import * as Launch from "./launch.ts"
+import * as PhaseTimer from "./PhaseTimer.ts"
+import * as processes from "./platform/processes.ts"
+import { Registry } from "./Registry.ts"
+import { RootfsImage } from "./RootfsImage.ts"
+import { Settings } from "./Settings.ts"
+import { type SnapshotEngine, SnapshotEngines } from "./SnapshotEngine.ts"
+import * as Vm from "./Vm.ts"
+import { Vmm } from "./Vmm.ts"
+
+export interface RestoreOptions {
+  readonly snapDir: string
+  /** Default: `<source>/<pid>`, else `<source>~<pid>`, when the source had a name. */
+  readonly name?: string
+  /** Where the read-only image lies, if it is not where it was; it must be the same. */
+  readonly image?: string
+  /** Over the environment the source was booted with. */
+  readonly env?: Readonly<Record<string, string>>
+  readonly detached?: boolean
+}
+
+export interface Restored {
+  readonly vm: Vm.Vm
+  /** What the guest made new before its processes went on, and what it kept. */
+  readonly rejuvenation: Rejuvenation
+  readonly phases: ReadonlyMap<string, number>
+}
+
+/** What a machine is started from: a bundle that was checked, or what a fork has just made. */
+export interface Seed {
+  readonly engine: SnapshotEngine
+  /** Holds the engine's files. */
+  readonly dir: string
+  readonly disks: ReadonlyArray<Disk>
+  readonly image: string
+  readonly command: ReadonlyArray<string> | undefined
+  readonly kernel: string
+  readonly memoryMib: number
+  readonly vcpus: number
+  readonly sourceName: string | undefined
+  readonly forkedFrom: string
+}
+
+/** Restores a bundle into the current scope: everything about it that can be refused is refused before anything is acquired. */
+export const restore = Effect.fn("restore")(function* (options: RestoreOptions) {
+  const bundle = yield* Bundle.read(options.snapDir)
+  const reasons = yield* misfits(bundle, options)
+  if (reasons.length > 0) {
+    return yield* new BootError({
+      code: "BOOT_SNAPSHOT_MISMATCH",
+      message: `this host cannot go on with the snapshot ${bundle.dir}: ${reasons.join("; ")}`,
+      hint: "restore it where it was taken, or take the snapshot again here"
+    })
+  }
+  const engine = yield* engineOf(bundle.manifest)
+  yield* Bundle.check(bundle, engine.blobs)
+  const { manifest } = bundle
+  return yield* revive(
+    {
+      engine,
+      dir: bundle.dir,
+      disks: yield* disksOf(bundle, options.image),
+      image: manifest.sourceImage,
+      command: manifest.command,
+      kernel: yield* (yield* Assets).kernel,
+      memoryMib: manifest.memoryMib,
+      vcpus: manifest.vcpus,
+      sourceName: manifest.sourceName,
+      forkedFrom: bundle.dir
+    },
+    options
+  )
+})
+
+/** Starts one machine from a seed. */
+export const revive = Effect.fn("revive")(
+  function* (seed: Seed, options: Omit<RestoreOptions, "snapDir" | "image">) {
+    const settings = yield* Settings
+    const registry = yield* Registry
+    const vmm = yield* Vmm
+    const agent = yield* Agent
+    const { phase, phases } = yield* PhaseTimer.make
+
+    // 1. Who it will be.
+    const capabilities = yield* vmm.capabilities
+    const name = options.name === undefined ? undefined : yield* decodeName(options.name)
+    const id = Launch.newId()
+    const dir = path.join(settings.vmsDir, id)
+    const vsockPath = path.join(dir, "vsock.sock")
+    yield* Launch.checkSocketPath(`${vsockPath}_65535`, settings.home)
+    const controlPath = vmm.controlPath(dir)
+    const own = (disk: Disk): Disk => (disk.readOnly ? disk : { ...disk, path: path.join(dir, `${disk.id}.img`) })
+    const disks = seed.disks.map(own)
+    const entry = new VmEntry({
+      version: 1,
+      id,
+      name,
+      state: "booting",
+      bootId: yield* processes.bootId,
+      owner: yield* processes.self,
+      // until the guest is one of its own: a copy whose maker dies before would stand frozen for good
+      detached: false,
+      backend: capabilities.backend,
+      accel: capabilities.accel,
+      image: seed.image,
+      command: seed.command,
+      memoryMib: seed.memoryMib,
+      vcpus: seed.vcpus,
+      kernel: seed.kernel,
+      disks,
+      forkedFrom: seed.forkedFrom,
+      createdAt: Date.now(),
+      vsockPath,
+      controlPath: path.join(dir, "shim.sock"),
+      ...(controlPath === undefined ? {} : { vmmControlPath: controlPath })
+    })
+
+    // 2. The VM's directory and name, and how it begins.
+    const cleanup = yield* registry.claim(entry).pipe(phase("claim"))
+    const revival = yield* seed.engine.revive(seed.dir)
+
+    // 3. Shim and VMM, with disks of its own.
+    const files = seed.disks.flatMap((disk) => (disk.readOnly ? [] : [{ from: disk.path, to: own(disk).path }]))
+    const machine = yield* vmm
+      .launch(new MachineSpec({ id, dir, start: revival.start, memoryMib: seed.memoryMib, vcpus: seed.vcpus, disks }), {
+        entry,
+        files,
+        cleanup,
+        graceMs: Duration.toMillis(settings.stopGrace)
+      })
+      .pipe(phase("vmm-spawn"))
+
+    // 4. The name it gets if it was given none: its pid is known only now.
+    const assigned =
+      name === undefined && seed.sourceName !== undefined
+        ? yield* registry.assign(id, childNames(seed.sourceName, machine.vmm.pid), machine.rename)
+        : Option.none()
+    const named = new VmEntry({
+      ...entry,
+      name: name ?? Option.getOrUndefined(assigned),
+      state: "running",
+      shim: machine.shim,
+      vmm: machine.vmm
+    })
+
+    // 5. The guest becomes one of its own; it serves nobody before.
+    const client = agent.client(vsockPath)
+    const ready = revival.ready(client, {
+      hostname: Launch.hostname(named),
+      generation: randomUUID(),
+      env: { ...(named.name === undefined ? {} : { MACHINEN_VM_NAME: named.name }), ...options.env }
+    })
+    const rejuvenation = yield* Launch.untilReady(ready, machine, settings.bootTimeout).pipe(
+      Effect.mapError((error) => (error._tag === "ExecError" ? notRejuvenated(error) : error)),
+      phase("guest-ready")
+    )
+    if (options.detached === true) yield* machine.detach
+    const entryNow = new VmEntry({ ...named, detached: options.detached ?? false })
+    yield* Effect.logDebug("restored", Object.fromEntries(phases()))
+    const restored: Restored = { vm: Vm.make(entryNow, machine, client), rejuvenation, phases: phases() }
+    return restored
+  },
+  Effect.annotateLogs({ service: "restore" })
+)
+
+/** `<source>/<pid>`, and another for the case that it is taken (spec snapshot.md §7). */
+const childNames = (source: string, pid: number) =>
+  [`${source}/${pid}`, `${source}~${pid}`].flatMap((name) => Option.toArray(Schema.decodeOption(VmName)(name)))
+
+const engineOf = Effect.fnUntraced(function* ({ engine: name }: BundleManifest) {
+  const engines = yield* SnapshotEngines
+  const engine = engines.get(name)
+  if (engine !== undefined) return engine
+  return yield* new BootError({
+    code: "BOOT_SNAPSHOT_ENGINE_INVALID",
+    message: `the snapshot was taken with the engine "${name}", which is not part of this build`,
+    hint: `there is: ${[...engines.keys()].join(", ")}`
+  })
+})
+
+/** The machine's disks as they lie in the bundle and on this host. */
+const disksOf = Effect.fnUntraced(function* ({ dir, manifest }: Bundle.Bundle, image: string | undefined) {
+  const images = yield* RootfsImage
+  return yield* Effect.forEach(manifest.disks, ({ id, source }) =>
+    Effect.gen(function* () {
+      if (source._tag === "Blob") return { id, path: path.join(dir, source.name), readOnly: false }
+      return { id, path: image === undefined ? source.path : yield* images.resolve(image), readOnly: true }
+    })
+  )
+})
+
+/** Everything about this host that a snapshot cannot go on with; empty when it can. */
+export const misfits = Effect.fn("restore.misfits")(function* (
+  bundle: Bundle.Bundle,
+  options: { readonly image?: string }
+) {
+  const { manifest } = bundle
+  const digests = yield* Digests
+  const vmm = yield* Vmm
+  const assets = yield* Assets
+  const disks = yield* disksOf(bundle, options.image)
+  const here = yield* vmm.fingerprint(disks)
+  const there = manifest.machine
+  const reasons: Array<string> = []
+  const differ = (what: string, made: string | number, have: string | number) => {
+    if (made !== have) reasons.push(`${what} was ${made}, here it is ${have}`)
+  }
+  differ("the backend", there.backend, here.backend)
+  differ("the VMM's version", there.vmmVersion, here.vmmVersion)
+  differ("the accelerator", there.accel, here.accel)
+  differ("the machine type", there.machine, here.machine)
+  differ("the CPU model", there.cpu, here.cpu)
+  differ("the list of devices", there.devices.join(" "), here.devices.join(" "))
+  // measured, not stated: two measurements of one host differ by a little
+  if (Math.abs(there.tscKhz - here.tscKhz) > here.tscKhz / 100) differ("the TSC rate in kHz", there.tscKhz, here.tscKhz)
+  const kernel = yield* Effect.orElseSucceed(digests.remembered(yield* assets.kernel), () => "")
+  if (kernel !== manifest.kernelSha256) reasons.push("it was taken with another guest kernel")
+  const memory = manifest.blobs.find(({ name }) => name === "memory")
+  if (memory !== undefined && memory.sizeBytes !== manifest.memoryMib * 2 ** 20) {
+    reasons.push(`its memory has ${memory.sizeBytes} bytes, the machine ${manifest.memoryMib} MiB`)
+  }
+  for (const [i, { id, source }] of manifest.disks.entries()) {
+    const file = disks[i]?.path ?? ""
+    if (source._tag === "Blob") continue
+    const found = yield* Effect.option(digests.remembered(file))
+    if (Option.isNone(found)) reasons.push(`the image of its disk "${id}" is gone: ${file}`)
+    else if (found.value !== source.sha256) reasons.push(`the image of its disk "${id}" is another one: ${file}`)
+  }
+  return reasons
+})
+
+const notRejuvenated = (cause: Error) =>
+  new BootError({
+    code: "BOOT_REJUVENATION_FAILED",
+    message: `the restored guest could not be given an identity of its own, and was ended: ${cause.message}`,
+    cause
+  })

@@ -1,0 +1,142 @@
+import { Effect } from "effect"
+import * as Bundle from "./Bundle.ts"
+import { Digests } from "./Digests.ts"
+import type { BundleDisk, EngineName } from "./domain/BundleManifest.ts"
+import { BootError, SnapshotError } from "./domain/errors.ts"
+import { Settings } from "./Settings.ts"
+import { type SnapshotEngine, SnapshotEngines, type Source, type Taking } from "./SnapshotEngine.ts"
+import { Vmm } from "./Vmm.ts"
+
+export interface SnapshotOptions {
+  /** Absent, or an empty directory. */
+  readonly outDir: string
+  /** Default: MACHINEN_SNAPSHOT_ENGINE, else `vmstate`. */
+  readonly engine?: EngineName
+  /** The source goes on after the snapshot; without it the source ends, since two that hold the same connections and jobs rarely are wanted. */
+  readonly leaveRunning?: boolean
+  /** For freezing the guest's processes. Default 90 s. */
+  readonly timeoutMs?: number
+}
+
+export interface Snapshot {
+  readonly bundle: Bundle.Bundle
+  /** For how long the guest's processes stood still, in milliseconds; not for a source that ended. */
+  readonly pausedMs: number | null
+  readonly elapsedMs: number
+}
+
+const defaultTimeoutMs = 90_000
+
+/** The engine asked for, or the one configured. */
+export const chooseEngine = Effect.fnUntraced(function* (wanted: EngineName | undefined) {
+  const engines = yield* SnapshotEngines
+  const { snapshotEngine } = yield* Settings
+  const configured = snapshotEngine.trim().toLowerCase()
+  const engine = [...engines.values()].find(({ name }) => name === (wanted ?? (configured || "vmstate")))
+  if (engine === undefined) {
+    return yield* new BootError({
+      code: "BOOT_SNAPSHOT_ENGINE_INVALID",
+      message: `there is no snapshot engine ${JSON.stringify(wanted ?? snapshotEngine)}`,
+      hint: `the engines are: ${[...engines.keys()].join(", ")}`
+    })
+  }
+  return engine
+})
+
+/**
+ * Takes a snapshot: the directory is claimed, the guest held for as long as the copying takes, the bundle hashed and finished when it goes on
+ * again. Whatever fails, the source goes on and nothing is left of the bundle.
+ */
+export const snapshot = Effect.fn("snapshot")(function* (source: Source, options: SnapshotOptions) {
+  const began = performance.now()
+  const leaveRunning = options.leaveRunning ?? false
+  const engine = yield* chooseEngine(options.engine)
+  yield* checkSource(source)
+  const result = yield* Effect.scoped(
+    Effect.gen(function* () {
+      const claim = yield* Bundle.claim(options.outDir, possibleBlobs)
+      const taking = yield* engine.take(source, {
+        dir: claim.dir,
+        remove: claim.remove,
+        sync: true,
+        timeoutMs: options.timeoutMs ?? defaultTimeoutMs
+      })
+      const facts = yield* Effect.fork(factsOf(source, engine))
+      let pausedMs: number | null = null
+      if (leaveRunning) pausedMs = yield* held(taking)
+      else yield* taking.hold
+      const bundle = yield* Bundle.finish(claim.dir, taking.blobs, yield* facts)
+      yield* taking.commit
+      if (!leaveRunning) yield* source.machine.kill
+      return { bundle, pausedMs }
+    })
+  )
+  const done: Snapshot = { ...result, elapsedMs: performance.now() - began }
+  return done
+})
+
+/** What a snapshot would refuse before it touches anything: the engine, the VM, the directory. */
+export const checkSnapshot = Effect.fn("checkSnapshot")(function* (source: Source, options: SnapshotOptions) {
+  yield* chooseEngine(options.engine)
+  yield* checkSource(source)
+  yield* Bundle.checkDir(options.outDir)
+})
+
+/** What engines may put into a bundle, for the case that this process dies in the middle. */
+const possibleBlobs = ["state", "memory", "upper.img", "root.img", "scratch.img", "mountupper.img", "img"]
+
+/** Holds the source while the blobs are made; returns for how long it stood. */
+export const held = Effect.fnUntraced(function* (taking: Taking) {
+  const since = yield* Effect.scoped(taking.hold)
+  return performance.now() - since
+})
+
+/** A disk that is the user's own and written in place is copied like any other; one that is not known is a VM of an older version. */
+export const checkSource = ({ entry }: Source) =>
+  entry.disks === undefined || entry.kernel === undefined
+    ? Effect.fail(
+        new SnapshotError({
+          code: "SNAPSHOT_NO_DISK",
+          message: `VM "${entry.label}" was started by a version that did not record its disks`,
+          hint: "stop it and boot it again"
+        })
+      )
+    : Effect.void
+
+const factsOf = Effect.fnUntraced(
+  function* ({ entry }: Source, engine: SnapshotEngine) {
+    const digests = yield* Digests
+    const vmm = yield* Vmm
+    const all = entry.disks ?? []
+    const disks = yield* Effect.forEach(all, ({ id, path, readOnly }) =>
+      Effect.gen(function* () {
+        const source: BundleDisk["source"] = readOnly
+          ? { _tag: "Image", path, sha256: yield* digests.remembered(path) }
+          : { _tag: "Blob", name: `${id}.img` }
+        return { id, source }
+      })
+    )
+    const facts: Bundle.Facts = {
+      engine: engine.name,
+      snappedAt: Date.now(),
+      sourceId: entry.id,
+      ...(entry.name === undefined ? {} : { sourceName: entry.name }),
+      sourceImage: entry.image,
+      ...(entry.command === undefined ? {} : { command: entry.command }),
+      machine: yield* vmm.fingerprint(all),
+      kernelSha256: yield* digests.remembered(entry.kernel ?? ""),
+      memoryMib: entry.memoryMib,
+      vcpus: entry.vcpus,
+      disks
+    }
+    return facts
+  },
+  Effect.mapError(
+    (cause) =>
+      new SnapshotError({
+        code: "SNAPSHOT_DUMP_FAILED",
+        message: `what the VM is made of cannot be told: ${cause.message}`,
+        cause
+      })
+  )
+)
