@@ -13,6 +13,9 @@ const ranks: ReadonlyArray<readonly [prefix: string, rank: number]> = [
   ["src/cli/", 7],
   ["src/index.ts", 8],
   ["src/boot.ts", 3],
+  ["src/restore.ts", 3],
+  ["src/fork.ts", 3],
+  ["src/snapshot.ts", 3],
   ["src/", 2],
   ["backends/", 4]
 ]

@@ -54,7 +54,8 @@ describe("boot", () => {
             ]
           )
           assert.deepStrictEqual(machine?.supervision.cleanup, [path.join(home, "names", "web")])
-          assert.isTrue(existsSync(machine?.spec.initrd ?? ""))
+          const start = machine?.spec.start
+          assert.isTrue(start?._tag === "Kernel" && existsSync(start.initrd))
         })
       )
       assert.deepStrictEqual(yield* fake.events, ["listen+", "launch+", "launch-", "listen-"])

@@ -26,7 +26,8 @@ const host = Effect.gen(function* () {
     Layer.provide(
       Layer.succeed(HostProbe, {
         accelerator: Effect.suspend(() => accelerator.choice),
-        tscKhz: Effect.succeed(1)
+        tscKhz: Effect.succeed(1),
+        vmmVersion: Effect.succeed("7.2.22")
       })
     ),
     Layer.provide(SourceTree.layerTest(source)),
