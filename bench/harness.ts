@@ -2,7 +2,7 @@ import type { CommandExecutor, FileSystem, Error as PlatformErrors } from "@effe
 import { Console, Effect, Schema, type Scope } from "effect"
 import type { Assets } from "../src/Assets.ts"
 import type { HostProbe } from "../src/HostProbe.ts"
-import type { BootFailure, Machinen } from "../src/Machinen.ts"
+import type { BootFailure, Machinen, SnapshotFailure } from "../src/Machinen.ts"
 import type { Settings } from "../src/Settings.ts"
 
 /** The bench itself went wrong: a tool is missing, or what was measured did not do what it should. */
@@ -11,7 +11,7 @@ export class BenchError extends Schema.TaggedError<BenchError>()("BenchError", {
   cause: Schema.optional(Schema.Defect)
 }) {}
 
-export type Failure = BenchError | BootFailure | PlatformErrors.PlatformError
+export type Failure = BenchError | BootFailure | SnapshotFailure | PlatformErrors.PlatformError
 export type Services =
   | Assets
   | CommandExecutor.CommandExecutor

@@ -11,10 +11,14 @@ import { measure, type Scenario } from "./harness.ts"
 import * as leakCheck from "./leakCheck.ts"
 import * as report from "./report.ts"
 import { cli } from "./scenarios/cli.ts"
+import { clones } from "./scenarios/clones.ts"
 import { coldBoot } from "./scenarios/coldBoot.ts"
 import { exec } from "./scenarios/exec.ts"
+import { fork } from "./scenarios/fork.ts"
+import { restore } from "./scenarios/restore.ts"
+import { snapshot } from "./scenarios/snapshot.ts"
 
-const scenarios: ReadonlyArray<Scenario> = [coldBoot, exec, cli]
+const scenarios: ReadonlyArray<Scenario> = [coldBoot, exec, cli, restore, snapshot, fork, clones]
 
 interface Choice {
   readonly runs: number | undefined

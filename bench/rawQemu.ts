@@ -45,6 +45,9 @@ const ours = /^(chardev=qmp|socket,id=(qmp|channel)|virtio-serial-device|virtser
 const strip = (argv: ReadonlyArray<string>): ReadonlyArray<string> =>
   argv.flatMap((argument, at) => {
     if (ours.test(argument) || ours.test(argv[at + 1] ?? "")) return []
+    // the shim's memfd is not there; one of QEMU's own costs the same
+    if (argument.startsWith("memory-backend-file"))
+      return [argument.replace("-file", "-memfd").replace(/,mem-path=[^,]*/, "")]
     return argument.startsWith("socket,id=console") ? ["stdio,id=console,signal=off"] : [argument]
   })
 
@@ -78,8 +81,7 @@ export const make = Effect.fn("rawQemu.make")(function* (machine: Machine) {
     ...machine,
     id: VmId.make("f00000000000"),
     dir: home,
-    kernel: yield* assets.kernel,
-    initrd,
+    start: { _tag: "Kernel", kernel: yield* assets.kernel, initrd },
     disks: []
   })
   const [binary, ...argv] = commandLine(spec, {
