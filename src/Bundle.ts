@@ -24,11 +24,16 @@ export interface Claim {
 }
 
 const manifestFile = "meta.json"
-/** Made first and exclusively: of two that want one directory, one is refused. */
 const draftFile = "meta.json.partial"
+/**
+ * Made first and exclusively: of two that want one directory, one is refused. A symbolic link, whose text is its maker, since that is there
+ * with it at once; a file could be left empty by a maker that is killed.
+ */
+const claimFile = "claim"
 
 /** The files an unfinished bundle may hold; the directory itself was there before and stays. */
-const mayHold = (dir: string, blobs: ReadonlyArray<string>) => [...blobs, draftFile].map((name) => path.join(dir, name))
+const mayHold = (dir: string, blobs: ReadonlyArray<string>) =>
+  [...blobs, draftFile, claimFile].map((name) => path.join(dir, name))
 
 /**
  * Takes `outDir` for a bundle: it must not exist, parents included if need be, or be empty. Closing the scope with a failure removes what was
@@ -44,7 +49,7 @@ export const claim = Effect.fn("Bundle.claim")(function* (outDir: string, blobs:
     Effect.gen(function* () {
       // one by one: Node's recursive mkdir never returns where a file system refuses to make directories
       yield* Effect.forEach(missing, (at) => Effect.catchIf(fs.makeDirectory(at), alreadyExists, () => Effect.void))
-      yield* fs.writeFileString(path.join(dir, draftFile), JSON.stringify(me), { flag: "wx" })
+      yield* fs.symlink(JSON.stringify(me), path.join(dir, claimFile))
     }).pipe(
       Effect.tapError(() => Effect.forEach([...missing].reverse(), removeIfEmpty)),
       Effect.mapError((cause) =>
@@ -82,8 +87,8 @@ export const checkDir = Effect.fn("Bundle.checkDir")(function* (outDir: string) 
   if (info.type !== "Directory") return yield* notEmpty(dir, "is a file")
   const inside = yield* Effect.mapError(fs.readDirectory(dir), unusable(dir))
   const [only] = inside
-  if (only === draftFile && inside.length === 1 && (yield* isStale(path.join(dir, draftFile)))) {
-    yield* Effect.ignore(fs.remove(path.join(dir, draftFile), { force: true }))
+  if (only === claimFile && inside.length === 1 && (yield* isStale(path.join(dir, claimFile)))) {
+    yield* Effect.ignore(fs.remove(path.join(dir, claimFile), { force: true }))
     return { dir, missing }
   }
   if (only !== undefined) return yield* notEmpty(dir, "is not empty")
@@ -91,10 +96,10 @@ export const checkDir = Effect.fn("Bundle.checkDir")(function* (outDir: string) 
 })
 
 /** A claim whose maker was killed before there was anything else. */
-const isStale = (draft: string) =>
+const isStale = (claim: string) =>
   Effect.gen(function* () {
     const fs = yield* FileSystem.FileSystem
-    const maker = yield* Schema.decode(Schema.parseJson(ProcessIdentity))(yield* fs.readFileString(draft))
+    const maker = yield* Schema.decode(Schema.parseJson(ProcessIdentity))(yield* fs.readLink(claim))
     return !(yield* processes.isAlive(maker))
   }).pipe(Effect.orElseSucceed(() => false))
 
@@ -118,6 +123,7 @@ export const finish = Effect.fn("Bundle.finish")(
         return digest === undefined || probe === undefined ? [] : [{ name, ...digest, probe }]
       })
     })
+    yield* fs.remove(path.join(dir, claimFile))
     const draft = path.join(dir, draftFile)
     yield* fs.writeFileString(draft, seal(yield* Schema.encode(BundleManifest)(manifest)))
     yield* sync(draft)

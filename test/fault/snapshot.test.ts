@@ -215,7 +215,7 @@ describe("a directory that cannot hold a bundle", () => {
   ]
   const writing = () => {
     const dir = temporaryDirectory()
-    fs.writeFileSync(path.join(dir, "meta.json.partial"), "")
+    fs.symlinkSync("somebody", path.join(dir, "claim"))
     return dir
   }
   for (const [what, make, outDir] of rows) {
@@ -296,7 +296,7 @@ const atOnce = (look: () => boolean): Effect.Effect<void> =>
       over = true
     })
   })
-const size = (file: string) => fs.statSync(file, { throwIfNoEntry: false })
+const size = (file: string) => fs.lstatSync(file, { throwIfNoEntry: false })
 const ids = () => leftovers(home).vms.filter((name) => /^[a-f][0-9a-f]{11}$/.test(name))
 const entryOf = (id: string) => JSON.parse(fs.readFileSync(path.join(vmsDir, id, "entry.json"), "utf8"))
 
@@ -318,13 +318,12 @@ const killed = (starter: CliProcess, when: Effect.Effect<unknown>) =>
     return yield* starter.result
   })
 
-const claimOnly = (dir: string) =>
-  fs.existsSync(dir) && fs.readdirSync(dir).every((file) => file === "meta.json.partial")
+const claimOnly = (dir: string) => fs.existsSync(dir) && fs.readdirSync(dir).every((file) => file === "claim")
 
 /** Moments of a snapshot, in their order. */
 const moments: ReadonlyArray<readonly [what: string, reached: (dir: string) => boolean]> = [
   ["the directory is there", (dir) => size(dir) !== undefined],
-  ["it is claimed", (dir) => size(path.join(dir, "meta.json.partial")) !== undefined],
+  ["it is claimed", (dir) => size(path.join(dir, "claim")) !== undefined],
   ["there is a state", (dir) => size(path.join(dir, "state")) !== undefined],
   ["the state is written", (dir) => (size(path.join(dir, "state"))?.size ?? 0) > 0],
   ["there is a memory", (dir) => size(path.join(dir, "memory")) !== undefined],
