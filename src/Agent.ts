@@ -122,6 +122,16 @@ export interface AgentClient {
     readonly sync: boolean
     readonly timeout: Duration.DurationInput
   }) => Effect.Effect<void, ExecError, Scope.Scope>
+  /**
+   * Writes the guest's processes to its disk and keeps both still until the scope closes; returns for how many milliseconds they have stood
+   * still by then. `timeout` is for each step in the guest.
+   */
+  readonly dump: (options: {
+    readonly tcpClose: boolean
+    readonly timeout: Duration.DurationInput
+  }) => Effect.Effect<number, ExecError, Scope.Scope>
+  /** Brings such processes back in a guest that was booted from a copy of that disk, once it is one of its own. */
+  readonly revive: (identity: Identity, options: { readonly lazy: boolean }) => Effect.Effect<Rejuvenation, ExecError>
   /** Makes a restored guest one of its own, and only then lets its commands go on. */
   readonly rejuvenate: (identity: Identity) => Effect.Effect<Rejuvenation, ExecError>
   readonly stats: Effect.Effect<GuestStats, ExecError>
@@ -333,6 +343,20 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
     )
   })
 
+  /** For operations that keep the guest still from their first answer on; the stream is the scope's: whatever ends it lets go. */
+  const held = Effect.fnUntraced(function* (request: AgentRequest) {
+    const { frames, send, started } = yield* Effect.mapError(operate(request), toExecError)
+    yield* Effect.addFinalizer(() =>
+      send(encodeFrame(FrameType.eof, new Uint8Array(0))).pipe(
+        Effect.zipRight(Stream.runDrain(frames)),
+        Effect.interruptible,
+        Effect.timeout("2 seconds"),
+        Effect.ignore
+      )
+    )
+    return started
+  })
+
   const pushTar = (guestPath: string, bytes: Stream.Stream<Uint8Array, FilesError>) =>
     Effect.scoped(
       Effect.gen(function* () {
@@ -433,43 +457,42 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
     }),
     stat,
     freeze: Effect.fn("Agent.freeze")(function* ({ sync, timeout }) {
-      // the stream is the scope's: whatever ends it thaws
-      const { frames, send } = yield* Effect.mapError(
-        operate({ op: "freeze", sync, timeoutMs: Duration.toMillis(timeout) }),
-        toExecError
-      )
-      yield* Effect.addFinalizer(() =>
-        send(encodeFrame(FrameType.eof, new Uint8Array(0))).pipe(
-          Effect.zipRight(Stream.runDrain(frames)),
-          Effect.interruptible,
-          Effect.timeout("2 seconds"),
-          Effect.ignore
-        )
-      )
+      yield* held({ op: "freeze", sync, timeoutMs: Duration.toMillis(timeout) })
     }),
-    rejuvenate: Effect.fn("Agent.rejuvenate")(function* ({ env, generation, hostname }) {
-      const result = yield* Effect.mapError(
-        Effect.suspend(() =>
-          ask({
-            op: "rejuvenate",
-            seed: randomBytes(32).toString("hex"),
-            nowMs: Date.now(),
-            hostname,
-            machineId: randomBytes(16).toString("hex"),
-            generation,
-            env
-          })
-        ),
-        toExecError
-      )
-      return yield* Effect.mapError(decodeRejuvenation(result), (cause) => protocolError("unreadable answer", cause))
+    dump: Effect.fn("Agent.dump")(function* ({ tcpClose, timeout }) {
+      const { frozenMs = 0 } = yield* held({ op: "dump", tcpClose, timeoutMs: Duration.toMillis(timeout) })
+      return frozenMs
     }),
+    rejuvenate: Effect.fn("Agent.rejuvenate")((identity) =>
+      renew(Effect.suspend(() => ask({ op: "rejuvenate", ...renewed(identity) })))
+    ),
+    revive: Effect.fn("Agent.revive")((identity, { lazy }) =>
+      renew(Effect.suspend(() => ask({ op: "revive", lazy, ...renewed(identity) })))
+    ),
     stats: ask({ op: "stats" }).pipe(
       Effect.flatMap(decodeStats),
       Effect.mapError((e) => (e._tag === "ParseError" ? protocolError("unreadable statistics", e) : toExecError(e)))
     )
   }
 }
+
+/** What must not be the same twice, made at the last moment. */
+const renewed = ({ env, generation, hostname }: Identity) => ({
+  seed: randomBytes(32).toString("hex"),
+  nowMs: Date.now(),
+  hostname,
+  machineId: randomBytes(16).toString("hex"),
+  generation,
+  env
+})
+
+const renew = (asked: Effect.Effect<unknown, ExecError | AgentRefusal>) =>
+  asked.pipe(
+    Effect.mapError(toExecError),
+    Effect.flatMap((json) =>
+      Effect.mapError(decodeRejuvenation(json), (cause) => protocolError("unreadable answer", cause))
+    )
+  )
 
 /** Reads one frame at a time; an error frame, a violation and an end before the last frame fail. */
 const frameReader = Effect.fnUntraced(function* (bytes: Connection["bytes"]) {

@@ -120,6 +120,16 @@ const isFrameType = (type: number): type is FrameType => frameTypes.has(type)
 
 const Environment = Schema.Record({ key: Schema.String, value: Schema.String })
 
+/** What makes a copy a machine of its own. */
+const identity = {
+  seed: Schema.String,
+  nowMs: Schema.Int,
+  hostname: Schema.String,
+  machineId: Schema.String,
+  generation: Schema.String,
+  env: Environment
+}
+
 /** What the host may ask of the agent; the first frame of every stream. */
 export const AgentRequest = Schema.Union(
   Schema.Struct({
@@ -154,20 +164,19 @@ export const AgentRequest = Schema.Union(
     sync: Schema.Boolean,
     timeoutMs: Schema.optional(Schema.Int)
   }),
-  Schema.Struct({
-    op: Schema.Literal("rejuvenate"),
-    seed: Schema.String,
-    nowMs: Schema.Int,
-    hostname: Schema.String,
-    machineId: Schema.String,
-    generation: Schema.String,
-    env: Environment
-  }),
+  Schema.Struct({ op: Schema.Literal("rejuvenate"), ...identity }),
+  Schema.Struct({ op: Schema.Literal("dump"), tcpClose: Schema.Boolean, timeoutMs: Schema.optional(Schema.Int) }),
+  Schema.Struct({ op: Schema.Literal("revive"), lazy: Schema.Boolean, ...identity }),
   Schema.Struct({ op: Schema.Literal("poweroff") })
 )
 export type AgentRequest = typeof AgentRequest.Type
 
-export const AgentStarted = Schema.Struct({ pid: Schema.optional(Schema.Int) })
+export const AgentStarted = Schema.Struct({
+  pid: Schema.optional(Schema.Int),
+  /** `dump`: for how long the processes have stood still. */
+  frozenMs: Schema.optional(Schema.Number),
+  processes: Schema.optional(Schema.Int)
+})
 
 /** Why the agent refused or gave up; the last frame of its stream. */
 export const AgentFault = Schema.Struct({
@@ -181,6 +190,7 @@ export const AgentFault = Schema.Struct({
     "AGENT_TIMEOUT",
     "AGENT_ARGUMENTS_TOO_LARGE",
     "AGENT_NO_SPACE",
+    "AGENT_CRIU",
     "AGENT_IO"
   ),
   message: Schema.String,
@@ -207,7 +217,9 @@ export class GuestStats extends Schema.Class<GuestStats>("GuestStats")({
   diskTotalBytes: Schema.Number,
   diskFreeBytes: Schema.Number,
   /** Processes the guest kernel ended for want of memory since boot. */
-  oomKills: Schema.Int
+  oomKills: Schema.Int,
+  /** Pages (of 4 KiB) of restored processes that will be read when they are touched. */
+  lazyPagesPending: Schema.Int
 }) {}
 
 /** What a restored guest made new before its processes went on, and what stayed as it was in the original. */

@@ -50,6 +50,8 @@ export interface GuestConfig {
     readonly id: string
     readonly hostname: string
     readonly root: "overlay" | "disk"
+    /** The disk holds processes that go on here; nothing else is served before. */
+    readonly revive?: boolean
   }
 }
 

@@ -21,7 +21,18 @@ export interface Target {
   readonly remove: ReadonlyArray<string>
   /** Write the guest's filesystems out first, so that the disks are complete without the memory. */
   readonly sync: boolean
+  /** Established TCP connections need not survive. */
+  readonly tcpClose: boolean
   readonly timeoutMs: number
+}
+
+/** The machine a snapshot is to go on in. */
+export interface Place {
+  /** Its directory, which exists. */
+  readonly dir: string
+  readonly entry: VmEntry
+  /** Memory is to be read when it is touched, where the engine has it otherwise. */
+  readonly lazy: boolean
 }
 
 /** A capture, prepared. */
@@ -46,8 +57,10 @@ export interface SnapshotEngine {
   readonly name: EngineName
   /** Files that every bundle of this engine has, disks aside. */
   readonly blobs: ReadonlyArray<string>
+  /** A bundle goes on only in the machine it was taken from: the same VMM, devices and memory. Otherwise the same kernel and CPU do. */
+  readonly sameMachine: boolean
   readonly take: (source: Source, target: Target) => Effect.Effect<Taking, SnapshotError, Scope.Scope>
-  readonly revive: (bundleDir: string) => Effect.Effect<Revival, BootError, Scope.Scope>
+  readonly revive: (bundleDir: string, place: Place) => Effect.Effect<Revival, BootError, Scope.Scope>
 }
 export const SnapshotEngine = Context.GenericTag<SnapshotEngine>("machinen/SnapshotEngine")
 

@@ -12,6 +12,8 @@ export interface MemoryStats {
   readonly ceilingMib: number
   /** The VMM's resident memory, or null when it is gone. */
   readonly hostRssBytes: number | null
+  /** Pages (of 4 KiB) of restored processes that are to be read when they are touched; 0 for a guest that does not answer. */
+  readonly lazyPagesPending: number
 }
 
 /** A running VM. Whoever booted it owns it through their scope; whoever attached to it does not. */
@@ -51,8 +53,23 @@ export const make = (entry: VmEntry, vmm: VmmHandle, agent: AgentClient): Vm => 
   resume: vmm.resume,
   logs: vmm.logs,
   machine: vmm,
-  memoryStats: Effect.map(processes.residentBytes(vmm.vmm.pid), (rss) => ({
-    ceilingMib: entry.memoryMib,
-    hostRssBytes: Option.getOrNull(rss)
-  }))
+  memoryStats: Effect.map(
+    Effect.all([
+      processes.residentBytes(vmm.vmm.pid),
+      entry.lazy === true ? lazyPagesPending(agent) : Effect.succeed(0)
+    ]),
+    ([rss, lazyPagesPending]) => ({
+      ceilingMib: entry.memoryMib,
+      hostRssBytes: Option.getOrNull(rss),
+      lazyPagesPending
+    })
+  )
 })
+
+/** A guest that is paused says nothing. */
+const lazyPagesPending = (agent: AgentClient) =>
+  agent.stats.pipe(
+    Effect.map((stats) => stats.lazyPagesPending),
+    Effect.timeout("1 second"),
+    Effect.orElseSucceed(() => 0)
+  )

@@ -1,5 +1,4 @@
 import * as path from "node:path"
-import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
 import { Duration, Effect } from "effect"
 import { Agent } from "./Agent.ts"
 import { Assets } from "./Assets.ts"
@@ -7,7 +6,7 @@ import { type BootOptions, type BootPlan, validate } from "./domain/BootOptions.
 import { BootError, type ExecError } from "./domain/errors.ts"
 import { type Disk, MachineSpec } from "./domain/Vm.ts"
 import { VmEntry } from "./domain/VmEntry.ts"
-import * as Initramfs from "./Initramfs.ts"
+import type * as Initramfs from "./Initramfs.ts"
 import * as Launch from "./launch.ts"
 import * as PhaseTimer from "./PhaseTimer.ts"
 import * as memory from "./platform/memory.ts"
@@ -38,7 +37,6 @@ export const boot = Effect.fn("boot")(
     const assets = yield* Assets
     const vmm = yield* Vmm
     const agent = yield* Agent
-    const fs = yield* FileSystem.FileSystem
     const { phase, phases } = yield* PhaseTimer.make
 
     // 1. Check everything that can be refused. Nothing has been acquired yet.
@@ -80,7 +78,7 @@ export const boot = Effect.fn("boot")(
       [
         rootDisks(plan, dir, images).pipe(phase("rootdisk-materialize")),
         assets.kernel,
-        writeInitramfs(fs, assets, dir, plan, entry).pipe(phase("initramfs-pack")),
+        Launch.writeInitramfs(dir, guestOf(plan, entry)).pipe(phase("initramfs-pack")),
         agent.doorbell(vsockPath)
       ],
       { concurrency: "unbounded" }
@@ -140,39 +138,20 @@ const rootDisks = Effect.fnUntraced(function* (plan: BootPlan, dir: string, imag
   return { disks, files: [{ from: template, to: upper }] }
 })
 
-const writeInitramfs = Effect.fnUntraced(function* (
-  fs: FileSystem.FileSystem,
-  assets: Assets["Type"],
-  dir: string,
-  plan: BootPlan,
-  entry: VmEntry
-) {
-  const initrd = path.join(dir, "initrd.cpio")
-  const init = yield* assets.init
-  const archive = Initramfs.forBoot(yield* Effect.mapError(fs.readFile(init), packFailed), {
-    config: {
-      ...(plan.command === undefined ? {} : { cmd: plan.command }),
-      env: { ...(entry.name === undefined ? {} : { MACHINEN_VM_NAME: entry.name }), ...plan.env },
-      ...(plan.cwd === undefined ? {} : { cwd: plan.cwd })
-    },
-    boot: {
-      version: 1,
-      id: entry.id,
-      hostname: Launch.hostname(entry),
-      root: plan.rootDisk === undefined ? "overlay" : "disk"
-    }
-  })
-  yield* Effect.mapError(fs.writeFile(initrd, archive), packFailed)
-  return initrd
+/** What the guest is told. */
+const guestOf = (plan: BootPlan, entry: VmEntry): Initramfs.GuestConfig => ({
+  config: {
+    ...(plan.command === undefined ? {} : { cmd: plan.command }),
+    env: { ...(entry.name === undefined ? {} : { MACHINEN_VM_NAME: entry.name }), ...plan.env },
+    ...(plan.cwd === undefined ? {} : { cwd: plan.cwd })
+  },
+  boot: {
+    version: 1,
+    id: entry.id,
+    hostname: Launch.hostname(entry),
+    root: plan.rootDisk === undefined ? "overlay" : "disk"
+  }
 })
-
-const packFailed = (cause: PlatformErrors.PlatformError) =>
-  new BootError({
-    code: "BOOT_PACK_FAILED",
-    message: `the initramfs could not be written: ${cause.message}`,
-    hint: "check the free space of the state directory (MACHINEN_HOME)",
-    cause
-  })
 
 const notReadyDetached = (error: BootError | ExecError) =>
   new BootError({

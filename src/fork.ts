@@ -14,6 +14,8 @@ export interface ForkOptions extends Omit<RestoreOptions, "snapDir" | "image"> {
   /** Keep the bundle there; otherwise nothing of it stays. */
   readonly outDir?: string
   readonly engine?: EngineName
+  /** Established TCP connections survive in the siblings, as they do in any case when the whole machine is forked. Default false. */
+  readonly tcpKeep?: boolean
   readonly timeoutMs?: number
   /** The part of the host's memory that must be free, 0 to 1; 0: no matter. Default 0.01. */
   readonly freeMemoryThreshold?: number
@@ -43,12 +45,13 @@ export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOp
       hint: `give a whole number from 1 to ${maxSiblings}, and a name only to one`
     })
   }
+  const tcpClose = !(options.tcpKeep ?? false)
   yield* checkSource(source)
   yield* checkMemory(options.freeMemoryThreshold ?? defaultThreshold)
   const siblings = Array.from({ length: count })
 
   if (outDir !== undefined) {
-    const taken = yield* snapshot(source, { ...rest, outDir, leaveRunning: true })
+    const taken = yield* snapshot(source, { ...rest, outDir, leaveRunning: true, tcpClose })
     const restored = yield* Effect.forEach(siblings, () => restore({ ...rest, snapDir: outDir }), {
       concurrency: startedAtOnce
     })
@@ -63,7 +66,7 @@ export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOp
       const engine = yield* chooseEngine(options.engine)
       const dir = yield* Effect.provideService(registry.scratch, Scope.Scope, files)
       const taking = yield* engine
-        .take(source, { dir, remove: [], sync: false, timeoutMs: options.timeoutMs ?? 90_000 })
+        .take(source, { dir, remove: [], sync: false, tcpClose, timeoutMs: options.timeoutMs ?? 90_000 })
         .pipe(Effect.provideService(Scope.Scope, files))
       const pausedMs = yield* held(taking)
       yield* taking.commit

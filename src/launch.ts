@@ -1,9 +1,13 @@
 import { randomBytes } from "node:crypto"
+import * as path from "node:path"
+import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
 import { Duration, Effect, Stream } from "effect"
+import { Assets } from "./Assets.ts"
 import { BootError } from "./domain/errors.ts"
 import type { ExitRecord } from "./domain/ShimPlan.ts"
-import { VmId } from "./domain/Vm.ts"
+import { type Disk, VmId } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
+import * as Initramfs from "./Initramfs.ts"
 import * as UnixSocket from "./platform/UnixSocket.ts"
 import type { VmmHandle } from "./Vmm.ts"
 
@@ -12,6 +16,27 @@ export const newId = () => {
   const hex = randomBytes(6).toString("hex")
   return VmId.make("abcdef".charAt(Number.parseInt(hex.charAt(0), 16) % 6) + hex.slice(1))
 }
+
+/** How the guest makes its root of these disks. */
+export const rootKind = (disks: ReadonlyArray<Disk>) => (disks.some(({ id }) => id === "upper") ? "overlay" : "disk")
+
+/** Puts init and what it is told into the VM's directory; returns the archive's path. */
+export const writeInitramfs = Effect.fnUntraced(function* (dir: string, guest: Initramfs.GuestConfig) {
+  const fs = yield* FileSystem.FileSystem
+  const init = yield* (yield* Assets).init
+  const initrd = path.join(dir, "initrd.cpio")
+  const program = yield* Effect.mapError(fs.readFile(init), packFailed)
+  yield* Effect.mapError(fs.writeFile(initrd, Initramfs.forBoot(program, guest)), packFailed)
+  return initrd
+})
+
+const packFailed = (cause: PlatformErrors.PlatformError) =>
+  new BootError({
+    code: "BOOT_PACK_FAILED",
+    message: `the initramfs could not be written: ${cause.message}`,
+    hint: "check the free space of the state directory (MACHINEN_HOME)",
+    cause
+  })
 
 export const checkSocketPath = (longest: string, home: string) =>
   Buffer.byteLength(longest) <= UnixSocket.maxPath

@@ -30,6 +30,8 @@ export interface RestoreOptions {
   /** Over the environment the source was booted with. */
   readonly env?: Readonly<Record<string, string>>
   readonly detached?: boolean
+  /** Memory is read when it is touched. An engine that maps the whole machine does so in any case. Default false. */
+  readonly lazy?: boolean
 }
 
 export interface Restored {
@@ -57,6 +59,7 @@ export interface Seed {
 /** Restores a bundle into the current scope: everything about it that can be refused is refused before anything is acquired. */
 export const restore = Effect.fn("restore")(function* (options: RestoreOptions) {
   const bundle = yield* Bundle.read(options.snapDir)
+  const engine = yield* engineOf(bundle.manifest)
   const reasons = yield* misfits(bundle, options)
   if (reasons.length > 0) {
     return yield* new BootError({
@@ -65,7 +68,6 @@ export const restore = Effect.fn("restore")(function* (options: RestoreOptions) 
       hint: "restore it where it was taken, or take the snapshot again here"
     })
   }
-  const engine = yield* engineOf(bundle.manifest)
   yield* Bundle.check(bundle, engine.blobs)
   const { manifest } = bundle
   return yield* revive(
@@ -122,6 +124,7 @@ export const revive = Effect.fn("revive")(
       kernel: seed.kernel,
       disks,
       forkedFrom: seed.forkedFrom,
+      ...(options.lazy === true ? { lazy: true } : {}),
       createdAt: Date.now(),
       vsockPath,
       controlPath: path.join(dir, "shim.sock"),
@@ -130,7 +133,7 @@ export const revive = Effect.fn("revive")(
 
     // 2. The VM's directory and name, and how it begins.
     const cleanup = yield* registry.claim(entry).pipe(phase("claim"))
-    const revival = yield* seed.engine.revive(seed.dir)
+    const revival = yield* seed.engine.revive(seed.dir, { dir, entry, lazy: options.lazy ?? false })
 
     // 3. Shim and VMM, with disks of its own.
     const files = seed.disks.flatMap((disk) => (disk.readOnly ? [] : [{ from: disk.path, to: own(disk).path }]))
@@ -208,6 +211,7 @@ export const misfits = Effect.fn("restore.misfits")(function* (
   options: { readonly image?: string }
 ) {
   const { manifest } = bundle
+  const { sameMachine } = yield* engineOf(manifest)
   const digests = yield* Digests
   const vmm = yield* Vmm
   const assets = yield* Assets
@@ -218,14 +222,17 @@ export const misfits = Effect.fn("restore.misfits")(function* (
   const differ = (what: string, made: string | number, have: string | number) => {
     if (made !== have) reasons.push(`${what} was ${made}, here it is ${have}`)
   }
-  differ("the backend", there.backend, here.backend)
-  differ("the VMM's version", there.vmmVersion, here.vmmVersion)
   differ("the accelerator", there.accel, here.accel)
-  differ("the machine type", there.machine, here.machine)
   differ("the CPU model", there.cpu, here.cpu)
-  differ("the list of devices", there.devices.join(" "), here.devices.join(" "))
+  if (sameMachine) {
+    differ("the backend", there.backend, here.backend)
+    differ("the VMM's version", there.vmmVersion, here.vmmVersion)
+    differ("the machine type", there.machine, here.machine)
+    differ("the list of devices", there.devices.join(" "), here.devices.join(" "))
+  }
   // measured, not stated: two measurements of one host differ by a little
-  if (Math.abs(there.tscKhz - here.tscKhz) > here.tscKhz / 100) differ("the TSC rate in kHz", there.tscKhz, here.tscKhz)
+  if (sameMachine && Math.abs(there.tscKhz - here.tscKhz) > here.tscKhz / 100)
+    differ("the TSC rate in kHz", there.tscKhz, here.tscKhz)
   const kernel = yield* Effect.orElseSucceed(digests.remembered(yield* assets.kernel), () => "")
   if (kernel !== manifest.kernelSha256) reasons.push("it was taken with another guest kernel")
   const memory = manifest.blobs.find(({ name }) => name === "memory")

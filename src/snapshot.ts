@@ -3,6 +3,7 @@ import * as Bundle from "./Bundle.ts"
 import { Digests } from "./Digests.ts"
 import type { BundleDisk, EngineName } from "./domain/BundleManifest.ts"
 import { BootError, SnapshotError } from "./domain/errors.ts"
+import * as PhaseTimer from "./PhaseTimer.ts"
 import { Settings } from "./Settings.ts"
 import { type SnapshotEngine, SnapshotEngines, type Source, type Taking } from "./SnapshotEngine.ts"
 import { Vmm } from "./Vmm.ts"
@@ -10,10 +11,12 @@ import { Vmm } from "./Vmm.ts"
 export interface SnapshotOptions {
   /** Absent, or an empty directory. */
   readonly outDir: string
-  /** Default: MACHINEN_SNAPSHOT_ENGINE, else `vmstate`. */
+  /** Default: MACHINEN_SNAPSHOT_ENGINE, else the first of the engines there are, `vmstate`. */
   readonly engine?: EngineName
   /** The source goes on after the snapshot; without it the source ends, since two that hold the same connections and jobs rarely are wanted. */
   readonly leaveRunning?: boolean
+  /** Established TCP connections are closed in what is restored. An engine that saves the whole machine keeps them. Default false. */
+  readonly tcpClose?: boolean
   /** For freezing the guest's processes. Default 90 s. */
   readonly timeoutMs?: number
 }
@@ -23,6 +26,8 @@ export interface Snapshot {
   /** For how long the guest's processes stood still, in milliseconds; not for a source that ended. */
   readonly pausedMs: number | null
   readonly elapsedMs: number
+  /** Where the time went, milliseconds by phase. */
+  readonly phases: ReadonlyMap<string, number>
 }
 
 const defaultTimeoutMs = 90_000
@@ -32,7 +37,10 @@ export const chooseEngine = Effect.fnUntraced(function* (wanted: EngineName | un
   const engines = yield* SnapshotEngines
   const { snapshotEngine } = yield* Settings
   const configured = snapshotEngine.trim().toLowerCase()
-  const engine = [...engines.values()].find(({ name }) => name === (wanted ?? (configured || "vmstate")))
+  const engine =
+    wanted === undefined && configured === ""
+      ? engines.values().next().value
+      : [...engines.values()].find(({ name }) => name === (wanted ?? configured))
   if (engine === undefined) {
     return yield* new BootError({
       code: "BOOT_SNAPSHOT_ENGINE_INVALID",
@@ -50,28 +58,32 @@ export const chooseEngine = Effect.fnUntraced(function* (wanted: EngineName | un
 export const snapshot = Effect.fn("snapshot")(function* (source: Source, options: SnapshotOptions) {
   const began = performance.now()
   const leaveRunning = options.leaveRunning ?? false
+  const { phase, phases } = yield* PhaseTimer.make
   const engine = yield* chooseEngine(options.engine)
   yield* checkSource(source)
   const result = yield* Effect.scoped(
     Effect.gen(function* () {
       const claim = yield* Bundle.claim(options.outDir, possibleBlobs)
-      const taking = yield* engine.take(source, {
-        dir: claim.dir,
-        remove: claim.remove,
-        sync: true,
-        timeoutMs: options.timeoutMs ?? defaultTimeoutMs
-      })
+      const taking = yield* engine
+        .take(source, {
+          dir: claim.dir,
+          remove: claim.remove,
+          sync: true,
+          tcpClose: options.tcpClose ?? false,
+          timeoutMs: options.timeoutMs ?? defaultTimeoutMs
+        })
+        .pipe(phase("prepare"))
       const facts = yield* Effect.fork(factsOf(source, engine))
       let pausedMs: number | null = null
-      if (leaveRunning) pausedMs = yield* held(taking)
-      else yield* taking.hold
-      const bundle = yield* Bundle.finish(claim.dir, taking.blobs, yield* facts)
+      if (leaveRunning) pausedMs = yield* held(taking).pipe(phase("hold"))
+      else yield* taking.hold.pipe(phase("hold"))
+      const bundle = yield* Bundle.finish(claim.dir, taking.blobs, yield* facts).pipe(phase("finalize"))
       yield* taking.commit
-      if (!leaveRunning) yield* source.machine.kill
+      if (!leaveRunning) yield* source.machine.kill.pipe(phase("poweroff"))
       return { bundle, pausedMs }
     })
   )
-  const done: Snapshot = { ...result, elapsedMs: performance.now() - began }
+  const done: Snapshot = { ...result, elapsedMs: performance.now() - began, phases: phases() }
   return done
 })
 

@@ -23,12 +23,15 @@ export const temporaryHome = (): string => {
 }
 
 /** The whole program on real guests, with the settings given. */
-export const live = (home: string, overrides: Readonly<Record<string, string>> = {}) =>
-  layers.layer.pipe(
-    Layer.provide(
-      Layer.setConfigProvider(
-        ConfigProvider.fromMap(new Map(Object.entries({ ...environment(home), ...overrides })), { pathDelim: "_" })
-      )
+export const live = (
+  home: string,
+  overrides: Readonly<Record<string, string>> = {},
+  program: typeof layers.layerWithoutReconcile = layers.layer
+) =>
+  Layer.provide(
+    program,
+    Layer.setConfigProvider(
+      ConfigProvider.fromMap(new Map(Object.entries({ ...environment(home), ...overrides })), { pathDelim: "_" })
     )
   )
 

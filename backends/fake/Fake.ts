@@ -55,6 +55,8 @@ const silent: AgentClient = {
   stat: () => nowhere,
   freeze: () => nobody,
   rejuvenate: () => nobody,
+  dump: () => nobody,
+  revive: () => nobody,
   stats: nobody
 }
 

@@ -17,6 +17,7 @@ export const layer = Layer.succeed(
   SnapshotEngine.of({
     name: "vmstate",
     blobs: [stateFile, memoryFile],
+    sameMachine: true,
     take: Effect.fn("Vmstate.take")(function* ({ agent, entry, machine }, { dir, remove, sync, timeoutMs }) {
       const disks = (entry.disks ?? []).filter(({ readOnly }) => !readOnly)
       const saving = yield* Effect.mapError(

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// `/machinen-config.json`: what the image and the boot options say about commands.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct GuestConfig {
     /// The main command, run by the operation `main`.
@@ -22,6 +22,9 @@ pub struct BootConfig {
     pub version: u32,
     pub hostname: String,
     pub root: RootKind,
+    /// The disk holds processes that are to be brought back (the operation `revive`).
+    #[serde(default)]
+    pub revive: bool,
 }
 
 /// How the root filesystem is made of the disks.

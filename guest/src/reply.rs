@@ -27,6 +27,9 @@ pub enum Code {
     ArgumentsTooLarge,
     #[serde(rename = "AGENT_NO_SPACE")]
     NoSpace,
+    /// CRIU, or what is known of it, refuses.
+    #[serde(rename = "AGENT_CRIU")]
+    Criu,
     #[serde(rename = "AGENT_IO")]
     Io,
 }
@@ -153,6 +156,17 @@ pub struct Stats {
     pub disk_free_bytes: u64,
     /// Processes of commands the kernel killed for want of memory since boot.
     pub oom_kills: u64,
+    /// Pages (of 4 KiB) of restored processes that will be read when they are touched.
+    pub lazy_pages_pending: u64,
+}
+
+/// Payload of `started` for `dump`: the images are on the disk, and the disk stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Dumped {
+    /// For how long the commands have stood still.
+    pub frozen_ms: u64,
+    pub processes: usize,
 }
 
 /// Something a copy still has in common with what it was copied from.

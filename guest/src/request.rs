@@ -23,6 +23,8 @@ pub enum Request {
     Hostname(Hostname),
     Freeze(Freeze),
     Rejuvenate(Rejuvenate),
+    Dump(Dump),
+    Revive(Revive),
     Poweroff,
 }
 
@@ -110,6 +112,24 @@ pub struct Rejuvenate {
     pub env: BTreeMap<String, String>,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Dump {
+    /// Established TCP connections are not kept.
+    #[serde(default)]
+    pub tcp_close: bool,
+    pub timeout_ms: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Revive {
+    /// Memory is read when it is touched.
+    #[serde(default)]
+    pub lazy: bool,
+    #[serde(flatten)]
+    pub identity: Rejuvenate,
+}
+
 /// Longest host name Linux takes (`__NEW_UTS_LEN`).
 const MAX_HOSTNAME: usize = 64;
 
@@ -134,6 +154,8 @@ impl Request {
             "hostname" => Self::Hostname(from_json(json)?),
             "freeze" => Self::Freeze(from_json(json)?),
             "rejuvenate" => Self::Rejuvenate(from_json(json)?),
+            "dump" => Self::Dump(from_json(json)?),
+            "revive" => Self::Revive(from_json(json)?),
             "poweroff" => Self::Poweroff,
             // The name is the peer's: quoted, and not at any length.
             other => {
@@ -161,7 +183,8 @@ impl Request {
             }
             Self::Hostname(Hostname { hostname }) => check_hostname(hostname),
             Self::Rejuvenate(rejuvenate) => rejuvenate.check(),
-            Self::Main(_) | Self::Kill(_) | Self::Stats | Self::Freeze(_) | Self::Poweroff => Ok(()),
+            Self::Revive(revive) => revive.identity.check(),
+            Self::Main(_) | Self::Kill(_) | Self::Stats | Self::Freeze(_) | Self::Dump(_) | Self::Poweroff => Ok(()),
         }
     }
 }

@@ -28,6 +28,8 @@ export class VmEntry extends Schema.Class<VmEntry>("VmEntry")({
   disks: Schema.optional(Schema.Array(Disk)),
   /** The bundle it was restored from, or the id of the VM it was forked from. */
   forkedFrom: Schema.optional(Schema.String),
+  /** Its processes were restored without their memory, which comes as it is touched. */
+  lazy: Schema.optional(Schema.Boolean),
   /** Unix milliseconds. */
   createdAt: Schema.Number,
   vsockPath: Schema.String,

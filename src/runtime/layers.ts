@@ -1,5 +1,6 @@
 import * as NodeContext from "@effect/platform-node/NodeContext"
 import { Context, Effect, Layer } from "effect"
+import * as Criu from "../../backends/criu/Criu.ts"
 import * as QemuProbe from "../../backends/qemu/QemuProbe.ts"
 import * as QemuVmm from "../../backends/qemu/QemuVmm.ts"
 import * as Vmstate from "../../backends/vmstate/Vmstate.ts"
@@ -22,15 +23,17 @@ const foundation = Layer.mergeAll(Assets.layer, Registry.layer, Shim.layer, Vsoc
   Layer.provideMerge(NodeContext.layer)
 )
 
-/** Every engine by its name. */
-const engines = Layer.effect(
-  SnapshotEngines,
-  Effect.gen(function* () {
-    const context = yield* Effect.forEach([Vmstate.layer], Layer.build)
-    const all = context.map((built) => Context.get(built, SnapshotEngine))
-    return new Map(all.map((engine) => [engine.name, engine]))
-  }).pipe(Effect.scoped)
-)
+type Engine<R> = Layer.Layer<SnapshotEngine, never, R>
+
+/** The engines there are, by name; the first is the default. */
+const byName = <R>(engines: ReadonlyArray<Engine<R>>) =>
+  Layer.scoped(
+    SnapshotEngines,
+    Effect.map(Effect.forEach(engines, Layer.build), (built) => {
+      const all = built.map((context) => Context.get(context, SnapshotEngine))
+      return new Map(all.map((engine) => [engine.name, engine]))
+    })
+  )
 
 /** What an earlier process left when it was killed is gone before anything new is made. */
 const reconcileAtStart = Layer.effectDiscard(
@@ -39,13 +42,16 @@ const reconcileAtStart = Layer.effectDiscard(
   )
 )
 
-/** The one place where services meet their implementations. As it is, for who looks at what is left himself. */
-export const layerWithoutReconcile = Layer.mergeAll(Machinen.layer, Doctor.layer, Setup.layer).pipe(
-  Layer.provideMerge(engines),
-  Layer.provideMerge(QemuVmm.layer),
-  Layer.provideMerge(QemuProbe.layer),
-  Layer.provideMerge(Layer.mergeAll(Agent.layer, RootfsImage.layer, Digests.layer)),
-  Layer.provideMerge(foundation)
-)
+/** The one place where services meet their implementations, with a choice of engines. As it is, for who looks at what is left himself. */
+export const withEngines = <R>(...engines: ReadonlyArray<Engine<R>>) =>
+  Layer.mergeAll(Machinen.layer, Doctor.layer, Setup.layer).pipe(
+    Layer.provideMerge(byName(engines)),
+    Layer.provideMerge(QemuVmm.layer),
+    Layer.provideMerge(QemuProbe.layer),
+    Layer.provideMerge(Layer.mergeAll(Agent.layer, RootfsImage.layer, Digests.layer)),
+    Layer.provideMerge(foundation)
+  )
+
+export const layerWithoutReconcile = withEngines(Vmstate.layer, Criu.layer)
 
 export const layer = Layer.provideMerge(reconcileAtStart, layerWithoutReconcile)

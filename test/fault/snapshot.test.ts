@@ -301,12 +301,14 @@ const ids = () => leftovers(home).vms.filter((name) => /^[a-f][0-9a-f]{11}$/.tes
 const entryOf = (id: string) => JSON.parse(fs.readFileSync(path.join(vmsDir, id, "entry.json"), "utf8"))
 
 /** A detached VM with a heart, which the rest of the test must leave going on; returns its id. */
-const detached = Effect.gen(function* () {
-  yield* Effect.addFinalizer(() => cli(home, ["stop", "--force", "src"]))
-  assert.strictEqual((yield* cli(home, ["boot", "-d", "--image", "micro", "--name", "src"])).code, 0)
-  assert.strictEqual((yield* cli(home, ["exec", "src", "--", "sh", "-c", heart])).code, 0)
-  return ids()[0] ?? ""
-})
+const detachedOf = (image: string) =>
+  Effect.gen(function* () {
+    yield* Effect.addFinalizer(() => cli(home, ["stop", "--force", "src"]))
+    assert.strictEqual((yield* cli(home, ["boot", "-d", "--image", image, "--name", "src"])).code, 0)
+    assert.strictEqual((yield* cli(home, ["exec", "src", "--", "sh", "-c", heart])).code, 0)
+    return ids()[0] ?? ""
+  })
+const detached = detachedOf("micro")
 const srcGoesOn = Effect.gen(function* () {
   const { code, stderr } = yield* cli(home, ["exec", "src", "--", "sh", "-c", pulse])
   assert.deepStrictEqual({ code, stderr }, { code: 0, stderr: "" })
@@ -355,6 +357,78 @@ describe("kill -9 of the program that takes a snapshot, when", () => {
       // whoever died, another can take one
       assert.strictEqual((yield* cli(home, ["snapshot", "--keep-alive", "src", fresh()])).code, 0)
       assert.deepStrictEqual(leftovers(home).names, ["src"])
+    })
+  }
+})
+
+describe("kill -9 during a dump by criu", () => {
+  const state = (moment: string) => moments.find(([what]) => what === moment)?.[1] ?? assert.fail(moment)
+  const reached = ["it is claimed", "there is a disk", "the manifest is written", "it is a bundle"] as const
+
+  for (const moment of reached) {
+    test(`of the program that takes it, when ${moment}`, function* () {
+      yield* detachedOf("debian")
+      const dir = fresh()
+      const starter = yield* startCli(home, ["snapshot", "--engine", "criu", "--keep-alive", "src", dir])
+      yield* killed(
+        starter,
+        atOnce(() => state(moment)(dir))
+      )
+      yield* srcGoesOn
+      yield* eventually(
+        "a bundle or nothing",
+        () => !fs.existsSync(dir) || fs.existsSync(path.join(dir, "meta.json")) || claimOnly(dir)
+      )
+      if (fs.existsSync(path.join(dir, "meta.json"))) yield* run(restorable(dir))
+      // whoever died, another can take one
+      const next = fresh()
+      assert.strictEqual((yield* cli(home, ["snapshot", "--engine", "criu", "--keep-alive", "src", next])).code, 0)
+      yield* run(restorable(next))
+      assert.deepStrictEqual(leftovers(home).names, ["src"])
+    })
+  }
+
+  for (const part of ["vmm", "shim"] as const) {
+    for (const moment of ["it is claimed", "there is a disk"] as const) {
+      test(`of the source's ${part}, when ${moment}`, function* () {
+        const id = yield* detachedOf("debian")
+        const { pid } = entryOf(id)[part]
+        const dir = fresh()
+        const starter = yield* startCli(home, ["snapshot", "--engine", "criu", "--keep-alive", "src", dir])
+        yield* Effect.raceFirst(
+          atOnce(() => state(moment)(dir)),
+          starter.result
+        )
+        process.kill(pid, "SIGKILL")
+        const { code, stderr } = yield* starter.result
+        // a source that dies when all is copied has left a sound bundle
+        if (code === 0) yield* run(restorable(dir))
+        else {
+          assert.match(stderr, /\((SNAPSHOT|EXEC|REGISTRY)_[A-Z_]+\)/)
+          assert.isFalse(fs.existsSync(dir))
+        }
+        yield* assertNothingLeftAfterNextCommand(home)
+      })
+    }
+  }
+
+  const copies = (id: string) => ids().filter((other) => other !== id)
+  const begun = (id: string) => copies(id).some((copy) => fs.existsSync(path.join(vmsDir, copy, "console.log")))
+  for (const [what, reachedBy] of [
+    ["a sibling has a directory", (id: string) => copies(id).length > 0],
+    ["a sibling boots", begun]
+  ] as const) {
+    test(`of the program that forks, when ${what}`, function* () {
+      const id = yield* detachedOf("debian")
+      const starter = yield* startCli(home, ["fork", "--engine", "criu", "src"], { stdin: "open" })
+      yield* killed(
+        starter,
+        atOnce(() => reachedBy(id))
+      )
+      yield* srcGoesOn
+      yield* eventually("the sibling's end", () => processesOf(home).length === 2)
+      assert.strictEqual((yield* cli(home, ["ls"])).code, 0)
+      assert.deepStrictEqual([leftovers(home).vms, leftovers(home).names], [[id], ["src"]])
     })
   }
 })

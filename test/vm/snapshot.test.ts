@@ -3,9 +3,12 @@ import { existsSync, readdirSync, readFileSync } from "node:fs"
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
 import { Chunk, Effect, Fiber, Stream } from "effect"
+import * as Criu from "../../backends/criu/Criu.ts"
+import * as Vmstate from "../../backends/vmstate/Vmstate.ts"
 import type { BootOptions } from "../../src/domain/BootOptions.ts"
 import { Machinen } from "../../src/Machinen.ts"
 import type { Restored } from "../../src/restore.ts"
+import { withEngines } from "../../src/runtime/layers.ts"
 import type { Vm } from "../../src/Vm.ts"
 import { busyboxExt4, cli, live, settled, sh, temporaryHome } from "../fixtures.ts"
 
@@ -78,62 +81,144 @@ const later = (vm: Vm, than: Held) =>
     Effect.timeout("30 seconds")
   )
 
+/** What holds whichever engine there is: nothing here names one but its layer. */
+const engines = [
+  { name: "vmstate", image: "micro", program: live(home, {}, withEngines(Vmstate.layer)) },
+  { name: "criu", image: "debian", program: live(home, {}, withEngines(Criu.layer)) }
+]
+
+for (const { image, name, program } of engines)
+  describe(`with the engine ${name}`, { timeout: 240_000 }, () => {
+    afterEach(() => settled(home))
+
+    it.scopedLive("a copy goes on with everything its original had, and apart from it", () =>
+      Effect.gen(function* () {
+        const source = yield* boot({ image: "debian", name: "original", env: { BOOTED: "yes" } })
+        yield* sh(source, "mkdir -p /srv/held; echo nonce-$RANDOM-$(cat /proc/sys/kernel/random/uuid) > /dev/shm/nonce")
+        yield* source.writeFile("/srv/holder.py", holder)
+        yield* sh(source, "HELD=held setsid python3 /srv/holder.py </dev/null >/dev/null 2>/dev/shm/errors &")
+        yield* eventuallyIn(source, "test -e /dev/shm/state")
+        yield* sh(source, "echo unsynced > /srv/unsynced; rm /etc/motd; echo changed > /etc/issue")
+        // three commands of three clients, in the middle of their work
+        const streams = yield* Effect.forEach([1, 2, 3], (i) =>
+          Effect.forkScoped(
+            source.execRaw(`i=0; while :; do i=$((i+1)); echo $i > /dev/shm/exec${i}; sleep 0.02; done`)
+          )
+        )
+        yield* eventuallyIn(source, "test -e /dev/shm/exec1 -a -e /dev/shm/exec2 -a -e /dev/shm/exec3")
+        const before = yield* held(source)
+        const nonce = yield* sh(source, "cat /dev/shm/nonce")
+        const { bundle } = yield* snapshot(source)
+
+        const copies = yield* Effect.forEach([1, 2], () => restore(bundle.dir))
+        for (const { vm } of copies) {
+          assert.strictEqual(yield* sh(vm, "cat /dev/shm/nonce"), nonce)
+          const { env, cwd, gone, heap, pipe } = yield* later(vm, before)
+          assert.deepStrictEqual(
+            { env, cwd, gone, heap, pipe },
+            { env: "held", cwd: "/srv/held", gone: "unlinked", heap: true, pipe: 1 }
+          )
+          assert.strictEqual(
+            yield* sh(vm, "cat /srv/unsynced /etc/issue; test ! -e /etc/motd && echo gone"),
+            "unsynced\nchanged\ngone"
+          )
+          assert.strictEqual(yield* sh(vm, "cat /dev/shm/errors; echo $BOOTED"), "yes")
+          // nobody reads them any more, and still they go on
+          for (const i of [1, 2, 3]) {
+            const at = Number(yield* sh(vm, `cat /dev/shm/exec${i}`))
+            yield* eventuallyIn(vm, `test $(cat /dev/shm/exec${i}) -gt ${at}`)
+          }
+          assert.isBelow(yield* clockOff(vm), 1000)
+        }
+        const [one, two] = copies
+        if (one === undefined || two === undefined) return assert.fail("two copies were asked for")
+        yield* sh(one.vm, "echo one > /srv/mine")
+        assert.strictEqual(yield* sh(two.vm, "test ! -e /srv/mine && echo apart"), "apart")
+        assert.strictEqual(yield* sh(source, "test ! -e /srv/mine && echo apart"), "apart")
+        yield* later(source, before)
+        assert.deepStrictEqual(
+          copies.map(({ vm }) => vm.name),
+          copies.map(({ vm }) => `original/${vm.pid}`)
+        )
+        for (const { rejuvenation } of copies) {
+          assert.includeMembers([...rejuvenation.renewed], ["random", "clock", "hostname", "generation"])
+        }
+        yield* Effect.forEach(streams, Fiber.interrupt)
+      }).pipe(Effect.provide(program))
+    )
+
+    it.scopedLive("five generations, each a snapshot of the one before", () =>
+      Effect.gen(function* () {
+        let vm = yield* boot({ image })
+        const nonce = yield* sh(vm, "cat /proc/sys/kernel/random/uuid | tee /dev/shm/nonce")
+        for (const generation of [1, 2, 3, 4, 5]) {
+          yield* sh(
+            vm,
+            `echo ${generation} >> /dev/shm/generations; dd if=/dev/urandom of=/data${generation} bs=64k count=16 2>/dev/null; sha256sum /data${generation} >> /dev/shm/sums`
+          )
+          const { bundle } = yield* snapshot(vm, false)
+          vm = (yield* restore(bundle.dir)).vm
+          assert.strictEqual(yield* sh(vm, "cat /dev/shm/nonce"), nonce)
+          assert.strictEqual(yield* sh(vm, "wc -l < /dev/shm/generations"), String(generation))
+          yield* sh(vm, "echo 3 > /proc/sys/vm/drop_caches; sha256sum -c /dev/shm/sums >/dev/null")
+        }
+        const { siblings } = yield* (yield* Machinen).fork(vm)
+        assert.strictEqual(yield* sh(first(siblings).vm, "cat /dev/shm/nonce"), nonce)
+      }).pipe(Effect.provide(program))
+    )
+
+    it.scopedLive("forks leave the source running, are named after it, and keep no files", () =>
+      Effect.gen(function* () {
+        const machinen = yield* Machinen
+        const source = yield* boot({ image, name: "web" })
+        yield* sh(source, "echo here > /dev/shm/here")
+        const kept = fresh()
+        const { pausedMs, siblings } = yield* machinen.fork(source, { outDir: kept })
+        assert.isAbove(pausedMs, 0)
+        const sibling = first(siblings).vm
+        assert.strictEqual(sibling.name, `web/${sibling.pid}`)
+        assert.strictEqual((yield* machinen.attach(sibling.name ?? "")).id, sibling.id)
+        assert.strictEqual(
+          yield* sh(sibling, "hostname; cat /dev/shm/here; echo $MACHINEN_VM_NAME"),
+          `web-${sibling.pid}\nhere\nweb/${sibling.pid}`
+        )
+        const grandchild = first((yield* machinen.fork(sibling, { name: "grandchild" })).siblings).vm
+        assert.strictEqual(yield* sh(grandchild, "hostname; cat /dev/shm/here"), "grandchild\nhere")
+        assert.strictEqual(yield* sh((yield* restore(kept)).vm, "cat /dev/shm/here"), "here")
+        assert.strictEqual(yield* sh(source, "cat /dev/shm/here"), "here")
+        const entries = readdirSync(path.join(home, "vms"))
+        assert.deepStrictEqual(
+          entries.filter((entry) => entry.startsWith(".")),
+          []
+        )
+        yield* sibling.stop()
+        assert.strictEqual(yield* sh(grandchild, "cat /dev/shm/here"), "here")
+        assert.deepStrictEqual(
+          readdirSync(path.join(home, "names")).sort(),
+          ["grandchild", "web", ...(yield* namesOf("web/"))].sort()
+        )
+      }).pipe(Effect.provide(program))
+    )
+
+    it.scopedLive("the end of a main command ends its copies, each on its own", () =>
+      Effect.gen(function* () {
+        const source = yield* boot({
+          image,
+          command: ["sh", "-c", "while [ ! -e /go ]; do sleep 0.02; done; exit $(cat /go)"]
+        })
+        yield* source.startMainDetached
+        const { siblings } = yield* (yield* Machinen).fork(source, { count: 2 })
+        for (const [i, { vm }] of siblings.entries()) {
+          yield* vm.writeFile("/go", String(i + 5))
+          assert.deepStrictEqual((yield* vm.wait).main?.code, i + 5)
+        }
+        assert.strictEqual(yield* sh(source, "test ! -e /go && echo waits"), "waits")
+      }).pipe(Effect.provide(program))
+    )
+  })
+
 describe("snapshot, restore, fork", { timeout: 240_000 }, () => {
   afterEach(() => settled(home))
-
-  it.scopedLive("a copy goes on with everything its original had, and apart from it", () =>
-    Effect.gen(function* () {
-      const source = yield* boot({ image: "debian", name: "original", env: { BOOTED: "yes" } })
-      yield* sh(source, "mkdir -p /srv/held; echo nonce-$RANDOM-$(cat /proc/sys/kernel/random/uuid) > /dev/shm/nonce")
-      yield* source.writeFile("/srv/holder.py", holder)
-      yield* sh(source, "HELD=held setsid python3 /srv/holder.py </dev/null >/dev/null 2>/dev/shm/errors &")
-      yield* eventuallyIn(source, "test -e /dev/shm/state")
-      yield* sh(source, "echo unsynced > /srv/unsynced; rm /etc/motd; echo changed > /etc/issue")
-      // three commands of three clients, in the middle of their work
-      const streams = yield* Effect.forEach([1, 2, 3], (i) =>
-        Effect.forkScoped(source.execRaw(`i=0; while :; do i=$((i+1)); echo $i > /dev/shm/exec${i}; sleep 0.02; done`))
-      )
-      yield* eventuallyIn(source, "test -e /dev/shm/exec1 -a -e /dev/shm/exec2 -a -e /dev/shm/exec3")
-      const before = yield* held(source)
-      const nonce = yield* sh(source, "cat /dev/shm/nonce")
-      const { bundle } = yield* snapshot(source)
-
-      const copies = yield* Effect.forEach([1, 2], () => restore(bundle.dir))
-      for (const { vm } of copies) {
-        assert.strictEqual(yield* sh(vm, "cat /dev/shm/nonce"), nonce)
-        const { env, cwd, gone, heap, pipe } = yield* later(vm, before)
-        assert.deepStrictEqual(
-          { env, cwd, gone, heap, pipe },
-          { env: "held", cwd: "/srv/held", gone: "unlinked", heap: true, pipe: 1 }
-        )
-        assert.strictEqual(
-          yield* sh(vm, "cat /srv/unsynced /etc/issue; test ! -e /etc/motd && echo gone"),
-          "unsynced\nchanged\ngone"
-        )
-        assert.strictEqual(yield* sh(vm, "cat /dev/shm/errors; echo $BOOTED"), "yes")
-        // nobody reads them any more, and still they go on
-        for (const i of [1, 2, 3]) {
-          const at = Number(yield* sh(vm, `cat /dev/shm/exec${i}`))
-          yield* eventuallyIn(vm, `test $(cat /dev/shm/exec${i}) -gt ${at}`)
-        }
-        assert.isBelow(yield* clockOff(vm), 1000)
-      }
-      const [one, two] = copies
-      if (one === undefined || two === undefined) return assert.fail("two copies were asked for")
-      yield* sh(one.vm, "echo one > /srv/mine")
-      assert.strictEqual(yield* sh(two.vm, "test ! -e /srv/mine && echo apart"), "apart")
-      assert.strictEqual(yield* sh(source, "test ! -e /srv/mine && echo apart"), "apart")
-      yield* later(source, before)
-      assert.deepStrictEqual(
-        copies.map(({ vm }) => vm.name),
-        copies.map(({ vm }) => `original/${vm.pid}`)
-      )
-      for (const { rejuvenation } of copies) {
-        assert.includeMembers([...rejuvenation.renewed], ["random", "clock", "hostname", "generation"])
-      }
-      yield* Effect.forEach(streams, Fiber.interrupt)
-    }).pipe(Effect.provide(machine))
-  )
 
   it.scopedLive("a bundle is the same after 50 restores that each wrote 100 MiB", () =>
     Effect.gen(function* () {
@@ -188,26 +273,6 @@ describe("snapshot, restore, fork", { timeout: 240_000 }, () => {
     }).pipe(Effect.provide(machine))
   )
 
-  it.scopedLive("five generations, each a snapshot of the one before", () =>
-    Effect.gen(function* () {
-      let vm = yield* boot({ vcpus: 1 })
-      const nonce = yield* sh(vm, "cat /proc/sys/kernel/random/uuid | tee /dev/shm/nonce")
-      for (const generation of [1, 2, 3, 4, 5]) {
-        yield* sh(
-          vm,
-          `echo ${generation} >> /dev/shm/generations; dd if=/dev/urandom of=/data${generation} bs=64k count=16 2>/dev/null; sha256sum /data${generation} >> /dev/shm/sums`
-        )
-        const { bundle } = yield* snapshot(vm, false)
-        vm = (yield* restore(bundle.dir)).vm
-        assert.strictEqual(yield* sh(vm, "cat /dev/shm/nonce"), nonce)
-        assert.strictEqual(yield* sh(vm, "wc -l < /dev/shm/generations"), String(generation))
-        yield* sh(vm, "echo 3 > /proc/sys/vm/drop_caches; sha256sum -c /dev/shm/sums >/dev/null")
-      }
-      const { siblings } = yield* (yield* Machinen).fork(vm)
-      assert.strictEqual(yield* sh(first(siblings).vm, "cat /dev/shm/nonce"), nonce)
-    }).pipe(Effect.provide(machine))
-  )
-
   it.scopedLive("a copy of a machine whose clock stood for an hour has the right time", () =>
     Effect.gen(function* () {
       const source = yield* boot()
@@ -252,52 +317,6 @@ describe("snapshot, restore, fork", { timeout: 240_000 }, () => {
       }
       const lines = Chunk.toReadonlyArray(yield* Fiber.join(reading))
       assert.deepStrictEqual([lines.length, lines.findIndex((line, i) => line !== `line ${i + 1}`)], [20000, -1])
-    }).pipe(Effect.provide(machine))
-  )
-
-  it.scopedLive("forks leave the source running, are named after it, and keep no files", () =>
-    Effect.gen(function* () {
-      const machinen = yield* Machinen
-      const source = yield* boot({ name: "web" })
-      yield* sh(source, "echo here > /dev/shm/here")
-      const kept = fresh()
-      const { pausedMs, siblings } = yield* machinen.fork(source, { outDir: kept })
-      assert.isAbove(pausedMs, 0)
-      const sibling = first(siblings).vm
-      assert.strictEqual(sibling.name, `web/${sibling.pid}`)
-      assert.strictEqual((yield* machinen.attach(sibling.name ?? "")).id, sibling.id)
-      assert.strictEqual(
-        yield* sh(sibling, "hostname; cat /dev/shm/here; echo $MACHINEN_VM_NAME"),
-        `web-${sibling.pid}\nhere\nweb/${sibling.pid}`
-      )
-      const grandchild = first((yield* machinen.fork(sibling, { name: "grandchild" })).siblings).vm
-      assert.strictEqual(yield* sh(grandchild, "hostname; cat /dev/shm/here"), "grandchild\nhere")
-      assert.strictEqual(yield* sh((yield* restore(kept)).vm, "cat /dev/shm/here"), "here")
-      assert.strictEqual(yield* sh(source, "cat /dev/shm/here"), "here")
-      const entries = readdirSync(path.join(home, "vms"))
-      assert.deepStrictEqual(
-        entries.filter((entry) => entry.startsWith(".")),
-        []
-      )
-      yield* sibling.stop()
-      assert.strictEqual(yield* sh(grandchild, "cat /dev/shm/here"), "here")
-      assert.deepStrictEqual(
-        readdirSync(path.join(home, "names")).sort(),
-        ["grandchild", "web", ...(yield* namesOf("web/"))].sort()
-      )
-    }).pipe(Effect.provide(machine))
-  )
-
-  it.scopedLive("the end of a main command ends its copies, each on its own", () =>
-    Effect.gen(function* () {
-      const source = yield* boot({ command: ["sh", "-c", "while [ ! -e /go ]; do sleep 0.02; done; exit $(cat /go)"] })
-      yield* source.startMainDetached
-      const { siblings } = yield* (yield* Machinen).fork(source, { count: 2 })
-      for (const [i, { vm }] of siblings.entries()) {
-        yield* vm.writeFile("/go", String(i + 5))
-        assert.deepStrictEqual((yield* vm.wait).main?.code, i + 5)
-      }
-      assert.strictEqual(yield* sh(source, "test ! -e /go && echo waits"), "waits")
     }).pipe(Effect.provide(machine))
   )
 

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -14,11 +13,10 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, PidfdFlags, Resource, WaitId, WaitIdOptions, pidfd_open, waitid};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use rustix::process::{Pid, Resource};
 use tokio::net::unix::pipe;
 
+use super::child::Child;
 use crate::config::GuestConfig;
 use crate::errno;
 use crate::init::cgroup;
@@ -26,9 +24,9 @@ use crate::init::late::COMMAND_FILES;
 use crate::reply::{Code, ErrorReply, Exit};
 use crate::request::Exec;
 
+pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where nothing says otherwise.
-const DEFAULT_ENV: [(&str, &str); 3] =
-    [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root"), ("TERM", "xterm")];
+const DEFAULT_ENV: [(&str, &str); 3] = [("PATH", DEFAULT_PATH), ("HOME", "/root"), ("TERM", "xterm")];
 /// What a command may leave in a pipe before it waits for the agent; more means fewer, larger frames.
 const PIPE_BYTES: usize = 256 * 1024;
 
@@ -38,7 +36,7 @@ pub struct Running {
     pub stdin: Option<pipe::Sender>,
     pub stdout: pipe::Receiver,
     pub stderr: pipe::Receiver,
-    ended: AsyncFd<OwnedFd>,
+    child: Child,
     oom_kills: u64,
 }
 
@@ -67,22 +65,22 @@ pub fn kill(pid: i32) {
 }
 
 impl Running {
+    /// A command that CRIU has brought back as a child of this process, with new pipes.
+    pub fn adopt(pid: Pid, stdout: pipe::Receiver, stderr: pipe::Receiver) -> io::Result<Self> {
+        let (child, oom_kills) = (Child::of(pid)?, cgroup::oom_kills()?);
+        unreaped().insert(pid.as_raw_pid());
+        Ok(Self { pid, stdin: None, stdout, stderr, child, oom_kills })
+    }
+
     /// Waits for the command itself (not for what it started) and reaps it.
     pub async fn wait(&self) -> io::Result<Exit> {
-        loop {
-            let mut guard = self.ended.readable().await?;
-            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-            let Some(status) = waitid(WaitId::PidFd(self.ended.as_fd()), options)? else {
-                guard.clear_ready();
-                continue;
-            };
-            unreaped().remove(&self.pid.as_raw_pid());
-            let Some(signal) = status.terminating_signal() else {
-                return Ok(Exit::Code(status.exit_status().unwrap_or(0)));
-            };
-            let oom_killed = signal == libc::SIGKILL && cgroup::oom_kills()? > self.oom_kills;
-            return Ok(Exit::Signal { signal, oom_killed });
-        }
+        let status = self.child.wait().await?;
+        unreaped().remove(&self.pid.as_raw_pid());
+        let Some(signal) = status.terminating_signal() else {
+            return Ok(Exit::Code(status.exit_status().unwrap_or(0)));
+        };
+        let oom_killed = signal == libc::SIGKILL && cgroup::oom_kills()? > self.oom_kills;
+        Ok(Exit::Signal { signal, oom_killed })
     }
 
     /// Sends a signal to the process group. One that has no member left, or a number that is no signal, is not an error.
@@ -110,7 +108,7 @@ fn working_directory(config: &GuestConfig, request: &Exec) -> Result<PathBuf, Er
 }
 
 /// The file to execute, as a shell would look it up.
-fn resolve(name: &str, path: &str, cwd: &Path) -> Result<PathBuf, ErrorReply> {
+pub fn resolve(name: &str, path: &str, cwd: &Path) -> Result<PathBuf, ErrorReply> {
     if name.contains('/') {
         return Ok(PathBuf::from(name));
     }
@@ -158,20 +156,18 @@ fn spawn(request: &Exec, environment: &BTreeMap<&str, &str>, cwd: &Path, program
     command.stdin(child_stdin).stdout(child_stdout).stderr(child_stderr);
     // SAFETY: runs between fork and exec: `become_command` makes system calls on memory prepared before, and nothing else.
     unsafe { command.pre_exec(move || image.become_command(workload)) };
-    let child = command.spawn()?;
+    let spawned = command.spawn()?;
     // Our copies of the child's pipe ends live in `command`: end of file is when the command's are gone.
     drop(command);
-    let pid = Pid::from_child(&child);
+    let pid = Pid::from_child(&spawned);
     unreaped().insert(pid.as_raw_pid());
-    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    // SAFETY: an OwnedFd is the same open descriptor for as long as it lives.
-    let ended = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? };
+    let child = Child::of(pid)?;
     let (stdout, stderr) = (pipe::Receiver::from_owned_fd(stdout)?, pipe::Receiver::from_owned_fd(stderr)?);
-    Ok(Running { pid, stdin, stdout, stderr, ended, oom_kills })
+    Ok(Running { pid, stdin, stdout, stderr, child, oom_kills })
 }
 
 /// Writing "0" here moves the writer into the commands' control group.
-fn workload() -> io::Result<&'static File> {
+pub fn workload() -> io::Result<&'static File> {
     static WORKLOAD: OnceLock<File> = OnceLock::new();
     if let Some(file) = WORKLOAD.get() {
         return Ok(file);

@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest};
 use super::Context;
 use super::operation::Exchange;
 use super::papers::Papers;
-use super::stream::Abort;
+use super::stream::{Abort, FrameReader};
 use crate::frame::{Frame, Kind};
 use crate::init::cgroup;
 use crate::reply::{Code, Done, ErrorReply};
@@ -59,22 +59,31 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let timeout_ms = request.timeout_ms.unwrap_or(TIMEOUT_MS).min(MAX_TIMEOUT_MS);
-    tokio::select! {
-        biased;
-        () = exchange.input.lost() => return Err(Abort::Gone),
-        frozen = tokio::time::timeout(Duration::from_millis(timeout_ms), freeze_workload()) => match frozen {
-            Ok(frozen) => frozen.map_err(|error| Abort::io("freeze", &error))?,
-            Err(_) => {
-                let message = format!("the commands did not freeze within {timeout_ms} ms");
-                return Err(ErrorReply::new(Code::Timeout, message).into());
-            }
-        },
-    }
+    stop_commands(limit(request.timeout_ms), &mut exchange.input).await?;
     exchange.output.send_json(Kind::Started, &Done {}).await?;
     match exchange.input.next().await? {
         Frame { kind: Kind::Eof, .. } => Ok(Done {}),
         Frame { kind, .. } => Err(Abort::bad(format!("unexpected {kind:?} frame"))),
+    }
+}
+
+/// How long the commands may take to stop.
+pub fn limit(timeout_ms: Option<u64>) -> Duration {
+    Duration::from_millis(timeout_ms.unwrap_or(TIMEOUT_MS).min(MAX_TIMEOUT_MS))
+}
+
+/// Freezes the commands, as long as the host wants it.
+pub async fn stop_commands<R: AsyncRead + Unpin>(limit: Duration, input: &mut FrameReader<R>) -> Result<(), Abort> {
+    tokio::select! {
+        biased;
+        () = input.lost() => Err(Abort::Gone),
+        frozen = tokio::time::timeout(limit, freeze_workload()) => match frozen {
+            Ok(frozen) => frozen.map_err(|error| Abort::io("freeze", &error)),
+            Err(_) => {
+                let message = format!("the commands did not freeze within {} ms", limit.as_millis());
+                Err(ErrorReply::new(Code::Timeout, message).into())
+            }
+        },
     }
 }
 

@@ -21,6 +21,11 @@ impl Gate {
         Self(watch::Sender::new(State::Open))
     }
 
+    /// For a machine that is a copy from its start.
+    pub fn closed() -> Self {
+        Self(watch::Sender::new(State::Restored))
+    }
+
     /// Waits until the gate is open.
     pub async fn passed(&self) {
         // It cannot fail: the sender is this gate's own.

@@ -1,6 +1,7 @@
 //! The end of the machine, and what goes to the host's lifecycle port: a detached main command's output, and the announcement that
 //! the end is orderly.
 
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -20,6 +21,8 @@ const PORT: u32 = 1980;
 const ANNOUNCED_WITHIN: Duration = Duration::from_secs(1);
 /// `FIFREEZE`, `_IOWR('X', 119, int)`: writes everything out and leaves the filesystem as clean as an unmounted one.
 const FREEZE: libc::c_ulong = 0xc004_5877;
+/// `FITHAW`, `_IOWR('X', 120, int)`.
+const THAW: libc::c_ulong = 0xc004_5878;
 
 /// The current session's opener, `None` before the first.
 pub type Sessions = watch::Receiver<Option<Opener>>;
@@ -40,6 +43,18 @@ impl Lifecycle {
         &self.writable
     }
 
+    /// Writes everything to the disk and lets nothing more get there: a copy of it is complete and clean.
+    pub async fn freeze_disk(&self) -> io::Result<()> {
+        let disk = self.writable.try_clone()?;
+        // On a thread: it takes as long as the disk does.
+        tokio::task::spawn_blocking(move || freeze_disk(&disk, FREEZE)).await.map_err(io::Error::other)?
+    }
+
+    /// Ends that. A disk that is not frozen stays as it is.
+    pub fn thaw_disk(&self) {
+        let _ = freeze_disk(&self.writable, THAW);
+    }
+
     /// A stream to the lifecycle port, opened when first used.
     pub fn output(&self) -> Output {
         Output { sessions: self.sessions.clone(), stream: None, asked: false }
@@ -53,10 +68,17 @@ impl Lifecycle {
         let announced = async { tokio::join!(output.end(result), delivered) };
         let _ = tokio::time::timeout(ANNOUNCED_WITHIN, announced).await;
         rustix::fs::sync();
-        // SAFETY: the descriptor is open; the argument is not looked at.
-        unsafe { libc::ioctl(self.writable.as_raw_fd(), FREEZE, 0) };
+        let _ = freeze_disk(&self.writable, FREEZE);
         reset()
     }
+}
+
+fn freeze_disk(disk: &OwnedFd, request: libc::c_ulong) -> io::Result<()> {
+    // SAFETY: the descriptor is open; the argument is not looked at.
+    if unsafe { libc::ioctl(disk.as_raw_fd(), request, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Frames for the lifecycle port. A new host after a restore gets a new stream, which begins with the frame the old one did not

@@ -1,10 +1,12 @@
 //! The operation `main`: the command the VM exists for. Its end is the machine's.
 
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use super::criu::MainCommand;
 use super::operation::{Exchange, Outcome, json};
 use super::stream::Abort;
 use super::{Context, command, exec};
@@ -22,12 +24,12 @@ where
     let command =
         Exec { argv: context.config().cmd.clone(), stdin: request.stdin && !request.detach, ..Exec::default() };
     command.check()?;
-    if context.main_started.swap(true, Ordering::Relaxed) {
+    // Nothing is awaited from here until it is known to run: it cannot be started twice.
+    if context.main().is_some() {
         return Err(Abort::bad("the main command has been started already"));
     }
-    let running = command::start(&context.config(), &command).inspect_err(|_| {
-        context.main_started.store(false, Ordering::Relaxed);
-    })?;
+    let running = command::start(&context.config(), &command)?;
+    *context.main() = Some(described(&running).map_err(|error| Abort::io("main", &error))?);
     if request.detach {
         let started = Started { pid: running.pid.as_raw_pid().cast_unsigned() };
         tokio::spawn(attend_detached(Arc::clone(context), running));
@@ -42,7 +44,15 @@ where
     Ok(Outcome::Last(json(&exit), detached))
 }
 
-async fn attend_detached(context: Arc<Context>, running: command::Running) {
+/// By the inodes of its pipes a dump knows which are its.
+pub fn described(running: &command::Running) -> io::Result<MainCommand> {
+    let inode = |pipe: BorrowedFd<'_>| Ok::<_, io::Error>(rustix::fs::fstat(pipe)?.st_ino);
+    let (stdout, stderr) = (inode(running.stdout.as_fd())?, inode(running.stderr.as_fd())?);
+    Ok(MainCommand { pid: running.pid.as_raw_pid(), stdout, stderr })
+}
+
+/// Watches over a main command that nobody is attached to.
+pub async fn attend_detached(context: Arc<Context>, running: command::Running) {
     let mut output = context.lifecycle.output();
     let exit = exec::pump_until_end(&running, &mut output).await;
     // Only reading a pipe or waiting can have failed; then it is as lost as a killed one.

@@ -2,8 +2,10 @@
 //! everything out use threads, because they block for long.
 
 mod archive;
+mod child;
 mod clock;
 mod command;
+mod criu;
 mod doorbell;
 mod exec;
 mod files;
@@ -24,7 +26,6 @@ use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use machinen_channel::{Incoming, Opener};
@@ -32,6 +33,8 @@ use tokio::sync::{mpsc, watch};
 
 use crate::config::GuestConfig;
 use crate::init::{Failed, Phases, Step, give_up, late};
+pub use criu::hook as criu_hook;
+use criu::{LazyPages, MainCommand};
 use gate::Gate;
 use lifecycle::Lifecycle;
 use papers::Papers;
@@ -44,6 +47,8 @@ const OPERATIONS_PORT: u32 = 1978;
 pub struct Guest {
     pub config: GuestConfig,
     pub hostname: String,
+    /// What runs here comes from a dump on the disk: until then nothing else does.
+    pub revive: bool,
     /// A directory of the filesystem that takes the root's writes.
     pub writable: OwnedFd,
     pub phases: Phases,
@@ -59,13 +64,18 @@ struct Context {
     root: PathBuf,
     /// Of the last freeze: what a copy made during it writes.
     papers: Mutex<Option<Papers>>,
-    /// The main command runs, or has run.
-    main_started: AtomicBool,
+    /// The main command, once it runs.
+    main: Mutex<Option<MainCommand>>,
+    lazy: LazyPages,
 }
 
 impl Context {
     fn config(&self) -> MutexGuard<'_, GuestConfig> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn main(&self) -> MutexGuard<'_, Option<MainCommand>> {
+        self.main.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn papers(&self) -> MutexGuard<'_, Option<Papers>> {
@@ -87,11 +97,13 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
     let context = Arc::new(Context {
         config: Mutex::new(guest.config),
         lifecycle: Lifecycle::new(guest.writable, current),
-        gate: Gate::new(),
+        gate: if guest.revive { Gate::closed() } else { Gate::new() },
         root: "/".into(),
         papers: Mutex::default(),
-        main_started: AtomicBool::new(false),
+        main: Mutex::default(),
+        lazy: LazyPages::default(),
     });
+    let revive = guest.revive;
     let mut unfinished = Some((guest.hostname, guest.phases));
     machinen_channel::serve_guest(port, |opener, incoming| {
         // Before anything of the session can ask.
@@ -101,7 +113,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
         let context = Arc::clone(&context);
         tokio::spawn(async move {
             if let Some((hostname, phases)) = first {
-                complete(&opener, &hostname, phases).await;
+                complete(&opener, &hostname, revive, phases).await;
             }
             serve_session(context, opener, incoming).await;
         });
@@ -112,11 +124,11 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
 }
 
 /// Tells the host that this guest is there, and makes the rest of it.
-async fn complete(opener: &Opener, hostname: &str, mut phases: Phases) {
+async fn complete(opener: &Opener, hostname: &str, revive: bool, mut phases: Phases) {
     phases.mark("session");
     doorbell::ring(opener, || {
         phases.mark("doorbell");
-        late::complete(hostname, &mut phases).unwrap_or_else(|failed| give_up(&failed));
+        late::complete(hostname, revive, &mut phases).unwrap_or_else(|failed| give_up(&failed));
         phases.mark("complete");
     })
     .await;

@@ -7,7 +7,7 @@ use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::stream::{Abort, FrameReader, FrameWriter, split};
-use super::{Context, archive, command, exec, files, freeze, lifecycle, main_command, rejuvenate, stats};
+use super::{Context, archive, command, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, stats};
 use crate::frame::{Frame, Kind};
 use crate::init::late;
 use crate::reply::{Done, ErrorReply};
@@ -84,7 +84,7 @@ where
         Request::Push(request) => json(&archive::push(&request, exchange).await?),
         Request::Pull(request) => json(&archive::pull(request, exchange).await?),
         Request::Stat(request) => json(&files::stat(&request.path)?),
-        Request::Stats => json(&stats::stats(&context.lifecycle)?),
+        Request::Stats => json(&stats::stats(context)?),
         Request::Kill(request) => {
             command::kill(request.pid);
             json(&Done {})
@@ -96,6 +96,8 @@ where
         }
         Request::Freeze(request) => json(&freeze::freeze(context, &request, exchange).await?),
         Request::Rejuvenate(request) => json(&rejuvenate::rejuvenate(context, request)?),
+        Request::Dump(request) => json(&criu::dump(context, &request, exchange).await?),
+        Request::Revive(request) => json(&criu::revive(context, request).await?),
         Request::Poweroff => return Ok(Outcome::Last(json(&Done {}), context.lifecycle.output())),
     };
     Ok(Outcome::Done(result))
@@ -105,7 +107,13 @@ where
 fn waits_at_gate(request: &Request) -> bool {
     !matches!(
         request,
-        Request::Freeze(_) | Request::Rejuvenate(_) | Request::Stats | Request::Kill(_) | Request::Poweroff
+        Request::Freeze(_)
+            | Request::Rejuvenate(_)
+            | Request::Dump(_)
+            | Request::Revive(_)
+            | Request::Stats
+            | Request::Kill(_)
+            | Request::Poweroff
     )
 }
 

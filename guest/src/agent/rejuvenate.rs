@@ -21,6 +21,14 @@ pub fn rejuvenate(context: &Context, request: Rejuvenate) -> Result<Rejuvenated,
     if !context.gate.is_restored() {
         return Err(ErrorReply::new(Code::BadRequest, "this machine is not a copy that waits to be made itself"));
     }
+    let done = renew(context, request)?;
+    cgroup::thaw_workload().map_err(|error| ErrorReply::io("thaw", &error))?;
+    context.gate.open();
+    Ok(done)
+}
+
+/// Renews what identifies the machine; the papers must have been prepared.
+pub fn renew(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, ErrorReply> {
     reseed(&request.seed).map_err(|error| ErrorReply::io("random", &error))?;
     let clock_step_ms = clock::set(request.now_ms).map_err(|error| ErrorReply::io("clock", &error))?;
     let mut done = Rejuvenated { renewed: vec!["random", "clock"], kept: Vec::new(), clock_step_ms };
@@ -31,8 +39,6 @@ pub fn rejuvenate(context: &Context, request: Rejuvenate) -> Result<Rejuvenated,
     done.note("machine-id", papers.renew_machine_id(&request.machine_id));
     done.note("generation", papers.renew_generation(&request.generation));
     context.config().env.extend(request.env);
-    cgroup::thaw_workload().map_err(|error| ErrorReply::io("thaw", &error))?;
-    context.gate.open();
     Ok(done)
 }
 

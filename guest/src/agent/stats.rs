@@ -5,18 +5,18 @@ use std::io;
 
 use rustix::time::{ClockId, clock_gettime};
 
-use super::lifecycle::Lifecycle;
+use super::Context;
 use crate::init::cgroup;
 use crate::reply::{ErrorReply, Memory, Stats};
 
 /// Figures of the whole guest, now.
-pub fn stats(lifecycle: &Lifecycle) -> Result<Stats, ErrorReply> {
-    read(lifecycle).map_err(|error| ErrorReply::io("stats", &error))
+pub fn stats(context: &Context) -> Result<Stats, ErrorReply> {
+    read(context).map_err(|error| ErrorReply::io("stats", &error))
 }
 
-fn read(lifecycle: &Lifecycle) -> io::Result<Stats> {
+fn read(context: &Context) -> io::Result<Stats> {
     let meminfo = fs::read_to_string("/proc/meminfo")?;
-    let disk = rustix::fs::fstatvfs(lifecycle.writable())?;
+    let disk = rustix::fs::fstatvfs(context.lifecycle.writable())?;
     let uptime = clock_gettime(ClockId::Boottime);
     Ok(Stats {
         memory: Memory {
@@ -28,6 +28,7 @@ fn read(lifecycle: &Lifecycle) -> io::Result<Stats> {
         disk_total_bytes: disk.f_blocks * disk.f_frsize,
         disk_free_bytes: disk.f_bavail * disk.f_frsize,
         oom_kills: cgroup::oom_kills()?,
+        lazy_pages_pending: context.lazy.pending(),
     })
 }
 

@@ -38,7 +38,8 @@ fn machine() -> Machine {
         gate: Gate::new(),
         root: std::env::temp_dir().join("machinen-agent-test"),
         papers: Mutex::default(),
-        main_started: AtomicBool::new(false),
+        main: Mutex::default(),
+        lazy: LazyPages::default(),
     });
     let served = Arc::clone(&context);
     tokio::spawn(serve_guest(port, move |opener, incoming| {

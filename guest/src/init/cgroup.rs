@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::path::PathBuf;
 
 use super::root::make_directory;
 
@@ -34,6 +35,23 @@ fn oom_kills_in(vmstat: &str) -> u64 {
 pub fn processes() -> io::Result<u64> {
     let pids = fs::read_to_string(format!("{WORKLOAD}/cgroup.procs"))?;
     Ok(pids.lines().count() as u64)
+}
+
+/// Pids of all commands, those in groups they made themselves included.
+pub fn workload_pids() -> io::Result<Vec<i32>> {
+    let mut pids = Vec::new();
+    let mut groups = vec![PathBuf::from(WORKLOAD)];
+    while let Some(group) = groups.pop() {
+        let listed = fs::read_to_string(group.join("cgroup.procs"))?;
+        pids.extend(listed.lines().filter_map(|pid| pid.parse::<i32>().ok()));
+        for entry in fs::read_dir(&group)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                groups.push(entry.path());
+            }
+        }
+    }
+    Ok(pids)
 }
 
 /// Begins to freeze every command. `EVENTS` says when that is done.

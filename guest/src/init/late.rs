@@ -33,8 +33,11 @@ const AGENT_FILES: Rlimit = Rlimit { current: Some(524_288), maximum: Some(524_2
 /// Open files of a command: the old limit for programs that use select(), and the right to raise it.
 pub const COMMAND_FILES: Rlimit = Rlimit { current: Some(1024), maximum: Some(524_288) };
 
-/// Completes the guest.
-pub fn complete(hostname: &str, phases: &mut Phases) -> Result<(), Failed> {
+/// Pids of commands lie above it, so that a machine that brings back processes has theirs free: its own are below.
+const RESERVED_PIDS: &str = "1000";
+
+/// Completes the guest. With `revive` it is for processes that have their pids already.
+pub fn complete(hostname: &str, revive: bool, phases: &mut Phases) -> Result<(), Failed> {
     for (kind, at, options) in MOUNTS {
         make_directory(at, 0o755).step(at)?;
         let flags = MountFlags::NOSUID | if kind == "devpts" { MountFlags::NOEXEC } else { MountFlags::NODEV };
@@ -56,7 +59,15 @@ pub fn complete(hostname: &str, phases: &mut Phases) -> Result<(), Failed> {
     fs::write("/proc/self/oom_score_adj", "-1000").step("oom_score_adj")?;
     rustix::process::setrlimit(Resource::Nofile, AGENT_FILES).step("open files")?;
     set_hostname(hostname).step("hostname")?;
+    if !revive {
+        reserve_pids().step("pids")?;
+    }
     loopback_up().step("loopback")
+}
+
+/// Lets commands to come have pids of their own range.
+pub fn reserve_pids() -> io::Result<()> {
+    fs::write("/proc/sys/kernel/ns_last_pid", RESERVED_PIDS)
 }
 
 /// Sets the kernel's host name.

@@ -37,6 +37,9 @@ const BOOT_VERSION: u32 = 1;
 
 /// Entry point of the binary. Comes back only where it is not pid 1.
 pub fn main() -> ExitCode {
+    if agent::criu_hook::is_called() {
+        return agent::criu_hook::main();
+    }
     if std::process::id() != 1 {
         eprintln!("machinen-init: runs as pid 1 of a machinen guest only");
         return ExitCode::FAILURE;
@@ -72,7 +75,13 @@ fn boot() -> Result<std::convert::Infallible, Failed> {
         -1 => Err(Failed::new("fork", io::Error::last_os_error())),
         0 => {
             drop(initramfs);
-            match agent::run(agent::Guest { config: guest, hostname: boot.hostname, writable, phases }) {
+            match agent::run(agent::Guest {
+                config: guest,
+                hostname: boot.hostname,
+                revive: boot.revive,
+                writable,
+                phases,
+            }) {
                 Ok(never) => match never {},
                 Err(failed) => give_up(&failed),
             }

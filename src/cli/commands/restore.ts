@@ -50,6 +50,9 @@ export const restore = Command.make(
       Options.withDescription("where the source's image lies now, if it was moved")
     ),
     env,
+    lazy: Options.boolean("lazy").pipe(
+      Options.withDescription("criu: memory is read when it is touched, and in the background")
+    ),
     detach,
     json,
     dir: Args.text({ name: "dir" }).pipe(Args.withDescription("the bundle's directory"))
@@ -61,6 +64,7 @@ export const restore = Command.make(
         snapDir: input.dir,
         ...whenGiven({ name: input.name, image: input.image }),
         env: yield* environment(input.env),
+        lazy: input.lazy,
         detached: input.detach
       })
       if (input.json) yield* render.json(restoredJson(restored))
@@ -85,6 +89,9 @@ export const fork = Command.make(
       Options.withDescription("how many siblings, all of one moment (default 1)")
     ),
     engine: engineOption,
+    tcpKeep: Options.boolean("tcp-keep").pipe(
+      Options.withDescription("criu: established TCP connections survive in the siblings too")
+    ),
     env,
     detach,
     json,
@@ -97,6 +104,7 @@ export const fork = Command.make(
       const { pausedMs, siblings } = yield* machinen.fork(vm, {
         ...whenGiven({ name: input.newName, outDir: input.outDir, engine: input.engine }),
         count: input.count,
+        tcpKeep: input.tcpKeep,
         env: yield* environment(input.env),
         detached: input.detach
       })

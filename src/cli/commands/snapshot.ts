@@ -55,6 +55,9 @@ export const snapshot = Command.make(
     keepAlive: Options.boolean("keep-alive").pipe(
       Options.withDescription("the VM goes on; without it, it ends with the snapshot")
     ),
+    tcpClose: Options.boolean("tcp-close").pipe(
+      Options.withDescription("criu: what is restored finds its established TCP connections closed")
+    ),
     dryRun: Options.boolean("dry-run").pipe(Options.withDescription("only check that it could be taken")),
     json,
     vm: vmArg,
@@ -67,15 +70,23 @@ export const snapshot = Command.make(
       const options = {
         outDir: input.dir,
         leaveRunning: input.keepAlive,
+        tcpClose: input.tcpClose,
         ...(input.engine._tag === "Some" ? { engine: input.engine.value } : {})
       }
       if (input.dryRun) {
         yield* machinen.checkSnapshot(vm, options)
         return yield* input.json ? render.json({ possible: true }) : Console.log("it can be taken")
       }
-      const { bundle, elapsedMs, pausedMs } = yield* machinen.snapshot(vm, options)
+      const { bundle, elapsedMs, pausedMs, phases } = yield* machinen.snapshot(vm, options)
       if (input.json) {
-        return yield* render.json({ dir: bundle.dir, pausedMs, elapsedMs, blobs: bundle.manifest.blobs })
+        return yield* render.json({
+          dir: bundle.dir,
+          engine: bundle.manifest.engine,
+          pausedMs,
+          elapsedMs,
+          phasesMs: Object.fromEntries(phases),
+          blobs: bundle.manifest.blobs
+        })
       }
       const paused = pausedMs === null ? "the VM has ended" : `the VM stood still for ${Math.round(pausedMs)} ms`
       yield* Console.log(bundle.dir)

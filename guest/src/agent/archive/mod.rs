@@ -6,6 +6,7 @@ mod pack;
 mod tests;
 mod unpack;
 
+use std::fs;
 use std::io::{self, Read, Write};
 
 use bytes::{Buf, Bytes};
@@ -21,6 +22,26 @@ use crate::request;
 
 /// Pieces under way between stream and thread.
 const PIECES: usize = 4;
+
+/// Packs a directory's contents into a file.
+pub async fn save(directory: &'static str, file: &'static str) -> Result<(), Abort> {
+    let packing = spawn_blocking(move || {
+        let source = pack::Source::open(directory, &[]).map_err(|error| ErrorReply::io(directory, &error))?;
+        let archive = fs::File::create(file).map_err(|error| ErrorReply::io(file, &error))?;
+        source.pack(io::BufWriter::with_capacity(CHUNK, archive))
+    });
+    entries(packing).await.map(drop)
+}
+
+/// Unpacks such a file.
+pub async fn load(file: &'static str, directory: &'static str) -> Result<(), Abort> {
+    let unpacking = spawn_blocking(move || {
+        let target = unpack::Target::open(directory).map_err(|error| ErrorReply::io(directory, &error))?;
+        let archive = fs::File::open(file).map_err(|error| ErrorReply::io(file, &error))?;
+        target.unpack(io::BufReader::with_capacity(CHUNK, archive))
+    });
+    entries(unpacking).await.map(drop)
+}
 
 /// Unpacks the stream into a directory.
 pub async fn push<R, W>(request: &request::Push, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>

@@ -1,0 +1,111 @@
+import * as path from "node:path"
+import { FileSystem } from "@effect/platform"
+import { Effect, Layer } from "effect"
+import { Agent } from "../../src/Agent.ts"
+import { Assets } from "../../src/Assets.ts"
+import { BootError, type ExecError, SnapshotError } from "../../src/domain/errors.ts"
+import * as Launch from "../../src/launch.ts"
+import { SnapshotEngine } from "../../src/SnapshotEngine.ts"
+
+/**
+ * The processes alone, by the `criu` of the guest's image. Their images lie on the guest's own disk when that is copied, beside every file
+ * they had open: a bundle is that disk, and a machine that boots from a copy of it brings them back (docs/protocol.md §3, dump and revive).
+ */
+export const layer = Layer.effect(
+  SnapshotEngine,
+  Effect.gen(function* () {
+    const agents = yield* Agent
+    const assets = yield* Assets
+    const fs = yield* FileSystem.FileSystem
+    return SnapshotEngine.of({
+      name: "criu",
+      blobs: [],
+      sameMachine: false,
+      take: Effect.fn("Criu.take")(function* ({ agent, entry, machine }, { dir, remove, tcpClose, timeoutMs }) {
+        const disks = (entry.disks ?? []).filter(({ readOnly }) => !readOnly)
+        const saving = yield* Effect.mapError(
+          machine.save({
+            files: disks.map(({ id, path: from }) => ({ from, to: path.join(dir, `${id}.img`) })),
+            remove
+          }),
+          failed
+        )
+        return {
+          blobs: disks.map(({ id }) => `${id}.img`),
+          hold: Effect.gen(function* () {
+            // the guest's limit is for each of its steps
+            const frozenMs = yield* Effect.mapError(agent.dump({ tcpClose, timeout: timeoutMs }), refused)
+            const since = performance.now() - frozenMs
+            yield* Effect.mapError(saving.whileStopped, failed)
+            return since
+          }),
+          commit: Effect.mapError(saving.commit, failed)
+        }
+      }),
+      revive: Effect.fn("Criu.revive")(function* (_, { dir, entry, lazy }) {
+        const doorbell = yield* agents.doorbell(entry.vsockPath).pipe(Effect.mapError(notBack))
+        const [kernel, initrd] = yield* Effect.all(
+          [
+            assets.kernel,
+            Launch.writeInitramfs(dir, {
+              config: { env: {} },
+              boot: {
+                version: 1,
+                id: entry.id,
+                hostname: Launch.hostname(entry),
+                root: Launch.rootKind(entry.disks ?? []),
+                revive: true
+              }
+            })
+          ],
+          { concurrency: 2 }
+        ).pipe(
+          Effect.provideService(Assets, assets),
+          Effect.provideService(FileSystem.FileSystem, fs),
+          Effect.mapError((error) => (error._tag === "BootError" ? error : notBack(error)))
+        )
+        return {
+          start: { _tag: "Kernel", kernel, initrd },
+          ready: (agent, identity) =>
+            doorbell.pipe(Effect.zipRight(agent.revive(identity, { lazy })), Effect.mapError(notBack))
+        }
+      })
+    })
+  })
+)
+
+/** The guest would not. */
+const refused = (cause: ExecError) =>
+  cause.code === "EXEC_AGENT_TIMEOUT"
+    ? new SnapshotError({
+        code: "SNAPSHOT_TIMEOUT",
+        message: `the guest's processes were not saved in time: ${cause.message}`,
+        hint: "allow more time, or use the engine vmstate, whose time does not grow with the processes",
+        cause
+      })
+    : new SnapshotError({
+        code: "SNAPSHOT_DUMP_FAILED",
+        message: `the guest's processes could not be saved: ${cause.message}`,
+        hint:
+          cause.code === "EXEC_COMMAND_NOT_FOUND"
+            ? "boot an image that has it (`debian` does), or use the engine vmstate"
+            : "the engine vmstate saves what CRIU cannot",
+        cause
+      })
+
+/** The disks could not be copied. */
+const failed = (cause: { readonly message: string; readonly code?: string }) =>
+  new SnapshotError({
+    code: "SNAPSHOT_DUMP_FAILED",
+    message: `the VM's disks could not be saved: ${cause.message}`,
+    ...(cause.code === "ENOSPC" ? { hint: "free some space, or choose another directory" } : {}),
+    cause
+  })
+
+const notBack = (cause: Error) =>
+  new BootError({
+    code: "BOOT_REJUVENATION_FAILED",
+    message: `the snapshot's processes could not be brought back, and the VM was ended: ${cause.message}`,
+    hint: "what CRIU cannot restore, the engine vmstate can",
+    cause
+  })

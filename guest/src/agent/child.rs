@@ -1,0 +1,35 @@
+//! A child process: its pid is its own until it has been waited for.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_open, waitid};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// A child that was started and not yet reaped.
+pub struct Child(AsyncFd<OwnedFd>);
+
+impl Child {
+    pub fn of(pid: Pid) -> io::Result<Self> {
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        // SAFETY: an OwnedFd is the same open descriptor for as long as it lives.
+        Ok(Self(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? }))
+    }
+
+    /// Waits for its end (not for that of what it started) and reaps it.
+    pub async fn wait(&self) -> io::Result<WaitIdStatus> {
+        loop {
+            let mut guard = self.0.readable().await?;
+            match waitid(WaitId::PidFd(self.0.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG)? {
+                Some(status) => return Ok(status),
+                None => guard.clear_ready(),
+            }
+        }
+    }
+
+    /// Kills it alone. One that has ended is what was wanted.
+    pub fn kill(&self) {
+        let _ = rustix::process::pidfd_send_signal(&self.0, Signal::KILL);
+    }
+}

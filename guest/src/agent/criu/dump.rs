@@ -1,0 +1,110 @@
+//! The operation `dump`: every process to files, held until the host has copied the disk they lie on.
+
+use std::fs;
+use std::io;
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::task::spawn_blocking;
+
+use super::program::Criu;
+use super::record::{Record, Tree};
+use super::{DIR, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, images, kdat, trees};
+use crate::agent::operation::Exchange;
+use crate::agent::stream::Abort;
+use crate::agent::{Context, archive, freeze};
+use crate::frame::{Frame, Kind};
+use crate::init::cgroup;
+use crate::reply::{Code, Done, Dumped, ErrorReply};
+use crate::request::Dump;
+
+/// The content of files that have no name any more goes into the images, up to this.
+const LARGEST_GHOST: &str = "1G";
+
+/// Dumps the commands and keeps them and the disk still until the host says `eof` or leaves. The processes go on in any case.
+pub async fn dump<R, W>(context: &Context, request: &Dump, exchange: &mut Exchange<R, W>) -> Result<Done, Abort>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let criu = Criu::find()?;
+    let prepared = async {
+        context.lazy.finished().await;
+        kdat::remember(&criu).await;
+        clear().await
+    };
+    tokio::select! {
+        biased;
+        () = exchange.input.lost() => return Err(Abort::Gone),
+        prepared = prepared => prepared?,
+    }
+    if !context.gate.hold() {
+        return Err(ErrorReply::new(Code::Busy, "a freeze is held already").into());
+    }
+    let held = hold(context, request, &criu, exchange).await;
+    context.lifecycle.thaw_disk();
+    // The gate stays closed before commands that cannot be thawed.
+    cgroup::thaw_workload().map_err(|error| Abort::io("thaw", &error))?;
+    context.gate.open();
+    clear().await?;
+    held
+}
+
+async fn hold<R, W>(
+    context: &Context,
+    request: &Dump,
+    criu: &Criu,
+    exchange: &mut Exchange<R, W>,
+) -> Result<Done, Abort>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let limit = freeze::limit(request.timeout_ms);
+    let began = Instant::now();
+    freeze::stop_commands(limit, &mut exchange.input).await?;
+    let (trees, pipes) = trees::read()?;
+    for (n, tree) in trees.iter().enumerate() {
+        save(criu, tree, &directory(n), request.tcp_close, limit).await?;
+    }
+    archive::save(SHARED_MEMORY, SHARED_MEMORY_ARCHIVE).await?;
+    let processes = trees.iter().map(|tree| tree.processes.len()).sum();
+    let record = Record::new(context.config().clone(), *context.main(), trees, pipes, request.tcp_close);
+    record.write().map_err(|error| Abort::io(DIR, &error))?;
+    context.lifecycle.freeze_disk().await.map_err(|error| Abort::io("the disk", &error))?;
+    let frozen_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    exchange.output.send_json(Kind::Started, &Dumped { frozen_ms, processes }).await?;
+    match exchange.input.next().await? {
+        Frame { kind: Kind::Eof, .. } => Ok(Done {}),
+        Frame { kind, .. } => Err(Abort::bad(format!("unexpected {kind:?} frame"))),
+    }
+}
+
+/// CRIU stops the processes in its own way meanwhile and leaves them as they were, frozen.
+async fn save(criu: &Criu, tree: &Tree, directory: &str, tcp_close: bool, limit: Duration) -> Result<(), Abort> {
+    fs::create_dir(directory).map_err(|error| Abort::io(directory, &error))?;
+    let mut run = criu.action("dump", directory);
+    run.arg("-t").arg(tree.root.to_string());
+    run.arg("--leave-running").arg("--freeze-cgroup").arg(cgroup::WORKLOAD).arg("--manage-cgroups=ignore");
+    run.arg("--file-locks").arg("--link-remap").arg("--ghost-limit").arg(LARGEST_GHOST).arg("--skip-in-flight");
+    run.arg(if tcp_close { "--tcp-close" } else { "--tcp-established" });
+    if !tree.leads_session {
+        run.arg("--shell-job");
+    }
+    run.arg("--action-script").arg(format!("/proc/{}/exe", std::process::id()));
+    run.arg("--timeout").arg(limit.as_secs().max(1).to_string());
+    run.finish(limit).await?;
+    images::rearm_timers(directory.as_ref()).map_err(|error| Abort::io(directory, &error))
+}
+
+/// Removes what an earlier dump has left and makes room for one.
+async fn clear() -> Result<(), Abort> {
+    let cleared = spawn_blocking(|| {
+        match fs::remove_dir_all(DIR) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            removed => removed?,
+        }
+        fs::create_dir_all(DIR)
+    });
+    cleared.await.map_err(io::Error::other).flatten().map_err(|error| Abort::io(DIR, &error))
+}

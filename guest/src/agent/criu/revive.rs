@@ -1,0 +1,201 @@
+//! The operation `revive`: the processes of a dump on this machine's disk go on here.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, Signal};
+use tokio::net::unix::pipe;
+use tokio::task::spawn_blocking;
+
+use super::program::{self, Criu};
+use super::record::{Record, Tree};
+use super::{DIR, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, hook, images};
+use crate::agent::child::Child;
+use crate::agent::command::{self, Running};
+use crate::agent::papers::Papers;
+use crate::agent::stream::Abort;
+use crate::agent::{Context, archive, main_command, rejuvenate};
+use crate::init::late;
+use crate::reply::Rejuvenated;
+use crate::request::Revive;
+
+/// The host has a time limit of its own for all of it.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// Makes this machine one of its own, then brings the processes back, then opens the gate. When that fails it stays closed.
+pub async fn revive(context: &Arc<Context>, request: Revive) -> Result<Rejuvenated, Abort> {
+    if !context.gate.is_restored() {
+        return Err(Abort::bad("this machine does not wait for processes to be brought back"));
+    }
+    let record = Record::read().map_err(|error| Abort::io(DIR, &error))?;
+    let criu = Criu::find()?;
+    *context.papers() = Some(Papers::prepare(&context.root));
+    *context.config() = record.config.clone();
+    let renewed = rejuvenate::renew(context, request.identity)?;
+    archive::load(SHARED_MEMORY_ARCHIVE, SHARED_MEMORY).await?;
+    let mut pipes = Pipes::make(&record).map_err(|error| Abort::io("pipes", &error))?;
+    for n in 0..record.trees.len() {
+        link_remaps(Path::new(&directory(n))).map_err(|error| Abort::io(&directory(n), &error))?;
+    }
+    for (n, tree) in record.trees.iter().enumerate() {
+        if request.lazy {
+            context.lazy.serve(&criu, &directory(n)).await?;
+        }
+        restore(&criu, &record, tree, &directory(n), &pipes, request.lazy).await?;
+    }
+    attend(context, &record, &mut pipes).map_err(|error| Abort::io("restored processes", &error))?;
+    if waits_for_others(&record) {
+        record.trees.iter().for_each(let_go);
+    }
+    late::reserve_pids().map_err(|error| Abort::io("pids", &error))?;
+    context.gate.open();
+    tokio::spawn(remove_images(Arc::clone(context)));
+    Ok(renewed)
+}
+
+/// With several trees none may go on before all are there: what one does to a file another has open would make CRIU refuse that.
+fn waits_for_others(record: &Record) -> bool {
+    record.trees.len() > 1
+}
+
+async fn restore(
+    criu: &Criu,
+    record: &Record,
+    tree: &Tree,
+    directory: &str,
+    pipes: &Pipes,
+    lazy: bool,
+) -> Result<(), Abort> {
+    let workload = command::workload().map_err(|error| Abort::io("cgroup", &error))?;
+    let mut run = criu.action("restore", directory);
+    // As a child of this process, in the group it begins in.
+    run.arg("--restore-detached").arg("--restore-sibling").arg("--manage-cgroups=ignore").in_group(workload);
+    run.arg("--file-locks").arg(if record.tcp_close { "--tcp-close" } else { "--tcp-established" });
+    if !tree.leads_session {
+        run.arg("--shell-job");
+    }
+    if lazy {
+        run.arg("--lazy-pages");
+    }
+    if waits_for_others(record) {
+        run.arg("--leave-stopped");
+    }
+    for (inode, end) in tree.pipes.iter().filter_map(|inode| Some((inode, pipes.theirs.get(inode)?))) {
+        let number = program::number(end);
+        run.inherit(number).arg("--inherit-fd").arg(format!("fd[{number}]:pipe:[{inode}]"));
+    }
+    Ok(run.finish(LIMIT).await?)
+}
+
+/// Brings back the names CRIU had made and expects.
+fn link_remaps(directory: &Path) -> io::Result<()> {
+    for (n, name) in images::link_remaps(directory)?.into_iter().enumerate() {
+        match fs::hard_link(directory.join(hook::kept(n)), &name) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            linked => linked?,
+        }
+    }
+    Ok(())
+}
+
+/// New pipes in place of those that led to the old agent, by its inodes.
+struct Pipes {
+    theirs: BTreeMap<u64, OwnedFd>,
+    outputs: BTreeMap<u64, pipe::Receiver>,
+    inputs: BTreeMap<u64, OwnedFd>,
+}
+
+impl Pipes {
+    fn make(record: &Record) -> io::Result<Self> {
+        let mut pipes = Self { theirs: BTreeMap::new(), outputs: BTreeMap::new(), inputs: BTreeMap::new() };
+        for old in &record.pipes {
+            if !record.trees.iter().any(|tree| tree.pipes.contains(&old.inode)) {
+                continue;
+            }
+            let (reads, writes) = pipe_with(PipeFlags::CLOEXEC)?;
+            if old.agent_reads {
+                pipes.outputs.insert(old.inode, pipe::Receiver::from_owned_fd(reads)?);
+                pipes.theirs.insert(old.inode, writes);
+            } else {
+                pipes.inputs.insert(old.inode, writes);
+                pipes.theirs.insert(old.inode, reads);
+            }
+        }
+        Ok(pipes)
+    }
+
+    fn output(&mut self, inode: u64) -> io::Result<pipe::Receiver> {
+        match self.outputs.remove(&inode) {
+            Some(output) => Ok(output),
+            // The command had closed it.
+            None => pipe::Receiver::from_owned_fd(pipe_with(PipeFlags::CLOEXEC)?.0),
+        }
+    }
+}
+
+/// Watches over the restored: the main command as ever, the others without anybody who listens.
+fn attend(context: &Arc<Context>, record: &Record, pipes: &mut Pipes) -> io::Result<()> {
+    // End of file on a pipe is when theirs are gone.
+    pipes.theirs.clear();
+    for tree in &record.trees {
+        let root = Pid::from_raw(tree.root).ok_or(io::ErrorKind::InvalidData)?;
+        // Never written and never ended, as in any copy.
+        let inputs: Vec<_> = tree.pipes.iter().filter_map(|inode| pipes.inputs.remove(inode)).collect();
+        match record.main {
+            Some(main) if main.pid == tree.root => {
+                let (stdout, stderr) = (pipes.output(main.stdout)?, pipes.output(main.stderr)?);
+                let running = Running::adopt(root, stdout, stderr)?;
+                *context.main() = Some(main_command::described(&running)?);
+                tokio::spawn(main_command::attend_detached(Arc::clone(context), running));
+                // The machine ends with it.
+                inputs.into_iter().for_each(std::mem::forget);
+            }
+            _ => {
+                let child = Child::of(root)?;
+                tokio::spawn(async move {
+                    let _ = child.wait().await;
+                    drop(inputs);
+                });
+            }
+        }
+    }
+    for output in std::mem::take(&mut pipes.outputs).into_values() {
+        tokio::spawn(drain(output));
+    }
+    Ok(())
+}
+
+/// Reads on so that the command never waits for a reader, for nobody.
+async fn drain(output: pipe::Receiver) {
+    let mut buffer = vec![0; 4096];
+    while output.readable().await.is_ok() {
+        match output.try_read(&mut buffer) {
+            Ok(1..) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Ok(0) | Err(_) => break,
+        }
+    }
+}
+
+/// Lets those go on that job control had not stopped before.
+fn let_go(tree: &Tree) {
+    for pid in tree.processes.iter().filter(|pid| !tree.stopped.contains(pid)) {
+        if let Some(pid) = Pid::from_raw(*pid) {
+            // One that was killed meanwhile is gone.
+            let _ = rustix::process::kill_process(pid, Signal::CONT);
+        }
+    }
+}
+
+/// They are of no use any more, but take space.
+async fn remove_images(context: Arc<Context>) {
+    context.lazy.finished().await;
+    // What is left takes space and does no harm: the next dump removes it.
+    let _ = spawn_blocking(|| fs::remove_dir_all(DIR)).await;
+}
