@@ -1,7 +1,7 @@
 import { randomBytes } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem } from "@effect/platform"
-import { Context, Deferred, Duration, Effect, Layer, Option, Schema, type Scope, Stream } from "effect"
+import { Context, Deferred, Duration, Effect, Layer, Option, Schedule, Schema, type Scope, Stream } from "effect"
 import picomatch from "picomatch"
 import {
   AgentFault,
@@ -18,9 +18,10 @@ import {
 } from "./AgentProtocol.ts"
 import { ExecError, FilesError } from "./domain/errors.ts"
 import { ExitStatus } from "./domain/Vm.ts"
+import { Tail } from "./platform/Tail.ts"
 import * as tar from "./platform/tar.ts"
 import type { Connection } from "./platform/UnixSocket.ts"
-import { Vsock } from "./Vsock.ts"
+import { Vsock, VsockUnreachable } from "./Vsock.ts"
 
 /** The guest port the agent serves operations on. */
 export const agentPort = 1978
@@ -65,6 +66,15 @@ export interface ExecResult {
 
 export interface ExecOptions {
   readonly timeout?: Duration.DurationInput
+  /** Is given each piece as it comes; the command's writes wait for it. */
+  readonly onOutput?: (piece: CommandOutput) => Effect.Effect<void>
+  /** The channels whose output the result holds; the field of any other is empty. Default: both. */
+  readonly keep?: ReadonlyArray<CommandOutput["channel"]>
+  /**
+   * How long to wait for the guest to take the command, and after which pause to try again when it cannot be reached. A VM that is gone, and
+   * a command that has started, are not tried again. Without it, a guest that is held (paused, being captured) is waited for.
+   */
+  readonly connect?: { readonly timeout: Duration.DurationInput; readonly pause: Duration.DurationInput }
 }
 
 export interface WriteFileOptions {
@@ -307,14 +317,36 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
     )
   })
 
-  const collect = (command: Commandlike) =>
+  const startWithin = (command: Commandlike, connect: ExecOptions["connect"]) =>
+    connect === undefined
+      ? start(command)
+      : start(command).pipe(
+          Effect.retry({ while: mayBeReachedLater, schedule: Schedule.spaced(connect.pause) }),
+          Effect.timeoutFail({
+            duration: connect.timeout,
+            onTimeout: () =>
+              new ExecError({
+                code: "EXEC_AGENT_UNAVAILABLE",
+                message: `the guest did not take the command in time: ${shown(command)}`,
+                hint: "is the VM paused, or being captured?"
+              })
+          })
+        )
+
+  const collect = (command: Commandlike, { connect, keep = ["stdout", "stderr"], onOutput }: ExecOptions) =>
     Effect.scoped(
       Effect.gen(function* () {
-        const running = yield* start(command)
+        const running = yield* startWithin(command, connect)
         const parts: { stdout: Array<Uint8Array>; stderr: Array<Uint8Array> } = { stdout: [], stderr: [] }
-        // copied: a piece may be a view of a larger buffer that would be kept alive
-        yield* Stream.runForEach(running.output, ({ bytes, channel }) =>
-          Effect.sync(() => void parts[channel].push(Buffer.from(bytes)))
+        const said = new Tail(stderrTail)
+        yield* Stream.runForEach(running.output, (piece) =>
+          Effect.suspend(() => {
+            const { bytes, channel } = piece
+            // copied: a piece may be a view of a larger buffer that would be kept alive
+            if (keep.includes(channel)) parts[channel].push(Buffer.from(bytes))
+            if (channel === "stderr") said.push(bytes)
+            return onOutput === undefined ? Effect.void : onOutput(piece)
+          })
         )
         const exit = yield* running.exit
         const result: ExecResult = {
@@ -324,24 +356,24 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
           stdout: Buffer.concat(parts.stdout),
           stderr: Buffer.concat(parts.stderr)
         }
-        return result
+        return { result, said }
       })
     )
 
-  const execRaw = Effect.fn("Agent.execRaw")(function* (command: Commandlike, options?: ExecOptions) {
-    if (options?.timeout === undefined) return yield* collect(command)
-    return yield* collect(command).pipe(
-      Effect.timeoutFail({
-        duration: options.timeout,
-        onTimeout: () =>
-          new ExecError({
-            code: "EXEC_AGENT_TIMEOUT",
-            message: `the command was still running at its time limit and was killed: ${shown(command)}`,
-            hint: "give it more time, or none at all"
+  const collectWithin = (command: Commandlike, options: ExecOptions = {}) =>
+    options.timeout === undefined
+      ? collect(command, options)
+      : collect(command, options).pipe(
+          Effect.timeoutFail({
+            duration: options.timeout,
+            onTimeout: () =>
+              new ExecError({
+                code: "EXEC_AGENT_TIMEOUT",
+                message: `the command was still running at its time limit and was killed: ${shown(command)}`,
+                hint: "give it more time, or none at all"
+              })
           })
-      })
-    )
-  })
+        )
 
   /** For operations that keep the guest still from their first answer on; the stream is the scope's: whatever ends it lets go. */
   const held = Effect.fnUntraced(function* (request: AgentRequest) {
@@ -384,12 +416,14 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
 
   return {
     start,
-    execRaw,
+    execRaw: Effect.fn("Agent.execRaw")(function* (command, options) {
+      return (yield* collectWithin(command, options)).result
+    }),
     exec: Effect.fn("Agent.exec")(function* (command, options) {
-      const result = yield* execRaw(command, options)
+      const { result, said } = yield* collectWithin(command, options)
       if (result.exitCode === 0) return result
       const ended = result.signal === null ? `code ${result.exitCode}` : `signal ${result.signal}`
-      const stderr = Buffer.from(result.stderr).subarray(-stderrTail).toString().trim()
+      const stderr = said.toString().trim()
       return yield* new ExecError({
         code: "EXEC_NONZERO_EXIT",
         message: `${shown(command)} ended with ${ended}${stderr === "" ? "" : `: ${stderr}`}`,
@@ -588,6 +622,16 @@ const unavailable = (cause: unknown) =>
     hint: "the VM may have ended: `machinen ls` shows what is running",
     cause
   })
+
+/** Not a VM whose socket is gone, and it with it. */
+const mayBeReachedLater = ({ cause, code }: ExecError): boolean =>
+  code === "EXEC_AGENT_UNAVAILABLE" &&
+  !(
+    cause instanceof VsockUnreachable &&
+    cause.cause instanceof Error &&
+    "code" in cause.cause &&
+    cause.cause.code === "ENOENT"
+  )
 
 const lostConnection = (cause: unknown) =>
   new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "the connection to the guest broke", cause })

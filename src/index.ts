@@ -3,6 +3,7 @@ export type {
   AgentClient,
   CommandOutput,
   CommandSpec,
+  ExecOptions,
   ExecResult,
   RunningCommand,
   WriteFileOptions

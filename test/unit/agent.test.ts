@@ -1,0 +1,127 @@
+import { rmSync } from "node:fs"
+import * as net from "node:net"
+import * as path from "node:path"
+import { NodeFileSystem } from "@effect/platform-node"
+import { assert, describe, it } from "@effect/vitest"
+import { Effect, Layer } from "effect"
+import { Agent, type AgentClient, type ExecOptions } from "../../src/Agent.ts"
+import { encodeFrame, FrameType } from "../../src/AgentProtocol.ts"
+import { Vsock } from "../../src/Vsock.ts"
+import { temporaryDirectory, text } from "../fixtures.ts"
+
+const json = (value: unknown) => Buffer.from(JSON.stringify(value))
+const out = (line: string) => encodeFrame(FrameType.stdout, Buffer.from(line))
+const err = (line: string) => encodeFrame(FrameType.stderr, Buffer.from(line))
+const exit = (code: number) => encodeFrame(FrameType.end, json({ code, signal: null }))
+
+/** What the guest does with each connection in turn; the last is done again. */
+type Answer = "hang up" | "say nothing" | ReadonlyArray<Uint8Array>
+
+/** An agent at the end of a hybrid vsock, without a guest. */
+const withAgent = <A, E>(
+  answers: ReadonlyArray<Answer>,
+  use: (client: AgentClient, server: { readonly calls: () => number; readonly vsock: string }) => Effect.Effect<A, E>
+) =>
+  Effect.gen(function* () {
+    const vsock = path.join(temporaryDirectory(), "v.sock")
+    let calls = 0
+    yield* Effect.acquireRelease(
+      Effect.async<net.Server>((resume) => {
+        const server = net.createServer((socket) => {
+          const answer = answers[Math.min(calls++, answers.length - 1)] ?? "hang up"
+          socket.on("error", () => {})
+          if (answer === "hang up") return socket.destroy()
+          socket.once("data", () => {
+            socket.write("OK 1\n")
+            if (answer === "say nothing") return
+            socket.once("data", () => {
+              for (const frame of [encodeFrame(FrameType.started, json({ pid: 7 })), ...answer]) socket.write(frame)
+            })
+          })
+        })
+        server.listen(vsock, () => resume(Effect.succeed(server)))
+      }),
+      (server) => Effect.sync(() => server.close())
+    )
+    const agent = yield* Agent
+    return yield* use(agent.client(vsock), { calls: () => calls, vsock })
+  }).pipe(
+    Effect.scoped,
+    Effect.provide(Agent.layer.pipe(Layer.provide(Layer.merge(Vsock.layer, NodeFileSystem.layer))))
+  )
+
+const patient: ExecOptions = { connect: { timeout: "5 seconds", pause: "5 millis" } }
+
+describe("execRaw", () => {
+  const said = [out("a"), err("b"), out("c"), exit(0)]
+
+  for (const keep of [[], ["stdout"], ["stderr"], ["stdout", "stderr"]] as const) {
+    it.live(`keeps ${keep.join(" and ") || "nothing"}, and shows every piece in order`, () =>
+      withAgent([said], (client) =>
+        Effect.gen(function* () {
+          const pieces: Array<string> = []
+          const onOutput: ExecOptions["onOutput"] = ({ bytes, channel }) =>
+            Effect.sync(() => void pieces.push(`${channel} ${text(bytes)}`))
+          const { stderr, stdout } = yield* client.execRaw("x", { keep, onOutput })
+          assert.deepStrictEqual(pieces, ["stdout a", "stderr b", "stdout c"])
+          const all: ReadonlyArray<string> = keep
+          assert.strictEqual(text(stdout), all.includes("stdout") ? "ac" : "")
+          assert.strictEqual(text(stderr), all.includes("stderr") ? "b" : "")
+        })
+      )
+    )
+  }
+
+  it.live("tells the end of a failed command's stderr, kept or not", () =>
+    withAgent([[err(`${"x".repeat(64 * 1024)}why`), exit(3)]], (client) =>
+      Effect.gen(function* () {
+        const error = yield* Effect.flip(client.exec("x", { keep: [] }))
+        assert.strictEqual(error.code, "EXEC_NONZERO_EXIT")
+        assert.isTrue(error.message.endsWith("xwhy"))
+        assert.isBelow(error.message.length, 65 * 1024)
+      })
+    )
+  )
+
+  it.live("tries an unreachable guest again, if it may", () =>
+    withAgent(["hang up", "hang up", said], (client, { calls }) =>
+      Effect.gen(function* () {
+        const error = yield* Effect.flip(client.execRaw("x"))
+        assert.deepStrictEqual([error.code, error.retryable, calls()], ["EXEC_AGENT_UNAVAILABLE", true, 1])
+        assert.strictEqual(text((yield* client.execRaw("x", patient)).stdout), "ac")
+        assert.strictEqual(calls(), 3)
+      })
+    )
+  )
+
+  it.live("never tries again what has started", () =>
+    withAgent([[out("a")]], (client, { calls }) =>
+      Effect.gen(function* () {
+        const error = yield* Effect.flip(client.execRaw("x", { ...patient, timeout: "100 millis" }))
+        assert.deepStrictEqual([error.code, calls()], ["EXEC_AGENT_TIMEOUT", 1])
+      })
+    )
+  )
+
+  it.live("gives up a guest that does not take the command in time", () =>
+    withAgent(["say nothing"], (client, { calls }) =>
+      Effect.gen(function* () {
+        const connect = { timeout: "50 millis", pause: "5 millis" } as const
+        const error = yield* Effect.flip(client.execRaw("x", { connect }))
+        assert.deepStrictEqual([error.code, calls()], ["EXEC_AGENT_UNAVAILABLE", 1])
+      })
+    )
+  )
+
+  it.live("does not wait for a VM that is gone", () =>
+    withAgent([said], (client, { vsock }) =>
+      Effect.gen(function* () {
+        rmSync(vsock)
+        const began = performance.now()
+        const error = yield* Effect.flip(client.execRaw("x", patient))
+        assert.strictEqual(error.code, "EXEC_AGENT_UNAVAILABLE")
+        assert.isBelow(performance.now() - began, 2000)
+      })
+    )
+  )
+})
