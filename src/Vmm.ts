@@ -1,5 +1,5 @@
-import { Context, type Effect, Schema, type Scope } from "effect"
-import type { BootError } from "./domain/errors.ts"
+import { Context, type Effect, type Scope } from "effect"
+import { type BootError, VmmControlFailed } from "./domain/errors.ts"
 import type { Accelerator, Disk, MachineFingerprint, MachineSpec } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import type { CaptureFailed, ShimHandle } from "./Shim.ts"
@@ -11,11 +11,7 @@ export interface Capabilities {
   readonly maxVcpus: number
 }
 
-/** The hypervisor refused, or cannot be reached, on its own control socket. */
-export class VmmControlFailed extends Schema.TaggedError<VmmControlFailed>()("VmmControlFailed", {
-  message: Schema.String,
-  cause: Schema.optional(Schema.Defect)
-}) {}
+export { VmmControlFailed }
 
 /** A live hypervisor, as the rest of the program sees it. */
 export interface VmmHandle extends ShimHandle {

@@ -2,6 +2,7 @@ import * as path from "node:path"
 import { Effect, Scope } from "effect"
 import type { EngineName } from "./domain/BundleManifest.ts"
 import { BootError } from "./domain/errors.ts"
+import { defaultFreeMemoryThreshold, refusal } from "./domain/forkBackpressure.ts"
 import * as memory from "./platform/memory.ts"
 import { Registry } from "./Registry.ts"
 import { type Restored, type RestoreOptions, restore, revive } from "./restore.ts"
@@ -27,7 +28,6 @@ export interface Forked {
   readonly pausedMs: number
 }
 
-const defaultThreshold = 0.01
 const maxSiblings = 256
 /** Starting more at once than there are cores only makes each of them late. */
 const startedAtOnce = 4
@@ -47,7 +47,7 @@ export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOp
   }
   const tcpClose = !(options.tcpKeep ?? false)
   yield* checkSource(source)
-  yield* checkMemory(options.freeMemoryThreshold ?? defaultThreshold)
+  yield* checkMemory(options.freeMemoryThreshold ?? defaultFreeMemoryThreshold)
   const siblings = Array.from({ length: count })
 
   if (outDir !== undefined) {
@@ -94,17 +94,9 @@ export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOp
   )
 })
 
-/** A host without memory to spare is not given another guest (spec memory.md §5). */
+/** A host without memory to spare is not given another guest. */
 const checkMemory = Effect.fnUntraced(function* (threshold: number) {
-  if (threshold <= 0) return
-  const [free, total] = [yield* memory.availableBytes, yield* memory.totalBytes]
-  const needed = total * Math.min(threshold, 1)
-  if (free >= needed) return
-  return yield* new BootError({
-    code: "FORK_MEMORY_BACKPRESSURE",
-    message: `${mib(free)} MiB of the host's ${mib(total)} MiB are free; a fork wants ${mib(needed)} MiB to be`,
-    hint: "stop a VM, or lower freeMemoryThreshold"
-  })
+  const [freeBytes, totalBytes] = [yield* memory.availableBytes, yield* memory.totalBytes]
+  const refused = refusal({ freeBytes, totalBytes, threshold })
+  if (refused !== undefined) return yield* refused
 })
-
-const mib = (bytes: number) => Math.round(bytes / 2 ** 20)

@@ -164,6 +164,19 @@ export class AssetError extends Schema.TaggedError<AssetError>()(
   }
 }
 
+/** The hypervisor refused, or cannot be reached, on its own control socket. */
+export class VmmControlFailed extends Schema.TaggedError<VmmControlFailed>()("VmmControlFailed", {
+  ...fields(),
+  code: Schema.Literal("VMM_CONTROL_FAILED").pipe(
+    Schema.propertySignature,
+    Schema.withConstructorDefault(() => "VMM_CONTROL_FAILED" as const)
+  )
+}) {
+  get retryable() {
+    return false
+  }
+}
+
 /** The closed set a caller can see; services list only the members they can raise. */
 export const MachinenError = Schema.Union(
   BootError,
@@ -173,7 +186,8 @@ export const MachinenError = Schema.Union(
   RegistryError,
   ProvisionError,
   ParseError,
-  AssetError
+  AssetError,
+  VmmControlFailed
 )
 export type MachinenError = typeof MachinenError.Type
 export const isMachinenError: (u: unknown) => u is MachinenError = Schema.is(MachinenError)
