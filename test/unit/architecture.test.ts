@@ -9,9 +9,11 @@ const ranks: ReadonlyArray<readonly [prefix: string, rank: number]> = [
   ["src/platform/", 1],
   ["src/runtime/", 5],
   ["src/Machinen.ts", 4],
+  ["src/VmControl.ts", 4],
   ["src/cli/main.ts", 8],
   ["src/cli/", 7],
   ["src/index.ts", 8],
+  ["src/promise.ts", 8],
   ["src/boot.ts", 3],
   ["src/restore.ts", 3],
   ["src/fork.ts", 3],
@@ -62,7 +64,7 @@ describe("architecture", () => {
 
   it("services neither print, nor exit, nor return promises", () => {
     const wrong = files
-      .filter((file) => !file.startsWith("src/cli/"))
+      .filter((file) => !file.startsWith("src/cli/") && file !== "src/promise.ts")
       .flatMap((file) =>
         [/\bconsole\.(log|error|warn)\(/, /\bprocess\.exit\b/, /\bPromise</, /\basync (function|\()/]
           .filter((pattern) => pattern.test(readFileSync(file, "utf8")))
