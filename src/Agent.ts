@@ -1,7 +1,7 @@
 import { randomBytes } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem } from "@effect/platform"
-import { Context, Deferred, Duration, Effect, Layer, Option, Schedule, Schema, type Scope, Stream } from "effect"
+import { Context, Deferred, Duration, Effect, Layer, Option, Ref, Schedule, Schema, type Scope, Stream } from "effect"
 import picomatch from "picomatch"
 import {
   AgentFault,
@@ -56,6 +56,12 @@ export interface RunningCommand {
   readonly signal: (signal: number) => Effect.Effect<void>
 }
 
+/** The command a VM exists for. */
+export interface MainCommand extends RunningCommand {
+  /** It goes on when its scope closes, without input; what it prints from now on goes to the shim's log. */
+  readonly detach: Effect.Effect<void, ExecError>
+}
+
 export interface ExecResult {
   readonly exitCode: number
   readonly signal: number | null
@@ -102,7 +108,7 @@ export interface AgentClient {
   /** The same, but an exit code other than 0 fails EXEC_NONZERO_EXIT, with the end of what it wrote to stderr. */
   readonly exec: (command: Commandlike, options?: ExecOptions) => Effect.Effect<ExecResult, ExecError>
   /** Starts the VM's main command; the VM powers off when it ends. */
-  readonly startMain: (stdin?: Stream.Stream<Uint8Array>) => Effect.Effect<RunningCommand, ExecError, Scope.Scope>
+  readonly startMain: (stdin?: Stream.Stream<Uint8Array>) => Effect.Effect<MainCommand, ExecError, Scope.Scope>
   /** The same, with its output left to the shim's log. */
   readonly startMainDetached: Effect.Effect<void, ExecError>
   readonly writeFile: (
@@ -270,7 +276,8 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
 
   const run = Effect.fnUntraced(function* (
     request: Extract<AgentRequest, { op: "exec" | "main" }>,
-    stdin: Stream.Stream<Uint8Array> | undefined
+    stdin: Stream.Stream<Uint8Array> | undefined,
+    isDetached: Effect.Effect<boolean>
   ) {
     const operation = yield* operate(request).pipe(Effect.mapError(toExecError))
     if (stdin !== undefined) {
@@ -280,7 +287,7 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
         yield* Effect.addFinalizer(() =>
           Effect.unlessEffect(
             ask({ op: "kill", pid }).pipe(Effect.interruptible, Effect.timeout("2 seconds"), Effect.ignore),
-            operation.isOver
+            Effect.zipWith(operation.isOver, isDetached, (over, detached) => over || detached)
           )
         )
       }
@@ -313,7 +320,8 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
         stdin: stdin !== undefined,
         ...(cwd === undefined ? {} : { cwd })
       },
-      stdin
+      stdin,
+      Effect.succeed(false)
     )
   })
 
@@ -431,7 +439,16 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
         ...(result.oomKilled ? { hint: "the guest ran out of memory: boot it with more" } : {})
       })
     }),
-    startMain: (stdin) => run({ op: "main", stdin: stdin !== undefined, detach: false }, stdin),
+    startMain: Effect.fn("Agent.startMain")(function* (stdin) {
+      const isDetached = yield* Ref.make(false)
+      const running = yield* run({ op: "main", stdin: stdin !== undefined, detach: false }, stdin, Ref.get(isDetached))
+      const detach = ask({ op: "detach" }).pipe(
+        Effect.mapError(toExecError),
+        Effect.zipRight(Ref.set(isDetached, true))
+      )
+      const main: MainCommand = { ...running, detach }
+      return main
+    }),
     startMainDetached: ask({ op: "main", stdin: false, detach: true }).pipe(
       Effect.mapError(toExecError),
       Effect.asVoid

@@ -3,7 +3,7 @@ import { PassThrough, Readable, Writable } from "node:stream"
 import * as NodeStream from "@effect/platform-node/NodeStream"
 import { Deferred, Effect, Exit, Fiber, identity, Option, Scope, Stream } from "effect"
 import type { CommandOutput } from "./Agent.ts"
-import { BootError, type RegistryError } from "./domain/errors.ts"
+import type { ExecError, RegistryError } from "./domain/errors.ts"
 import type { ExitRecord } from "./domain/ShimPlan.ts"
 import { Machinen } from "./Machinen.ts"
 import { Outlet } from "./platform/Outlet.ts"
@@ -32,7 +32,7 @@ export interface VmControl {
   readonly tail: (channel: CommandOutput["channel"]) => string
   /** When it completes, nothing of the VM is left, and all it wrote has been passed on. */
   readonly wait: Effect.Effect<VmExit>
-  readonly detach: Effect.Effect<void, BootError | RegistryError, Machinen>
+  readonly detach: Effect.Effect<void, ExecError | RegistryError, Machinen>
 }
 
 /** Of the main command's output, for each channel. */
@@ -91,6 +91,7 @@ const attend = (
     const input = new PassThrough()
     const outlets = { stdout: new Outlet(tailBytes), stderr: new Outlet(tailBytes) }
     const all = (use: (outlet: Outlet) => Effect.Effect<void>) => Effect.forEach(Object.values(outlets), use)
+    let detachMain: Effect.Effect<void, ExecError> = Effect.void
     const carriers: Array<Fiber.Fiber<void>> = []
     const carry = <A, E>(from: Stream.Stream<A, E>, to: (a: A) => Effect.Effect<void>) =>
       // one that breaks has ended with the VM, of which others tell
@@ -100,9 +101,10 @@ const attend = (
     if (main) {
       const stdin = NodeStream.fromReadable<unknown, Uint8Array>(() => input, identity)
       // destroyed is as good as ended
-      const { output } = yield* vm.startMain(Stream.orElse(stdin, () => Stream.empty))
+      const command = yield* vm.startMain(Stream.orElse(stdin, () => Stream.empty))
+      detachMain = command.detach
       const ending = Stream.ensuring(
-        output,
+        command.output,
         all(({ end }) => end)
       )
       yield* carry(ending, ({ bytes, channel }) => outlets[channel].write(bytes))
@@ -129,9 +131,9 @@ const attend = (
       ),
       detach: Effect.gen(function* () {
         if (current !== vm || Option.isSome(yield* Fiber.poll(ended))) return
-        if (main) return yield* boundToUs()
         const machinen = yield* Machinen
         const later = yield* machinen.attach(vm.id)
+        yield* detachMain
         yield* vm.detach
         current = later
         yield* Deferred.succeed(detached, { code: null, signal: null })
@@ -151,10 +153,3 @@ const toExit = ({ main, vmm }: ExitRecord): VmExit => {
   const name = signal === null ? undefined : signalNames.get(signal)
   return { code, signal: (name as NodeJS.Signals | undefined) ?? null }
 }
-
-const boundToUs = () =>
-  new BootError({
-    code: "BOOT_OPTION_INVALID",
-    message: "the VM's main command is connected to this process and would end with it",
-    hint: "boot it with `detached: true`"
-  })

@@ -5,6 +5,7 @@ export type {
   CommandSpec,
   ExecOptions,
   ExecResult,
+  MainCommand,
   RunningCommand,
   WriteFileOptions
 } from "./Agent.ts"

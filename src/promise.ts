@@ -197,8 +197,8 @@ export interface VmHandle {
   /** Powers it off in order, or by force after the grace (default 5 s); completes as `wait`. */
   readonly stop: (graceMs?: number) => Promise<void>
   /**
-   * The VM now outlives this process; the handle goes on as one of `attach`. `wait` calls under way complete with nulls. A main command whose
-   * streams are this process's cannot go on without it: refused BOOT_OPTION_INVALID, boot such a VM `detached`.
+   * The VM now outlives this process; the handle goes on as one of `attach`. `wait` calls under way complete with nulls; `stdin`, `stdout`
+   * and `stderr` end, the main command goes on without them.
    */
   readonly detach: () => Promise<void>
   /** The last 1 MiB of what the main command has written to stdout, or stderr, so far. */

@@ -25,6 +25,7 @@ pub enum Request {
     Rejuvenate(Rejuvenate),
     Dump(Dump),
     Revive(Revive),
+    Detach,
     Poweroff,
 }
 
@@ -156,6 +157,7 @@ impl Request {
             "rejuvenate" => Self::Rejuvenate(from_json(json)?),
             "dump" => Self::Dump(from_json(json)?),
             "revive" => Self::Revive(from_json(json)?),
+            "detach" => Self::Detach,
             "poweroff" => Self::Poweroff,
             // The name is the peer's: quoted, and not at any length.
             other => {
@@ -184,7 +186,13 @@ impl Request {
             Self::Hostname(Hostname { hostname }) => check_hostname(hostname),
             Self::Rejuvenate(rejuvenate) => rejuvenate.check(),
             Self::Revive(revive) => revive.identity.check(),
-            Self::Main(_) | Self::Kill(_) | Self::Stats | Self::Freeze(_) | Self::Dump(_) | Self::Poweroff => Ok(()),
+            Self::Main(_)
+            | Self::Kill(_)
+            | Self::Stats
+            | Self::Freeze(_)
+            | Self::Dump(_)
+            | Self::Detach
+            | Self::Poweroff => Ok(()),
         }
     }
 }

@@ -69,7 +69,7 @@ const talker = async () => {
             Stream.runForEach(stdin, (bytes) => Effect.sync(() => void heard.push(Buffer.from(bytes).toString())))
           )
         const exit = Effect.succeed(new ExitStatus({ code: 0, signal: null, oomKilled: false }))
-        return { pid: 1, output: Stream.fromQueue(queue), exit, signal: () => Effect.void }
+        return { pid: 1, output: Stream.fromQueue(queue), exit, signal: () => Effect.void, detach: Effect.void }
       })
   }))
   const vm = await given.boot({ image: "micro", cmd: ["talk"] })
@@ -293,11 +293,14 @@ describe("a handle", () => {
     await killed
   })
 
-  it("does not detach a VM whose main command is bound to this process", async () => {
-    const { finish, vm } = await talker()
-    assert.isTrue(facade.isMachinenError(await rejection(vm.detach()), "BOOT_OPTION_INVALID"))
+  it("that cannot be detached still owns its VM", async () => {
+    const { finish, left, vm } = await talker()
+    // a fake VM cannot be attached to
+    assert.isTrue(facade.isMachinenError(await rejection(vm.detach()), "REGISTRY_VM_NOT_FOUND"))
+    assert.isNotEmpty(left())
     await finish()
     await vm.kill()
+    assert.isEmpty(left())
   })
 
   it("rejects a refusal of the hypervisor as an error of ours", async () => {

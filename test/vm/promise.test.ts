@@ -1,9 +1,11 @@
 import { spawn } from "node:child_process"
+import { once } from "node:events"
 import * as path from "node:path"
 import { pathToFileURL } from "node:url"
 import { afterEach, assert, describe, it } from "@effect/vitest"
+import { Effect } from "effect"
 import * as facade from "../../src/promise.ts"
-import { environment, leftovers, live, nothing, processesOf, settled, temporaryHome } from "../fixtures.ts"
+import { cli, environment, leftovers, live, nothing, processesOf, settled, temporaryHome } from "../fixtures.ts"
 
 const home = temporaryHome()
 const { attach, boot, list, restore, runGc } = facade.make(live(home))
@@ -111,18 +113,26 @@ describe("exec", () => {
 
   it("ends with what its callback throws, or its signal aborts, and so does the command", async () => {
     const vm = await boot(idle)
-    const running = () => vm.exec("pgrep -f 'sleep 100[12]' || true")
+    const running = async () => (await vm.exec("ps | grep -c 'root  *sleep 100[12]$' || true")).stdout.trim()
     const mine = new Error("enough")
     const onStdout = () => {
       throw mine
     }
     const thrown = await vm.exec("echo go; sleep 1001", { onStdout }).catch((error: unknown) => error)
     assert.strictEqual(thrown, mine)
+    assert.strictEqual(await running(), "0")
     const abort = new AbortController()
-    const started = vm.exec("echo go; sleep 1002", { signal: abort.signal, onStdout: () => abort.abort(mine) })
-    assert.strictEqual(await started.catch((error: unknown) => error), mine)
-    // the shell that looks is itself found by what it looks for
-    assert.lengthOf((await running()).stdout.trim().split("\n"), 1)
+    let began = () => {}
+    const going = new Promise<void>((resolve) => {
+      began = resolve
+    })
+    const options = { signal: abort.signal, onStdout: () => began() }
+    const ended = vm.exec("sleep 1002 & echo go; wait", options).catch((error: unknown) => error)
+    await going
+    assert.strictEqual(await running(), "1")
+    abort.abort(mine)
+    assert.strictEqual(await ended, mine)
+    assert.strictEqual(await running(), "0")
     await vm.kill()
   })
 })
@@ -164,6 +174,23 @@ describe("a VM", () => {
     assert.deepStrictEqual(await runGc({ dryRun: true }), [])
     assert.strictEqual((await rejection(attach({ name: "web/1" }))).code, "REGISTRY_VM_NOT_FOUND")
     assert.deepStrictEqual([...new Set(log.events.map((e) => e.source))], ["exec-stdout"])
+  })
+
+  it("detached keeps its main command, which goes on without its streams", async () => {
+    const script = "echo before; cat; echo after; echo mark >/tmp/mark; sleep 1003; exit 5"
+    const vm = await boot({ ...idle, cmd: ["sh", "-c", script], name: "bound" })
+    const [first] = await once(vm.stdout, "data")
+    assert.strictEqual(String(first), "before\n")
+    const ended = Promise.all([once(vm.stdout, "end"), once(vm.stdin, "close")])
+    await vm.detach()
+    await ended
+    await vm.exec("until [ -s /tmp/mark ]; do usleep 10000; done")
+    assert.strictEqual(await vm.output(), "before\n")
+    const { stdout } = await Effect.runPromise(cli(home, ["logs", "bound"]))
+    assert.strictEqual(stdout, "after\n")
+    const end = vm.wait()
+    await vm.execRaw("kill $(ps | awk '/root +sleep 1003$/ { print $1 }')").catch(() => {})
+    assert.deepStrictEqual(await end, { code: 5, signal: null })
   })
 
   it("booted detached runs its command", async () => {
@@ -251,7 +278,9 @@ describe("a Node program", () => {
   it("ends by itself although a VM it has detached runs on, which others find", async () => {
     const { code, stdout } = await program(`
       const onLog = () => {}
-      const one = await boot({ memory: 256, name: "one", onLog })
+      const cmd = ["sh", "-c", "while sleep 0.01; do echo tick; done"]
+      const one = await boot({ image: "micro", cmd, memory: 256, name: "one", onLog })
+      for await (const chunk of one.stdout) break
       one.wait().then(({ code }) => console.log("pending", code))
       await one.detach()
       await boot({ image: "micro", cmd: ["sleep", "infinity"], memory: 256, name: "two", detached: true, onLog })

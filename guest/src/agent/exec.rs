@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::{Buf, Bytes};
 use machinen_channel::Opener;
@@ -31,14 +32,15 @@ where
     W: AsyncWrite + Unpin,
 {
     let running = command::start(&context.config(), &request)?;
-    attend(running, exchange, &mut Nowhere).await
+    attend(running, exchange, &AtomicBool::new(false), &mut Nowhere).await
 }
 
-/// Says that `running` has started and connects it with the stream until it ends. In a copy, whose streams are lost, it goes on
-/// without input, and with its output going to `detached`.
+/// Says that `running` has started and connects it with the stream until it ends. In a copy, whose streams are lost, and once it
+/// `is_detached`, it goes on without input, and with its output going to `detached`.
 pub async fn attend<R, W>(
     mut running: Running,
     exchange: &mut Exchange<R, W>,
+    is_detached: &AtomicBool,
     detached: &mut impl Output,
 ) -> Result<Exit, Abort>
 where
@@ -48,20 +50,20 @@ where
     let stdin = running.stdin.take();
     let started = Started { pid: running.pid.as_raw_pid().cast_unsigned() };
     let Exchange { input, output: stream, session } = exchange;
-    let session: &Opener = session;
+    let bond = Bond { session, is_detached };
     let attended = async {
         match stream.send_json(Kind::Started, &started).await {
-            Err(abort) if !is_lost_with_session(&abort, session) => return Err(abort),
+            Err(abort) if !bond.is_outlived(&abort) => return Err(abort),
             _ => {}
         }
         let obeyed = async {
             let abort = obey(input, stdin, &running).await;
-            if is_lost_with_session(&abort, session) {
+            if bond.is_outlived(&abort) {
                 std::future::pending::<()>().await;
             }
             abort
         };
-        let mut outlet = Outlet { stream, session, detached };
+        let mut outlet = Outlet { stream, bond, detached };
         tokio::select! {
             ended = pump_until_end(&running, &mut outlet) => ended,
             abort = obeyed => Err(abort),
@@ -76,9 +78,23 @@ where
     attended
 }
 
-/// Whether an operation lost its stream only because the whole session ended, as it does in a copy.
-fn is_lost_with_session(abort: &Abort, session: &Opener) -> bool {
-    matches!(abort, Abort::Gone) && !session.is_connected()
+/// What ties a command to its stream.
+#[derive(Clone, Copy)]
+struct Bond<'a> {
+    session: &'a Opener,
+    is_detached: &'a AtomicBool,
+}
+
+impl Bond<'_> {
+    fn is_detached(&self) -> bool {
+        self.is_detached.load(Ordering::Relaxed)
+    }
+
+    /// Whether the command goes on though its stream is lost: because it was detached before, or because the whole session ended, as it
+    /// does in a copy.
+    fn is_outlived(&self, abort: &Abort) -> bool {
+        matches!(abort, Abort::Gone) && (self.is_detached() || !self.session.is_connected())
+    }
 }
 
 /// Where a command's output goes.
@@ -92,20 +108,21 @@ impl<W: AsyncWrite + Unpin> Output for FrameWriter<W> {
     }
 }
 
-/// The stream, as long as there is one.
+/// The stream, as long as it is to be one's.
 struct Outlet<'a, W, D> {
     stream: &'a mut FrameWriter<W>,
-    session: &'a Opener,
+    bond: Bond<'a>,
     /// From then on.
     detached: &'a mut D,
 }
 
 impl<W: AsyncWrite + Unpin, D: Output> Output for Outlet<'_, W, D> {
     async fn send_chunk(&mut self, chunk: &mut Chunk, kind: Kind, length: usize) -> Result<(), Abort> {
+        if self.bond.is_detached() {
+            return self.detached.send_chunk(chunk, kind, length).await;
+        }
         match self.stream.send_chunk(chunk, kind, length).await {
-            Err(abort) if is_lost_with_session(&abort, self.session) => {
-                self.detached.send_chunk(chunk, kind, length).await
-            }
+            Err(abort) if self.bond.is_outlived(&abort) => self.detached.send_chunk(chunk, kind, length).await,
             sent => sent,
         }
     }

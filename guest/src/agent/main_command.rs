@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -38,10 +39,19 @@ where
     }
     // In a copy nobody is attached to it any more.
     let mut detached = context.lifecycle.output();
-    let exit = exec::attend(running, exchange, &mut detached).await;
+    let exit = exec::attend(running, exchange, &context.main_detached, &mut detached).await;
     // When that fails, it was killed because its stream ended or made no sense.
     let exit = exit.unwrap_or(Exit::Signal { signal: libc::SIGKILL, oom_killed: false });
     Ok(Outcome::Last(json(&exit), detached))
+}
+
+/// From now on a main command with a stream goes on without it, as if it had been started detached.
+pub fn detach(context: &Context) -> Result<Done, Abort> {
+    if context.main().is_none() {
+        return Err(Abort::bad("there is no main command"));
+    }
+    context.main_detached.store(true, Ordering::Relaxed);
+    Ok(Done {})
 }
 
 /// By the inodes of its pipes a dump knows which are its.

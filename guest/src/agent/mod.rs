@@ -26,6 +26,7 @@ use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use machinen_channel::{Incoming, Opener};
@@ -67,6 +68,8 @@ struct Context {
     /// The main command, once it runs.
     main: Mutex<Option<MainCommand>>,
     lazy: LazyPages,
+    /// It is to go on when its stream ends.
+    main_detached: AtomicBool,
 }
 
 impl Context {
@@ -102,6 +105,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
         papers: Mutex::default(),
         main: Mutex::default(),
         lazy: LazyPages::default(),
+        main_detached: AtomicBool::new(false),
     });
     let revive = guest.revive;
     let mut unfinished = Some((guest.hostname, guest.phases));

@@ -98,6 +98,7 @@ where
         Request::Rejuvenate(request) => json(&rejuvenate::rejuvenate(context, request)?),
         Request::Dump(request) => json(&criu::dump(context, &request, exchange).await?),
         Request::Revive(request) => json(&criu::revive(context, request).await?),
+        Request::Detach => json(&main_command::detach(context)?),
         Request::Poweroff => return Ok(Outcome::Last(json(&Done {}), context.lifecycle.output())),
     };
     Ok(Outcome::Done(result))

@@ -40,6 +40,7 @@ fn machine() -> Machine {
         papers: Mutex::default(),
         main: Mutex::default(),
         lazy: LazyPages::default(),
+        main_detached: AtomicBool::new(false),
     });
     let served = Arc::clone(&context);
     tokio::spawn(serve_guest(port, move |opener, incoming| {
