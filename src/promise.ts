@@ -283,18 +283,20 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
   }
 
   const begin = async <F>(
-    start: Effect.Effect<VmControl.Started, F, Machinen | Scope.Scope>,
+    begun: Effect.Effect<VmControl.Started, F, Machinen | Scope.Scope>,
     options: StartOptions,
     waitMs: number | null
   ): Promise<VmHandle> => {
     const { detached, onLog, signal } = options
     const log = logger(onLog)
+    // the signal ends the start alone: a VM that is up when it comes is not lost
+    const start = signal === undefined ? begun : Effect.raceFirst(begun, aborted(signal))
     const onConsole = (bytes: Uint8Array) => log({ source: "guest-console", chunk: toBuffer(bytes) })
     const control: Effect.Effect<VmControl.VmControl, F | MachinenError, Machinen> =
       detached === true
         ? VmControl.release(start)
         : VmControl.own(start, within, onLog === undefined ? undefined : onConsole)
-    return toHandle(await run(control, signal), log, waitMs)
+    return toHandle(await run(control), log, waitMs)
   }
 
   const toHandle = (control: VmControl.VmControl, log: Log, waitMs: number | null): VmHandle => {
@@ -447,6 +449,15 @@ const logger = (onLog: OnLog | undefined): Log =>
           Effect.catchAll((error) => Effect.logDebug("onLog threw", error)),
           Effect.annotateLogs({ service: "promise" })
         )
+
+/** Dies with the signal's reason when that comes. */
+const aborted = (signal: AbortSignal): Effect.Effect<never> =>
+  Effect.async((resume) => {
+    const end = () => resume(Effect.die(signal.reason))
+    if (signal.aborted) return end()
+    signal.addEventListener("abort", end, { once: true })
+    return Effect.sync(() => signal.removeEventListener("abort", end))
+  })
 
 const both =
   (one: Log, other: Log): Log =>

@@ -151,6 +151,19 @@ describe("boot", () => {
     })
   }
 
+  it("is not begun when it is aborted already, and not ended when it is aborted afterwards", async () => {
+    const { boot, fake, left, run } = await client()
+    const reason = new Error("too early")
+    assert.strictEqual(await rejection(boot({ signal: AbortSignal.abort(reason) })), reason)
+    assert.deepStrictEqual(left(), [])
+    const abort = new AbortController()
+    const vm = await boot({ signal: abort.signal })
+    abort.abort(new Error("too late"))
+    await vm.memoryStats()
+    assert.notInclude((await run(fake.events)).slice(-2), "launch-")
+    await vm.kill()
+  })
+
   const commands: ReadonlyArray<readonly [facade.BootOptions, string]> = [
     [{ image: "micro" }, "BOOT_CMD_MISSING"],
     [{ rootDisk: "/disk.img" }, "BOOT_CMD_MISSING"],
