@@ -87,6 +87,8 @@ export interface RestoreOptions extends StartOptions {
   readonly snapDir: string
   /** Where the source's image lies now, if it was moved. */
   readonly image?: string
+  /** Memory is read when it is touched, of a snapshot by engine criu; that of the other always is. Default false. */
+  readonly lazy?: boolean
   /** For `wait()`, in milliseconds; null: no limit. Default 60 000. */
   readonly timeoutMs?: number | null
 }
@@ -98,8 +100,12 @@ export interface ForkOptions extends StartOptions {
   readonly timeoutMs?: number | null
   /** The part of the host's memory that must be free, 0 to 1; 0: no matter. Default `DEFAULT_FREE_MEMORY_THRESHOLD`. */
   readonly freeMemoryThreshold?: number
-  /** Connections of the source are in the sibling, always. */
-  readonly tcpKeep?: true
+  /** Default: MACHINEN_SNAPSHOT_ENGINE, else `vmstate`. */
+  readonly engine?: SnapshotEngine
+  /** Established TCP connections of the source are in the sibling; with engine vmstate they are in any case. Default false. */
+  readonly tcpKeep?: boolean
+  /** As of `restore`. */
+  readonly lazy?: boolean
 }
 
 export interface AttachOptions {
@@ -143,6 +149,10 @@ export interface SnapshotOptions extends Interruptible {
   readonly outDir: string
   /** Default false: the VM ends with its snapshot. */
   readonly leaveRunning?: boolean
+  /** Default: MACHINEN_SNAPSHOT_ENGINE, else `vmstate`. */
+  readonly engine?: SnapshotEngine
+  /** Established TCP connections are closed in what is restored; engine vmstate keeps them in any case. Default false. */
+  readonly tcpClose?: boolean
   /** For the guest's processes to stand still, in milliseconds. Default 90 000. */
   readonly timeoutMs?: number
   /** Beside the handle's own. */
@@ -169,7 +179,7 @@ export interface MemoryStats {
   readonly hostRssBytes: number | null
   /** Always 0: VMs have no balloon yet. */
   readonly balloonInflatedBytes: number
-  /** Always 0: memory is never restored lazily by us; the kernel maps it. */
+  /** Pages (of 4 KiB) of processes restored with `lazy` that are still to be read. */
   readonly lazyPagesPending: number
 }
 
@@ -336,8 +346,8 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
             const consoleLog = yield* Stream.mkString(
               Stream.decodeText(vm().logs("console", { tailBytes: VmControl.tailBytes }))
             )
-            const { bundle, elapsedMs, pausedMs } = yield* machinen.snapshot(vm(), rest)
-            yield* both(log, logger(onLog))(phaseEvent("snapshot", held(pausedMs), elapsedMs))
+            const { bundle, elapsedMs, phases } = yield* machinen.snapshot(vm(), rest)
+            yield* both(log, logger(onLog))(phaseEvent("snapshot", phases, elapsedMs))
             // it has ended with its snapshot: nothing is left of it when the promise resolves
             if (options.leaveRunning !== true) yield* wait
             const { engine } = bundle.manifest
@@ -355,22 +365,21 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
         begin(
           Effect.gen(function* () {
             yield* refuseOthers("fork", options, forkOptions)
-            const { onLog, signal: _, tcpKeep: __, timeoutMs: ___, ...rest } = options
+            const { onLog, signal: _, timeoutMs: __, ...rest } = options
             const machinen = yield* Machinen
             const [elapsed, { pausedMs, siblings }] = yield* Effect.timed(machinen.fork(vm(), rest))
             const [sibling] = siblings
             if (sibling === undefined) return yield* Effect.dieMessage("a fork has a sibling")
             const restoreMs = [...sibling.phases.values()].reduce((sum, ms) => sum + ms, 0)
             const snapshotMs = Duration.toMillis(elapsed) - restoreMs
-            yield* both(log, logger(onLog))(phaseEvent("snapshot", held(pausedMs), snapshotMs))
+            yield* both(log, logger(onLog))(phaseEvent("snapshot", new Map([["hold", pausedMs]]), snapshotMs))
             yield* logger(onLog)(phaseEvent("restore", sibling.phases, restoreMs))
             return { vm: sibling.vm, main: false }
           }),
           options,
           options.timeoutMs ?? null
         ),
-      memoryStats: () =>
-        run(Effect.map(vm().memoryStats, (stats) => ({ ...stats, balloonInflatedBytes: 0, lazyPagesPending: 0 }))),
+      memoryStats: () => run(Effect.map(vm().memoryStats, (stats) => ({ ...stats, balloonInflatedBytes: 0 }))),
       pause: () => run(vm().pause),
       resume: () => run(vm().resume)
     }
@@ -470,9 +479,6 @@ const phaseEvent = (
   totalMs: number
 ): PhaseLogEvent => ({ source: "phase", kind, phases, totalMs })
 
-/** For how long the guest stood still; unknown of one that ended. */
-const held = (pausedMs: number | null) => new Map(pausedMs === null ? [] : [["held", pausedMs]])
-
 const toExecOptions = (cmd: string, options: VsockExecOptions, log: Log): ExecOptions => {
   const { connectTimeoutMs = 30_000, execTimeoutMs = 300_000, onStderr, onStdout, retryMs = 250 } = options
   const callbacks = { stdout: onStdout, stderr: onStderr }
@@ -537,15 +543,24 @@ const bootOptions: Supported = {
   vcpus: any,
   pdeathsig: only(true)
 }
-const restoreOptions: Supported = { ...startOptions, snapDir: any, image: any, lazy: only(false) }
+const restoreOptions: Supported = { ...startOptions, snapDir: any, image: any, lazy: any }
 const forkOptions: Supported = {
   ...startOptions,
   outDir: any,
   freeMemoryThreshold: any,
-  tcpKeep: only(true),
-  lazy: only(false)
+  engine: any,
+  tcpKeep: any,
+  lazy: any
 }
-const snapshotOptions: Supported = { outDir: any, leaveRunning: any, timeoutMs: any, onLog: any, signal: any }
+const snapshotOptions: Supported = {
+  outDir: any,
+  engine: any,
+  leaveRunning: any,
+  tcpClose: any,
+  timeoutMs: any,
+  onLog: any,
+  signal: any
+}
 const execOptions: Supported = {
   connectTimeoutMs: any,
   retryMs: any,

@@ -206,11 +206,9 @@ describe("options that cannot be honoured", () => {
     ["pdeathsig", ({ boot }) => boot({ pdeathsig: false } as unknown as facade.BootOptions)],
     ["rootDisk", ({ boot }) => boot({ rootDisk: false } as unknown as facade.BootOptions)],
     ["toString", ({ boot }) => boot({ toString: 1 } as unknown as facade.BootOptions)],
-    ["lazy", ({ restore }) => restore({ snapDir: "/x", lazy: true } as facade.RestoreOptions)],
     ["pid", ({ runGc }) => runGc({ pid: 1 } as facade.RunGcOptions)],
     ["secrets", ({ attach }) => attach({ name: "x", secrets: 1 } as facade.AttachOptions)],
     ["pty", async ({ boot }) => (await boot()).exec("x", { pty: true } as facade.VsockExecOptions)],
-    ["tcpKeep", async ({ boot }) => (await boot()).fork({ tcpKeep: false } as unknown as facade.ForkOptions)],
     ["dumpCmd", async ({ boot }) => (await boot()).snapshot({ outDir: "/x", dumpCmd: "y" } as facade.SnapshotOptions)]
   ]
   for (const [name, call] of refused) {

@@ -209,7 +209,8 @@ for (const { image, name, program } of engines)
         yield* source.startMainDetached
         const { siblings } = yield* (yield* Machinen).fork(source, { count: 2 })
         for (const [i, { vm }] of siblings.entries()) {
-          yield* vm.writeFile("/go", String(i + 5))
+          // the guest may be gone before it has answered
+          yield* Effect.ignore(vm.writeFile("/go", String(i + 5)))
           assert.deepStrictEqual((yield* vm.wait).main?.code, i + 5)
         }
         assert.strictEqual(yield* sh(source, "test ! -e /go && echo waits"), "waits")
