@@ -69,54 +69,64 @@ export const argvOf = Effect.fnUntraced(function* ({ dir, disks, memory, memoryM
   return commandLine(spec, { binary, accel, tscKhz: 0, controlPath: path.join(dir, "qmp.sock") })
 })
 
+/** What the host says to a guest, and what the guest is to answer, in this order. */
+export interface Talk {
+  readonly say: Uint8Array
+  readonly answers: ReadonlyArray<string | Uint8Array>
+}
+
 /**
- * QEMU, started by Node as the shim would start it, goes on as the saved machine; done when the guest has answered this host's hello. Nothing
- * of machinen runs on the host; the guest answers the channel and stays as it was saved. It ends with the scope.
+ * QEMU, started by Node as the shim would start it, with the descriptors of our own command line. Each answer of the guest on its channel
+ * completes one of what is returned. It ends with the scope.
  */
-export const start = Effect.fn("rawRestore.start")(function* (ready: Ready) {
-  const [binary, ...args] = yield* argvOf(ready)
-  const answered = yield* Deferred.make<void, BenchError>()
+export const run = Effect.fn("rawRestore.run")(function* (
+  [binary, ...args]: readonly [string, ...ReadonlyArray<string>],
+  files: { readonly memory: string; readonly state?: string },
+  { answers, say }: Talk
+) {
+  const expected = yield* Effect.forEach(answers, (bytes) =>
+    Effect.map(Deferred.make<void, BenchError>(), (heard) => ({ bytes: Buffer.from(bytes), heard }))
+  )
   const ended = yield* Deferred.make<void>()
   const runSync = Runtime.runSync(yield* Effect.runtime())
-  const { bytes, hello } = greeting()
+  const fail = (error: BenchError) =>
+    runSync(
+      Effect.zipRight(
+        Effect.forEach(expected, ({ heard }) => Deferred.fail(heard, error)),
+        Deferred.succeed(ended, undefined)
+      )
+    )
   const child = yield* Effect.acquireRelease(
     Effect.try({
       try: () => {
-        const [memory, state] = [openSync(ready.memory, "r+"), openSync(ready.state, "r")]
         const stdio: Array<"ignore" | "pipe" | number> = ["ignore", "ignore", "pipe"]
         stdio[channelFd] = stdio[consoleFd] = "pipe"
+        const memory = openSync(files.memory, "r+")
+        const state = files.state === undefined ? [] : [openSync(files.state, "r")]
         stdio[memoryFd] = memory
-        stdio[stateFd] = state
+        for (const fd of state) stdio[stateFd] = fd
         const child: ChildProcess = spawn(binary, args, { stdio })
-        for (const fd of [memory, state]) closeSync(fd)
+        for (const fd of [memory, ...state]) closeSync(fd)
         let said = ""
-        child.stderr?.on("data", (chunk: Buffer) => {
-          said += chunk.toString()
-        })
-        let heard = Buffer.alloc(0)
+        const keep = (chunk: Buffer) => {
+          said = (said + chunk.toString()).slice(-2000)
+        }
+        child.stderr?.on("data", keep)
+        socketOf(child, consoleFd).on("data", keep)
+        let [heard, next] = [Buffer.alloc(0), 0]
         const channel = socketOf(child, channelFd)
         channel.on("data", (chunk: Buffer) => {
           heard = Buffer.concat([heard, chunk])
-          if (heard.includes(hello)) runSync(Deferred.succeed(answered, undefined))
+          for (let one = expected[next]; one !== undefined; one = expected[++next]) {
+            const at = heard.indexOf(one.bytes)
+            if (at < 0) break
+            heard = heard.subarray(at + one.bytes.length)
+            runSync(Deferred.succeed(one.heard, undefined))
+          }
         })
-        channel.write(bytes)
-        socketOf(child, consoleFd).resume()
-        child.on("error", (cause) =>
-          runSync(
-            Effect.zipRight(
-              Deferred.fail(answered, new BenchError({ message: "QEMU cannot be run", cause })),
-              Deferred.succeed(ended, undefined)
-            )
-          )
-        )
-        child.on("close", () =>
-          runSync(
-            Effect.zipRight(
-              Deferred.fail(answered, new BenchError({ message: `raw QEMU ended before the guest's answer: ${said}` })),
-              Deferred.succeed(ended, undefined)
-            )
-          )
-        )
+        channel.write(say)
+        child.on("error", (cause) => fail(new BenchError({ message: "QEMU cannot be run", cause })))
+        child.on("close", () => fail(new BenchError({ message: `raw QEMU ended before the guest's answer: ${said}` })))
         return child
       },
       catch: (cause) => new BenchError({ message: "raw QEMU cannot be started", cause })
@@ -127,14 +137,24 @@ export const start = Effect.fn("rawRestore.start")(function* (ready: Ready) {
         Deferred.await(ended)
       )
   )
-  yield* Deferred.await(answered).pipe(
-    Effect.timeoutFail({
-      duration: "30 seconds",
-      onTimeout: () => new BenchError({ message: "the guest of raw QEMU has not answered within 30 s" })
-    })
-  )
   if (child.pid === undefined) return yield* new BenchError({ message: "raw QEMU has no pid" })
-  return child.pid
+  return {
+    pid: child.pid,
+    answers: expected.map(({ heard }) =>
+      Effect.timeoutFail(Deferred.await(heard), {
+        duration: "30 seconds",
+        onTimeout: () => new BenchError({ message: "the guest of raw QEMU has not answered within 30 s" })
+      })
+    )
+  }
+})
+
+/** Raw QEMU goes on as the saved machine; done when our guest, which stays as it was saved, has answered this host's hello. */
+export const start = Effect.fn("rawRestore.start")(function* (ready: Ready) {
+  const { bytes, hello } = greeting()
+  const { answers, pid } = yield* run(yield* argvOf(ready), ready, { say: bytes, answers: [hello] })
+  yield* Effect.all(answers)
+  return pid
 })
 
 const socketOf = (child: ChildProcess, fd: number): Socket => {
