@@ -12,7 +12,10 @@ pub struct Child(AsyncFd<OwnedFd>);
 
 impl Child {
     pub fn of(pid: Pid) -> io::Result<Self> {
-        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        Self::by_pidfd(pidfd_open(pid, PidfdFlags::empty())?)
+    }
+
+    pub fn by_pidfd(pidfd: OwnedFd) -> io::Result<Self> {
         // SAFETY: an OwnedFd is the same open descriptor for as long as it lives.
         Ok(Self(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? }))
     }

@@ -1,13 +1,13 @@
 //! Starting a command, and the handles by which it is watched and ended.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -17,6 +17,7 @@ use rustix::process::{Pid, Resource};
 use tokio::net::unix::pipe;
 
 use super::child::Child;
+use super::vfork;
 use crate::config::GuestConfig;
 use crate::errno;
 use crate::init::cgroup;
@@ -148,22 +149,22 @@ fn spawn(request: &Exec, environment: &BTreeMap<&str, &str>, cwd: &Path, program
     let _ = rustix::pipe::fcntl_setpipe_size(&stdout, PIPE_BYTES);
     let (child_stdin, stdin) = if request.stdin {
         let (child_stdin, stdin) = pipe_with(PipeFlags::CLOEXEC)?;
-        (Stdio::from(child_stdin), Some(pipe::Sender::from_owned_fd(stdin)?))
+        (child_stdin, Some(pipe::Sender::from_owned_fd(stdin)?))
     } else {
-        (Stdio::null(), None)
+        (rustix::fs::open(c"/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?, None)
     };
-    let mut command = Command::new(program);
-    command.stdin(child_stdin).stdout(child_stdout).stderr(child_stderr);
-    // SAFETY: runs between fork and exec: `become_command` makes system calls on memory prepared before, and nothing else.
-    unsafe { command.pre_exec(move || image.become_command(workload)) };
-    let spawned = command.spawn()?;
-    // Our copies of the child's pipe ends live in `command`: end of file is when the command's are gone.
-    drop(command);
-    let pid = Pid::from_child(&spawned);
-    unreaped().insert(pid.as_raw_pid());
-    let child = Child::of(pid)?;
+    // SAFETY: `become_command` makes system calls on memory prepared before, and nothing else.
+    let spawned = unsafe {
+        vfork::spawn(&|| {
+            image.become_command(workload, [child_stdin.as_fd(), child_stdout.as_fd(), child_stderr.as_fd()])
+        })
+    }?;
+    // End of file is when the command's ends are gone.
+    drop((child_stdin, child_stdout, child_stderr));
+    unreaped().insert(spawned.pid.as_raw_pid());
+    let child = Child::by_pidfd(spawned.pidfd)?;
     let (stdout, stderr) = (pipe::Receiver::from_owned_fd(stdout)?, pipe::Receiver::from_owned_fd(stderr)?);
-    Ok(Running { pid, stdin, stdout, stderr, child, oom_kills })
+    Ok(Running { pid: spawned.pid, stdin, stdout, stderr, child, oom_kills })
 }
 
 /// Writing "0" here moves the writer into the commands' control group.
@@ -176,7 +177,7 @@ pub fn workload() -> io::Result<&'static File> {
     Ok(WORKLOAD.get_or_init(|| file))
 }
 
-/// All that the child needs, laid out before the fork: after it nothing may be allocated.
+/// All that the child needs, laid out before it is made: it may not allocate.
 struct Image {
     program: CString,
     cwd: CString,
@@ -185,11 +186,6 @@ struct Image {
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
 }
-
-// SAFETY: the pointers lead into `_strings`, whose heap memory moves with the value and is never changed.
-unsafe impl Send for Image {}
-// SAFETY: as above; nothing can be changed through a shared reference.
-unsafe impl Sync for Image {}
 
 impl Image {
     fn new(argv: &[String], environment: &BTreeMap<&str, &str>, cwd: &Path, program: &Path) -> io::Result<Self> {
@@ -208,16 +204,23 @@ impl Image {
         })
     }
 
-    /// Turns the forked child into the command. The standard library has done the pipes, the signal mask and SIGPIPE, and passes
-    /// what this returns to the parent. It executes here rather than leaving it to the standard library, whose `execvp` runs a
-    /// file of unknown format as a shell script.
-    fn become_command(&self, workload: &File) -> io::Result<()> {
+    /// Turns the child into the command; comes back only when that fails.
+    fn become_command(&self, workload: &File, stdio: [BorrowedFd<'_>; 3]) -> io::Error {
+        let Err(error) = self.try_become(workload, stdio);
+        error
+    }
+
+    fn try_become(&self, workload: &File, [stdin, stdout, stderr]: [BorrowedFd<'_>; 3]) -> io::Result<Infallible> {
         rustix::io::write(workload, b"0")?;
+        rustix::stdio::dup2_stdin(stdin)?;
+        rustix::stdio::dup2_stdout(stdout)?;
+        rustix::stdio::dup2_stderr(stderr)?;
         rustix::process::setsid()?;
         write_file(c"/proc/self/oom_score_adj", b"0")?;
         rustix::process::setrlimit(Resource::Nofile, COMMAND_FILES)?;
         rustix::process::chdir(self.cwd.as_c_str())?;
-        // SAFETY: all pointers are to NUL-terminated strings or end an array of such, and outlive the call.
+        // SAFETY: all pointers are to NUL-terminated strings or end an array of such, and outlive the call. Not `execvp`, which runs
+        // a file of unknown format as a shell script.
         unsafe { libc::execve(self.program.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
         Err(io::Error::last_os_error())
     }
