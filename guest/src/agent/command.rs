@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::ffi::{CStr, CString};
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -170,11 +170,7 @@ fn spawn(request: &Exec, environment: &BTreeMap<&str, &str>, cwd: &Path, program
 /// Writing "0" here moves the writer into the commands' control group.
 pub fn workload() -> io::Result<&'static File> {
     static WORKLOAD: OnceLock<File> = OnceLock::new();
-    if let Some(file) = WORKLOAD.get() {
-        return Ok(file);
-    }
-    let file = fs::OpenOptions::new().write(true).open(format!("{}/cgroup.procs", cgroup::WORKLOAD))?;
-    Ok(WORKLOAD.get_or_init(|| file))
+    cgroup::open_once(&WORKLOAD, || OpenOptions::new().write(true).open(format!("{}/cgroup.procs", cgroup::WORKLOAD)))
 }
 
 /// All that the child needs, laid out before it is made: it may not allocate.

@@ -89,8 +89,20 @@ impl Context {
 
 /// Serves until the machine is reset. Comes back only when it cannot serve at all.
 pub fn run(guest: Guest) -> Result<Infallible, Failed> {
+    keep_heap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().step("runtime")?;
     runtime.block_on(serve(guest))
+}
+
+/// What is free below the top of the heap stays the agent's, up to this much.
+const KEPT_HEAP: libc::c_int = 4 << 20;
+
+/// Lets the buffers of a stream come from the heap and stay in it, instead of being mapped and given back each time.
+fn keep_heap() {
+    for option in [libc::M_TRIM_THRESHOLD, libc::M_MMAP_THRESHOLD] {
+        // SAFETY: sets a number of the allocator's.
+        unsafe { libc::mallopt(option, KEPT_HEAP) };
+    }
 }
 
 async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {

@@ -1,8 +1,10 @@
 //! Two control groups: the agent's own and the commands', so that commands can be frozen, killed, counted and limited as one.
 
-use std::fs;
+use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use super::root::make_directory;
 
@@ -23,7 +25,25 @@ pub fn set_up() -> io::Result<()> {
 
 /// Processes killed for want of memory since boot, by the kernel's own count (proc(5), /proc/vmstat).
 pub fn oom_kills() -> io::Result<u64> {
-    Ok(oom_kills_in(&fs::read_to_string("/proc/vmstat")?))
+    static VMSTAT: OnceLock<File> = OnceLock::new();
+    let file = open_once(&VMSTAT, || File::open("/proc/vmstat"))?;
+    let (mut text, mut length) = (vec![0; 16 * 1024], 0);
+    loop {
+        match file.read_at(&mut text[length..], length as u64)? {
+            0 => return Ok(oom_kills_in(&String::from_utf8_lossy(&text[..length]))),
+            n => length += n,
+        }
+    }
+}
+
+/// Files used for every command and in every copy stay open: in a machine that has just been restored each way into the kernel is slow
+/// for the first time, and looking a file up is a long one.
+pub fn open_once(once: &'static OnceLock<File>, open: impl FnOnce() -> io::Result<File>) -> io::Result<&'static File> {
+    if let Some(file) = once.get() {
+        return Ok(file);
+    }
+    let file = open()?;
+    Ok(once.get_or_init(|| file))
 }
 
 fn oom_kills_in(vmstat: &str) -> u64 {
@@ -56,12 +76,18 @@ pub fn workload_pids() -> io::Result<Vec<i32>> {
 
 /// Begins to freeze every command. `EVENTS` says when that is done.
 pub fn freeze_workload() -> io::Result<()> {
-    fs::write(format!("{WORKLOAD}/cgroup.freeze"), "1")
+    set_frozen(b"1")
 }
 
 /// Lets the commands run again.
 pub fn thaw_workload() -> io::Result<()> {
-    fs::write(format!("{WORKLOAD}/cgroup.freeze"), "0")
+    set_frozen(b"0")
+}
+
+fn set_frozen(frozen: &[u8]) -> io::Result<()> {
+    static FREEZE: OnceLock<File> = OnceLock::new();
+    let file = open_once(&FREEZE, || OpenOptions::new().write(true).open(format!("{WORKLOAD}/cgroup.freeze")))?;
+    file.write_all_at(frozen, 0)
 }
 
 /// Whether the content of `EVENTS` says that all commands are frozen.
