@@ -13,12 +13,13 @@ import * as report from "./report.ts"
 import { cli } from "./scenarios/cli.ts"
 import { clones } from "./scenarios/clones.ts"
 import { coldBoot } from "./scenarios/coldBoot.ts"
+import { criu } from "./scenarios/criu.ts"
 import { exec } from "./scenarios/exec.ts"
 import { fork } from "./scenarios/fork.ts"
 import { restore } from "./scenarios/restore.ts"
 import { snapshot } from "./scenarios/snapshot.ts"
 
-const scenarios: ReadonlyArray<Scenario> = [coldBoot, exec, cli, restore, snapshot, fork, clones]
+const scenarios: ReadonlyArray<Scenario> = [coldBoot, exec, cli, restore, snapshot, fork, clones, criu]
 
 interface Choice {
   readonly runs: number | undefined

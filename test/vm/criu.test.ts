@@ -213,7 +213,7 @@ const goesOn = (vm: Vm) =>
       yield* sh(vm, "cat /sys/fs/cgroup/workload/cgroup.freeze; echo on > /root/on; cat /root/on"),
       "0\non"
     )
-    assert.strictEqual(yield* sh(vm, "ls /var/lib/machinen/dump 2>/dev/null || true"), "")
+    yield* eventuallyIn(vm, "test ! -e /var/lib/machinen/dump")
   })
 
 describe("the engine criu", { timeout: 240_000 }, () => {
@@ -253,16 +253,16 @@ describe("the engine criu", { timeout: 240_000 }, () => {
       const source = yield* boot({ memoryMib: 1024 })
       yield* source.writeFile(
         "/root/heap.py",
-        "import hashlib,os,time\nheap=os.urandom(1<<20)*250;d=hashlib.sha256(heap).hexdigest();open('/root/sum','w').write(d)\n" +
+        "import os,time,zlib\nheap=os.urandom(1<<20)*200;open('/root/sum','w').write(str(zlib.crc32(heap)))\n" +
           "while not os.path.exists('/root/go'): time.sleep(0.01)\n" +
-          "open('/root/now','w').write(hashlib.sha256(heap).hexdigest())\ntime.sleep(1000)\n"
+          "open('/root/now','w').write(str(zlib.crc32(heap)))\ntime.sleep(1000)\n"
       )
       yield* Effect.forkScoped(source.execRaw({ argv: ["python3", "/root/heap.py"] }))
       yield* eventuallyIn(source, "test -s /root/sum")
       const { bundle } = yield* snapshot(source, { leaveRunning: false })
       const lazy = yield* restore(bundle.dir, { lazy: true })
       const { lazyPagesPending } = yield* lazy.stats
-      assert.isAbove(lazyPagesPending, 10_000)
+      assert.isAbove(lazyPagesPending, 1000)
       assert.strictEqual((yield* lazy.memoryStats).lazyPagesPending <= lazyPagesPending, true)
       yield* sh(lazy, "touch /root/go")
       yield* eventuallyIn(lazy, "test -s /root/now")
@@ -317,6 +317,24 @@ describe("the engine criu", { timeout: 240_000 }, () => {
       const copy = yield* restore((yield* snapshot(source)).bundle.dir)
       assert.strictEqual(yield* sh(copy, "pgrep sleep"), before)
       assert.isAbove(Number(yield* sh(copy, "echo $$")), 1000)
+    }).pipe(Effect.provide(machine))
+  )
+
+  it.scopedLive("what a dump has taken on the disk is given back", () =>
+    Effect.gen(function* () {
+      const vm = yield* boot()
+      yield* Effect.forkScoped(
+        vm.execRaw({
+          argv: ["python3", "-c", "import os,time\nx=os.urandom(1<<20)*40\nopen('/root/up','w')\ntime.sleep(1000)"]
+        })
+      )
+      yield* eventuallyIn(vm, "test -e /root/up")
+      const sizes = yield* Effect.forEach([1, 2, 3], () =>
+        Effect.map(snapshot(vm), ({ bundle }) => bundle.manifest.blobs.reduce((sum, blob) => sum + blob.dataBytes, 0))
+      )
+      const [first = 0] = sizes
+      assert.isAbove(first, 40 * 2 ** 20)
+      assert.isBelow(Math.max(...sizes), first + 20 * 2 ** 20)
     }).pipe(Effect.provide(machine))
   )
 

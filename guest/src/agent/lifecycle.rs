@@ -24,6 +24,9 @@ const FREEZE: libc::c_ulong = 0xc004_5877;
 /// `FITHAW`, `_IOWR('X', 120, int)`.
 const THAW: libc::c_ulong = 0xc004_5878;
 
+/// `FITRIM`, `_IOWR('X', 121, struct fstrim_range)`.
+const TRIM: libc::c_ulong = 0xc018_5879;
+
 /// The current session's opener, `None` before the first.
 pub type Sessions = watch::Receiver<Option<Opener>>;
 
@@ -55,6 +58,12 @@ impl Lifecycle {
         let _ = freeze_disk(&self.writable, THAW);
     }
 
+    /// Tells the host which of the disk's blocks hold nothing, so that its file has holes there.
+    pub async fn trim_disk(&self) -> io::Result<()> {
+        let disk = self.writable.try_clone()?;
+        tokio::task::spawn_blocking(move || trim(&disk)).await.map_err(io::Error::other)?
+    }
+
     /// A stream to the lifecycle port, opened when first used.
     pub fn output(&self) -> Output {
         Output { sessions: self.sessions.clone(), stream: None, asked: false }
@@ -71,6 +80,25 @@ impl Lifecycle {
         let _ = freeze_disk(&self.writable, FREEZE);
         reset()
     }
+}
+
+/// `struct fstrim_range` (linux/fs.h): all of it.
+#[repr(C)]
+struct TrimRange {
+    start: u64,
+    length: u64,
+    shortest: u64,
+}
+
+fn trim(disk: &OwnedFd) -> io::Result<()> {
+    // Blocks are free once the journal says so.
+    rustix::fs::syncfs(disk)?;
+    let mut range = TrimRange { start: 0, length: u64::MAX, shortest: 0 };
+    // SAFETY: the descriptor is open; the kernel reads and writes the structure, which outlives the call.
+    if unsafe { libc::ioctl(disk.as_raw_fd(), TRIM, &raw mut range) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 fn freeze_disk(disk: &OwnedFd, request: libc::c_ulong) -> io::Result<()> {

@@ -2,14 +2,14 @@
 
 use std::fs;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::task::spawn_blocking;
 
 use super::program::Criu;
 use super::record::{Record, Tree};
-use super::{DIR, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, images, kdat, trees};
+use super::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, images, kdat, remove_images, trees};
 use crate::agent::operation::Exchange;
 use crate::agent::stream::Abort;
 use crate::agent::{Context, archive, freeze};
@@ -22,22 +22,24 @@ use crate::request::Dump;
 const LARGEST_GHOST: &str = "1G";
 
 /// Dumps the commands and keeps them and the disk still until the host says `eof` or leaves. The processes go on in any case.
-pub async fn dump<R, W>(context: &Context, request: &Dump, exchange: &mut Exchange<R, W>) -> Result<Done, Abort>
+pub async fn dump<R, W>(context: &Arc<Context>, request: &Dump, exchange: &mut Exchange<R, W>) -> Result<Done, Abort>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
     let criu = Criu::find()?;
     let prepared = async {
-        context.lazy.finished().await;
+        let images = IMAGES.lock().await;
         kdat::remember(&criu).await;
-        clear().await
+        remove_images(&context.lifecycle).await?;
+        fs::create_dir_all(DIR)?;
+        Ok(images)
     };
-    tokio::select! {
+    let images = tokio::select! {
         biased;
         () = exchange.input.lost() => return Err(Abort::Gone),
-        prepared = prepared => prepared?,
-    }
+        prepared = prepared => prepared.map_err(|error: io::Error| Abort::io(DIR, &error))?,
+    };
     if !context.gate.hold() {
         return Err(ErrorReply::new(Code::Busy, "a freeze is held already").into());
     }
@@ -46,7 +48,12 @@ where
     // The gate stays closed before commands that cannot be thawed.
     cgroup::thaw_workload().map_err(|error| Abort::io("thaw", &error))?;
     context.gate.open();
-    clear().await?;
+    let context = Arc::clone(context);
+    tokio::spawn(async move {
+        // What cannot be removed takes space and does no harm: the next dump tries again.
+        let _ = remove_images(&context.lifecycle).await;
+        drop(images);
+    });
     held
 }
 
@@ -95,16 +102,4 @@ async fn save(criu: &Criu, tree: &Tree, directory: &str, tcp_close: bool, limit:
     run.arg("--timeout").arg(limit.as_secs().max(1).to_string());
     run.finish(limit).await?;
     images::rearm_timers(directory.as_ref()).map_err(|error| Abort::io(directory, &error))
-}
-
-/// Removes what an earlier dump has left and makes room for one.
-async fn clear() -> Result<(), Abort> {
-    let cleared = spawn_blocking(|| {
-        match fs::remove_dir_all(DIR) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            removed => removed?,
-        }
-        fs::create_dir_all(DIR)
-    });
-    cleared.await.map_err(io::Error::other).flatten().map_err(|error| Abort::io(DIR, &error))
 }

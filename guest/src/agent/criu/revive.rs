@@ -11,11 +11,10 @@ use std::time::Duration;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
 use tokio::net::unix::pipe;
-use tokio::task::spawn_blocking;
 
 use super::program::{self, Criu};
 use super::record::{Record, Tree};
-use super::{DIR, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, hook, images};
+use super::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, hook, images, remove_images};
 use crate::agent::child::Child;
 use crate::agent::command::{self, Running};
 use crate::agent::papers::Papers;
@@ -33,6 +32,7 @@ pub async fn revive(context: &Arc<Context>, request: Revive) -> Result<Rejuvenat
     if !context.gate.is_restored() {
         return Err(Abort::bad("this machine does not wait for processes to be brought back"));
     }
+    let images = IMAGES.lock().await;
     let record = Record::read().map_err(|error| Abort::io(DIR, &error))?;
     let criu = Criu::find()?;
     *context.papers() = Some(Papers::prepare(&context.root));
@@ -55,7 +55,13 @@ pub async fn revive(context: &Arc<Context>, request: Revive) -> Result<Rejuvenat
     }
     late::reserve_pids().map_err(|error| Abort::io("pids", &error))?;
     context.gate.open();
-    tokio::spawn(remove_images(Arc::clone(context)));
+    let context = Arc::clone(context);
+    tokio::spawn(async move {
+        context.lazy.finished().await;
+        // As after a dump.
+        let _ = remove_images(&context.lifecycle).await;
+        drop(images);
+    });
     Ok(renewed)
 }
 
@@ -191,11 +197,4 @@ fn let_go(tree: &Tree) {
             let _ = rustix::process::kill_process(pid, Signal::CONT);
         }
     }
-}
-
-/// They are of no use any more, but take space.
-async fn remove_images(context: Arc<Context>) {
-    context.lazy.finished().await;
-    // What is left takes space and does no harm: the next dump removes it.
-    let _ = spawn_blocking(|| fs::remove_dir_all(DIR)).await;
 }
