@@ -224,9 +224,12 @@ class AgentRefusal extends Schema.TaggedError<AgentRefusal>()("AgentRefusal", { 
 }
 
 const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: string): AgentClient => {
-  const operate = Effect.fnUntraced(function* (request: AgentRequest) {
+  /** A request that is a function is made when the guest is there to hear it: what it says of the time is not late by a machine's start. */
+  const operate = Effect.fnUntraced(function* (request: AgentRequest | (() => AgentRequest)) {
     const connection = yield* Effect.mapError(vsock.dial(vsockPath, agentPort), unavailable)
-    const body = Buffer.from(JSON.stringify(Schema.encodeSync(AgentRequest)(request)))
+    const body = Buffer.from(
+      JSON.stringify(Schema.encodeSync(AgentRequest)(typeof request === "function" ? request() : request))
+    )
     yield* Effect.mapError(connection.write(encodeFrame(FrameType.request, body)), unavailable)
 
     const next = yield* frameReader(connection.bytes)
@@ -257,7 +260,7 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
   })
 
   /** For operations whose only answer is their result. */
-  const ask = (request: AgentRequest) =>
+  const ask = (request: AgentRequest | (() => AgentRequest)) =>
     Effect.scoped(
       Effect.gen(function* () {
         const { frames, result } = yield* operate(request)
@@ -515,10 +518,10 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
       return frozenMs
     }),
     rejuvenate: Effect.fn("Agent.rejuvenate")((identity) =>
-      renew(Effect.suspend(() => ask({ op: "rejuvenate", ...renewed(identity) })))
+      renew(ask(() => ({ op: "rejuvenate", ...renewed(identity) })))
     ),
     revive: Effect.fn("Agent.revive")((identity, { lazy }) =>
-      renew(Effect.suspend(() => ask({ op: "revive", lazy, ...renewed(identity) })))
+      renew(ask(() => ({ op: "revive", lazy, ...renewed(identity) })))
     ),
     stats: ask({ op: "stats" }).pipe(
       Effect.flatMap(decodeStats),

@@ -211,6 +211,14 @@ export class FileStat extends Schema.Class<FileStat>("FileStat")({
   target: Schema.optional(Schema.String)
 }) {}
 
+/** What a restored guest made new before its processes went on, and what stayed as it was in the original. */
+export class Rejuvenation extends Schema.Class<Rejuvenation>("Rejuvenation")({
+  renewed: Schema.Array(Schema.String),
+  kept: Schema.Array(Schema.Struct({ what: Schema.String, why: Schema.String })),
+  /** How far the wall clock was set, in milliseconds; about the age of the snapshot. */
+  clockStepMs: Schema.Number
+}) {}
+
 export class GuestStats extends Schema.Class<GuestStats>("GuestStats")({
   memory: Schema.Struct({ totalBytes: Schema.Number, availableBytes: Schema.Number }),
   uptimeMs: Schema.Number,
@@ -220,13 +228,7 @@ export class GuestStats extends Schema.Class<GuestStats>("GuestStats")({
   /** Processes the guest kernel ended for want of memory since boot. */
   oomKills: Schema.Int,
   /** Pages (of 4 KiB) of restored processes that will be read when they are touched. */
-  lazyPagesPending: Schema.Int
-}) {}
-
-/** What a restored guest made new before its processes went on, and what stayed as it was in the original. */
-export class Rejuvenation extends Schema.Class<Rejuvenation>("Rejuvenation")({
-  renewed: Schema.Array(Schema.String),
-  kept: Schema.Array(Schema.Struct({ what: Schema.String, why: Schema.String })),
-  /** How far the wall clock was set, in milliseconds; about the age of the snapshot. */
-  clockStepMs: Schema.Number
+  lazyPagesPending: Schema.Int,
+  /** Of a restored guest. */
+  rejuvenation: Schema.NullOr(Rejuvenation)
 }) {}

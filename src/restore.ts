@@ -60,7 +60,10 @@ export interface Seed {
 export const restore = Effect.fn("restore")(function* (options: RestoreOptions) {
   const bundle = yield* Bundle.read(options.snapDir)
   const engine = yield* engineOf(bundle.manifest)
-  const reasons = yield* misfits(bundle, options)
+  const [reasons, sound] = yield* Effect.all(
+    [misfits(bundle, options), Effect.exit(Bundle.check(bundle, engine.blobs))],
+    { concurrency: 2 }
+  )
   if (reasons.length > 0) {
     return yield* new BootError({
       code: "BOOT_SNAPSHOT_MISMATCH",
@@ -68,7 +71,7 @@ export const restore = Effect.fn("restore")(function* (options: RestoreOptions) 
       hint: "restore it where it was taken, or take the snapshot again here"
     })
   }
-  yield* Bundle.check(bundle, engine.blobs)
+  yield* sound
   const { manifest } = bundle
   return yield* revive(
     {

@@ -145,7 +145,7 @@ pub struct Memory {
 }
 
 /// Result of `stats`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Stats {
     pub memory: Memory,
@@ -158,6 +158,8 @@ pub struct Stats {
     pub oom_kills: u64,
     /// Pages (of 4 KiB) of restored processes that will be read when they are touched.
     pub lazy_pages_pending: u64,
+    /// What was renewed in this machine, if it is a copy.
+    pub rejuvenation: Option<Rejuvenated>,
 }
 
 /// Payload of `started` for `dump`: the images are on the disk, and the disk stands still.

@@ -35,6 +35,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::config::GuestConfig;
 use crate::init::{Failed, Phases, Step, give_up, late};
+use crate::reply::Rejuvenated;
 pub use criu::hook as criu_hook;
 use criu::{LazyPages, MainCommand};
 use gate::Gate;
@@ -69,6 +70,8 @@ struct Context {
     /// The main command, once it runs.
     main: Mutex<Option<MainCommand>>,
     lazy: LazyPages,
+    /// What was renewed, in a copy.
+    rejuvenated: Mutex<Option<Rejuvenated>>,
     /// It is to go on when its stream ends.
     main_detached: AtomicBool,
 }
@@ -80,6 +83,10 @@ impl Context {
 
     fn main(&self) -> MutexGuard<'_, Option<MainCommand>> {
         self.main.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn rejuvenated(&self) -> MutexGuard<'_, Option<Rejuvenated>> {
+        self.rejuvenated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn papers(&self) -> MutexGuard<'_, Option<Papers>> {
@@ -118,6 +125,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
         papers: Mutex::default(),
         main: Mutex::default(),
         lazy: LazyPages::default(),
+        rejuvenated: Mutex::default(),
         main_detached: AtomicBool::new(false),
     });
     let revive = guest.revive;

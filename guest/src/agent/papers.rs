@@ -14,9 +14,12 @@ const GENERATION: &str = "generation";
 const GENERATION_DIR: &str = "run/machinen";
 const MACHINE_ID: &str = "etc/machine-id";
 
-/// Files to be written in a copy, each with why it cannot be.
+const RANDOM: &str = "/dev/urandom";
+
+/// Files to be used in a copy, each with why it cannot be.
 #[derive(Debug)]
 pub struct Papers {
+    random: io::Result<File>,
     generation: io::Result<File>,
     machine_id: io::Result<File>,
 }
@@ -24,7 +27,12 @@ pub struct Papers {
 impl Papers {
     /// Opens what there is below `root`, `/` in a machine.
     pub fn prepare(root: &Path) -> Self {
-        Papers { generation: open_generation(root), machine_id: open_machine_id(root) }
+        Papers { random: File::open(RANDOM), generation: open_generation(root), machine_id: open_machine_id(root) }
+    }
+
+    /// The kernel's generator.
+    pub fn random(&self) -> io::Result<&File> {
+        self.random.as_ref().map_err(again)
     }
 
     pub fn renew_generation(&self, generation: &str) -> io::Result<()> {
@@ -41,8 +49,13 @@ impl Papers {
 fn write(file: &io::Result<File>, line: &str) -> io::Result<()> {
     match file {
         Ok(file) => file.write_all_at(format!("{line}\n").as_bytes(), 0),
-        Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+        Err(error) => Err(again(error)),
     }
+}
+
+/// The same error once more.
+fn again(error: &io::Error) -> io::Error {
+    error.raw_os_error().map_or_else(|| io::Error::new(error.kind(), error.to_string()), io::Error::from_raw_os_error)
 }
 
 /// In memory, not on a disk: writing there is quicker, and it is nothing to be kept.

@@ -9,7 +9,6 @@ use crate::init::{cgroup, late};
 use crate::reply::{Code, ErrorReply, Kept, Rejuvenated};
 use crate::request::Rejuvenate;
 
-const RANDOM: &str = "/dev/urandom";
 /// `_IOW('R', 3, int[2])`: mixes bytes into the kernel's pool and counts them as entropy.
 const ADD_ENTROPY: libc::c_ulong = 0x4008_5203;
 /// `_IO('R', 7)`: makes the generator take a new key from the pool now, and every process's own generator with it.
@@ -29,16 +28,18 @@ pub fn rejuvenate(context: &Context, request: Rejuvenate) -> Result<Rejuvenated,
 
 /// Renews what identifies the machine; the papers must have been prepared.
 pub fn renew(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, ErrorReply> {
-    reseed(&request.seed).map_err(|error| ErrorReply::io("random", &error))?;
-    let clock_step_ms = clock::set(request.now_ms).map_err(|error| ErrorReply::io("clock", &error))?;
-    let mut done = Rejuvenated { renewed: vec!["random", "clock"], kept: Vec::new(), clock_step_ms };
-    done.note("hostname", late::set_hostname(&request.hostname));
     let papers = context.papers();
     let papers =
         papers.as_ref().ok_or_else(|| ErrorReply::new(Code::BadRequest, "nothing was opened before the copying"))?;
+    let random = papers.random().and_then(|random| reseed(random, &request.seed));
+    random.map_err(|error| ErrorReply::io("random", &error))?;
+    let clock_step_ms = clock::set(request.now_ms).map_err(|error| ErrorReply::io("clock", &error))?;
+    let mut done = Rejuvenated { renewed: vec!["random", "clock"], kept: Vec::new(), clock_step_ms };
+    done.note("hostname", late::set_hostname(&request.hostname));
     done.note("machine-id", papers.renew_machine_id(&request.machine_id));
     done.note("generation", papers.renew_generation(&request.generation));
     context.config().env.extend(request.env);
+    *context.rejuvenated() = Some(done.clone());
     Ok(done)
 }
 
@@ -59,8 +60,7 @@ struct Entropy {
     seed: [u8; 32],
 }
 
-fn reseed(seed: &[u8; 32]) -> io::Result<()> {
-    let random = File::open(RANDOM)?;
+fn reseed(random: &File, seed: &[u8; 32]) -> io::Result<()> {
     let entropy = Entropy { bits: 256, bytes: 32, seed: *seed };
     // SAFETY: the kernel reads the two numbers and as many bytes after them as the second says, which is all of `entropy`.
     if unsafe { libc::ioctl(random.as_raw_fd(), ADD_ENTROPY, &raw const entropy) } < 0 {

@@ -29,6 +29,7 @@ fn read(context: &Context) -> io::Result<Stats> {
         disk_free_bytes: disk.f_bavail * disk.f_frsize,
         oom_kills: cgroup::oom_kills()?,
         lazy_pages_pending: context.lazy.pending(),
+        rejuvenation: context.rejuvenated().clone(),
     })
 }
 

@@ -40,6 +40,7 @@ fn machine() -> Machine {
         papers: Mutex::default(),
         main: Mutex::default(),
         lazy: LazyPages::default(),
+        rejuvenated: Mutex::default(),
         main_detached: AtomicBool::new(false),
     });
     let served = Arc::clone(&context);

@@ -177,7 +177,7 @@ impl Maker<'_> {
 fn prepare(to: &Path, memory: &Memory, cancel: &AtomicBool) -> Result<File, Failure> {
     let prepare = || {
         let file = files::create(to)?;
-        memory.copy_base(&file, cancel)?;
+        memory.copy_ahead(&file, cancel)?;
         Ok(file)
     };
     prepare().map_err(|error| Failure::new(to.display(), &error))

@@ -36,10 +36,11 @@ impl Memory {
         }
     }
 
-    /// Copies what never changes.
-    pub fn copy_base(&self, to: &File, cancel: &AtomicBool) -> io::Result<()> {
+    /// Copies what will be there, while the guest runs on: all that never changes; and, of what it changes, what it holds now. That is
+    /// copied again later, over pages the file has by then, which takes a part of the time finding them took.
+    pub fn copy_ahead(&self, to: &File, cancel: &AtomicBool) -> io::Result<()> {
         match self {
-            Memory::Shared(_) => Ok(()),
+            Memory::Shared(memory) => copy_shared(memory, to, cancel).map(drop),
             Memory::Private(memory) => memory.copy_base(to, cancel),
         }
     }
