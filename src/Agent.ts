@@ -140,7 +140,7 @@ export interface AgentClient {
   }) => Effect.Effect<void, ExecError, Scope.Scope>
   /**
    * Writes the guest's processes to its disk and keeps both still until the scope closes; returns for how many milliseconds they have stood
-   * still by then. `timeout` is for each step in the guest.
+   * still by then. `timeout` is the guest's: what it has begun it ends before it says so.
    */
   readonly dump: (options: {
     readonly tcpClose: boolean

@@ -3,9 +3,12 @@ import { FileSystem } from "@effect/platform"
 import { Effect, Layer } from "effect"
 import { Agent } from "../../src/Agent.ts"
 import { Assets } from "../../src/Assets.ts"
-import { BootError, type ExecError, SnapshotError } from "../../src/domain/errors.ts"
+import { BootError, ExecError, SnapshotError } from "../../src/domain/errors.ts"
 import * as Launch from "../../src/launch.ts"
 import { SnapshotEngine } from "../../src/SnapshotEngine.ts"
+
+/** What the guest's own answer to a time limit may take. */
+const graceMs = 2000
 
 /**
  * The processes alone, by the `criu` of the guest's image. Their images lie on the guest's own disk when that is copied, beside every file
@@ -33,8 +36,13 @@ export const layer = Layer.effect(
         return {
           blobs: disks.map(({ id }) => `${id}.img`),
           hold: Effect.gen(function* () {
-            // the guest's limit is for each of its steps
-            const frozenMs = yield* Effect.mapError(agent.dump({ tcpClose, timeout: timeoutMs }), refused)
+            const frozenMs = yield* agent.dump({ tcpClose, timeout: timeoutMs }).pipe(
+              Effect.timeoutFail({
+                duration: timeoutMs + graceMs,
+                onTimeout: () => new ExecError({ code: "EXEC_AGENT_TIMEOUT", message: "the guest does not answer" })
+              }),
+              Effect.mapError(refused)
+            )
             const since = performance.now() - frozenMs
             yield* Effect.mapError(saving.whileStopped, failed)
             return since

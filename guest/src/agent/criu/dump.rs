@@ -20,6 +20,8 @@ use crate::request::Dump;
 
 /// The content of files that have no name any more goes into the images, up to this.
 const LARGEST_GHOST: &str = "1G";
+/// After this long CRIU hangs. Before it is waited for, whatever the host's limit: in the middle it has code of its own in the processes.
+const HANGS: Duration = Duration::from_secs(600);
 
 /// Dumps the commands and keeps them and the disk still until the host says `eof` or leaves. The processes go on in any case.
 pub async fn dump<R, W>(context: &Arc<Context>, request: &Dump, exchange: &mut Exchange<R, W>) -> Result<Done, Abort>
@@ -73,6 +75,10 @@ where
     let (trees, pipes) = trees::read()?;
     for (n, tree) in trees.iter().enumerate() {
         save(criu, tree, &directory(n), request.tcp_close, limit).await?;
+        if began.elapsed() > limit {
+            let message = format!("the processes were not dumped within {} ms", limit.as_millis());
+            return Err(ErrorReply::new(Code::Timeout, message).into());
+        }
     }
     archive::save(SHARED_MEMORY, SHARED_MEMORY_ARCHIVE).await?;
     let processes = trees.iter().map(|tree| tree.processes.len()).sum();
@@ -100,6 +106,6 @@ async fn save(criu: &Criu, tree: &Tree, directory: &str, tcp_close: bool, limit:
     }
     run.arg("--action-script").arg(format!("/proc/{}/exe", std::process::id()));
     run.arg("--timeout").arg(limit.as_secs().max(1).to_string());
-    run.finish(limit).await?;
+    run.finish(HANGS).await?;
     images::rearm_timers(directory.as_ref()).map_err(|error| Abort::io(directory, &error))
 }
