@@ -124,7 +124,7 @@ export const layer = Layer.effect(
 )
 
 /** What lets a machine go on whose saver has died: said by the shim, each line after the answer to the one before. */
-const goOn = ["qmp_capabilities", "cont"].map((execute) => JSON.stringify({ execute }))
+const goOn = ["qmp_capabilities", "cont"].map((execute) => JSON.stringify({ execute, id: `undo ${execute}` }))
 
 const isRunning = (qmp: Qmp.Qmp) =>
   Effect.map(qmp.execute("query-status"), (status) =>

@@ -1,3 +1,4 @@
+import { randomUUID } from "node:crypto"
 import { type Duration, Effect, Option, Schema, type Scope, Stream } from "effect"
 import * as UnixSocket from "../../src/platform/UnixSocket.ts"
 import { VmmControlFailed } from "../../src/Vmm.ts"
@@ -15,7 +16,8 @@ const Message = Schema.parseJson(
     QMP: Schema.optional(Schema.Unknown),
     return: Schema.optional(Schema.Unknown),
     error: Schema.optional(Schema.Struct({ class: Schema.String, desc: Schema.String })),
-    event: Schema.optional(Schema.String)
+    event: Schema.optional(Schema.String),
+    id: Schema.optional(Schema.Unknown)
   })
 )
 
@@ -46,21 +48,24 @@ export const connect = (
         )
       )
     )
-    /** Events come in between; nobody here waits for one. */
-    const answer: Effect.Effect<unknown, VmmControlFailed> = Effect.flatMap(next, (message) => {
-      if (message.event !== undefined) return answer
-      return message.error === undefined
-        ? Effect.succeed(message.return)
-        : Effect.fail(failed(`QEMU refused: ${message.error.desc} (${message.error.class})`))
-    })
+    /** Events come in between, and what a session before this one has asked may be answered to it; nobody here waits for either. */
+    const answer = (id: string): Effect.Effect<unknown, VmmControlFailed> =>
+      Effect.flatMap(next, (message) => {
+        if (message.event !== undefined || message.id !== id) return answer(id)
+        return message.error === undefined
+          ? Effect.succeed(message.return)
+          : Effect.fail(failed(`QEMU refused: ${message.error.desc} (${message.error.class})`))
+      })
     const one = yield* Effect.makeSemaphore(1)
-    const execute: Qmp["execute"] = (command, args = {}) =>
-      connection.write(Buffer.from(`${JSON.stringify({ execute: command, arguments: args })}\n`)).pipe(
+    const execute: Qmp["execute"] = (command, args = {}) => {
+      const id = randomUUID()
+      return connection.write(Buffer.from(`${JSON.stringify({ execute: command, arguments: args, id })}\n`)).pipe(
         Effect.mapError((cause) => failed("QEMU's monitor broke", cause)),
-        Effect.zipRight(answer),
+        Effect.zipRight(answer(id)),
         one.withPermits(1),
         Effect.withSpan("Qmp.execute", { attributes: { command } })
       )
+    }
     yield* Effect.timeoutFail(next, {
       duration: deadline,
       onTimeout: () => failed("QEMU's monitor did not greet: another session holds it, or QEMU hangs")

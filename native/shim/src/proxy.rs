@@ -8,13 +8,14 @@ use tokio::net::UnixStream;
 
 const BUFFER: usize = 64 * 1024;
 
-/// Copies both ways until both have ended; each end is passed on by itself. When one side breaks or the socket's peer is gone, the
-/// other side is dropped, so that the guest learns it.
+/// Copies both ways until both have ended; each end is passed on by itself. When the socket breaks or its peer is gone, the guest's side
+/// is dropped, so that the guest learns it. A guest that takes no more may have said why: a peer that is still sending must not find
+/// its socket broken before it has read that, so what it sends is taken and dropped.
 pub async fn run(mut socket: UnixStream, stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
     let gone = hung_up(&socket)?;
     let (mut from_socket, mut to_socket) = socket.split();
     let (mut from_guest, mut to_guest) = split(stream);
-    let mut to_guest = pin!(copy(&mut from_socket, &mut to_guest));
+    let mut to_guest = pin!(copy_while_heard(&mut from_socket, &mut to_guest));
     let mut to_host = pin!(copy(&mut from_guest, &mut to_socket));
     tokio::select! {
         sent = &mut to_guest => sent?,
@@ -27,6 +28,18 @@ pub async fn run(mut socket: UnixStream, stream: impl AsyncRead + AsyncWrite + U
     tokio::select! {
         received = to_host => received,
         () = gone => Ok(()),
+    }
+}
+
+/// Copies to who may stop listening: the rest is dropped then.
+async fn copy_while_heard(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+    let (mut buffer, mut heard) = (vec![0; BUFFER], true);
+    loop {
+        match from.read(&mut buffer).await? {
+            0 if heard => return to.shutdown().await,
+            0 => return Ok(()),
+            n => heard = heard && to.write_all(&buffer[..n]).await.is_ok(),
+        }
     }
 }
 

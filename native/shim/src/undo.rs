@@ -43,12 +43,33 @@ async fn say(socket: &Path, lines: &[String]) -> io::Result<()> {
     line::next(&mut peer, &mut rest, MAX_LINE).await?;
     for line in lines {
         peer.write_all(format!("{line}\n").as_bytes()).await?;
-        while is_event(&line::next(&mut peer, &mut rest, MAX_LINE).await?) {}
+        while !is_answer(&line::next(&mut peer, &mut rest, MAX_LINE).await?, line) {}
     }
     Ok(())
 }
 
-/// Whether it is something QMP says without being asked.
-fn is_event(line: &[u8]) -> bool {
-    serde_json::from_slice::<Value>(line).is_ok_and(|line| line.get("event").is_some())
+/// Whether it answers what was said: by the `id` of both, and not something QMP says without being asked. What a client that is gone has
+/// asked may be answered to the next one.
+fn is_answer(answer: &[u8], to: &str) -> bool {
+    let id = serde_json::from_str::<Value>(to).ok().and_then(|line| line.get("id").cloned());
+    serde_json::from_slice::<Value>(answer)
+        .map_or(id.is_none(), |answer| answer.get("event").is_none() && answer.get("id") == id.as_ref())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_has_the_id_of_its_question() {
+        let asked = r#"{"execute":"cont","id":"undo-1"}"#;
+        assert!(is_answer(br#"{"return":{},"id":"undo-1"}"#, asked));
+        for stale in
+            [r#"{"return":{}}"#, r#"{"return":{},"id":"7"}"#, r#"{"event":"RESUME","id":"undo-1"}"#, "nonsense"]
+        {
+            assert!(!is_answer(stale.as_bytes(), asked), "{stale}");
+        }
+        assert!(is_answer(br#"{"return":{}}"#, "no question with an id"));
+        assert!(!is_answer(br#"{"event":"RESUME"}"#, "no question with an id"));
+    }
 }
