@@ -69,9 +69,10 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let limit = freeze::limit(request.timeout_ms);
     let began = Instant::now();
-    freeze::stop_commands(limit, &mut exchange.input).await?;
+    freeze::stop_commands(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
+    // Freezing takes a moment; dumping takes as long as there is memory.
+    let limit = request.timeout_ms.map_or(HANGS, Duration::from_millis).min(HANGS);
     let (trees, pipes) = trees::read()?;
     for (n, tree) in trees.iter().enumerate() {
         save(criu, tree, &directory(n), request.tcp_close, limit).await?;

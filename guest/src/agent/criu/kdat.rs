@@ -33,7 +33,6 @@ pub async fn remember(criu: &Criu) {
 async fn find_out(criu: &Criu) -> io::Result<()> {
     let memory = memory()?;
     let theirs = memory.try_clone()?;
-    // It looks at the kernel before it looks for its images, which are missing.
     let mut run = criu.bare("check");
     // SAFETY: runs between fork and exec: system calls on a descriptor that the closure owns and on constant strings.
     unsafe {
@@ -44,7 +43,8 @@ async fn find_out(criu: &Criu) -> io::Result<()> {
             Ok(())
         });
     }
-    let checked = run.finish(LIMIT).await;
+    // Whatever it thinks of the kernel: what it has seen of it is what counts.
+    let _ = run.finish(LIMIT).await;
     let name = Path::new(CACHE).file_name().unwrap_or_default();
     let found = rustix::fs::openat(&memory, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let mut content = Vec::new();
@@ -52,9 +52,7 @@ async fn find_out(criu: &Criu) -> io::Result<()> {
     // By rename: half a cache would be believed.
     let draft = format!("{CACHE}.new");
     fs::write(&draft, content)?;
-    fs::rename(draft, CACHE)?;
-    let _ = checked;
-    Ok(())
+    fs::rename(draft, CACHE)
 }
 
 /// A tmpfs that is mounted nowhere.
