@@ -96,6 +96,8 @@ export interface Identity {
   readonly hostname: string
   /** A UUID; no other machine that was restored from the same snapshot has it. */
   readonly generation: string
+  /** Of its network card, if it has one. */
+  readonly mac?: string
   /** Over the environment the original was booted with. */
   readonly env: Readonly<Record<string, string>>
 }
@@ -531,12 +533,13 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
 }
 
 /** What must not be the same twice, made at the last moment. */
-const renewed = ({ env, generation, hostname }: Identity) => ({
+const renewed = ({ env, generation, hostname, mac }: Identity) => ({
   seed: randomBytes(32).toString("hex"),
   nowMs: Date.now(),
   hostname,
   machineId: randomBytes(16).toString("hex"),
   generation,
+  ...(mac === undefined ? {} : { mac }),
   env
 })
 

@@ -127,6 +127,8 @@ const identity = {
   hostname: Schema.String,
   machineId: Schema.String,
   generation: Schema.String,
+  /** Of its network card. */
+  mac: Schema.optional(Schema.String),
   env: Environment
 }
 

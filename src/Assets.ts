@@ -14,13 +14,14 @@ import { SourceTree } from "./SourceTree.ts"
  */
 const inputs = {
   kernel: ["kernel"],
+  gvproxy: ["gvproxy"],
   programs: [".cargo", "Cargo.lock", "Cargo.toml", "guest", "native"],
   "base-micro": ["bases/ext4.sh", "bases/micro.sh"],
   "base-debian": ["bases/debian-finish.sh", "bases/debian.packages", "bases/debian.sh", "bases/ext4.sh"]
 } as const satisfies Record<string, ReadonlyArray<string>>
 
 export type AssetName = keyof typeof inputs
-export const assetNames: ReadonlyArray<AssetName> = ["programs", "kernel", "base-micro", "base-debian"]
+export const assetNames: ReadonlyArray<AssetName> = ["programs", "gvproxy", "kernel", "base-micro", "base-debian"]
 
 /** Below the inputs, what does not reach the result. */
 const ignored: ReadonlySet<string> = new Set(["target", "tests", "examples", "benches"])
@@ -28,7 +29,7 @@ const ignored: ReadonlySet<string> = new Set(["target", "tests", "examples", "be
 /** `asset.json`: an asset directory without it does not exist. */
 export class AssetManifest extends Schema.Class<AssetManifest>("AssetManifest")({
   format: Schema.Literal(1),
-  name: Schema.Literal("kernel", "programs", "base-micro", "base-debian"),
+  name: Schema.Literal("kernel", "programs", "gvproxy", "base-micro", "base-debian"),
   /** sha256 over the inputs' paths and bytes. */
   inputs: Schema.String,
   builtAt: Schema.String,
@@ -52,6 +53,8 @@ export class Assets extends Context.Tag("machinen/Assets")<
     readonly init: Effect.Effect<string, AssetError>
     /** The program every VM runs under. */
     readonly shim: Effect.Effect<string, AssetError>
+    /** The program behind a guest's network card. */
+    readonly gvproxy: Effect.Effect<string, AssetError>
     /** A base image, read-only ext4. */
     readonly base: (name: "micro" | "debian") => Effect.Effect<string, AssetError>
     /** What an asset consists of, or nothing when it is not built for the present inputs. */
@@ -178,6 +181,7 @@ export class Assets extends Context.Tag("machinen/Assets")<
         kernel: file("kernel", "vmlinux"),
         init: file("programs", "init"),
         shim: file("programs", "machinen-shim"),
+        gvproxy: file("gvproxy", "gvproxy"),
         base: (name) => file(`base-${name}`, "base.ext4"),
         find: Effect.fn("Assets.find")(function* (name) {
           const dir = yield* directory(name)

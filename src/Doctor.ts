@@ -2,7 +2,7 @@ import * as path from "node:path"
 import { CommandExecutor, FileSystem } from "@effect/platform"
 import { Context, Effect, Layer, Option, Schema } from "effect"
 import { type AssetName, Assets, assetNames } from "./Assets.ts"
-import { isAtLeast, minimumNode, minimumRust, versionIn } from "./domain/hostRequirements.ts"
+import { isAtLeast, minimumGo, minimumNode, minimumRust, versionIn } from "./domain/hostRequirements.ts"
 import { HostProbe } from "./HostProbe.ts"
 import * as command from "./platform/command.ts"
 import { Settings } from "./Settings.ts"
@@ -120,6 +120,19 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
             found.version === undefined || isAtLeast(found.version, minimumRust)
               ? found
               : { ...found, status: "broken", detail: `older than ${minimumRust}`, fix: "rustup update stable" }
+        )
+
+        const go = Effect.map(
+          program("go", ["version"], "Go", "install Go from https://go.dev/dl"),
+          (found): Requirement =>
+            found.version === undefined || isAtLeast(found.version, minimumGo)
+              ? found
+              : {
+                  ...found,
+                  status: "broken",
+                  detail: `older than ${minimumGo}`,
+                  fix: "install a newer Go from https://go.dev/dl"
+                }
         )
 
         const asset = Effect.fnUntraced(
@@ -263,6 +276,7 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
             const found = yield* Effect.all(
               {
                 cargo,
+                go,
                 tools: Effect.forEach(
                   tools,
                   (tool) => program(tool.bin, tool.args, tool.bin, `apt-get install ${tool.package}`),
@@ -279,6 +293,7 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
             const requirements: ReadonlyArray<Requirement> = [
               node,
               found.cargo,
+              found.go,
               ...found.tools,
               ...found.assets,
               found.kvm,

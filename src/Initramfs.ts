@@ -1,3 +1,5 @@
+import type { guestNetwork } from "./domain/Network.ts"
+
 /**
  * The initramfs of a boot: a cpio archive in the "newc" format the kernel unpacks (Documentation/driver-api/early-userspace/
  * buffer-format.rst): ASCII headers of 13 eight-digit hexadecimal fields, names and data padded to four bytes.
@@ -52,6 +54,8 @@ export interface GuestConfig {
     readonly root: "overlay" | "disk"
     /** The disk holds processes that go on here; nothing else is served before. */
     readonly revive?: boolean
+    /** Of the machine's network card, if it has one. */
+    readonly network?: typeof guestNetwork
   }
 }
 

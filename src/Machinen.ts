@@ -6,9 +6,18 @@ import * as Bundle from "./Bundle.ts"
 import { type Booted, boot } from "./boot.ts"
 import type { Digests } from "./Digests.ts"
 import type { BootOptions } from "./domain/BootOptions.ts"
-import type { AssetError, BootError, ExecError, ProvisionError, RegistryError, SnapshotError } from "./domain/errors.ts"
+import type {
+  AssetError,
+  BootError,
+  ExecError,
+  GvproxyError,
+  ProvisionError,
+  RegistryError,
+  SnapshotError
+} from "./domain/errors.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import { type Forked, type ForkOptions, fork } from "./fork.ts"
+import type { Gvproxy } from "./Gvproxy.ts"
 import { type Leftover, Registry } from "./Registry.ts"
 import type { RootfsImage } from "./RootfsImage.ts"
 import { misfits, type Restored, type RestoreOptions, restore } from "./restore.ts"
@@ -26,7 +35,7 @@ export interface Inspection {
 }
 
 export type SnapshotFailure = SnapshotError | BootError
-export type BootFailure = BootError | RegistryError | ProvisionError | AssetError | ExecError
+export type BootFailure = BootError | RegistryError | ProvisionError | AssetError | GvproxyError | ExecError
 
 type Services =
   | Settings
@@ -34,6 +43,7 @@ type Services =
   | RootfsImage
   | Assets
   | Digests
+  | Gvproxy
   | Vmm
   | Agent
   | SnapshotEngines

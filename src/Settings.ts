@@ -14,6 +14,7 @@ const raw = Config.nested(
     accel: Config.literal("auto", "kvm", "tcg")("ACCEL").pipe(Config.withDefault("auto")),
     vmm: Config.option(Config.string("VMM")),
     mke2fs: Config.option(Config.string("MKE2FS")),
+    gvproxy: Config.option(Config.string("GVPROXY")),
     bootTimeout: Config.duration("BOOT_TIMEOUT").pipe(Config.withDefault(Duration.seconds(60))),
     stopGrace: Config.duration("STOP_GRACE").pipe(Config.withDefault(Duration.seconds(5))),
     snapshotEngine: Config.string("SNAPSHOT_ENGINE").pipe(Config.withDefault(""))
@@ -37,6 +38,8 @@ export interface SettingsValues {
   /** The VMM binary to use instead of the one on PATH. */
   readonly vmm: Option.Option<string>
   readonly mke2fs: Option.Option<string>
+  /** The program behind guests' network cards to use instead of the one set-up builds. */
+  readonly gvproxy: Option.Option<string>
   /** From the VMM's start to the agent's doorbell. */
   readonly bootTimeout: Duration.Duration
   /** From the request to power off to SIGKILL. */
@@ -57,7 +60,7 @@ const derive = (c: Config.Config.Success<typeof raw>): SettingsValues => {
 
 /**
  * Host-wide settings, read once: MACHINEN_HOME, MACHINEN_CACHE_DIR, MACHINEN_ASSETS_STORE, MACHINEN_REGISTRY_DIR, MACHINEN_BACKEND,
- * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_BOOT_TIMEOUT and MACHINEN_STOP_GRACE (as "5 seconds"), MACHINEN_SNAPSHOT_ENGINE.
+ * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_GVPROXY, MACHINEN_BOOT_TIMEOUT and MACHINEN_STOP_GRACE (as "5 seconds"), MACHINEN_SNAPSHOT_ENGINE.
  */
 export class Settings extends Context.Tag("machinen/Settings")<Settings, SettingsValues>() {
   static readonly layer = Layer.effect(Settings, Effect.map(raw, derive))
@@ -74,6 +77,7 @@ export class Settings extends Context.Tag("machinen/Settings")<Settings, Setting
       accel: "auto",
       vmm: Option.none(),
       mke2fs: Option.none(),
+      gvproxy: Option.none(),
       bootTimeout: Duration.seconds(60),
       stopGrace: Duration.seconds(5),
       snapshotEngine: "",

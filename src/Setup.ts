@@ -3,7 +3,7 @@ import { CommandExecutor, FileSystem } from "@effect/platform"
 import { Context, type Duration, Effect, Either, Layer, Option } from "effect"
 import { type AssetName, Assets, assetNames, type BuildDirectories } from "./Assets.ts"
 import { AssetError } from "./domain/errors.ts"
-import { isAtLeast, minimumNode, minimumRust, packages, versionIn } from "./domain/hostRequirements.ts"
+import { isAtLeast, minimumGo, minimumNode, minimumRust, packages, versionIn } from "./domain/hostRequirements.ts"
 import * as command from "./platform/command.ts"
 import * as longCommand from "./platform/longCommand.ts"
 import { Settings } from "./Settings.ts"
@@ -35,6 +35,7 @@ export interface SetupHost {
 
 const titles: Record<AssetName, string> = {
   programs: "guest init and shim (cargo)",
+  gvproxy: "network of guests (go)",
   kernel: "guest kernel",
   "base-micro": "base image micro",
   "base-debian": "base image debian"
@@ -85,29 +86,33 @@ export class Setup extends Context.Tag("machinen/Setup")<
 
         const isBuilt = (name: AssetName) => Effect.map(assets.find(name), Option.isSome)
 
-        const cargo = Effect.map(quick(["cargo", "--version"]), (found) =>
-          found.pipe(
-            Option.filter(({ code }) => code === 0),
-            Option.flatMap(({ stdout }) => versionIn(stdout))
-          )
-        )
-        const hasCargo = Effect.map(
-          cargo,
-          Option.exists((version) => isAtLeast(version, minimumRust))
-        )
+        /** What an asset is compiled with; nothing when the asset is there, or the compiler is new enough. */
+        const compiler = (asset: AssetName, argv: readonly [string, ...ReadonlyArray<string>], minimum: string) =>
+          Effect.gen(function* () {
+            if (yield* isBuilt(asset)) return Option.none()
+            const found = (yield* quick(argv)).pipe(
+              Option.filter(({ code }) => code === 0),
+              Option.flatMap(({ stdout }) => versionIn(stdout))
+            )
+            return Option.exists(found, (version) => isAtLeast(version, minimum)) ? Option.none() : Option.some(found)
+          })
+        const cargoWrong = compiler("programs", ["cargo", "--version"], minimumRust)
+        const goWrong = compiler("gvproxy", ["go", "version"], minimumGo)
         const hasNode = isAtLeast(host.nodeVersion, minimumNode)
 
         // Found out first: it fails within a second what would otherwise fail in the middle of minutes.
         const toolchain: Step = {
           id: "toolchain",
-          title: "Node and Rust",
-          check: hasNode
-            ? Effect.if(isBuilt("programs"), { onTrue: () => Effect.succeed(true), onFalse: () => hasCargo })
-            : Effect.succeed(false),
+          title: "Node, Rust and Go",
+          check: Effect.map(Effect.all([cargoWrong, goWrong]), (wrong) => hasNode && wrong.every(Option.isNone)),
           run: () =>
-            hasNode
-              ? Effect.flatMap(cargo, (found) => Effect.fail(cargoUnusable(found)))
-              : Effect.fail(nodeTooOld(host.nodeVersion))
+            Effect.gen(function* () {
+              if (!hasNode) return yield* nodeTooOld(host.nodeVersion)
+              const cargo = yield* cargoWrong
+              if (Option.isSome(cargo)) return yield* cargoUnusable(cargo.value)
+              const go = yield* goWrong
+              if (Option.isSome(go)) return yield* goUnusable(go.value)
+            })
         }
 
         const missingPackages = Effect.gen(function* () {
@@ -172,8 +177,17 @@ export class Setup extends Context.Tag("machinen/Setup")<
             ).pipe(Effect.mapError((cause) => buildFailed(what, cause)))
           })
 
+        /** Pure Go, static: a resolver of its own and no libraries of the host's. */
+        const gvproxy = ({ out }: BuildDirectories, onLine: (line: string) => Effect.Effect<void>) =>
+          Effect.gen(function* () {
+            const argv = ["go", "build", "-trimpath", "-ldflags=-s -w", "-o", path.join(out, "gvproxy"), "."] as const
+            const cwd = path.join(yield* root, "gvproxy")
+            yield* long("compile gvproxy", argv, { onLine, cwd, env: { CGO_ENABLED: "0", GOFLAGS: "-mod=readonly" } })
+          })
+
         const make: Record<AssetName, ReturnType<typeof script>> = {
           programs,
+          gvproxy,
           kernel: script("kernel/build.sh"),
           "base-micro": script("bases/micro.sh"),
           "base-debian": script("bases/debian.sh")
@@ -242,6 +256,16 @@ const nodeTooOld = (version: string) =>
     code: "SETUP_TOOL_MISSING",
     message: `Node ${version} is too old: ${minimumNode} or newer is needed`,
     hint: "install Node 20 or newer from nodejs.org or deb.nodesource.com"
+  })
+
+const goUnusable = (found: Option.Option<string>) =>
+  new AssetError({
+    code: "SETUP_TOOL_MISSING",
+    message: Option.match(found, {
+      onNone: () => "go is not on PATH or does not run",
+      onSome: (version) => `Go ${version} is too old: ${minimumGo} or newer is needed`
+    }),
+    hint: "install Go from https://go.dev/dl (Debian's own is too old), and have its `bin` on PATH"
   })
 
 const cargoUnusable = (found: Option.Option<string>) =>

@@ -193,6 +193,7 @@ const startFailed = (event: Extract<ShimEvent, { event: "failed" }>, plan: ShimP
       hint: `free some space on the disk that holds ${plan.dir}, or set MACHINEN_HOME to a larger one`
     })
   }
+  if (event.step === "network") return forwardFailed(event)
   if (event.step === "vmm" && (event.code === "ENOENT" || event.code === "EACCES")) {
     return new BootError({
       code: "BOOT_VMM_MISSING",
@@ -203,6 +204,25 @@ const startFailed = (event: Extract<ShimEvent, { event: "failed" }>, plan: ShimP
   return new BootError({
     code: "BOOT_VMM_FAILED",
     message: `the VM could not be started (${event.step}): ${event.message}`
+  })
+}
+
+const forwardFailed = ({ code, message }: { readonly code: string; readonly message: string }) => {
+  const [address = message] = message.split(": ")
+  if (code === "EADDRINUSE") {
+    return new BootError({
+      code: "BOOT_PORT_FORWARD_IN_USE",
+      message: `the host's port ${address} is taken`,
+      hint: "choose another port; `ss -ltnp` tells who listens there"
+    })
+  }
+  return new BootError({
+    code: "BOOT_PORT_FORWARD_INVALID",
+    message: `nothing can listen on ${message}`,
+    hint:
+      code === "EACCES"
+        ? "ports below 1024 are for root; choose a higher one"
+        : "give an address of this host: `ip address` lists them"
   })
 }
 

@@ -1,6 +1,7 @@
 import { Context, type Effect, type Scope } from "effect"
 import { type BootError, VmmControlFailed } from "./domain/errors.ts"
-import type { Accelerator, Disk, MachineFingerprint, MachineSpec } from "./domain/Vm.ts"
+import type { PortForward } from "./domain/Network.ts"
+import type { Accelerator, MachineFingerprint, MachineSpec, Plugged } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import type { CaptureFailed, ShimHandle } from "./Shim.ts"
 
@@ -43,6 +44,11 @@ export interface Supervision {
   readonly entry: VmEntry
   /** Copied sparsely into the VM's directory before the VMM starts. */
   readonly files: ReadonlyArray<{ readonly from: string; readonly to: string; readonly size?: number }>
+  /** Who serves the machine's network card, and the host's ports that lead to it. */
+  readonly network?: {
+    readonly gvproxy: readonly [string, ...ReadonlyArray<string>]
+    readonly forwards: ReadonlyArray<PortForward>
+  }
   /** Removed when the VM is gone, before its entry. */
   readonly cleanup: ReadonlyArray<string>
   readonly graceMs: number
@@ -57,8 +63,8 @@ export class Vmm extends Context.Tag("machinen/Vmm")<
     readonly controlPath: (dir: string) => string | undefined
     /** Starts the machine under a shim. Released as `Shim.start` says. */
     readonly launch: (spec: MachineSpec, supervision: Supervision) => Effect.Effect<VmmHandle, BootError, Scope.Scope>
-    /** What a machine with these disks would be here and now. */
-    readonly fingerprint: (disks: ReadonlyArray<Disk>) => Effect.Effect<MachineFingerprint, BootError>
+    /** What a machine made of this would be here and now. */
+    readonly fingerprint: (plugged: Plugged) => Effect.Effect<MachineFingerprint, BootError>
     /** The hypervisor of a VM that runs already. */
     readonly attach: (entry: VmEntry, shim: ShimHandle) => VmmHandle
   }

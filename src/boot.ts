@@ -4,6 +4,7 @@ import { Agent } from "./Agent.ts"
 import { Assets } from "./Assets.ts"
 import { type BootOptions, type BootPlan, validate } from "./domain/BootOptions.ts"
 import { BootError, type ExecError } from "./domain/errors.ts"
+import { guestNetwork } from "./domain/Network.ts"
 import { type Disk, MachineSpec } from "./domain/Vm.ts"
 import { VmEntry } from "./domain/VmEntry.ts"
 import type * as Initramfs from "./Initramfs.ts"
@@ -45,6 +46,7 @@ export const boot = Effect.fn("boot")(
       memoryBytes: yield* memory.totalBytes,
       maxVcpus: capabilities.maxVcpus
     }).pipe(phase("validate"))
+    const network = yield* Launch.networkOf(plan.network, plan.portForward)
     const id = Launch.newId()
     const dir = path.join(settings.vmsDir, id)
     const vsockPath = path.join(dir, "vsock.sock")
@@ -64,6 +66,8 @@ export const boot = Effect.fn("boot")(
       command: plan.command,
       memoryMib: plan.memoryMib,
       vcpus: plan.vcpus,
+      network: plan.network,
+      portForward: plan.portForward,
       createdAt: Date.now(),
       vsockPath,
       controlPath: path.join(dir, "shim.sock"),
@@ -94,11 +98,12 @@ export const boot = Effect.fn("boot")(
           start: { _tag: "Kernel", kernel, initrd },
           memoryMib: plan.memoryMib,
           vcpus: plan.vcpus,
-          disks: disks.disks
+          disks: disks.disks,
+          ...Launch.cardOf(entry)
         }),
-        { entry: complete, files: disks.files, cleanup, graceMs: Duration.toMillis(settings.stopGrace) }
+        { entry: complete, files: disks.files, ...network, cleanup, graceMs: Duration.toMillis(settings.stopGrace) }
       )
-      .pipe(phase("vmm-spawn"))
+      .pipe(Launch.namingPortHolder, phase("vmm-spawn"))
 
     // 5. The doorbell, raced against the machine's end and the deadline.
     yield* Launch.untilReady(doorbell, machine, settings.bootTimeout).pipe(
@@ -149,7 +154,8 @@ const guestOf = (plan: BootPlan, entry: VmEntry): Initramfs.GuestConfig => ({
     version: 1,
     id: entry.id,
     hostname: Launch.hostname(entry),
-    root: plan.rootDisk === undefined ? "overlay" : "disk"
+    root: plan.rootDisk === undefined ? "overlay" : "disk",
+    ...(plan.network === "nat" ? { network: guestNetwork } : {})
   }
 })
 

@@ -45,6 +45,13 @@ export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOp
       hint: `give a whole number from 1 to ${maxSiblings}, and a name only to one`
     })
   }
+  if (count > 1 && (options.portForward ?? []).length > 0) {
+    return yield* new BootError({
+      code: "BOOT_PORT_FORWARD_CONFLICT",
+      message: `a port of this host cannot lead to ${count} siblings`,
+      hint: "fork them one by one, each with ports of its own, or reach them by tunnels"
+    })
+  }
   const tcpClose = !(options.tcpKeep ?? false)
   yield* checkSource(source)
   yield* checkMemory(options.freeMemoryThreshold ?? defaultFreeMemoryThreshold)
@@ -82,6 +89,7 @@ export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOp
         kernel: entry.kernel ?? "",
         memoryMib: entry.memoryMib,
         vcpus: entry.vcpus,
+        network: entry.network,
         sourceName: entry.name,
         forkedFrom: entry.id
       }

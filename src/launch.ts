@@ -4,11 +4,14 @@ import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
 import { Duration, Effect, Stream } from "effect"
 import { Assets } from "./Assets.ts"
 import { BootError } from "./domain/errors.ts"
+import { hostSocket, macOf, type NetworkMode, type PortForward } from "./domain/Network.ts"
 import type { ExitRecord } from "./domain/ShimPlan.ts"
 import { type Disk, VmId } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
+import { Gvproxy } from "./Gvproxy.ts"
 import * as Initramfs from "./Initramfs.ts"
 import * as UnixSocket from "./platform/UnixSocket.ts"
+import { Registry } from "./Registry.ts"
 import type { VmmHandle } from "./Vmm.ts"
 
 /** The first digit is a letter: digits alone would be taken for a pid. */
@@ -16,6 +19,35 @@ export const newId = () => {
   const hex = randomBytes(6).toString("hex")
   return VmId.make("abcdef".charAt(Number.parseInt(hex.charAt(0), 16) % 6) + hex.slice(1))
 }
+
+/** What a machine has of its network: a card, where its entry says so. */
+export const cardOf = ({ id, network }: VmEntry) => (network === "nat" ? { net: { mac: macOf(id) } } : {})
+
+/** Who serves that card. Fails before anything is acquired when nobody can. */
+export const networkOf = Effect.fnUntraced(function* (mode: NetworkMode, forwards: ReadonlyArray<PortForward>) {
+  if (mode === "none") return {}
+  return { network: { gvproxy: yield* (yield* Gvproxy).command, forwards } }
+})
+
+/** A port that is taken, told with the VM that has it. */
+export const namingPortHolder = <A, E, R>(launched: Effect.Effect<A, E | BootError, R>) =>
+  Effect.catchIf(
+    launched,
+    (error): error is BootError => error instanceof BootError && error.code === "BOOT_PORT_FORWARD_IN_USE",
+    (error) =>
+      Effect.gen(function* () {
+        const vms = yield* Effect.orElseSucceed((yield* Registry).list, () => [])
+        const holder = vms.find(({ portForward = [] }) =>
+          portForward.some((forward) => error.message.includes(hostSocket(forward)))
+        )
+        if (holder === undefined) return yield* error
+        return yield* new BootError({
+          ...error,
+          message: `${error.message}, by VM "${holder.label}"`,
+          hint: `choose another port, or \`machinen stop ${holder.label}\``
+        })
+      })
+  )
 
 /** How the guest makes its root of these disks. */
 export const rootKind = (disks: ReadonlyArray<Disk>) => (disks.some(({ id }) => id === "upper") ? "overlay" : "disk")

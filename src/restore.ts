@@ -9,6 +9,7 @@ import { Digests } from "./Digests.ts"
 import { decodeName } from "./domain/BootOptions.ts"
 import type { BundleManifest } from "./domain/BundleManifest.ts"
 import { BootError } from "./domain/errors.ts"
+import { macOf, type NetworkMode, type PortForwardOption, validateForwards } from "./domain/Network.ts"
 import { type Disk, MachineSpec, VmName } from "./domain/Vm.ts"
 import { VmEntry } from "./domain/VmEntry.ts"
 import * as Launch from "./launch.ts"
@@ -30,6 +31,8 @@ export interface RestoreOptions {
   /** Over the environment the source was booted with. */
   readonly env?: Readonly<Record<string, string>>
   readonly detached?: boolean
+  /** Ports of the host that lead to this VM; it has none of its source's. */
+  readonly portForward?: ReadonlyArray<PortForwardOption>
   /** Memory is read when it is touched. An engine that maps the whole machine does so in any case. Default false. */
   readonly lazy?: boolean
 }
@@ -52,6 +55,7 @@ export interface Seed {
   readonly kernel: string
   readonly memoryMib: number
   readonly vcpus: number
+  readonly network: NetworkMode
   readonly sourceName: string | undefined
   readonly forkedFrom: string
 }
@@ -83,6 +87,7 @@ export const restore = Effect.fn("restore")(function* (options: RestoreOptions) 
       kernel: yield* (yield* Assets).kernel,
       memoryMib: manifest.memoryMib,
       vcpus: manifest.vcpus,
+      network: manifest.network,
       sourceName: manifest.sourceName,
       forkedFrom: bundle.dir
     },
@@ -100,6 +105,8 @@ export const revive = Effect.fn("revive")(
     const { phase, phases } = yield* PhaseTimer.make
 
     // 1. Who it will be.
+    const portForward = yield* validateForwards(seed.network, options.portForward ?? [])
+    const network = yield* Launch.networkOf(seed.network, portForward)
     const capabilities = yield* vmm.capabilities
     const name = options.name === undefined ? undefined : yield* decodeName(options.name)
     const id = Launch.newId()
@@ -126,6 +133,8 @@ export const revive = Effect.fn("revive")(
       vcpus: seed.vcpus,
       kernel: seed.kernel,
       disks,
+      network: seed.network,
+      portForward,
       forkedFrom: seed.forkedFrom,
       ...(options.lazy === true ? { lazy: true } : {}),
       createdAt: Date.now(),
@@ -141,13 +150,19 @@ export const revive = Effect.fn("revive")(
     // 3. Shim and VMM, with disks of its own.
     const files = seed.disks.flatMap((disk) => (disk.readOnly ? [] : [{ from: disk.path, to: own(disk).path }]))
     const machine = yield* vmm
-      .launch(new MachineSpec({ id, dir, start: revival.start, memoryMib: seed.memoryMib, vcpus: seed.vcpus, disks }), {
-        entry,
-        files,
-        cleanup,
-        graceMs: Duration.toMillis(settings.stopGrace)
-      })
-      .pipe(phase("vmm-spawn"))
+      .launch(
+        new MachineSpec({
+          id,
+          dir,
+          start: revival.start,
+          memoryMib: seed.memoryMib,
+          vcpus: seed.vcpus,
+          disks,
+          ...Launch.cardOf(entry)
+        }),
+        { entry, files, ...network, cleanup, graceMs: Duration.toMillis(settings.stopGrace) }
+      )
+      .pipe(Launch.namingPortHolder, phase("vmm-spawn"))
 
     // 4. The name it gets if it was given none: its pid is known only now.
     const assigned =
@@ -167,6 +182,7 @@ export const revive = Effect.fn("revive")(
     const ready = revival.ready(client, {
       hostname: Launch.hostname(named),
       generation: randomUUID(),
+      ...(seed.network === "nat" ? { mac: macOf(id) } : {}),
       env: { ...(named.name === undefined ? {} : { MACHINEN_VM_NAME: named.name }), ...options.env }
     })
     const rejuvenation = yield* Launch.untilReady(ready, machine, settings.bootTimeout).pipe(
@@ -219,7 +235,7 @@ export const misfits = Effect.fn("restore.misfits")(function* (
   const vmm = yield* Vmm
   const assets = yield* Assets
   const disks = yield* disksOf(bundle, options.image)
-  const here = yield* vmm.fingerprint(disks)
+  const here = yield* vmm.fingerprint({ disks, network: manifest.network === "nat" })
   const there = manifest.machine
   const reasons: Array<string> = []
   const differ = (what: string, made: string | number, have: string | number) => {

@@ -135,10 +135,11 @@ const factsOf = Effect.fnUntraced(
       ...(entry.name === undefined ? {} : { sourceName: entry.name }),
       sourceImage: entry.image,
       ...(entry.command === undefined ? {} : { command: entry.command }),
-      machine: yield* vmm.fingerprint(all),
+      machine: yield* vmm.fingerprint({ disks: all, network: entry.network === "nat" }),
       kernelSha256: yield* digests.remembered(entry.kernel ?? ""),
       memoryMib: entry.memoryMib,
       vcpus: entry.vcpus,
+      network: entry.network,
       disks
     }
     return facts

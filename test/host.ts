@@ -35,7 +35,7 @@ export const live = (
     )
   )
 
-/** Processes that mention a path on their command line or hold it open as their plan: shims and VMMs of that home. */
+/** Processes that mention a path on their command line or hold it open as their plan: shims, VMMs and gvproxies of that home. */
 export const processesOf = (home: string): ReadonlyArray<{ readonly pid: number; readonly argv: string }> =>
   readdirSync("/proc")
     .filter((entry) => /^[0-9]+$/.test(entry))
@@ -49,7 +49,7 @@ export const processesOf = (home: string): ReadonlyArray<{ readonly pid: number;
             return false
           }
         })
-        const ours = argv.includes("machinen-shim") || argv.includes("qemu-system")
+        const ours = ["machinen-shim", "qemu-system", "gvproxy -mtu"].some((program) => argv.includes(program))
         return ours && (argv.includes(home) || open) ? [{ pid: Number(pid), argv }] : []
       } catch {
         return []

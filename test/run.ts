@@ -74,6 +74,21 @@ const cargoTest = (): Counts => {
   return judged(ok, { passed: sum(1), failed: sum(2), skipped: sum(3) })
 }
 
+/** Vet, format and tests of the guests' network; `go test -v` prints a line for each test. */
+const goTest = (): Counts => {
+  const dir = path.join(root, "gvproxy")
+  const vet = execute("Go lint", "go", ["-C", dir, "vet", "./..."], 10)
+  const format = execute("Go format", "gofmt", ["-l", dir], 1, true)
+  const { ok, stdout } = execute("tests: Go", "go", ["-C", dir, "test", "-v", "./..."], 10, true)
+  const count = (verdict: string) => [...stdout.matchAll(new RegExp(`^--- ${verdict}:`, "gm"))].length
+  const lint = vet.ok && format.ok && format.stdout === ""
+  return judged(ok && lint, {
+    passed: count("PASS") + (lint ? 1 : 0),
+    failed: count("FAIL") + (lint ? 0 : 1),
+    skipped: count("SKIP")
+  })
+}
+
 const results: Array<readonly [title: string, counts: Counts]> = []
 const record = (title: string, counts: Counts) => {
   results.push([title, counts])
@@ -90,6 +105,7 @@ record(
   check("Rust lint", "cargo", ["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"], 15)
 )
 record("Rust", cargoTest())
+record("Go", goTest())
 if (ready) record("real guests", vitest("vm", 25))
 else record("real guests", { passed: 0, failed: 1, skipped: 0 })
 

@@ -4,6 +4,7 @@ import { Effect, Layer } from "effect"
 import { Agent } from "../../src/Agent.ts"
 import { Assets } from "../../src/Assets.ts"
 import { BootError, ExecError, SnapshotError } from "../../src/domain/errors.ts"
+import { guestNetwork } from "../../src/domain/Network.ts"
 import * as Launch from "../../src/launch.ts"
 import { SnapshotEngine } from "../../src/SnapshotEngine.ts"
 
@@ -62,7 +63,8 @@ export const layer = Layer.effect(
                 id: entry.id,
                 hostname: Launch.hostname(entry),
                 root: Launch.rootKind(entry.disks ?? []),
-                revive: true
+                revive: true,
+                ...(entry.network === "nat" ? { network: guestNetwork } : {})
               }
             })
           ],

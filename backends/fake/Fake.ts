@@ -4,6 +4,7 @@ import { Assets } from "../../src/Assets.ts"
 import { AssetError, BootError, ExecError, FilesError, ProvisionError } from "../../src/domain/errors.ts"
 import { ExitRecord } from "../../src/domain/ShimPlan.ts"
 import type { MachineSpec } from "../../src/domain/Vm.ts"
+import { Gvproxy } from "../../src/Gvproxy.ts"
 import { RootfsImage } from "../../src/RootfsImage.ts"
 import { CaptureFailed, type ShimHandle } from "../../src/Shim.ts"
 import { type Supervision, Vmm, VmmControlFailed, type VmmHandle } from "../../src/Vmm.ts"
@@ -128,11 +129,13 @@ export const layer = Layer.unwrapEffect(
           kernel: asset("kernel"),
           init: asset("init"),
           shim: asset("kernel"),
+          gvproxy: asset("kernel"),
           base: () => asset("image"),
           find: () => Effect.succeedNone,
           build: () => Effect.void
         })
       ),
+      Layer.succeed(Gvproxy, { command: Effect.succeed(["/gvproxy"] as const) }),
       Layer.succeed(
         RootfsImage,
         RootfsImage.of({

@@ -2,6 +2,7 @@ import * as path from "node:path"
 import { Effect, Layer, Option, Schema } from "effect"
 import { Assets } from "../../src/Assets.ts"
 import { BootError } from "../../src/domain/errors.ts"
+import { hostSocket } from "../../src/domain/Network.ts"
 import { ShimPlan } from "../../src/domain/ShimPlan.ts"
 import { MachineFingerprint } from "../../src/domain/Vm.ts"
 import { HostProbe } from "../../src/HostProbe.ts"
@@ -17,11 +18,15 @@ import {
   devices,
   machine,
   memoryFd,
+  netFd,
   stateFd
 } from "./commandLine.ts"
 import * as Qmp from "./Qmp.ts"
 
 const consoleLogBytes = 1024 * 1024
+/** It has one guest to serve: a small heap that is swept often. */
+const gvproxyEnv = { GOMEMLIMIT: "64MiB", GOMAXPROCS: "2" }
+
 const greetingDeadline = "2 seconds"
 
 /** NR_CPUS of our kernel (kernel/config). */
@@ -73,7 +78,7 @@ export const layer = Layer.effect(
     return Vmm.of({
       capabilities: Effect.map(probe.accelerator, ({ accel }) => ({ backend: "qemu", accel, maxVcpus })),
       controlPath,
-      launch: Effect.fn("QemuVmm.launch")(function* (spec, { cleanup, entry, files, graceMs }) {
+      launch: Effect.fn("QemuVmm.launch")(function* (spec, { cleanup, entry, files, graceMs, network }) {
         const shimBinary = yield* assets.shim.pipe(Effect.mapError(assetMissing))
         const { accel } = yield* probe.accelerator
         const tscKhz = accel === "tcg" ? yield* probe.tscKhz : 0
@@ -94,6 +99,18 @@ export const layer = Layer.effect(
                 : { fd: memoryFd, sizeBytes: spec.memoryMib * 2 ** 20 },
             inherit: start._tag === "Saved" ? [{ fd: stateFd, path: start.state }] : [],
             console: { fd: consoleFd, logPath: path.join(spec.dir, "console.log"), maxBytes: consoleLogBytes },
+            ...(network === undefined
+              ? {}
+              : {
+                  network: {
+                    fd: netFd,
+                    gvproxy: { argv: network.gvproxy, env: gvproxyEnv },
+                    forwards: network.forwards.map((forward) => ({
+                      host: hostSocket(forward),
+                      guestPort: forward.guestPort
+                    }))
+                  }
+                }),
             outputLogPath: path.join(spec.dir, "output.log"),
             vmmLogPath: path.join(spec.dir, "vmm.log"),
             controlPath: entry.controlPath,
@@ -106,7 +123,7 @@ export const layer = Layer.effect(
         )
         return handle(controlPath(spec.dir), running)
       }),
-      fingerprint: Effect.fn("QemuVmm.fingerprint")(function* (disks) {
+      fingerprint: Effect.fn("QemuVmm.fingerprint")(function* (plugged) {
         const { accel } = yield* probe.accelerator
         return new MachineFingerprint({
           backend: "qemu",
@@ -115,7 +132,7 @@ export const layer = Layer.effect(
           accel,
           cpu: cpu[accel],
           tscKhz: yield* probe.tscKhz,
-          devices: devices(disks)
+          devices: devices(plugged)
         })
       }),
       attach: (entry, running) => handle(entry.vmmControlPath ?? controlPath(path.dirname(entry.controlPath)), running)

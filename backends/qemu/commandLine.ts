@@ -1,4 +1,4 @@
-import type { Accelerator, Disk, MachineSpec } from "../../src/domain/Vm.ts"
+import type { Accelerator, MachineSpec, Plugged } from "../../src/domain/Vm.ts"
 
 /** The full binary, for it has TCG; Debian's `-microvm` build has KVM only. */
 export const defaultBinary = "qemu-system-x86_64"
@@ -13,11 +13,15 @@ export const bare = ["-nodefaults", "-no-user-config", "-display", "none", "-no-
 export const serialConsole = (fd: number) =>
   ["-chardev", `socket,id=console,fd=${fd}`, "-serial", "chardev:console"] as const
 
-/** Descriptors QEMU inherits from the shim: channel and console, each one end of a socketpair; memory; a saved machine's state. */
+/**
+ * Descriptors QEMU inherits from the shim: channel and console, each one end of a socketpair; memory; a saved machine's state; the
+ * listener of the network card's other end.
+ */
 export const channelFd = 3
 export const consoleFd = 4
 export const memoryFd = 5
 export const stateFd = 6
+export const netFd = 7
 
 /**
  * Register state the CPU has and the guest kernel does not use (MPX, protection keys) or only gives to who asks (AMX). CRIU reserves room
@@ -82,7 +86,12 @@ const memory = ({ memoryMib, start }: MachineSpec) =>
 const begin = ({ start }: MachineSpec, accel: Accelerator, tscKhz: number): ReadonlyArray<string> =>
   start._tag === "Kernel"
     ? ["-kernel", start.kernel, "-initrd", start.initrd, "-append", kernelArguments(accel, tscKhz)]
-    : ["-global", "migration.send-configuration=off", "-incoming", `fd:${stateFd}`]
+    : [
+        ...["-global", "migration.send-configuration=off"],
+        // what QEMU would send from the guest's card in its name is for switches that remember another port
+        ...["-global", "migration.announce-rounds=0"],
+        ...["-incoming", `fd:${stateFd}`]
+      ]
 
 export interface CommandLineOptions {
   readonly binary: string
@@ -119,16 +128,24 @@ export const commandLine = (
       "-blockdev",
       `driver=raw,node-name=${id},file=${id}-file,read-only=${onOff(readOnly)},discard=unmap`
     ]),
-    ...devices(spec.disks).flatMap((device) => ["-device", device])
+    // a listener, so that who serves the card can end and another come
+    ...(spec.net === undefined
+      ? []
+      : [
+          ...["-netdev", `stream,id=net,server=on,addr.type=fd,addr.str=${netFd}`],
+          ...["-global", `virtio-net-device.mac=${spec.net.mac}`]
+        ]),
+    ...devices({ disks: spec.disks, network: spec.net !== undefined }).flatMap((device) => ["-device", device])
   ]
 }
 
 /** What is plugged into the machine, in this order; a saved machine goes on only with the same in the same order. */
-export const devices = (disks: ReadonlyArray<Disk>): ReadonlyArray<string> => [
+export const devices = ({ disks, network }: Plugged): ReadonlyArray<string> => [
   "virtio-serial-device",
   `virtserialport,chardev=channel,name=${channelName}`,
   // a host without space is an I/O error in the guest; QEMU would stop the machine, and nobody would start it again
-  ...disks.map(({ id }) => `virtio-blk-device,drive=${id},serial=${id},werror=report,rerror=report`)
+  ...disks.map(({ id }) => `virtio-blk-device,drive=${id},serial=${id},werror=report,rerror=report`),
+  ...(network ? ["virtio-net-device,netdev=net"] : [])
 ]
 
 const onOff = (value: boolean) => (value ? "on" : "off")

@@ -1,6 +1,7 @@
 //! The two JSON files the host puts into the initramfs. A field this version does not know is ignored.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
@@ -22,9 +23,23 @@ pub struct BootConfig {
     pub version: u32,
     pub hostname: String,
     pub root: RootKind,
-    /// The disk holds processes that are to be brought back (the operation `revive`).
+    /// The disk holds processes that are to be brought back (the operation `revive`): until then nothing else runs.
     #[serde(default)]
     pub revive: bool,
+    /// Of the machine's one network card, if it has one.
+    pub network: Option<Network>,
+}
+
+/// What the card is given; `gvproxy/main.go` is its other end.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Network {
+    pub address: Ipv4Addr,
+    pub prefix_length: u8,
+    pub gateway: Ipv4Addr,
+    pub nameserver: Ipv4Addr,
+    /// Bytes.
+    pub mtu: u16,
 }
 
 /// How the root filesystem is made of the disks.

@@ -109,6 +109,9 @@ pub struct Rejuvenate {
     pub hostname: String,
     pub machine_id: String,
     pub generation: String,
+    /// Of the machine's network card, if it has one.
+    #[serde(default, deserialize_with = "mac")]
+    pub mac: Option<[u8; 6]>,
     #[serde(default)]
     pub env: BTreeMap<String, String>,
 }
@@ -248,6 +251,19 @@ fn seed<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[u8; 32], D::Error
         *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).map_err(D::Error::custom)?;
     }
     Ok(seed)
+}
+
+/// Six pairs of hexadecimal digits with colons between them.
+fn mac<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<[u8; 6]>, D::Error> {
+    let Some(text) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
+    let octets: Option<Vec<u8>> = text
+        .split(':')
+        .map(|pair| u8::from_str_radix(pair, 16).ok().filter(|_| pair.len() == 2 && !pair.starts_with('+')))
+        .collect();
+    let octets = octets.and_then(|octets| <[u8; 6]>::try_from(octets).ok());
+    octets
+        .map(Some)
+        .ok_or_else(|| D::Error::custom("mac must be six pairs of hexadecimal digits with colons between them"))
 }
 
 fn check_hostname(hostname: &str) -> Result<(), ErrorReply> {

@@ -1,9 +1,17 @@
 import { Options } from "@effect/cli"
-import { Effect, Option } from "effect"
+import { Effect, Option, Schema } from "effect"
 import type { BootOptions } from "../domain/BootOptions.ts"
 import { ParseError } from "../domain/errors.ts"
+import { NetworkMode, type PortForwardOption } from "../domain/Network.ts"
 
 export const json = Options.boolean("json").pipe(Options.withDescription("print JSON"))
+
+/** Ports of this host that lead to the guest's. */
+export const publish = Options.text("publish").pipe(
+  Options.withAlias("p"),
+  Options.repeated,
+  Options.withDescription("[ADDRESS:]HOSTPORT:GUESTPORT, on 127.0.0.1 unless an address is given; may be repeated")
+)
 
 /** Options of every verb that boots. */
 export const bootOptions = {
@@ -26,6 +34,11 @@ export const bootOptions = {
     Options.optional,
     Options.withDescription("size of the writable layer: bytes, or with K, M, G (default 2G)")
   ),
+  network: Options.text("network").pipe(
+    Options.optional,
+    Options.withDescription("nat (default): the guest reaches what this host reaches; none: it has no network")
+  ),
+  publish,
   env: Options.text("env").pipe(
     Options.withAlias("e"),
     Options.repeated,
@@ -45,6 +58,8 @@ export interface BootFlags {
   readonly memory: Option.Option<string>
   readonly vcpus: Option.Option<string>
   readonly disk: Option.Option<string>
+  readonly network: Option.Option<string>
+  readonly publish: ReadonlyArray<string>
   readonly env: ReadonlyArray<string>
   readonly workdir: Option.Option<string>
 }
@@ -59,6 +74,23 @@ const malformed = (flag: string, value: string, expected: string) =>
 /** Numbers are read as text: the range is the boot's to judge, with its own message. */
 const number = (flag: string, value: string) =>
   /^-?[0-9]+(e[0-9]+)?$/i.test(value) ? Effect.succeed(Number(value)) : malformed(flag, value, "a whole number")
+
+/** `8080:80`, `0.0.0.0:8080:80`, `[::1]:8080:80`. The range of the ports is the boot's to judge. */
+export const portForward = (values: ReadonlyArray<string>) =>
+  Effect.forEach(values, (value) => {
+    const match = /^(?:(?:\[([^\]]*)\]|([^:[\]]*)):)?(-?[0-9]+):(-?[0-9]+)$/.exec(value)
+    if (match === null) return malformed("publish", value, "[ADDRESS:]HOSTPORT:GUESTPORT, an IPv6 address in brackets")
+    const hostAddr = match[1] ?? match[2]
+    const forward: PortForwardOption = {
+      ...(hostAddr === undefined ? {} : { hostAddr }),
+      hostPort: Number(match[3]),
+      guestPort: Number(match[4])
+    }
+    return Effect.succeed(forward)
+  })
+
+const network = (value: string): Effect.Effect<NetworkMode, ParseError> =>
+  Schema.is(NetworkMode)(value) ? Effect.succeed(value) : malformed("network", value, "nat or none")
 
 const units: Readonly<Record<string, number>> = { "": 1, k: 1024, m: 1024 ** 2, g: 1024 ** 3, t: 1024 ** 4 }
 
@@ -103,6 +135,7 @@ export const toBootOptions = Effect.fnUntraced(function* (flags: BootFlags, comm
     rootDisk: Effect.succeed(flags.rootDisk),
     name: Effect.succeed(flags.name),
     cwd: Effect.succeed(flags.workdir),
+    network: Effect.transposeMapOption(flags.network, network),
     memoryMib: Effect.transposeMapOption(flags.memory, memory),
     vcpus: Effect.transposeMapOption(flags.vcpus, (value) => number("vcpus", value)),
     rootDiskSizeBytes: Effect.transposeMapOption(flags.disk, (value) => size("disk", value))
@@ -111,6 +144,7 @@ export const toBootOptions = Effect.fnUntraced(function* (flags: BootFlags, comm
   const options: BootOptions = {
     ...Object.fromEntries(set.flatMap(([key, value]) => (Option.isSome(value) ? [[key, value.value]] : []))),
     ...(command.length === 0 ? {} : { command }),
+    portForward: yield* portForward(flags.publish),
     env: yield* environment(flags.env)
   }
   return options

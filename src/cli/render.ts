@@ -43,6 +43,8 @@ export const vmJson = (entry: VmEntry) => ({
   command: entry.command ?? null,
   memoryMib: entry.memoryMib,
   vcpus: entry.vcpus,
+  network: entry.network,
+  portForward: entry.portForward ?? [],
   backend: entry.backend,
   accel: entry.accel,
   detached: entry.detached,

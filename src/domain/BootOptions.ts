@@ -1,6 +1,13 @@
 import * as path from "node:path"
 import { Effect, Schema } from "effect"
 import { BootError, RegistryError } from "./errors.ts"
+import {
+  defaultNetwork,
+  type NetworkMode,
+  type PortForward,
+  type PortForwardOption,
+  validateForwards
+} from "./Network.ts"
 import { VmName } from "./Vm.ts"
 
 /** What a caller may ask of a boot. Everything has a default; nothing is acquired before all of it is checked. */
@@ -22,6 +29,10 @@ export interface BootOptions {
   readonly vcpus?: number
   /** Size of the writable layer in bytes, a multiple of 4096. Default 2 GiB, as a hole that fills as it is written. */
   readonly rootDiskSizeBytes?: number
+  /** `nat` (the default): the guest reaches what this host reaches. `none`: it has no network card. */
+  readonly network?: NetworkMode
+  /** Ports of this host that lead to the guest's; there until the VM is gone. */
+  readonly portForward?: ReadonlyArray<PortForwardOption>
   /** The VM outlives the scope and the process that starts it. */
   readonly detached?: boolean
 }
@@ -37,6 +48,8 @@ export interface BootPlan {
   readonly memoryMib: number
   readonly vcpus: number
   readonly rootDiskSizeBytes: number
+  readonly network: NetworkMode
+  readonly portForward: ReadonlyArray<PortForward>
   readonly detached: boolean
 }
 
@@ -57,7 +70,7 @@ export interface HostLimits {
 
 /** Checks everything that can be known without touching the host, and fills in the defaults. First failure wins. */
 export const validate = Effect.fnUntraced(function* (options: BootOptions, host: HostLimits) {
-  const { command, cwd, env = {}, image, name, rootDisk, vcpus = 1 } = options
+  const { command, cwd, env = {}, image, name, network = defaultNetwork, rootDisk, vcpus = 1 } = options
 
   if (image !== undefined && rootDisk !== undefined) {
     return yield* new BootError({
@@ -101,6 +114,8 @@ export const validate = Effect.fnUntraced(function* (options: BootOptions, host:
     memoryMib: yield* validateMemory(options.memoryMib ?? defaultMemoryMib, host),
     vcpus: yield* validateVcpus(vcpus, host),
     rootDiskSizeBytes: yield* validateDiskSize(options.rootDiskSizeBytes ?? defaultRootDiskBytes),
+    network,
+    portForward: yield* validateForwards(network, options.portForward ?? []),
     detached: options.detached ?? false
   }
   return plan

@@ -1,4 +1,5 @@
 import { Schema } from "effect"
+import { NetworkMode } from "./Network.ts"
 import { Disk, MachineFingerprint, VmId, VmName } from "./Vm.ts"
 
 /** How a VM is captured: `vmstate`, the whole machine; `criu`, the process tree in its guest. */
@@ -46,6 +47,8 @@ export class BundleManifest extends Schema.Class<BundleManifest>("BundleManifest
   kernelSha256: Schema.String,
   memoryMib: Schema.Int,
   vcpus: Schema.Int,
+  /** A bundle of an older version has no word of it. */
+  network: Schema.optionalWith(NetworkMode, { default: () => "none" }),
   disks: Schema.Array(BundleDisk),
   blobs: Schema.Array(Blob)
 }) {}

@@ -25,6 +25,17 @@ export class ShimPlan extends Schema.Class<ShimPlan>("ShimPlan")({
   ),
   /** Files the VMM gets as open descriptors, read-only. */
   inherit: Schema.optional(Schema.Array(Schema.Struct({ fd: Schema.Int, path: Schema.String }))),
+  /** The guest's network card: `fd` is the listener of its other end, which `gvproxy` serves once it is needed. */
+  network: Schema.optional(
+    Schema.Struct({
+      fd: Schema.Int,
+      gvproxy: Schema.Struct({
+        argv: Schema.NonEmptyArray(Schema.String),
+        env: Schema.Record({ key: Schema.String, value: Schema.String })
+      }),
+      forwards: Schema.Array(Schema.Struct({ host: Schema.String, guestPort: Schema.Int }))
+    })
+  ),
   outputLogPath: Schema.String,
   vmmLogPath: Schema.String,
   controlPath: Schema.String,
@@ -53,7 +64,7 @@ export const ShimEvent = Schema.Union(
   Schema.Struct({ event: Schema.Literal("started"), shim: ProcessIdentity, vmm: ProcessIdentity }),
   Schema.Struct({
     event: Schema.Literal("failed"),
-    step: Schema.Literal("plan", "files", "registry", "vmm"),
+    step: Schema.Literal("plan", "network", "files", "registry", "vmm"),
     code: Schema.String,
     message: Schema.String
   }),

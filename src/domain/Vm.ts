@@ -49,8 +49,17 @@ export class MachineSpec extends Schema.Class<MachineSpec>("MachineSpec")({
   start: Start,
   memoryMib: Schema.Int,
   vcpus: Schema.Int,
-  disks: Schema.Array(Disk)
+  disks: Schema.Array(Disk),
+  /** Its network card, if it has one. */
+  net: Schema.optional(Schema.Struct({ mac: Schema.String }))
 }) {}
+
+/** What a machine is made of beside memory and processors. */
+export interface Plugged {
+  readonly disks: ReadonlyArray<Disk>
+  /** It has a network card. */
+  readonly network: boolean
+}
 
 /** Which accelerator runs guest code: the CPU itself, or QEMU's translator. */
 export const Accelerator = Schema.Literal("kvm", "tcg")

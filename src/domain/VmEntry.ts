@@ -1,4 +1,5 @@
 import { Schema } from "effect"
+import { NetworkMode, PortForward } from "./Network.ts"
 import { ProcessIdentity } from "./ProcessIdentity.ts"
 import { Accelerator, Disk, VmId, VmName } from "./Vm.ts"
 
@@ -26,6 +27,9 @@ export class VmEntry extends Schema.Class<VmEntry>("VmEntry")({
   /** The kernel it was booted with, and its disks: what a snapshot is made of beside memory. */
   kernel: Schema.optional(Schema.String),
   disks: Schema.optional(Schema.Array(Disk)),
+  /** How it is connected; an entry of an older version has no word of it, and its VM no card. */
+  network: Schema.optionalWith(NetworkMode, { default: () => "none" }),
+  portForward: Schema.optional(Schema.Array(PortForward)),
   /** The bundle it was restored from, or the id of the VM it was forked from. */
   forkedFrom: Schema.optional(Schema.String),
   /** Its processes were restored without their memory, which comes as it is touched. */

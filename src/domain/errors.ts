@@ -41,6 +41,9 @@ export class BootError extends Schema.TaggedError<BootError>()(
     "BOOT_VCPUS_INVALID",
     "BOOT_DISK_SIZE_INVALID",
     "BOOT_OPTION_INVALID",
+    "BOOT_PORT_FORWARD_INVALID",
+    "BOOT_PORT_FORWARD_CONFLICT",
+    "BOOT_PORT_FORWARD_IN_USE",
     "BOOT_PACK_FAILED",
     "BOOT_NO_SPACE",
     "BOOT_GUEST_FAILED",
@@ -56,6 +59,13 @@ export class BootError extends Schema.TaggedError<BootError>()(
     "FORK_MEMORY_BACKPRESSURE"
   )
 ) {
+  get retryable() {
+    return retryableCodes.has(this.code)
+  }
+}
+
+/** The program behind a guest's network card cannot be used. */
+export class GvproxyError extends Schema.TaggedError<GvproxyError>()("GvproxyError", fields("GVPROXY_NOT_FOUND")) {
   get retryable() {
     return retryableCodes.has(this.code)
   }

@@ -14,6 +14,9 @@ export const minimumNode = "20.19"
 /** The first toolchain with Rust 2024. */
 export const minimumRust = "1.85"
 
+/** What gvisor-tap-vsock asks for (gvproxy/go.mod). */
+export const minimumGo = "1.25"
+
 /** The version in the first line of what a program prints about itself, such as `1.47.0` in `mke2fs 1.47.0 (5-Feb-2023)`. */
 export const versionIn = (text: string): Option.Option<string> =>
   Option.fromNullable(/\d+(?:\.\d+)+/.exec(text.trimStart().split("\n", 1)[0] ?? "")?.[0])

@@ -8,6 +8,7 @@ import { Agent } from "../Agent.ts"
 import { Assets } from "../Assets.ts"
 import { Digests } from "../Digests.ts"
 import { Doctor } from "../Doctor.ts"
+import { Gvproxy } from "../Gvproxy.ts"
 import { Machinen } from "../Machinen.ts"
 import { Registry } from "../Registry.ts"
 import { RootfsImage } from "../RootfsImage.ts"
@@ -48,7 +49,7 @@ export const withEngines = <R>(...engines: ReadonlyArray<Engine<R>>) =>
     Layer.provideMerge(byName(engines)),
     Layer.provideMerge(QemuVmm.layer),
     Layer.provideMerge(QemuProbe.layer),
-    Layer.provideMerge(Layer.mergeAll(Agent.layer, RootfsImage.layer, Digests.layer)),
+    Layer.provideMerge(Layer.mergeAll(Agent.layer, RootfsImage.layer, Digests.layer, Gvproxy.layer)),
     Layer.provideMerge(foundation)
   )
 

@@ -40,7 +40,7 @@ const host = Effect.gen(function* () {
     )
   )
   const buildAll = Effect.flatMap(Assets, (assets) =>
-    Effect.forEach(["kernel", "programs", "base-micro", "base-debian"] as const, (name) =>
+    Effect.forEach(["kernel", "programs", "gvproxy", "base-micro", "base-debian"] as const, (name) =>
       assets.build(name, ({ out }) => Effect.sync(() => writeFileSync(path.join(out, "file"), name)))
     )
   )

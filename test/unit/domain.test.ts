@@ -70,6 +70,8 @@ describe("boot options", () => {
         name: undefined,
         memoryMib: 512,
         vcpus: 1,
+        network: "nat",
+        portForward: [],
         rootDiskSizeBytes: 2 * GiB,
         detached: false
       })

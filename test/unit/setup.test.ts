@@ -21,7 +21,12 @@ const host = Effect.gen(function* () {
   const installed = new Set(packages)
   const broken = new Set<string>()
   const ran: Array<string> = []
-  const it = { uid: 0, nodeVersion: "20.20.2", cargo: "cargo 1.95.0 (abc 2026-03-21)" as string | undefined }
+  const it = {
+    uid: 0,
+    nodeVersion: "20.20.2",
+    cargo: "cargo 1.95.0 (abc 2026-03-21)" as string | undefined,
+    go: "go version go1.26.8 linux/amd64" as string | undefined
+  }
 
   const answer = (argv: ReadonlyArray<string>): FakeAnswer | undefined => {
     const [bin = "", ...args] = argv
@@ -41,6 +46,12 @@ const host = Effect.gen(function* () {
         write(state, `cache/cargo-target/x86_64-unknown-linux-gnu/release/${name}`, name)
       }
       return { stdout: "   Compiling machinen-guest\n" }
+    }
+    if (bin === "go" && args[0] === "version") return it.go === undefined ? undefined : { stdout: it.go }
+    if (bin === "go") {
+      ran.push("go build")
+      writeFileSync(args[args.indexOf("-o") + 1] ?? "", "gvproxy")
+      return {}
     }
     const [script = "", out = ""] = args
     const name = script.includes("kernel") ? "kernel" : path.basename(script, ".sh")
@@ -76,7 +87,7 @@ const host = Effect.gen(function* () {
   return { it, installed, broken, source, state, run }
 })
 
-const everyStep = ["toolchain", "packages", "programs", "kernel", "base-micro", "base-debian"]
+const everyStep = ["toolchain", "packages", "programs", "gvproxy", "kernel", "base-micro", "base-debian"]
 
 describe("Setup", () => {
   it.scoped("does what is missing, then finds it all there", () =>
@@ -86,7 +97,7 @@ describe("Setup", () => {
       installed.delete("mmdebstrap")
       const first = yield* run
       assert.isUndefined(first.error)
-      assert.includeMembers(first.ran, ["apt-get update", "cargo build", "debian", "kernel", "micro"])
+      assert.includeMembers(first.ran, ["apt-get update", "cargo build", "go build", "debian", "kernel", "micro"])
       assert.include(first.ran, "apt-get install --yes --no-install-recommends bison mmdebstrap")
       assert.includeMembers(first.events, ["Skipped toolchain", "Done packages", "Done kernel"])
       assert.include(first.lines, "kernel: done")
@@ -162,6 +173,23 @@ describe("Setup", () => {
       it.cargo = "cargo 1.95.0"
       yield* run
       it.cargo = undefined
+      assert.isUndefined((yield* run).error)
+    })
+  )
+
+  it.scoped("the same of go", () =>
+    Effect.gen(function* () {
+      const { it, run } = yield* host
+      it.go = undefined
+      const missing = yield* run
+      assert.strictEqual(missing.error?.code, "SETUP_TOOL_MISSING")
+      assert.include(missing.error?.hint, "go.dev")
+      assert.deepStrictEqual(missing.ran, [])
+
+      it.go = "go version go1.19.8 linux/amd64"
+      assert.include((yield* run).error?.message, "1.19.8 is too old")
+
+      it.go = "go version go1.25.0 linux/amd64"
       assert.isUndefined((yield* run).error)
     })
   )

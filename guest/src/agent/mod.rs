@@ -33,7 +33,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use machinen_channel::{Incoming, Opener};
 use tokio::sync::{mpsc, watch};
 
-use crate::config::GuestConfig;
+use crate::config::{BootConfig, GuestConfig};
 use crate::init::{Failed, Phases, Step, give_up, late};
 use crate::reply::Rejuvenated;
 pub use criu::hook as criu_hook;
@@ -49,9 +49,7 @@ const OPERATIONS_PORT: u32 = 1978;
 #[derive(Debug)]
 pub struct Guest {
     pub config: GuestConfig,
-    pub hostname: String,
-    /// What runs here comes from a dump on the disk: until then nothing else does.
-    pub revive: bool,
+    pub boot: BootConfig,
     /// A directory of the filesystem that takes the root's writes.
     pub writable: OwnedFd,
     pub phases: Phases,
@@ -120,7 +118,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
     let context = Arc::new(Context {
         config: Mutex::new(guest.config),
         lifecycle: Lifecycle::new(guest.writable, current),
-        gate: if guest.revive { Gate::closed() } else { Gate::new() },
+        gate: if guest.boot.revive { Gate::closed() } else { Gate::new() },
         root: "/".into(),
         papers: Mutex::default(),
         main: Mutex::default(),
@@ -128,8 +126,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
         rejuvenated: Mutex::default(),
         main_detached: AtomicBool::new(false),
     });
-    let revive = guest.revive;
-    let mut unfinished = Some((guest.hostname, guest.phases));
+    let mut unfinished = Some((guest.boot, guest.phases));
     machinen_channel::serve_guest(port, |opener, incoming| {
         // Before anything of the session can ask.
         context.gate.new_session();
@@ -137,8 +134,8 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
         let first = unfinished.take();
         let context = Arc::clone(&context);
         tokio::spawn(async move {
-            if let Some((hostname, phases)) = first {
-                complete(&opener, &hostname, revive, phases).await;
+            if let Some((boot, phases)) = first {
+                complete(&opener, &boot, phases).await;
             }
             serve_session(context, opener, incoming).await;
         });
@@ -149,11 +146,11 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
 }
 
 /// Tells the host that this guest is there, and makes the rest of it.
-async fn complete(opener: &Opener, hostname: &str, revive: bool, mut phases: Phases) {
+async fn complete(opener: &Opener, boot: &BootConfig, mut phases: Phases) {
     phases.mark("session");
     doorbell::ring(opener, || {
         phases.mark("doorbell");
-        late::complete(hostname, revive, &mut phases).unwrap_or_else(|failed| give_up(&failed));
+        late::complete(boot, &mut phases).unwrap_or_else(|failed| give_up(&failed));
         phases.mark("complete");
     })
     .await;

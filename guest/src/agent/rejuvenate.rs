@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use super::{Context, clock};
-use crate::init::{cgroup, late};
+use crate::init::{cgroup, late, network};
 use crate::reply::{Code, ErrorReply, Kept, Rejuvenated};
 use crate::request::Rejuvenate;
 
@@ -38,6 +38,9 @@ pub fn renew(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, Erro
     done.note("hostname", late::set_hostname(&request.hostname));
     done.note("machine-id", papers.renew_machine_id(&request.machine_id));
     done.note("generation", papers.renew_generation(&request.generation));
+    if let Some(mac) = request.mac {
+        done.note("mac", network::set_hardware_address(mac));
+    }
     context.config().env.extend(request.env);
     *context.rejuvenated() = Some(done.clone());
     Ok(done)

@@ -3,13 +3,14 @@
 
 use std::ffi::CStr;
 use std::path::Path;
-use std::{fs, io, mem};
+use std::{fs, io};
 
 use rustix::mount::MountFlags;
 use rustix::process::{Resource, Rlimit};
 
 use super::root::make_directory;
-use super::{Failed, Phases, Step, cgroup};
+use super::{Failed, Phases, Step, cgroup, network};
+use crate::config::{BootConfig, RootKind};
 
 /// Mounts of the new root besides /dev and /sys, in order. `favordynmods`: without it every move into a group, and so every command,
 /// waits for an RCU grace period.
@@ -37,7 +38,7 @@ pub const COMMAND_FILES: Rlimit = Rlimit { current: Some(1024), maximum: Some(52
 const RESERVED_PIDS: &str = "1000";
 
 /// Completes the guest. With `revive` it is for processes that have their pids already.
-pub fn complete(hostname: &str, revive: bool, phases: &mut Phases) -> Result<(), Failed> {
+pub fn complete(boot: &BootConfig, phases: &mut Phases) -> Result<(), Failed> {
     for (kind, at, options) in MOUNTS {
         make_directory(at, 0o755).step(at)?;
         let flags = MountFlags::NOSUID | if kind == "devpts" { MountFlags::NOEXEC } else { MountFlags::NODEV };
@@ -58,11 +59,17 @@ pub fn complete(hostname: &str, revive: bool, phases: &mut Phases) -> Result<(),
     // The agent is the last to go when memory runs out: without it the host cannot even see why.
     fs::write("/proc/self/oom_score_adj", "-1000").step("oom_score_adj")?;
     rustix::process::setrlimit(Resource::Nofile, AGENT_FILES).step("open files")?;
-    set_hostname(hostname).step("hostname")?;
-    if !revive {
+    set_hostname(&boot.hostname).step("hostname")?;
+    if !boot.revive {
         reserve_pids().step("pids")?;
     }
-    loopback_up().step("loopback")
+    network::loopback_up().step("loopback")?;
+    if let Some(network) = &boot.network {
+        // A disk that is the caller's own may have its own idea.
+        network::set_up(network, boot.root == RootKind::Disk)?;
+        phases.mark("network");
+    }
+    Ok(())
 }
 
 /// Lets commands to come have pids of their own range.
@@ -74,29 +81,4 @@ pub fn reserve_pids() -> io::Result<()> {
 pub fn set_hostname(hostname: &str) -> io::Result<()> {
     rustix::system::sethostname(hostname.as_bytes())?;
     Ok(())
-}
-
-fn loopback_up() -> io::Result<()> {
-    // SAFETY: an all-zero ifreq is a valid one; it is plain numbers.
-    let mut request: libc::ifreq = unsafe { mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(c"lo".to_bytes_with_nul()) {
-        *to = from.cast_signed();
-    }
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "the kernel's field is 16 bits, these two flags are below that"
-    )]
-    let flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    request.ifr_ifru.ifru_flags = flags;
-    // SAFETY: plain numbers in, a new descriptor or -1 out.
-    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    if socket < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: `request` is a whole ifreq and outlives the call, which only reads it.
-    let done = unsafe { libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw const request) };
-    let error = io::Error::last_os_error();
-    // SAFETY: opened above and not used after this.
-    unsafe { libc::close(socket) };
-    if done < 0 { Err(error) } else { Ok(()) }
 }

@@ -13,6 +13,7 @@ mod console;
 mod disks;
 mod grow;
 pub mod late;
+pub mod network;
 mod phases;
 mod reaper;
 mod root;
@@ -75,13 +76,7 @@ fn boot() -> Result<std::convert::Infallible, Failed> {
         -1 => Err(Failed::new("fork", io::Error::last_os_error())),
         0 => {
             drop(initramfs);
-            match agent::run(agent::Guest {
-                config: guest,
-                hostname: boot.hostname,
-                revive: boot.revive,
-                writable,
-                phases,
-            }) {
+            match agent::run(agent::Guest { config: guest, boot, writable, phases }) {
                 Ok(never) => match never {},
                 Err(failed) => give_up(&failed),
             }

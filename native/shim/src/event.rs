@@ -22,9 +22,9 @@ impl Event<'_> {
     }
 }
 
-/// How the VMM's process ended.
+/// How a process ended.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct VmmExit {
+pub struct ProcessExit {
     pub code: Option<i32>,
     pub signal: Option<i32>,
 }
@@ -51,7 +51,7 @@ pub enum Reason {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ExitRecord {
-    pub vmm: VmmExit,
+    pub vmm: ProcessExit,
     pub main: Option<MainExit>,
     /// The guest announced its power-off.
     pub orderly: bool,

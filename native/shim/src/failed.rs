@@ -11,6 +11,7 @@ use std::io;
 pub enum Step {
     Plan,
     Files,
+    Network,
     Registry,
     Vmm,
 }

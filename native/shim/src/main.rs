@@ -3,9 +3,10 @@
 //! ```text
 //! supervisor     the life of a VM, from plan to exit record; everything below is called from there
 //!   plan         what the starter wants        owner        stdin and stdout, the way back to the starter
-//!   files        sparse copies                 vmm          the VMM's process
+//!   files        sparse copies                 process      the VMM, and helpers
 //!   entry, replace  the registry's record      cleanup      what is removed at the end
 //!   console, log, tail                         what the guest and the VMM print
+//!   network      forwarded ports, and gvproxy when it is needed
 //!   vsock, guest_ports, proxy                  sockets <-> channel (section 2)
 //!   doorbell, lifecycle, power_off, frame      what the shim itself says to the guest and hears from it
 //!   control      the control socket            state        what all of these share
@@ -34,11 +35,13 @@ mod lifecycle;
 mod line;
 mod log;
 mod memory;
+mod network;
 mod owner;
 mod pieces;
 mod plan;
 mod power_off;
 mod private_memory;
+mod process;
 mod proxy;
 mod replace;
 mod state;
@@ -47,7 +50,6 @@ mod supervisor;
 mod tail;
 mod tsc;
 mod undo;
-mod vmm;
 mod vsock;
 
 use std::process::ExitCode;

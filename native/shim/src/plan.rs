@@ -5,6 +5,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead, ErrorKind};
+use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::{Component, Path, PathBuf};
 
@@ -12,6 +13,8 @@ use std::path::{Component, Path, PathBuf};
 const MAX_LINE: u64 = 4 << 20;
 /// Descriptors a VMM may be promised: not the standard ones, and below every usual limit.
 const FDS: std::ops::RangeInclusive<RawFd> = 3..=255;
+/// Each is a descriptor of the process that serves them.
+const MAX_FORWARDS: usize = 128;
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -36,6 +39,7 @@ pub struct Plan {
     pub memory: Option<Memory>,
     #[serde(default)]
     pub inherit: Vec<Inherit>,
+    pub network: Option<Network>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -46,7 +50,7 @@ pub struct FileCopy {
     pub size: Option<u64>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 pub struct Command {
     pub argv: Vec<String>,
     pub env: BTreeMap<String, String>,
@@ -100,6 +104,26 @@ pub struct Inherit {
     pub path: PathBuf,
 }
 
+/// The guest's network card, and who serves it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Network {
+    /// Under which number the VMM finds the listener of the card's other end.
+    pub fd: RawFd,
+    /// What serves it, started when it is needed (gvproxy/main.go).
+    pub gvproxy: Command,
+    #[serde(default)]
+    pub forwards: Vec<Forward>,
+}
+
+/// Clients of this address of the host are clients of the guest's port.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Forward {
+    pub host: SocketAddr,
+    pub guest_port: u16,
+}
+
 impl Plan {
     /// Reads the plan's line. `None`: the starter changed its mind (or died) before it had sent it all.
     pub fn read(input: impl BufRead) -> Result<Option<Self>, Failed> {
@@ -121,8 +145,11 @@ impl Plan {
         if self.version != 1 {
             return Err("unknown version");
         }
-        if self.vmm.argv.is_empty() {
-            return Err("vmm.argv is empty");
+        if self.vmm.argv.is_empty() || self.network.as_ref().is_some_and(|network| network.gvproxy.argv.is_empty()) {
+            return Err("a command is empty");
+        }
+        if self.network.as_ref().is_some_and(|network| network.forwards.len() > MAX_FORWARDS) {
+            return Err("too many forwards");
         }
         let mut taken = BTreeSet::new();
         if !self.fds().all(|fd| FDS.contains(&fd) && taken.insert(fd)) {
@@ -140,6 +167,7 @@ impl Plan {
         std::iter::once(self.console.fd)
             .chain(self.channel.as_ref().map(|channel| channel.fd))
             .chain(self.memory.as_ref().map(Memory::fd))
+            .chain(self.network.as_ref().map(|network| network.fd))
             .chain(self.inherit.iter().map(|inherit| inherit.fd))
     }
 

@@ -2,17 +2,18 @@
 
 use crate::console::Console;
 use crate::entry::Entry;
-use crate::event::{Event, ExitRecord, Reason, VmmExit};
+use crate::event::{Event, ExitRecord, ProcessExit, Reason};
 use crate::failed::{Failed, Step};
 use crate::identity::Identity;
 use crate::log::Log;
 use crate::memory::Memory;
+use crate::network::{self, Card, Forwards};
 use crate::plan::{Inherit, Plan};
 use crate::power_off::Agent;
+use crate::process::{Inherited, Process};
 use crate::replace::replace;
 use crate::state::{Started, State};
 use crate::stop::{Ask, Stops};
-use crate::vmm::{Inherited, Vmm};
 use crate::{cleanup, control, files, guest_ports, lifecycle, owner, tail, vsock};
 use machinen_channel::connect_host;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -70,8 +71,10 @@ fn report(failed: &Failed) -> ExitCode {
 /// From the plan to the end. On failure the VMM is gone; files are the caller's to remove.
 async fn run(plan: &Plan) -> Result<(), Failed> {
     let mut stops = Stops::new().map_err(|error| Failed::new(Step::Plan, "signals", &error))?;
+    // Cheap to find out, and what others may have: before anything is copied.
+    let forwards = plan.network.as_ref().map(Forwards::bind).transpose()?;
     make_files(plan, &mut stops).await?;
-    let mut vm = Vm::start(plan).await?;
+    let mut vm = Vm::start(plan, forwards).await?;
     let exit = vm.until_exit(plan, &mut stops).await;
     vm.finish(plan, exit).await;
     Ok(())
@@ -104,7 +107,7 @@ async fn make_files(plan: &Plan, stops: &mut Stops) -> Result<(), Failed> {
 
 /// A running VM and everything that serves it.
 struct Vm {
-    vmm: Vmm,
+    vmm: Process,
     state: Arc<State>,
     agent: Agent,
     asks: mpsc::Receiver<Ask>,
@@ -116,7 +119,7 @@ struct Vm {
 
 impl Vm {
     /// Sockets, VMM, entry; then the starter is told.
-    async fn start(plan: &Plan) -> Result<Self, Failed> {
+    async fn start(plan: &Plan, forwards: Option<Forwards>) -> Result<Self, Failed> {
         let registry = |path: &Path| {
             let path = path.display().to_string();
             move |error: io::Error| Failed::new(Step::Registry, path, &error)
@@ -154,7 +157,13 @@ impl Vm {
             inherited.push(Inherited { fd: channel.fd, what: end.into() });
             port = Some((ours, channel.resume));
         }
-        let mut vmm = Vmm::spawn(&plan.vmm, &plan.vmm_log_path, inherited).map_err(vmm_failed)?;
+        let mut network = None;
+        if let (Some(plan), Some(forwards)) = (&plan.network, forwards) {
+            let (card, end) = Card::listen(vsock_path.parent().unwrap_or(Path::new("/"))).map_err(vmm_failed)?;
+            inherited.push(Inherited { fd: plan.fd, what: end.into() });
+            network = Some((plan, card, forwards));
+        }
+        let mut vmm = Process::spawn(&plan.vmm, &plan.vmm_log_path, inherited).map_err(vmm_failed)?;
 
         // 4. The entry. A VM that is not in the registry must not run.
         let mut entry = Entry::new(plan.entry_path.clone(), plan.entry.clone());
@@ -198,13 +207,17 @@ impl Vm {
             async move { state.console.drain(console).await }
         });
         let control = tokio::spawn(control::serve(control, Arc::clone(&state)));
+        if let Some((network, card, forwards)) = network {
+            let log = plan.vmm_log_path.clone();
+            channel.spawn(network::serve(network.clone(), card, forwards, log, Arc::clone(&state)));
+        }
 
         owner::tell(&Event::Started { shim, vmm: vmm.identity }.line());
         Ok(Vm { vmm, state, agent, asks, console, channel, control })
     }
 
     /// Waits for the VMM's end, and brings it about when it is wanted.
-    async fn until_exit(&mut self, plan: &Plan, stops: &mut Stops) -> VmmExit {
+    async fn until_exit(&mut self, plan: &Plan, stops: &mut Stops) -> ProcessExit {
         let grace = Duration::from_millis(plan.grace_ms);
         // When it is killed, once it was asked to end.
         let mut deadline: Option<Instant> = None;
@@ -245,7 +258,7 @@ impl Vm {
     }
 
     /// Sees to it that nothing is left, and says how it ended.
-    async fn finish(mut self, plan: &Plan, vmm: VmmExit) {
+    async fn finish(mut self, plan: &Plan, vmm: ProcessExit) {
         // Helpers the VMM may have started would hold its sockets open.
         self.state.over.send_replace(true);
         let _ = timeout(REST, &mut self.console).await;

@@ -243,3 +243,40 @@ fn it_is_small() {
     // Debug builds are several times larger.
     assert!(kib < 5 * 1024 * if cfg!(debug_assertions) { 3 } else { 1 }, "{kib} KiB");
 }
+
+/// A forwarded port as the plan has it, served by something that is never started.
+fn forward(host: &str) -> serde_json::Value {
+    json!({"fd": 7, "gvproxy": {"argv": ["machinen-no-such-gvproxy"], "env": {}}, "forwards": [{"host": host, "guestPort": 80}]})
+}
+
+#[test]
+fn a_forwarded_port_that_is_taken() {
+    let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = holder.local_addr().unwrap().to_string();
+    let mut shim = start_with(&["serve"], |plan| plan["network"] = forward(&address));
+    let failed = shim.failed();
+    assert_eq!((&failed["step"], &failed["code"]), (&json!("network"), &json!("EADDRINUSE")));
+    assert!(failed["message"].as_str().unwrap().contains(&address));
+    shim.assert_nothing_left();
+}
+
+#[test]
+fn an_address_the_host_does_not_have() {
+    let mut shim = start_with(&["serve"], |plan| plan["network"] = forward("203.0.113.1:8080"));
+    let failed = shim.failed();
+    assert_eq!((&failed["step"], &failed["code"]), (&json!("network"), &json!("EADDRNOTAVAIL")));
+    shim.assert_nothing_left();
+}
+
+#[test]
+fn a_network_nobody_can_serve_is_said_to_be_down() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let shim = start_with(&["serve", "--quiet"], |plan| plan["network"] = forward(&free.to_string()));
+    assert_eq!(shim.event()["event"], "started");
+    let console = || std::fs::read_to_string(shim.path("console.log")).unwrap();
+    assert!(!console().contains("network"), "it is not started before it is needed");
+    let _client = std::net::TcpStream::connect(free).unwrap();
+    shim.until(|_| console().contains("the network is down"));
+    // What nobody serves is refused.
+    shim.until(|_| std::net::TcpStream::connect(free).is_err());
+}

@@ -2,7 +2,7 @@ import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect } from "effect"
 import { Machinen } from "../../Machinen.ts"
 import type { Restored } from "../../restore.ts"
-import { environment, json, whenGiven } from "../options.ts"
+import { environment, json, portForward, publish, whenGiven } from "../options.ts"
 import * as render from "../render.ts"
 import { vmArg } from "./exec.ts"
 import { engineOption } from "./snapshot.ts"
@@ -49,6 +49,7 @@ export const restore = Command.make(
       Options.optional,
       Options.withDescription("where the source's image lies now, if it was moved")
     ),
+    publish,
     env,
     lazy: Options.boolean("lazy").pipe(
       Options.withDescription("criu: memory is read when it is touched, and in the background")
@@ -63,6 +64,7 @@ export const restore = Command.make(
       const restored = yield* machinen.restore({
         snapDir: input.dir,
         ...whenGiven({ name: input.name, image: input.image }),
+        portForward: yield* portForward(input.publish),
         env: yield* environment(input.env),
         lazy: input.lazy,
         detached: input.detach
@@ -92,6 +94,7 @@ export const fork = Command.make(
     tcpKeep: Options.boolean("tcp-keep").pipe(
       Options.withDescription("criu: established TCP connections survive in the siblings too")
     ),
+    publish,
     env,
     detach,
     json,
@@ -105,6 +108,7 @@ export const fork = Command.make(
         ...whenGiven({ name: input.newName, outDir: input.outDir, engine: input.engine }),
         count: input.count,
         tcpKeep: input.tcpKeep,
+        portForward: yield* portForward(input.publish),
         env: yield* environment(input.env),
         detached: input.detach
       })

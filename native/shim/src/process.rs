@@ -1,6 +1,6 @@
-//! The VMM's process.
+//! The VMM, and helpers beside it: processes that do not outlive the shim.
 
-use crate::event::VmmExit;
+use crate::event::ProcessExit;
 use crate::identity::Identity;
 use crate::plan::Command;
 use nix::libc;
@@ -16,18 +16,18 @@ use std::process::Stdio;
 use tokio::process::Child;
 
 /// Leads its own process group; dies with the shim, however that ends.
-pub struct Vmm {
+pub struct Process {
     child: Child,
     pub identity: Identity,
 }
 
-/// What the VMM finds open under a number of the plan's choice.
+/// What the process finds open, and under which number.
 pub struct Inherited {
     pub fd: RawFd,
     pub what: OwnedFd,
 }
 
-impl Vmm {
+impl Process {
     /// Starts it, with stdout and stderr in a log. To be called on the main thread: the kernel kills the child when the *thread* ends
     /// that started it.
     pub fn spawn(command: &Command, log: &Path, inherited: Vec<Inherited>) -> io::Result<Self> {
@@ -52,7 +52,7 @@ impl Vmm {
         drop(placed);
         let pid = child.id().ok_or(io::ErrorKind::NotFound)?;
         match Identity::of(pid) {
-            Ok(identity) => Ok(Vmm { child, identity }),
+            Ok(identity) => Ok(Process { child, identity }),
             Err(error) => {
                 // It has just been started: killing it cannot fail for a reason that matters here.
                 let _ = child.start_kill();
@@ -70,12 +70,12 @@ impl Vmm {
     }
 
     /// Waits for its end. May be cancelled and called again.
-    pub async fn wait(&mut self) -> VmmExit {
+    pub async fn wait(&mut self) -> ProcessExit {
         // Only a foreign waitpid could take the status away: nothing is known then.
-        self.child
-            .wait()
-            .await
-            .map_or_else(|_| VmmExit::default(), |status| VmmExit { code: status.code(), signal: status.signal() })
+        self.child.wait().await.map_or_else(
+            |_| ProcessExit::default(),
+            |status| ProcessExit { code: status.code(), signal: status.signal() },
+        )
     }
 }
 
@@ -118,7 +118,7 @@ fn in_child(shim: Pid, moves: &[(RawFd, RawFd)]) -> io::Result<()> {
     if getppid() != shim {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
-    // Descriptors the shim itself inherited are none of the VMM's business.
+    // Descriptors the shim itself inherited are none of its business.
     // SAFETY: sets a flag on descriptors of this process only.
     if unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) } == -1 {
         return Err(io::Error::last_os_error());
