@@ -197,6 +197,7 @@ export const MachinenError = Schema.Union(
   ProvisionError,
   ParseError,
   AssetError,
+  GvproxyError,
   VmmControlFailed
 )
 export type MachinenError = typeof MachinenError.Type
