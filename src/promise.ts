@@ -11,6 +11,7 @@ import { autoMemoryMib } from "./domain/BootOptions.ts"
 import type { EngineName } from "./domain/BundleManifest.ts"
 import { BootError, isMachinenError as isOurs, type MachinenError, RegistryError } from "./domain/errors.ts"
 import { defaultFreeMemoryThreshold, refusal } from "./domain/forkBackpressure.ts"
+import type { NetworkMode, PortForwardOption } from "./domain/Network.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import { Machinen } from "./Machinen.ts"
 import * as memory from "./platform/memory.ts"
@@ -55,6 +56,8 @@ interface StartOptions extends Interruptible {
   readonly name?: string
   /** Environment of the main command and of every command run later. */
   readonly env?: Readonly<Record<string, string>>
+  /** TCP ports of this host that lead to the guest's, until the VM is gone; a copy has none of its source's. */
+  readonly portForward?: ReadonlyArray<PortForwardOption>
   /** Commands of this handle, phases, and the console unless it is detached. */
   readonly onLog?: OnLog
   /** The VM outlives this process; the handle is that of `attach`. */
@@ -76,6 +79,8 @@ export interface BootOptions extends StartOptions {
   readonly memory?: number
   /** Default 1. */
   readonly vcpus?: number
+  /** `nat` (the default): the guest reaches what this host reaches. `none`: it has no network card. */
+  readonly network?: NetworkMode
   /** For `wait()`, and for a detached VM to become ready, in milliseconds; null: no limit. Default 60 000. */
   readonly timeoutMs?: number | null
   /** A VM always dies with its owner, unless it is detached. */
@@ -391,7 +396,8 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
         Effect.gen(function* () {
           yield* refuseOthers("boot", options, bootOptions)
           yield* checkCommand(options)
-          const { cmd, detached, env, guestCwd, image, name, rootDisk, rootDiskSizeBytes, timeoutMs, vcpus } = options
+          const { cmd, detached, env, guestCwd, image, name, network, portForward, rootDisk } = options
+          const { rootDiskSizeBytes, timeoutMs, vcpus } = options
           const machinen = yield* Machinen
           const boot = machinen.boot(
             given({
@@ -404,6 +410,8 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
               memoryMib: options.memory,
               vcpus,
               rootDiskSizeBytes,
+              network,
+              portForward,
               detached
             })
           )
@@ -531,7 +539,15 @@ type Supported = Readonly<Record<string, (value: unknown) => boolean>>
 const any = () => true
 const only = (wanted: unknown) => (value: unknown) => value === wanted
 
-const startOptions: Supported = { name: any, env: any, onLog: any, detached: any, signal: any, timeoutMs: any }
+const startOptions: Supported = {
+  name: any,
+  env: any,
+  portForward: any,
+  onLog: any,
+  detached: any,
+  signal: any,
+  timeoutMs: any
+}
 const bootOptions: Supported = {
   ...startOptions,
   image: any,
@@ -541,6 +557,7 @@ const bootOptions: Supported = {
   rootDiskSizeBytes: any,
   memory: any,
   vcpus: any,
+  network: any,
   pdeathsig: only(true)
 }
 const restoreOptions: Supported = { ...startOptions, snapDir: any, image: any, lazy: any }

@@ -26,8 +26,8 @@ export interface PortForwardOption {
 
 /**
  * Every guest's side of its network, the same in all of them, for each has a gateway of its own; `gvproxy/main.go` is the other side. From
- * the guest, `host.machinen.internal` is the host's 127.0.0.1. The MTU is that of the two ends alone: TCP ends at the gateway. Each packet costs
- * an emulated interrupt and its code, so that 1500 bytes get a fifth of the throughput (measured, bench network).
+ * the guest, `host.machinen.internal` is the host's 127.0.0.1. The MTU is that of the two ends alone: TCP ends at the gateway. What a packet costs
+ * is code the guest runs for it: with 1500 bytes a forwarded download has 87 MB/s instead of 290 (measured, TCG).
  */
 export const guestNetwork = {
   address: "192.168.127.2",

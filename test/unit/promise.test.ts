@@ -200,7 +200,6 @@ describe("options that cannot be honoured", () => {
   const refused: ReadonlyArray<readonly [string, (client: facade.Client) => Promise<unknown>]> = [
     ["mount", ({ boot }) => boot({ mount: { host: "/", guest: "/mnt/x" } } as facade.BootOptions)],
     ["liveMounts", ({ boot }) => boot({ liveMounts: [{ host: "/", guest: "/x" }] } as facade.BootOptions)],
-    ["portForward", ({ boot }) => boot({ portForward: [{ hostPort: 1, guestPort: 1 }] } as facade.BootOptions)],
     ["snapshot", ({ boot }) => boot({ snapshot: false } as facade.BootOptions)],
     ["vmmEnv", ({ boot }) => boot({ vmmEnv: { A: "b" } } as facade.BootOptions)],
     ["pdeathsig", ({ boot }) => boot({ pdeathsig: false } as unknown as facade.BootOptions)],

@@ -145,7 +145,15 @@ describe("machinen run", () => {
     [["--name", "123"], "REGISTRY_NAME_INVALID"],
     [["--name", ""], "REGISTRY_NAME_INVALID"],
     [["--name", "a b"], "REGISTRY_NAME_INVALID"],
-    [["--root-disk", "/no/such/disk"], "BOOT_OPTION_INVALID"]
+    [["--root-disk", "/no/such/disk"], "BOOT_OPTION_INVALID"],
+    [["--network", "bridge"], "PARSE_FLAG_MALFORMED"],
+    [["-p", "80"], "PARSE_FLAG_MALFORMED"],
+    [["-p", "8080:80/udp"], "PARSE_FLAG_MALFORMED"],
+    [["-p", "0:80"], "BOOT_PORT_FORWARD_INVALID"],
+    [["-p", "8080:70000"], "BOOT_PORT_FORWARD_INVALID"],
+    [["-p", "web:8080:80"], "BOOT_PORT_FORWARD_INVALID"],
+    [["--network", "none", "-p", "8080:80"], "BOOT_PORT_FORWARD_INVALID"],
+    [["-p", "8080:80", "-p", "0.0.0.0:8080:81"], "BOOT_PORT_FORWARD_CONFLICT"]
   ]
   for (const [args, code] of refused) {
     it.live(`refuses ${args.join(" ")}`, () =>
