@@ -52,6 +52,8 @@ export interface GuestConfig {
     readonly id: string
     readonly hostname: string
     readonly root: "overlay" | "disk"
+    /** Where the disks `mountlower` and `mountupper` go. */
+    readonly mount?: string
     /** The disk holds processes that go on here; nothing else is served before. */
     readonly revive?: boolean
     /** Of the machine's network card, if it has one. */

@@ -18,6 +18,7 @@ import type {
 import type { VmEntry } from "./domain/VmEntry.ts"
 import { type Forked, type ForkOptions, fork } from "./fork.ts"
 import type { Gvproxy } from "./Gvproxy.ts"
+import type { Mountdisk } from "./Mountdisk.ts"
 import { type Leftover, Registry } from "./Registry.ts"
 import type { RootfsImage } from "./RootfsImage.ts"
 import { misfits, type Restored, type RestoreOptions, restore } from "./restore.ts"
@@ -41,6 +42,7 @@ type Services =
   | Settings
   | Registry
   | RootfsImage
+  | Mountdisk
   | Assets
   | Digests
   | Gvproxy

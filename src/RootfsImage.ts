@@ -6,7 +6,7 @@ import { Context, Effect, Layer, Option, Schema, Stream } from "effect"
 import { Assets } from "./Assets.ts"
 import { type AssetError, BootError, ProvisionError } from "./domain/errors.ts"
 import * as command from "./platform/command.ts"
-import * as HostLock from "./platform/HostLock.ts"
+import * as completeFile from "./platform/completeFile.ts"
 import { Settings } from "./Settings.ts"
 
 /** Base images that set-up provides, by the name a user gives. */
@@ -58,31 +58,14 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
 
       const mke2fs = Option.getOrElse(settings.mke2fs, () => "mke2fs")
 
-      /** Makes `target` from what `build` leaves at a path beside it; complete or not there. */
       const publish = (target: string, build: (staging: string) => Effect.Effect<void, ProvisionError>) =>
-        HostLock.withLock(`rootfs:${target}`)(
-          Effect.gen(function* () {
-            if (yield* isComplete(target)) return
-            yield* fs.remove(`${target}.ok`, { force: true })
-            // a killed build's leftovers: we hold the lock, so nobody is at work on them
-            const staging = `${target}.building`
-            yield* fs.remove(staging, { recursive: true, force: true })
-            yield* fs.makeDirectory(staging, { recursive: true, mode: 0o700 })
-            yield* Effect.gen(function* () {
-              const image = path.join(staging, "image")
-              yield* build(staging)
-              yield* Effect.scoped(Effect.flatMap(fs.open(image, { flag: "r+" }), (file) => file.sync))
-              yield* fs.rename(image, target)
-              yield* fs.writeFileString(`${target}.ok`, "")
-            }).pipe(Effect.ensuring(Effect.ignore(fs.remove(staging, { recursive: true, force: true }))))
-          })
-        ).pipe(Effect.mapError((e) => (e._tag === "ProvisionError" ? e : cacheFailed(cacheDir, e))))
+        completeFile.publish(target, build).pipe(
+          Effect.provideService(FileSystem.FileSystem, fs),
+          Effect.mapError((e) => (e._tag === "ProvisionError" ? e : cacheFailed(cacheDir, e)))
+        )
 
       const isComplete = (target: string) =>
-        Effect.all([
-          Effect.orElseSucceed(fs.exists(target), () => false),
-          Effect.orElseSucceed(fs.exists(`${target}.ok`), () => false)
-        ]).pipe(Effect.map(([image, marker]) => image && marker))
+        Effect.provideService(completeFile.isComplete(target), FileSystem.FileSystem, fs)
 
       const makeExt4 = (image: string, sizeBytes: number, options: ReadonlyArray<string>) =>
         Effect.gen(function* () {

@@ -15,6 +15,7 @@ const raw = Config.nested(
     vmm: Config.option(Config.string("VMM")),
     mke2fs: Config.option(Config.string("MKE2FS")),
     gvproxy: Config.option(Config.string("GVPROXY")),
+    mksquashfs: Config.option(Config.string("MKSQUASHFS")),
     bootTimeout: Config.duration("BOOT_TIMEOUT").pipe(Config.withDefault(Duration.seconds(60))),
     stopGrace: Config.duration("STOP_GRACE").pipe(Config.withDefault(Duration.seconds(5))),
     snapshotEngine: Config.string("SNAPSHOT_ENGINE").pipe(Config.withDefault(""))
@@ -40,6 +41,7 @@ export interface SettingsValues {
   readonly mke2fs: Option.Option<string>
   /** The program behind guests' network cards to use instead of the one set-up builds. */
   readonly gvproxy: Option.Option<string>
+  readonly mksquashfs: Option.Option<string>
   /** From the VMM's start to the agent's doorbell. */
   readonly bootTimeout: Duration.Duration
   /** From the request to power off to SIGKILL. */
@@ -60,7 +62,8 @@ const derive = (c: Config.Config.Success<typeof raw>): SettingsValues => {
 
 /**
  * Host-wide settings, read once: MACHINEN_HOME, MACHINEN_CACHE_DIR, MACHINEN_ASSETS_STORE, MACHINEN_REGISTRY_DIR, MACHINEN_BACKEND,
- * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_GVPROXY, MACHINEN_BOOT_TIMEOUT and MACHINEN_STOP_GRACE (as "5 seconds"), MACHINEN_SNAPSHOT_ENGINE.
+ * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_MKSQUASHFS, MACHINEN_GVPROXY, MACHINEN_BOOT_TIMEOUT and MACHINEN_STOP_GRACE
+ * (as "5 seconds"), MACHINEN_SNAPSHOT_ENGINE.
  */
 export class Settings extends Context.Tag("machinen/Settings")<Settings, SettingsValues>() {
   static readonly layer = Layer.effect(Settings, Effect.map(raw, derive))
@@ -78,6 +81,7 @@ export class Settings extends Context.Tag("machinen/Settings")<Settings, Setting
       vmm: Option.none(),
       mke2fs: Option.none(),
       gvproxy: Option.none(),
+      mksquashfs: Option.none(),
       bootTimeout: Duration.seconds(60),
       stopGrace: Duration.seconds(5),
       snapshotEngine: "",

@@ -9,6 +9,7 @@ import { type Disk, MachineSpec } from "./domain/Vm.ts"
 import { VmEntry } from "./domain/VmEntry.ts"
 import type * as Initramfs from "./Initramfs.ts"
 import * as Launch from "./launch.ts"
+import { checkHosts, mountDisks } from "./mounts.ts"
 import * as PhaseTimer from "./PhaseTimer.ts"
 import * as memory from "./platform/memory.ts"
 import * as processes from "./platform/processes.ts"
@@ -45,7 +46,10 @@ export const boot = Effect.fn("boot")(
     const plan = yield* validate(options, {
       memoryBytes: yield* memory.totalBytes,
       maxVcpus: capabilities.maxVcpus
-    }).pipe(phase("validate"))
+    }).pipe(
+      Effect.tap(({ mounts }) => checkHosts(mounts)),
+      phase("validate")
+    )
     const network = yield* Launch.networkOf(plan.network, plan.portForward)
     const id = Launch.newId()
     const dir = path.join(settings.vmsDir, id)
@@ -68,6 +72,7 @@ export const boot = Effect.fn("boot")(
       vcpus: plan.vcpus,
       network: plan.network,
       portForward: plan.portForward,
+      mount: plan.mounts.mount,
       createdAt: Date.now(),
       vsockPath,
       controlPath: path.join(dir, "shim.sock"),
@@ -78,9 +83,12 @@ export const boot = Effect.fn("boot")(
     const cleanup = yield* registry.claim(entry).pipe(phase("claim"))
 
     // 3. What the machine is made of, and a place for the guest to ring.
-    const [disks, kernel, initrd, doorbell] = yield* Effect.all(
+    const [root, mounted, kernel, initrd, doorbell] = yield* Effect.all(
       [
         rootDisks(plan, dir, images).pipe(phase("rootdisk-materialize")),
+        plan.mounts.mount === undefined
+          ? noDisks
+          : mountDisks(plan.mounts.mount, plan.mounts.mountUpperBytes, dir).pipe(phase("mountdisk-materialize")),
         assets.kernel,
         Launch.writeInitramfs(dir, guestOf(plan, entry)).pipe(phase("initramfs-pack")),
         agent.doorbell(vsockPath)
@@ -89,7 +97,8 @@ export const boot = Effect.fn("boot")(
     )
 
     // 4. Shim and VMM. From here on the shim answers for everything in the directory.
-    const complete = new VmEntry({ ...entry, kernel, disks: disks.disks })
+    const disks = [...root.disks, ...mounted.disks]
+    const complete = new VmEntry({ ...entry, kernel, disks })
     const machine = yield* vmm
       .launch(
         new MachineSpec({
@@ -98,10 +107,16 @@ export const boot = Effect.fn("boot")(
           start: { _tag: "Kernel", kernel, initrd },
           memoryMib: plan.memoryMib,
           vcpus: plan.vcpus,
-          disks: disks.disks,
+          disks,
           ...Launch.cardOf(entry)
         }),
-        { entry: complete, files: disks.files, ...network, cleanup, graceMs: Duration.toMillis(settings.stopGrace) }
+        {
+          entry: complete,
+          files: [...root.files, ...mounted.files],
+          ...network,
+          cleanup,
+          graceMs: Duration.toMillis(settings.stopGrace)
+        }
       )
       .pipe(Launch.namingPortHolder, phase("vmm-spawn"))
 
@@ -122,6 +137,8 @@ export const boot = Effect.fn("boot")(
   },
   Effect.annotateLogs({ service: "boot" })
 )
+
+const noDisks = Effect.succeed({ disks: [], files: [] })
 
 /** The disks of the guest's root, and what has to be copied into the VM's directory for them. */
 const rootDisks = Effect.fnUntraced(function* (plan: BootPlan, dir: string, images: RootfsImage["Type"]) {
@@ -155,7 +172,8 @@ const guestOf = (plan: BootPlan, entry: VmEntry): Initramfs.GuestConfig => ({
     id: entry.id,
     hostname: Launch.hostname(entry),
     root: plan.rootDisk === undefined ? "overlay" : "disk",
-    ...(plan.network === "nat" ? { network: guestNetwork } : {})
+    ...(plan.network === "nat" ? { network: guestNetwork } : {}),
+    ...(plan.mounts.mount === undefined ? {} : { mount: plan.mounts.mount.guest })
   }
 })
 

@@ -84,6 +84,7 @@ export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOp
         disks: (entry.disks ?? []).map((disk) =>
           disk.readOnly ? disk : { ...disk, path: path.join(dir, `${disk.id}.img`) }
         ),
+        mount: entry.mount,
         image: entry.image,
         command: entry.command,
         kernel: entry.kernel ?? "",

@@ -9,10 +9,12 @@ import { Digests } from "./Digests.ts"
 import { decodeName } from "./domain/BootOptions.ts"
 import type { BundleManifest } from "./domain/BundleManifest.ts"
 import { BootError } from "./domain/errors.ts"
+import type { Mount } from "./domain/mounts.ts"
 import { macOf, type NetworkMode, type PortForwardOption, validateForwards } from "./domain/Network.ts"
 import { type Disk, MachineSpec, VmName } from "./domain/Vm.ts"
 import { VmEntry } from "./domain/VmEntry.ts"
 import * as Launch from "./launch.ts"
+import { linkedInto } from "./mounts.ts"
 import * as PhaseTimer from "./PhaseTimer.ts"
 import * as processes from "./platform/processes.ts"
 import { Registry } from "./Registry.ts"
@@ -50,6 +52,7 @@ export interface Seed {
   /** Holds the engine's files. */
   readonly dir: string
   readonly disks: ReadonlyArray<Disk>
+  readonly mount: Mount | undefined
   readonly image: string
   readonly command: ReadonlyArray<string> | undefined
   readonly kernel: string
@@ -82,6 +85,7 @@ export const restore = Effect.fn("restore")(function* (options: RestoreOptions) 
       engine,
       dir: bundle.dir,
       disks: yield* disksOf(bundle, options.image),
+      mount: manifest.mount,
       image: manifest.sourceImage,
       command: manifest.command,
       kernel: yield* (yield* Assets).kernel,
@@ -115,7 +119,6 @@ export const revive = Effect.fn("revive")(
     yield* Launch.checkSocketPath(`${vsockPath}_65535`, settings.home)
     const controlPath = vmm.controlPath(dir)
     const own = (disk: Disk): Disk => (disk.readOnly ? disk : { ...disk, path: path.join(dir, `${disk.id}.img`) })
-    const disks = seed.disks.map(own)
     const entry = new VmEntry({
       version: 1,
       id,
@@ -132,9 +135,10 @@ export const revive = Effect.fn("revive")(
       memoryMib: seed.memoryMib,
       vcpus: seed.vcpus,
       kernel: seed.kernel,
-      disks,
+      disks: seed.disks.map(own),
       network: seed.network,
       portForward,
+      mount: seed.mount,
       forkedFrom: seed.forkedFrom,
       ...(options.lazy === true ? { lazy: true } : {}),
       createdAt: Date.now(),
@@ -145,6 +149,12 @@ export const revive = Effect.fn("revive")(
 
     // 2. The VM's directory and name, and how it begins.
     const cleanup = yield* registry.claim(entry).pipe(phase("claim"))
+    const disks = yield* Effect.forEach(entry.disks ?? [], (disk) =>
+      // the bundle may be removed, and the copy be captured itself
+      disk.id === "mountlower"
+        ? Effect.map(linkedInto(disk.path, path.join(dir, `${disk.id}.img`)), (path) => ({ ...disk, path }))
+        : Effect.succeed(disk)
+    )
     const revival = yield* seed.engine.revive(seed.dir, { dir, entry, lazy: options.lazy ?? false })
 
     // 3. Shim and VMM, with disks of its own.
@@ -160,7 +170,13 @@ export const revive = Effect.fn("revive")(
           disks,
           ...Launch.cardOf(entry)
         }),
-        { entry, files, ...network, cleanup, graceMs: Duration.toMillis(settings.stopGrace) }
+        {
+          entry: new VmEntry({ ...entry, disks }),
+          files,
+          ...network,
+          cleanup,
+          graceMs: Duration.toMillis(settings.stopGrace)
+        }
       )
       .pipe(Launch.namingPortHolder, phase("vmm-spawn"))
 
@@ -171,6 +187,7 @@ export const revive = Effect.fn("revive")(
         : Option.none()
     const named = new VmEntry({
       ...entry,
+      disks,
       name: name ?? Option.getOrUndefined(assigned),
       state: "running",
       shim: machine.shim,
@@ -218,7 +235,9 @@ const disksOf = Effect.fnUntraced(function* ({ dir, manifest }: Bundle.Bundle, i
   const images = yield* RootfsImage
   return yield* Effect.forEach(manifest.disks, ({ id, source }) =>
     Effect.gen(function* () {
-      if (source._tag === "Blob") return { id, path: path.join(dir, source.name), readOnly: false }
+      if (source._tag === "Blob") {
+        return { id, path: path.join(dir, source.name), readOnly: source.readOnly ?? false }
+      }
       return { id, path: image === undefined ? source.path : yield* images.resolve(image), readOnly: true }
     })
   )

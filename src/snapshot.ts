@@ -1,8 +1,11 @@
+import * as path from "node:path"
+import { FileSystem } from "@effect/platform"
 import { Effect } from "effect"
 import * as Bundle from "./Bundle.ts"
 import { Digests } from "./Digests.ts"
 import type { BundleDisk, EngineName } from "./domain/BundleManifest.ts"
 import { BootError, SnapshotError } from "./domain/errors.ts"
+import type { Disk } from "./domain/Vm.ts"
 import * as PhaseTimer from "./PhaseTimer.ts"
 import { Settings } from "./Settings.ts"
 import { type SnapshotEngine, SnapshotEngines, type Source, type Taking } from "./SnapshotEngine.ts"
@@ -73,11 +76,14 @@ export const snapshot = Effect.fn("snapshot")(function* (source: Source, options
           timeoutMs: options.timeoutMs ?? defaultTimeoutMs
         })
         .pipe(phase("prepare"))
+      const carried = yield* carry(source, claim.dir)
       const facts = yield* Effect.fork(factsOf(source, engine))
       let pausedMs: number | null = null
       if (leaveRunning) pausedMs = yield* held(taking).pipe(phase("hold"))
       else yield* taking.hold.pipe(phase("hold"))
-      const bundle = yield* Bundle.finish(claim.dir, taking.blobs, yield* facts).pipe(phase("finalize"))
+      const bundle = yield* Bundle.finish(claim.dir, [...taking.blobs, ...carried], yield* facts).pipe(
+        phase("finalize")
+      )
       yield* taking.commit
       if (!leaveRunning) yield* source.machine.kill.pipe(phase("poweroff"))
       return { bundle, pausedMs }
@@ -95,7 +101,42 @@ export const checkSnapshot = Effect.fn("checkSnapshot")(function* (source: Sourc
 })
 
 /** What engines may put into a bundle, for the case that this process dies in the middle. */
-const possibleBlobs = ["state", "memory", "upper.img", "root.img", "scratch.img", "mountupper.img", "img"]
+const possibleBlobs = [
+  "state",
+  "memory",
+  "upper.img",
+  "root.img",
+  "scratch.img",
+  "mountlower.img",
+  "mountupper.img",
+  "img"
+]
+
+/** Read-only disks that were made for their VMs alone and are not to be found again elsewhere; returns the names of the blobs. */
+const carry = Effect.fnUntraced(
+  function* ({ entry }: Source, dir: string) {
+    const fs = yield* FileSystem.FileSystem
+    return yield* Effect.forEach((entry.disks ?? []).filter(isCarried), (disk) => {
+      const name = `${disk.id}.img`
+      // nobody writes them: a second name is as good as a copy, where it can be had
+      return Effect.as(
+        Effect.orElse(fs.link(disk.path, path.join(dir, name)), () => fs.copyFile(disk.path, path.join(dir, name))),
+        name
+      )
+    })
+  },
+  Effect.mapError(
+    (cause) =>
+      new SnapshotError({
+        code: "SNAPSHOT_DUMP_FAILED",
+        message: `the VM's mounted directory could not be saved: ${cause.message}`,
+        hint: "check the free space there, and that nobody has removed the image",
+        cause
+      })
+  )
+)
+
+const isCarried = ({ id, readOnly }: Disk) => id === "mountlower" && readOnly
 
 /** Holds the source while the blobs are made; returns for how long it stood. */
 export const held = Effect.fnUntraced(function* (taking: Taking) {
@@ -120,11 +161,12 @@ const factsOf = Effect.fnUntraced(
     const digests = yield* Digests
     const vmm = yield* Vmm
     const all = entry.disks ?? []
-    const disks = yield* Effect.forEach(all, ({ id, path, readOnly }) =>
+    const disks = yield* Effect.forEach(all, (disk) =>
       Effect.gen(function* () {
-        const source: BundleDisk["source"] = readOnly
-          ? { _tag: "Image", path, sha256: yield* digests.remembered(path) }
-          : { _tag: "Blob", name: `${id}.img` }
+        const { id, path, readOnly } = disk
+        const blob = { _tag: "Blob", name: `${id}.img`, readOnly } as const
+        const source: BundleDisk["source"] =
+          readOnly && !isCarried(disk) ? { _tag: "Image", path, sha256: yield* digests.remembered(path) } : blob
         return { id, source }
       })
     )
@@ -140,7 +182,8 @@ const factsOf = Effect.fnUntraced(
       memoryMib: entry.memoryMib,
       vcpus: entry.vcpus,
       network: entry.network,
-      disks
+      disks,
+      ...(entry.mount === undefined ? {} : { mount: entry.mount })
     }
     return facts
   },

@@ -64,6 +64,7 @@ export const layer = Layer.effect(
                 hostname: Launch.hostname(entry),
                 root: Launch.rootKind(entry.disks ?? []),
                 revive: true,
+                ...(entry.mount === undefined ? {} : { mount: entry.mount.guest }),
                 ...(entry.network === "nat" ? { network: guestNetwork } : {})
               }
             })

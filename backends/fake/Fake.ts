@@ -1,10 +1,11 @@
-import { Context, Deferred, Effect, FiberId, Layer, Ref, Stream } from "effect"
+import { Context, Deferred, Effect, FiberId, Layer, Option, Ref, Stream } from "effect"
 import { Agent, type AgentClient } from "../../src/Agent.ts"
 import { Assets } from "../../src/Assets.ts"
 import { AssetError, BootError, ExecError, FilesError, ProvisionError } from "../../src/domain/errors.ts"
 import { ExitRecord } from "../../src/domain/ShimPlan.ts"
 import type { MachineSpec } from "../../src/domain/Vm.ts"
 import { Gvproxy } from "../../src/Gvproxy.ts"
+import { Mountdisk } from "../../src/Mountdisk.ts"
 import { RootfsImage } from "../../src/RootfsImage.ts"
 import { CaptureFailed, type ShimHandle } from "../../src/Shim.ts"
 import { type Supervision, Vmm, VmmControlFailed, type VmmHandle } from "../../src/Vmm.ts"
@@ -147,6 +148,15 @@ export const layer = Layer.unwrapEffect(
             at("upper", new ProvisionError({ code: "ROOTFS_IMG_NO_SPACE", message: "no space" })).pipe(
               Effect.as("/upper")
             )
+        })
+      ),
+      Layer.succeed(
+        Mountdisk,
+        Mountdisk.of({
+          cacheDir: "/mountdisk",
+          tool: Effect.succeed(Option.none()),
+          lower: () => Effect.succeed({ lowerPath: "/lower", key: "lower" }),
+          upperTemplate: () => Effect.succeed("/upper")
         })
       ),
       Layer.succeed(

@@ -26,6 +26,8 @@ pub struct BootConfig {
     /// The disk holds processes that are to be brought back (the operation `revive`): until then nothing else runs.
     #[serde(default)]
     pub revive: bool,
+    /// Where the disks `mountlower` and `mountupper` go.
+    pub mount: Option<String>,
     /// Of the machine's one network card, if it has one.
     pub network: Option<Network>,
 }

@@ -44,6 +44,11 @@ export const bootOptions = {
     Options.repeated,
     Options.withDescription("KEY=VALUE, or KEY to pass on the caller's; may be repeated")
   ),
+  volume: Options.text("volume").pipe(
+    Options.withAlias("v"),
+    Options.repeated,
+    Options.withDescription("HOST:/mnt/NAME: a copy of a host directory, which itself is never changed")
+  ),
   workdir: Options.text("workdir").pipe(
     Options.withAlias("w"),
     Options.optional,
@@ -61,6 +66,7 @@ export interface BootFlags {
   readonly network: Option.Option<string>
   readonly publish: ReadonlyArray<string>
   readonly env: ReadonlyArray<string>
+  readonly volume: ReadonlyArray<string>
   readonly workdir: Option.Option<string>
 }
 
@@ -119,6 +125,25 @@ export const environment = (pairs: ReadonlyArray<string>) =>
       : Effect.succeed([pair, inherited] as const)
   }).pipe(Effect.map((entries) => Object.fromEntries(entries)))
 
+/** `HOST:/GUEST`: a host path may hold colons, so the last that a slash follows divides. */
+const hostAndGuest = (flag: string, value: string) => {
+  const at = value.lastIndexOf(":/")
+  return at > 0
+    ? Effect.succeed({ host: value.slice(0, at), guest: value.slice(at + 1) })
+    : malformed(flag, value, "HOST:/mnt/NAME")
+}
+
+const volume = Effect.fnUntraced(function* ([value, another]: ReadonlyArray<string>) {
+  if (another !== undefined) {
+    return yield* new ParseError({
+      code: "PARSE_FLAG_DUPLICATE",
+      message: "--volume was given more than once",
+      hint: "a VM takes one copy of a directory: give the directory above several of them"
+    })
+  }
+  return value === undefined ? {} : { mount: yield* hostAndGuest("volume", value) }
+})
+
 /** The options that were given, without those that were not. */
 export const whenGiven = <A extends Readonly<Record<string, Option.Option<unknown>>>>(options: A) => {
   const given = Object.entries(options).flatMap(([key, value]) => (Option.isSome(value) ? [[key, value.value]] : []))
@@ -145,6 +170,7 @@ export const toBootOptions = Effect.fnUntraced(function* (flags: BootFlags, comm
     ...Object.fromEntries(set.flatMap(([key, value]) => (Option.isSome(value) ? [[key, value.value]] : []))),
     ...(command.length === 0 ? {} : { command }),
     portForward: yield* portForward(flags.publish),
+    ...(yield* volume(flags.volume)),
     env: yield* environment(flags.env)
   }
   return options

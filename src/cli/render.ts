@@ -45,6 +45,7 @@ export const vmJson = (entry: VmEntry) => ({
   vcpus: entry.vcpus,
   network: entry.network,
   portForward: entry.portForward ?? [],
+  mount: entry.mount ?? null,
   backend: entry.backend,
   accel: entry.accel,
   detached: entry.detached,

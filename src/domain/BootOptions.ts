@@ -1,6 +1,7 @@
 import * as path from "node:path"
 import { Effect, Schema } from "effect"
 import { BootError, RegistryError } from "./errors.ts"
+import { type MountOptions, type MountPlan, validateMounts } from "./mounts.ts"
 import {
   defaultNetwork,
   type NetworkMode,
@@ -11,7 +12,7 @@ import {
 import { VmName } from "./Vm.ts"
 
 /** What a caller may ask of a boot. Everything has a default; nothing is acquired before all of it is checked. */
-export interface BootOptions {
+export interface BootOptions extends Omit<MountOptions, "liveMounts"> {
   /** `micro`, `debian`, the path of a rootfs tarball, or of an ext4 image used as a read-only base. Default `debian`. */
   readonly image?: string
   /** An ext4 image attached read-write as the whole root, as is; it is the caller's and stays. Excludes `image`. */
@@ -50,6 +51,7 @@ export interface BootPlan {
   readonly rootDiskSizeBytes: number
   readonly network: NetworkMode
   readonly portForward: ReadonlyArray<PortForward>
+  readonly mounts: MountPlan
   readonly detached: boolean
 }
 
@@ -116,6 +118,7 @@ export const validate = Effect.fnUntraced(function* (options: BootOptions, host:
     rootDiskSizeBytes: yield* validateDiskSize(options.rootDiskSizeBytes ?? defaultRootDiskBytes),
     network,
     portForward: yield* validateForwards(network, options.portForward ?? []),
+    mounts: yield* validateMounts(options),
     detached: options.detached ?? false
   }
   return plan

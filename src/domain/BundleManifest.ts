@@ -1,4 +1,5 @@
 import { Schema } from "effect"
+import { Mount } from "./mounts.ts"
 import { NetworkMode } from "./Network.ts"
 import { Disk, MachineFingerprint, VmId, VmName } from "./Vm.ts"
 
@@ -26,7 +27,7 @@ export type Blob = typeof Blob.Type
 export const BundleDisk = Schema.Struct({
   id: Disk.fields.id,
   source: Schema.Union(
-    Schema.TaggedStruct("Blob", { name: BlobName }),
+    Schema.TaggedStruct("Blob", { name: BlobName, readOnly: Schema.optional(Schema.Boolean) }),
     Schema.TaggedStruct("Image", { path: Schema.String, sha256: Schema.String })
   )
 })
@@ -50,5 +51,7 @@ export class BundleManifest extends Schema.Class<BundleManifest>("BundleManifest
   /** A bundle of an older version has no word of it. */
   network: Schema.optionalWith(NetworkMode, { default: () => "none" }),
   disks: Schema.Array(BundleDisk),
+  /** The copy of a host directory among the disks. */
+  mount: Schema.optional(Mount),
   blobs: Schema.Array(Blob)
 }) {}

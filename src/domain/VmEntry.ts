@@ -1,4 +1,5 @@
 import { Schema } from "effect"
+import { Mount } from "./mounts.ts"
 import { NetworkMode, PortForward } from "./Network.ts"
 import { ProcessIdentity } from "./ProcessIdentity.ts"
 import { Accelerator, Disk, VmId, VmName } from "./Vm.ts"
@@ -30,6 +31,8 @@ export class VmEntry extends Schema.Class<VmEntry>("VmEntry")({
   /** How it is connected; an entry of an older version has no word of it, and its VM no card. */
   network: Schema.optionalWith(NetworkMode, { default: () => "none" }),
   portForward: Schema.optional(Schema.Array(PortForward)),
+  /** The copy of a host directory among them. */
+  mount: Schema.optional(Mount),
   /** The bundle it was restored from, or the id of the VM it was forked from. */
   forkedFrom: Schema.optional(Schema.String),
   /** Its processes were restored without their memory, which comes as it is touched. */

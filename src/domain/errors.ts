@@ -44,6 +44,10 @@ export class BootError extends Schema.TaggedError<BootError>()(
     "BOOT_PORT_FORWARD_INVALID",
     "BOOT_PORT_FORWARD_CONFLICT",
     "BOOT_PORT_FORWARD_IN_USE",
+    "BOOT_MOUNT_INVALID",
+    "BOOT_MOUNT_HOST_NOT_FOUND",
+    "BOOT_MOUNTDISK_TOOL_MISSING",
+    "BOOT_LIVE_MOUNT_OVERRIDE_UNKNOWN",
     "BOOT_PACK_FAILED",
     "BOOT_NO_SPACE",
     "BOOT_GUEST_FAILED",
@@ -74,7 +78,7 @@ export class GvproxyError extends Schema.TaggedError<GvproxyError>()("GvproxyErr
 /** A running VM could not be turned into a bundle. The VM goes on, and nothing is left where the bundle was to be. */
 export class SnapshotError extends Schema.TaggedError<SnapshotError>()(
   "SnapshotError",
-  fields("SNAPSHOT_NO_DISK", "SNAPSHOT_DUMP_FAILED", "SNAPSHOT_TIMEOUT")
+  fields("SNAPSHOT_NO_DISK", "SNAPSHOT_DUMP_FAILED", "SNAPSHOT_TIMEOUT", "SNAPSHOT_MOUNT_BUSY")
 ) {
   get retryable() {
     return retryableCodes.has(this.code)

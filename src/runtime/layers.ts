@@ -10,6 +10,7 @@ import { Digests } from "../Digests.ts"
 import { Doctor } from "../Doctor.ts"
 import { Gvproxy } from "../Gvproxy.ts"
 import { Machinen } from "../Machinen.ts"
+import { Mountdisk } from "../Mountdisk.ts"
 import { Registry } from "../Registry.ts"
 import { RootfsImage } from "../RootfsImage.ts"
 import { Settings } from "../Settings.ts"
@@ -49,6 +50,7 @@ export const withEngines = <R>(...engines: ReadonlyArray<Engine<R>>) =>
     Layer.provideMerge(byName(engines)),
     Layer.provideMerge(QemuVmm.layer),
     Layer.provideMerge(QemuProbe.layer),
+    Layer.provideMerge(Mountdisk.layer),
     Layer.provideMerge(Layer.mergeAll(Agent.layer, RootfsImage.layer, Digests.layer, Gvproxy.layer)),
     Layer.provideMerge(foundation)
   )

@@ -73,6 +73,7 @@ describe("boot options", () => {
         network: "nat",
         portForward: [],
         rootDiskSizeBytes: 2 * GiB,
+        mounts: { mount: undefined, mountUpperBytes: 4 * GiB, liveMounts: [] },
         detached: false
       })
     })

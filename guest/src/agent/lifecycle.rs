@@ -33,12 +33,13 @@ pub type Sessions = watch::Receiver<Option<Opener>>;
 /// Knows how to end the machine.
 pub struct Lifecycle {
     writable: OwnedFd,
+    mounted: Option<OwnedFd>,
     sessions: Sessions,
 }
 
 impl Lifecycle {
-    pub fn new(writable: OwnedFd, sessions: Sessions) -> Self {
-        Self { writable, sessions }
+    pub fn new(writable: OwnedFd, mounted: Option<OwnedFd>, sessions: Sessions) -> Self {
+        Self { writable, mounted, sessions }
     }
 
     /// The filesystem that takes the root's writes.
@@ -46,16 +47,26 @@ impl Lifecycle {
         &self.writable
     }
 
-    /// Writes everything to the disk and lets nothing more get there: a copy of it is complete and clean.
-    pub async fn freeze_disk(&self) -> io::Result<()> {
-        let disk = self.writable.try_clone()?;
-        // On a thread: it takes as long as the disk does.
-        tokio::task::spawn_blocking(move || freeze_disk(&disk, FREEZE)).await.map_err(io::Error::other)?
+    /// Every filesystem that takes writes.
+    fn disks(&self) -> impl Iterator<Item = &OwnedFd> {
+        std::iter::once(&self.writable).chain(&self.mounted)
+    }
+
+    /// Writes everything to the disks and lets nothing more get there: a copy of them is complete and clean.
+    pub async fn freeze_disks(&self) -> io::Result<()> {
+        for disk in self.disks() {
+            let disk = disk.try_clone()?;
+            // On a thread: it takes as long as the disk does.
+            tokio::task::spawn_blocking(move || freeze_disk(&disk, FREEZE)).await.map_err(io::Error::other)??;
+        }
+        Ok(())
     }
 
     /// Ends that. A disk that is not frozen stays as it is.
-    pub fn thaw_disk(&self) {
-        let _ = freeze_disk(&self.writable, THAW);
+    pub fn thaw_disks(&self) {
+        for disk in self.disks() {
+            let _ = freeze_disk(disk, THAW);
+        }
     }
 
     /// Tells the host which of the disk's blocks hold nothing, so that its file has holes there.

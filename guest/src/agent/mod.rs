@@ -52,6 +52,8 @@ pub struct Guest {
     pub boot: BootConfig,
     /// A directory of the filesystem that takes the root's writes.
     pub writable: OwnedFd,
+    /// The same of the copy of a host directory.
+    pub mounted: Option<OwnedFd>,
     pub phases: Phases,
 }
 
@@ -117,7 +119,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
     let (sessions, current) = watch::channel(None);
     let context = Arc::new(Context {
         config: Mutex::new(guest.config),
-        lifecycle: Lifecycle::new(guest.writable, current),
+        lifecycle: Lifecycle::new(guest.writable, guest.mounted, current),
         gate: if guest.boot.revive { Gate::closed() } else { Gate::new() },
         root: "/".into(),
         papers: Mutex::default(),

@@ -34,7 +34,7 @@ fn machine() -> Machine {
     let (sessions, current) = watch::channel(None);
     let context = Arc::new(Context {
         config: Mutex::default(),
-        lifecycle: Lifecycle::new(File::open("/").unwrap().into(), current),
+        lifecycle: Lifecycle::new(File::open("/").unwrap().into(), None, current),
         gate: Gate::new(),
         root: std::env::temp_dir().join("machinen-agent-test"),
         papers: Mutex::default(),

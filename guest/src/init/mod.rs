@@ -2,6 +2,7 @@
 //!
 //! 1. `disks`: devtmpfs and sysfs; find the disks by serial
 //! 2. `root`: mount them, join them by overlayfs, make that the root and empty the initramfs
+//!    and, where the boot asks for it, what of the host's goes below /mnt (`mounts`)
 //! 3. fork the agent; pid 1 itself only reaps from then on (`reaper`)
 //! 4. `late`: everything a command needs but the doorbell does not; the agent runs it between doorbell and first operation
 //!
@@ -13,6 +14,7 @@ mod console;
 mod disks;
 mod grow;
 pub mod late;
+mod mounts;
 pub mod network;
 mod phases;
 mod reaper;
@@ -71,19 +73,20 @@ fn boot() -> Result<std::convert::Infallible, Failed> {
     phases.mark("root-moved");
     console::reopen().step("console")?;
     phases.mark("switched");
+    let mounted = boot.mount.as_deref().map(mounts::mount_copy).transpose()?;
     // SAFETY: no thread has been started yet, so the child is a complete copy.
     match unsafe { libc::fork() } {
         -1 => Err(Failed::new("fork", io::Error::last_os_error())),
         0 => {
             drop(initramfs);
-            match agent::run(agent::Guest { config: guest, boot, writable, phases }) {
+            match agent::run(agent::Guest { config: guest, boot, writable, mounted, phases }) {
                 Ok(never) => match never {},
                 Err(failed) => give_up(&failed),
             }
         }
         // The child has what it needs of `writable`; pid 1 keeps no descriptor but the console.
         agent => {
-            drop(writable);
+            drop((writable, mounted));
             root::free(initramfs)?;
             reaper::reap_until_agent_ends(agent)
         }

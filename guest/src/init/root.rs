@@ -20,6 +20,8 @@ const NEW_ROOT: &str = "/new-root";
 /// `index` and `nfs_export` give files the handles CRIU needs to bring inotify watches back. The upper remembers them: they cannot
 /// be changed for an upper that has been used.
 const OVERLAY_OPTIONS: &CStr = c"lowerdir=/base,upperdir=/upper/upper,workdir=/upper/work,index=on,nfs_export=on";
+/// The same for any other overlay.
+pub const OVERLAY_FEATURES: &str = "index=on,nfs_export=on";
 
 /// /dev and /sys: the disks are found through them. They move into the new root later, /proc is mounted only there.
 pub fn mount_kernel_filesystems() -> Result<(), Failed> {
@@ -89,7 +91,8 @@ pub fn free(initramfs: OwnedFd) -> Result<(), Failed> {
     set_scheduling(libc::SCHED_OTHER).step("initramfs")
 }
 
-fn mount_writable(disk: &Disk, at: &str) -> Result<OwnedFd, Failed> {
+/// Mounts an ext4 disk and lets it grow to its size. Returns its root.
+pub fn mount_writable(disk: &Disk, at: &str) -> Result<OwnedFd, Failed> {
     mount(&disk.node(), at, "ext4", MountFlags::empty(), None)?;
     let writable = open_directory(at).step(at.to_owned())?;
     grow::to_disk(&writable, disk).step(format!("grow {at}"))?;
@@ -97,7 +100,7 @@ fn mount_writable(disk: &Disk, at: &str) -> Result<OwnedFd, Failed> {
 }
 
 /// Mounts `source`, making the mount point if there is none.
-fn mount(source: &str, at: &str, kind: &str, flags: MountFlags, options: Option<&CStr>) -> Result<(), Failed> {
+pub fn mount(source: &str, at: &str, kind: &str, flags: MountFlags, options: Option<&CStr>) -> Result<(), Failed> {
     make_directory(at, 0o755).step(at.to_owned())?;
     rustix::mount::mount(source, at, kind, flags, options).step(format!("mount {source} as {kind} at {at}"))
 }

@@ -46,7 +46,7 @@ where
         return Err(ErrorReply::new(Code::Busy, "a freeze is held already").into());
     }
     let held = hold(context, request, &criu, exchange).await;
-    context.lifecycle.thaw_disk();
+    context.lifecycle.thaw_disks();
     // The gate stays closed before commands that cannot be thawed.
     cgroup::thaw_workload().map_err(|error| Abort::io("thaw", &error))?;
     context.gate.open();
@@ -85,7 +85,7 @@ where
     let processes = trees.iter().map(|tree| tree.processes.len()).sum();
     let record = Record::new(context.config().clone(), *context.main(), trees, pipes, request.tcp_close);
     record.write().map_err(|error| Abort::io(DIR, &error))?;
-    context.lifecycle.freeze_disk().await.map_err(|error| Abort::io("the disk", &error))?;
+    context.lifecycle.freeze_disks().await.map_err(|error| Abort::io("the disk", &error))?;
     let frozen_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     exchange.output.send_json(Kind::Started, &Dumped { frozen_ms, processes }).await?;
     match exchange.input.next().await? {

@@ -1,0 +1,46 @@
+//! What of the host's is mounted below /mnt. Done before the host hears of this guest: a mount that fails is a boot that fails.
+
+use std::ffi::CString;
+use std::os::fd::OwnedFd;
+use std::{fs, io};
+
+use rustix::mount::{MountFlags, UnmountFlags};
+
+use super::{Failed, Step, disks, root};
+
+/// Where the layers are mounted for as long as it takes to join them: on a filesystem that is memory.
+const LOWER: &str = "/dev/machinen-lower";
+const UPPER: &str = "/dev/machinen-upper";
+
+/// Mounts the copy of a host directory: a squashfs image below, a writable layer above. Returns a descriptor of the filesystem that
+/// takes the writes, which no path leads to any more.
+pub fn mount_copy(at: &str) -> Result<OwnedFd, Failed> {
+    let [lower, upper] = disks::find(["mountlower", "mountupper"])?;
+    root::mount(&lower.node(), LOWER, "squashfs", MountFlags::RDONLY, None)?;
+    let writable = root::mount_writable(&upper, UPPER)?;
+    let [changes, work] = ["upper", "work"].map(|name| format!("{UPPER}/{name}"));
+    for directory in [&changes, &work] {
+        root::make_directory(directory, 0o755).step(directory.clone())?;
+    }
+    // What is seen at the top is the upper's directory, so it is made like the one it lies over.
+    copy_attributes(LOWER, &changes).step(changes.clone())?;
+    let options = format!("lowerdir={LOWER},upperdir={changes},workdir={work},{}", root::OVERLAY_FEATURES);
+    let options = CString::new(options).map_err(io::Error::from).step("mount")?;
+    make_mount_point(at)?;
+    root::mount("overlay", at, "overlay", MountFlags::empty(), Some(&options))?;
+    for layer in [LOWER, UPPER] {
+        rustix::mount::unmount(layer, UnmountFlags::DETACH).step(format!("detach {layer}"))?;
+        fs::remove_dir(layer).step(layer)?;
+    }
+    Ok(writable)
+}
+
+fn make_mount_point(at: &str) -> Result<(), Failed> {
+    fs::create_dir_all(at).step(at.to_owned())
+}
+
+fn copy_attributes(from: &str, to: &str) -> io::Result<()> {
+    let found = rustix::fs::stat(from)?;
+    rustix::fs::chmod(to, rustix::fs::Mode::from_raw_mode(found.st_mode))?;
+    std::os::unix::fs::chown(to, Some(found.st_uid), Some(found.st_gid))
+}

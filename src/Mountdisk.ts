@@ -1,0 +1,264 @@
+import { createHash, randomUUID } from "node:crypto"
+import * as path from "node:path"
+import { CommandExecutor, FileSystem, type Error as PlatformErrors } from "@effect/platform"
+import { Context, Data, Duration, Effect, Layer, Option, Schema } from "effect"
+import { BootError, ProvisionError } from "./domain/errors.ts"
+import * as completeFile from "./platform/completeFile.ts"
+import * as longCommand from "./platform/longCommand.ts"
+import * as treeScan from "./platform/treeScan.ts"
+import { RootfsImage } from "./RootfsImage.ts"
+import { Settings } from "./Settings.ts"
+
+/** A host directory as a disk. */
+export interface Lower {
+  /** A squashfs image. */
+  readonly lowerPath: string
+  /** What the directory held, as a hash (platform/treeScan.ts). */
+  readonly key: string
+}
+
+export interface LowerOptions {
+  /** Default: `mountdisk` in the cache directory. */
+  readonly cacheDir?: string
+  /** Build it again. */
+  readonly force?: boolean
+  readonly onPhase?: (name: string, ms: number) => void
+}
+
+/**
+ * Host directories as disks for guests: a read-only squashfs image of what the directory holds, found by content and shared by every VM, and
+ * an empty ext4 layer of the VM's own above it. A directory nobody has touched costs a look at its files, not a read of them. Extended
+ * attributes are not copied: they are no part of the key.
+ */
+export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
+  Mountdisk,
+  {
+    readonly cacheDir: string
+    /** The `mksquashfs` of this host, if it has one. */
+    readonly tool: Effect.Effect<Option.Option<string>, BootError>
+    readonly lower: (host: string, options?: LowerOptions) => Effect.Effect<Lower, BootError | ProvisionError>
+    /** An empty upper of that size, to be copied for a VM. */
+    readonly upperTemplate: (sizeBytes: number) => Effect.Effect<string, BootError | ProvisionError>
+  }
+>() {
+  static readonly layer = Layer.effect(
+    Mountdisk,
+    Effect.gen(function* () {
+      const fs = yield* FileSystem.FileSystem
+      const executor = yield* CommandExecutor.CommandExecutor
+      const images = yield* RootfsImage
+      const settings = yield* Settings
+      const defaultCacheDir = path.join(settings.cacheDir, "mountdisk")
+      const withFs = Effect.provideService(FileSystem.FileSystem, fs)
+
+      const isProgram = (file: string) =>
+        fs.stat(file).pipe(
+          Effect.map((info) => info.type === "File" && (info.mode & 0o111) !== 0),
+          Effect.orElseSucceed(() => false)
+        )
+
+      const tool = Effect.gen(function* () {
+        if (Option.isSome(settings.mksquashfs)) {
+          if (yield* isProgram(settings.mksquashfs.value)) return settings.mksquashfs
+          return yield* toolMissing(`MACHINEN_MKSQUASHFS is not a program: ${settings.mksquashfs.value}`)
+        }
+        const places = (process.env["PATH"] ?? "").split(path.delimiter).filter((dir) => dir !== "")
+        return yield* Effect.findFirst(
+          places.map((dir) => path.join(dir, "mksquashfs")),
+          isProgram
+        )
+      })
+
+      const directoryOf = Effect.fnUntraced(function* (given: string) {
+        yield* withFs(checkHost(given, "the directory to mount"))
+        return yield* Effect.mapError(fs.realPath(given), unreadable(given))
+      })
+
+      /** Whether the image begins as one, and is as long as it says: quick, and finds what was cut. */
+      const isSound = (image: string) =>
+        Effect.scoped(
+          Effect.gen(function* () {
+            const file = yield* fs.open(image)
+            const { size } = yield* file.stat
+            const head = Buffer.from(Option.getOrElse(yield* file.readAlloc(superblockBytes), () => new Uint8Array(0)))
+            return (
+              head.length === superblockBytes &&
+              head.readUInt32LE(0) === squashfsMagic &&
+              head.readBigUInt64LE(bytesUsedOffset) <= size
+            )
+          })
+        ).pipe(Effect.orElseSucceed(() => false))
+
+      const isUsable = (image: string) =>
+        Effect.flatMap(withFs(completeFile.isComplete(image)), (complete) =>
+          complete ? isSound(image) : Effect.succeed(false)
+        )
+
+      const squash = Effect.fnUntraced(function* (host: string, image: string) {
+        const found = yield* tool
+        if (Option.isNone(found)) return yield* toolMissing("there is no mksquashfs on this host")
+        const { code, tail } = yield* longCommand
+          .run([found.value, host, image, ...squashOptions], { onLine: () => Effect.void, env: { LC_ALL: "C" } })
+          .pipe(
+            Effect.provideService(CommandExecutor.CommandExecutor, executor),
+            Effect.mapError((cause) => toolMissing(`${found.value} cannot be run: ${cause.message}`))
+          )
+        if (code !== 0) return yield* squashFailed(found.value, code, tail)
+        const { size } = yield* Effect.mapError(fs.stat(image), cacheFailed(path.dirname(image)))
+        // a disk has whole sectors
+        const whole = Math.ceil(Number(size) / sectorBytes) * sectorBytes
+        yield* Effect.mapError(fs.truncate(image, whole), cacheFailed(path.dirname(image)))
+      })
+
+      const publish = <E>(dir: string, image: string, build: (staging: string) => Effect.Effect<void, E>) =>
+        withFs(completeFile.publish(image, build)).pipe(
+          Effect.mapError((e) => (isPlatformError(e) ? cacheFailed(dir)(e) : e))
+        )
+
+      const remember = (memo: string, found: typeof Memo.Type) =>
+        Effect.gen(function* () {
+          // a name of its own: others may be noting the same at the same time
+          const draft = `${memo}.${randomUUID()}`
+          yield* fs.makeDirectory(path.dirname(memo), { recursive: true })
+          yield* fs.writeFileString(draft, yield* Schema.encode(Memo)(found))
+          yield* fs.rename(draft, memo)
+        }).pipe(Effect.ignore)
+
+      const lower = Effect.fn("Mountdisk.lower")(function* (given: string, options: LowerOptions = {}) {
+        const { cacheDir: dir = defaultCacheDir, force = false, onPhase } = options
+        const phase =
+          (name: string) =>
+          <A, E, R>(effect: Effect.Effect<A, E, R>) =>
+            Effect.map(Effect.timed(effect), ([took, a]) => {
+              onPhase?.(name, Duration.toMillis(took))
+              return a
+            })
+        const host = yield* directoryOf(given)
+        const lowerOf = (key: string): Lower => ({ lowerPath: path.join(dir, `${key}.sqfs`), key })
+        const memo = path.join(dir, "trees", `${createHash("sha256").update(host).digest("hex").slice(0, 32)}.json`)
+
+        const began = Date.now()
+        const tree = yield* Effect.mapError(treeScan.scan(host), unreadable(host))
+        const known = yield* Effect.option(Effect.flatMap(fs.readFileString(memo), Schema.decode(Memo)))
+        if (!force && Option.isSome(known) && known.value.stamp === tree.stamp) {
+          const found = lowerOf(known.value.key)
+          if (yield* isUsable(found.lowerPath)) return found
+        }
+
+        const key = yield* treeScan
+          .contentKey(host, tree)
+          .pipe(Effect.mapError(unreadable(host)), phase("manifest-hash"))
+        const wanted = lowerOf(key)
+        if (force || !(yield* isUsable(wanted.lowerPath))) {
+          yield* Effect.mapError(withFs(completeFile.unmark(wanted.lowerPath)), cacheFailed(dir))
+        }
+        const build = (staging: string) =>
+          Effect.gen(function* () {
+            yield* squash(host, path.join(staging, "image")).pipe(phase("mksquashfs"))
+            const now = yield* Effect.mapError(treeScan.scan(host), unreadable(host))
+            if (now.stamp !== tree.stamp) return yield* new TreeChanged()
+          })
+        const asTold = yield* publish(dir, wanted.lowerPath, build).pipe(
+          phase("staging-rename"),
+          Effect.as(true),
+          Effect.catchTag("TreeChanged", () => Effect.succeed(false))
+        )
+        if (asTold) {
+          // what changes within the clock's tick of a look has the same times before and after
+          if (tree.changedMs < began - clockTickMs) yield* remember(memo, { stamp: tree.stamp, key })
+          return wanted
+        }
+        // somebody writes there all the time: as torn as any copy of such a directory, and for this mount alone
+        const once = lowerOf(createHash("sha256").update(`${key}${randomUUID()}`).digest("hex"))
+        yield* publish(dir, once.lowerPath, (staging) => squash(host, path.join(staging, "image")))
+        return once
+      })
+
+      return Mountdisk.of({
+        cacheDir: defaultCacheDir,
+        tool,
+        lower,
+        upperTemplate: (sizeBytes) =>
+          Effect.mapError(images.upperTemplate(sizeBytes), (error) =>
+            error.code === "ROOTFS_IMG_TOOL_MISSING" ? toolMissing(error.message, error) : error
+          )
+      })
+    })
+  )
+}
+
+/** Fails unless it is a directory of the host. */
+export const checkHost = Effect.fn("Mountdisk.checkHost")(function* (host: string, what: string) {
+  const fs = yield* FileSystem.FileSystem
+  const info = yield* Effect.mapError(
+    fs.stat(host),
+    (cause) =>
+      new BootError({
+        code: "BOOT_MOUNT_HOST_NOT_FOUND",
+        message: `${what} is not there: ${host}`,
+        hint: "give an existing directory of the host",
+        cause
+      })
+  )
+  if (info.type === "Directory") return
+  return yield* new BootError({
+    code: "BOOT_MOUNT_INVALID",
+    message: `${what} is not a directory: ${host}`,
+    hint: "mount the directory it is in"
+  })
+})
+
+/** Level 1 of zstd packs as small as gzip does, in a tenth of the time, and is unpacked faster (measured). */
+const squashOptions = ["-noappend", "-no-xattrs", "-no-progress", "-quiet", "-comp", "zstd", "-Xcompression-level", "1"]
+
+/** Documentation/filesystems/squashfs and its superblock: `hsqs`, and the length of the image at 40. */
+const squashfsMagic = 0x73717368
+const superblockBytes = 96
+const bytesUsedOffset = 40
+const sectorBytes = 512
+
+/** The coarsest clock file times are taken from, with room. */
+const clockTickMs = 50
+
+/** What a directory was when it was last looked at, and what that holds. */
+const Memo = Schema.parseJson(Schema.Struct({ stamp: Schema.String, key: Schema.String }))
+
+class TreeChanged extends Data.TaggedError("TreeChanged") {}
+
+const isPlatformError = (e: unknown): e is PlatformErrors.PlatformError =>
+  typeof e === "object" && e !== null && "_tag" in e && (e._tag === "SystemError" || e._tag === "BadArgument")
+
+const toolMissing = (message: string, cause?: unknown) =>
+  new BootError({
+    code: "BOOT_MOUNTDISK_TOOL_MISSING",
+    message,
+    hint: "run `machinen install`, or share the directory as a live mount",
+    cause
+  })
+
+const unreadable = (host: string) => (cause: Error) =>
+  new BootError({
+    code: "BOOT_MOUNT_INVALID",
+    message: `${host} cannot be read: ${cause.message}`,
+    hint: "check the permissions of what is in it",
+    cause
+  })
+
+const squashFailed = (tool: string, code: number, tail: ReadonlyArray<string>) => {
+  const noSpace = tail.some((line) => /no space left on device/i.test(line))
+  return new ProvisionError({
+    code: noSpace ? "ROOTFS_IMG_NO_SPACE" : "PROVISION_INSTALL_HOOK_FAILED",
+    message: `${tool} ended with code ${code}: ${tail.slice(-3).join("; ")}`,
+    hint: noSpace
+      ? "free some space, or set MACHINEN_CACHE_DIR to a larger disk"
+      : "can everything in the directory be read?"
+  })
+}
+
+const cacheFailed = (dir: string) => (cause: Error) =>
+  new ProvisionError({
+    code: "ROOTFS_IMG_IO",
+    message: `the cache of mounted directories cannot be written: ${cause.message}`,
+    hint: `check the owner, the permissions and the free space of ${dir}, or set MACHINEN_CACHE_DIR`,
+    cause
+  })
