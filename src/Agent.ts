@@ -33,6 +33,8 @@ export interface CommandSpec {
   readonly env?: Readonly<Record<string, string>>
   /** Absolute; the VM's own working directory when left out. */
   readonly cwd?: string
+  /** `user[:group]`, names or numbers of the guest's; the VM's own user when left out. */
+  readonly user?: string
   /** What the command reads; nothing (end of file at once) when left out. */
   readonly stdin?: Stream.Stream<Uint8Array>
 }
@@ -131,6 +133,11 @@ export interface AgentClient {
     hostPath: string,
     options?: { readonly excludes?: ReadonlyArray<string> }
   ) => Effect.Effect<void, FilesError>
+  /**
+   * The root filesystem as a tar stream that another machine can start from: owners, modes, extended attributes, links and devices; not what is
+   * mounted in it. No entry is younger than `newest`, in seconds since 1970.
+   */
+  readonly image: (options?: { readonly newest?: number }) => Stream.Stream<Uint8Array, FilesError>
   readonly stat: (path: string) => Effect.Effect<FileStat, FilesError>
   /**
    * Freezes the guest's commands until the scope closes; with `sync` its filesystems are written out first. Operations asked for meanwhile
@@ -316,14 +323,15 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
     const command = toCommand(commandlike)
     const bad = checkCommand(command)
     if (bad !== undefined) return yield* bad
-    const { argv, cwd, env, stdin } = command
+    const { argv, cwd, env, stdin, user } = command
     return yield* run(
       {
         op: "exec",
         argv: [...argv],
         env: { ...env },
         stdin: stdin !== undefined,
-        ...(cwd === undefined ? {} : { cwd })
+        ...(cwd === undefined ? {} : { cwd }),
+        ...(user === undefined ? {} : { user })
       },
       stdin,
       Effect.succeed(false)
@@ -417,10 +425,13 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
       })
     )
 
+  const receive = (request: AgentRequest, guestPath: string) =>
+    Stream.unwrapScoped(Effect.map(operate(request), ({ frames }) => Stream.filterMap(frames, toData))).pipe(
+      Stream.mapError(toFilesError(guestPath))
+    )
+
   const pullTar = (guestPath: string, excludes: ReadonlyArray<string>) =>
-    Stream.unwrapScoped(
-      Effect.map(operate({ op: "pull", path: guestPath, excludes }), ({ frames }) => Stream.filterMap(frames, toData))
-    ).pipe(Stream.mapError(toFilesError(guestPath)))
+    receive({ op: "pull", path: guestPath, excludes }, guestPath)
 
   const stat = Effect.fn("Agent.stat")(function* (path: string) {
     const json = yield* Effect.mapError(ask({ op: "stat", path }), toFilesError(path))
@@ -474,10 +485,8 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
       },
       (effect, path) => Effect.mapError(Effect.scoped(effect), toFilesError(path))
     ),
-    readFile: (path) =>
-      Stream.unwrapScoped(
-        Effect.map(operate({ op: "read", path }), ({ frames }) => Stream.filterMap(frames, toData))
-      ).pipe(Stream.mapError(toFilesError(path))),
+    readFile: (path) => receive({ op: "read", path }, path),
+    image: (options) => receive({ op: "image", ...options }, "/"),
     push: Effect.fn("Agent.push")(function* (hostPath, guestPath, options) {
       const info = yield* Effect.mapError(
         fs.stat(hostPath),
@@ -664,9 +673,9 @@ const protocolError = (message: string, cause?: unknown) => new ExecError({ code
 const maxString = 128 * 1024
 
 /** What execve(2) would refuse for certain is refused here, before anything is sent: NUL, MAX_ARG_STRLEN, MAX_ARG_STRINGS × stack limit. */
-const checkCommand = ({ argv, cwd, env }: CommandSpec): ExecError | undefined => {
+const checkCommand = ({ argv, cwd, env, user }: CommandSpec): ExecError | undefined => {
   const strings = [...argv, ...Object.entries(env ?? {}).map(([key, value]) => `${key}=${value}`)]
-  if ([...strings, cwd ?? ""].some((s) => s.includes("\0"))) {
+  if ([...strings, cwd ?? "", user ?? ""].some((s) => s.includes("\0"))) {
     return new ExecError({
       code: "EXEC_ARGUMENT_INVALID",
       message: "an argument, environment variable or directory holds a NUL byte",

@@ -139,6 +139,7 @@ export const AgentRequest = Schema.Union(
     argv: Schema.NonEmptyArray(Schema.String),
     env: Schema.optionalWith(Environment, { default: () => ({}) }),
     cwd: Schema.optional(Schema.String),
+    user: Schema.optional(Schema.String),
     stdin: Schema.optionalWith(Schema.Boolean, { default: () => false })
   }),
   Schema.Struct({ op: Schema.Literal("main"), stdin: Schema.Boolean, detach: Schema.Boolean }),
@@ -157,6 +158,7 @@ export const AgentRequest = Schema.Union(
   }),
   Schema.Struct({ op: Schema.Literal("push"), path: Schema.String }),
   Schema.Struct({ op: Schema.Literal("pull"), path: Schema.String, excludes: Schema.Array(Schema.String) }),
+  Schema.Struct({ op: Schema.Literal("image"), newest: Schema.optional(Schema.Int) }),
   Schema.Struct({ op: Schema.Literal("stat"), path: Schema.String }),
   Schema.Struct({ op: Schema.Literal("stats") }),
   Schema.Struct({ op: Schema.Literal("kill"), pid: Schema.Int }),

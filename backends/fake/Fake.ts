@@ -54,6 +54,7 @@ const silent: AgentClient = {
   readFile: () => Stream.fromEffect(nowhere),
   push: () => nowhere,
   pull: () => nowhere,
+  image: () => Stream.fromEffect(nowhere),
   stat: () => nowhere,
   freeze: () => nobody,
   rejuvenate: () => nobody,

@@ -15,6 +15,8 @@ pub struct GuestConfig {
     pub env: BTreeMap<String, String>,
     /// Working directory of every command that names none.
     pub cwd: Option<String>,
+    /// `user[:group]`, names or numbers, of every command that names none; root otherwise.
+    pub user: Option<String>,
 }
 
 /// `/machinen-boot.json`: what this boot is.

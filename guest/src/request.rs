@@ -17,6 +17,7 @@ pub enum Request {
     Read(Read),
     Push(Push),
     Pull(Pull),
+    Image(Image),
     Stat(Stat),
     Stats,
     Kill(Kill),
@@ -35,6 +36,7 @@ pub struct Exec {
     #[serde(default)]
     pub env: BTreeMap<String, String>,
     pub cwd: Option<String>,
+    pub user: Option<String>,
     #[serde(default)]
     pub stdin: bool,
 }
@@ -75,6 +77,13 @@ pub struct Pull {
     pub path: String,
     #[serde(default)]
     pub excludes: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Image {
+    /// No entry is younger than this, in seconds since 1970: what a build touched does not tell when.
+    pub newest: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -152,6 +161,7 @@ impl Request {
             "read" => Self::Read(from_json(json)?),
             "push" => Self::Push(from_json(json)?),
             "pull" => Self::Pull(from_json(json)?),
+            "image" => Self::Image(from_json(json)?),
             "stat" => Self::Stat(from_json(json)?),
             "stats" => Self::Stats,
             "kill" => Self::Kill(from_json(json)?),
@@ -190,6 +200,7 @@ impl Request {
             Self::Rejuvenate(rejuvenate) => rejuvenate.check(),
             Self::Revive(revive) => revive.identity.check(),
             Self::Main(_)
+            | Self::Image(_)
             | Self::Kill(_)
             | Self::Stats
             | Self::Freeze(_)
@@ -208,6 +219,7 @@ impl Exec {
         }
         self.argv.iter().try_for_each(|argument| no_nul("argv", argument))?;
         check_env(&self.env)?;
+        self.user.as_deref().map_or(Ok(()), |user| no_nul("user", user))?;
         self.cwd.as_deref().map_or(Ok(()), |cwd| no_nul("cwd", cwd))
     }
 }

@@ -17,6 +17,7 @@ use rustix::process::{Pid, Resource};
 use tokio::net::unix::pipe;
 
 use super::child::Child;
+use super::user::User;
 use super::vfork;
 use crate::config::GuestConfig;
 use crate::errno;
@@ -43,11 +44,19 @@ pub struct Running {
 
 /// Starts what `request` describes, in the environment of `config`.
 pub fn start(config: &GuestConfig, request: &Exec) -> Result<Running, ErrorReply> {
-    let environment = environment(config, request);
+    let user = request.user.as_deref().or(config.user.as_deref());
+    let user = user.map(|spec| User::find(spec, Path::new("/"))).transpose()?;
+    let mut environment = environment(config, request);
+    if let Some(user) = &user
+        && !request.env.contains_key("HOME")
+        && !config.env.contains_key("HOME")
+    {
+        environment.insert("HOME", &user.home);
+    }
     let cwd = working_directory(config, request)?;
     let name = request.argv.first().map_or("", String::as_str);
     let program = resolve(name, environment.get("PATH").map_or("", |path| path), &cwd)?;
-    spawn(request, &environment, &cwd, &program).map_err(|error| refused(name, &error))
+    spawn(request, &environment, &cwd, &program, user.as_ref()).map_err(|error| refused(name, &error))
 }
 
 /// Commands that have not been reaped, by pid: only these may be killed by pid, for another process cannot have theirs yet.
@@ -139,7 +148,13 @@ fn refused(name: &str, error: &io::Error) -> ErrorReply {
     ErrorReply { code, message: format!("{name}: {error}"), errno: errno::of(error) }
 }
 
-fn spawn(request: &Exec, environment: &BTreeMap<&str, &str>, cwd: &Path, program: &Path) -> io::Result<Running> {
+fn spawn(
+    request: &Exec,
+    environment: &BTreeMap<&str, &str>,
+    cwd: &Path,
+    program: &Path,
+    user: Option<&User>,
+) -> io::Result<Running> {
     let oom_kills = cgroup::oom_kills()?;
     let image = Image::new(&request.argv, environment, cwd, program)?;
     let workload = workload()?;
@@ -153,10 +168,15 @@ fn spawn(request: &Exec, environment: &BTreeMap<&str, &str>, cwd: &Path, program
     } else {
         (rustix::fs::open(c"/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?, None)
     };
+    if let Some(user) = user {
+        for pipe in [&child_stdin, &child_stdout, &child_stderr].into_iter().skip(usize::from(!request.stdin)) {
+            user.own(pipe)?;
+        }
+    }
     // SAFETY: `become_command` makes system calls on memory prepared before, and nothing else.
     let spawned = unsafe {
         vfork::spawn(&|| {
-            image.become_command(workload, [child_stdin.as_fd(), child_stdout.as_fd(), child_stderr.as_fd()])
+            image.become_command(workload, user, [child_stdin.as_fd(), child_stdout.as_fd(), child_stderr.as_fd()])
         })
     }?;
     // End of file is when the command's ends are gone.
@@ -201,12 +221,17 @@ impl Image {
     }
 
     /// Turns the child into the command; comes back only when that fails.
-    fn become_command(&self, workload: &File, stdio: [BorrowedFd<'_>; 3]) -> io::Error {
-        let Err(error) = self.try_become(workload, stdio);
+    fn become_command(&self, workload: &File, user: Option<&User>, stdio: [BorrowedFd<'_>; 3]) -> io::Error {
+        let Err(error) = self.try_become(workload, user, stdio);
         error
     }
 
-    fn try_become(&self, workload: &File, [stdin, stdout, stderr]: [BorrowedFd<'_>; 3]) -> io::Result<Infallible> {
+    fn try_become(
+        &self,
+        workload: &File,
+        user: Option<&User>,
+        [stdin, stdout, stderr]: [BorrowedFd<'_>; 3],
+    ) -> io::Result<Infallible> {
         rustix::io::write(workload, b"0")?;
         rustix::stdio::dup2_stdin(stdin)?;
         rustix::stdio::dup2_stdout(stdout)?;
@@ -214,6 +239,7 @@ impl Image {
         rustix::process::setsid()?;
         write_file(c"/proc/self/oom_score_adj", b"0")?;
         rustix::process::setrlimit(Resource::Nofile, COMMAND_FILES)?;
+        user.map_or(Ok(()), User::assume)?;
         rustix::process::chdir(self.cwd.as_c_str())?;
         // SAFETY: all pointers are to NUL-terminated strings or end an array of such, and outlive the call. Not `execvp`, which runs
         // a file of unknown format as a shell script.

@@ -21,6 +21,7 @@ mod stats;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod user;
 mod vfork;
 
 use std::convert::Infallible;

@@ -83,6 +83,7 @@ where
         Request::Read(request) => json(&files::read(&request, exchange).await?),
         Request::Push(request) => json(&archive::push(&request, exchange).await?),
         Request::Pull(request) => json(&archive::pull(request, exchange).await?),
+        Request::Image(request) => json(&archive::image(&request, exchange).await?),
         Request::Stat(request) => json(&files::stat(&request.path)?),
         Request::Stats => json(&stats::stats(context)?),
         Request::Kill(request) => {

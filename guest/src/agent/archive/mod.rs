@@ -74,6 +74,22 @@ where
 {
     let request::Pull { path, excludes } = request;
     let source = pack::Source::open(&path, &excludes).map_err(|error| Abort::io(&path, &error))?;
+    send(source, exchange).await
+}
+
+/// Packs the root filesystem into the stream, for another machine to start from.
+pub async fn image<R, W>(request: &request::Image, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
+where
+    W: AsyncWrite + Unpin,
+{
+    let source = pack::Source::filesystem("/", request.newest).map_err(|error| Abort::io("/", &error))?;
+    send(source, exchange).await
+}
+
+async fn send<R, W>(source: pack::Source, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
+where
+    W: AsyncWrite + Unpin,
+{
     exchange.output.send_json(Kind::Started, &Done {}).await?;
     let (pieces, mut leaving) = mpsc::channel(PIECES);
     let packing = spawn_blocking(move || source.pack(io::BufWriter::with_capacity(CHUNK, Leaving(pieces))));

@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
 use tar::{Builder, EntryType, Header, HeaderMode};
 
 use crate::reply::ErrorReply;
@@ -21,19 +22,39 @@ pub struct Source {
     path: PathBuf,
     metadata: Metadata,
     excludes: Vec<CString>,
+    whole: Option<Whole>,
 }
+
+/// Of a filesystem that is packed as a whole.
+struct Whole {
+    /// Directories on another device are something mounted there: their content is not of this filesystem.
+    device: u64,
+    newest: Option<u64>,
+}
+
+/// Where the host put its configuration into an image; the one to come has its own.
+const CONFIG: &str = "machinen-config.json";
 
 impl Source {
     /// Looks at `path`, following it if it is a symbolic link.
     pub fn open(path: &str, excludes: &[String]) -> io::Result<Self> {
         let excludes = excludes.iter().map(|pattern| CString::new(pattern.as_str())).collect::<Result<_, _>>()?;
-        Ok(Self { path: path.into(), metadata: fs::metadata(path)?, excludes })
+        Ok(Self { path: path.into(), metadata: fs::metadata(path)?, excludes, whole: None })
+    }
+
+    /// The filesystem mounted at `path`, with everything a file has: also extended attributes, and with them capabilities and ACLs.
+    pub fn filesystem(path: impl AsRef<Path>, newest: Option<u64>) -> io::Result<Self> {
+        let (path, metadata) = (path.as_ref().to_owned(), fs::metadata(path)?);
+        let whole = Some(Whole { device: metadata.dev(), newest });
+        Ok(Self { path, metadata, excludes: Vec::new(), whole })
     }
 
     /// Writes the archive. Returns the number of its entries.
     pub fn pack(&self, output: impl Write) -> Result<u64, ErrorReply> {
         let failed = |path: &Path, error: io::Error| ErrorReply::io(&path.to_string_lossy(), &error);
-        let mut archive = Archive { builder: Builder::new(output), entries: 0, links: HashMap::new() };
+        let whole = self.whole.as_ref();
+        let buffer = vec![0; if whole.is_some() { MAX_ATTRIBUTE } else { 0 }];
+        let mut archive = Archive { builder: Builder::new(output), entries: 0, links: HashMap::new(), whole, buffer };
         if self.metadata.is_dir() {
             let mut pending = self.children(Path::new("")).map_err(|error| failed(&self.path, error))?;
             while let Some(relative) = pending.pop() {
@@ -42,7 +63,7 @@ impl Source {
                     Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                     added => added.map_err(|error| failed(&path, error))?,
                 };
-                if directory && !made_up(&path) {
+                if directory && self.is_entered(&path) {
                     match self.children(&relative) {
                         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                         children => pending.extend(children.map_err(|error| failed(&path, error))?),
@@ -58,12 +79,21 @@ impl Source {
         Ok(archive.entries)
     }
 
+    /// Whether what is in a directory is packed too. One that has vanished is found out by who opens it.
+    fn is_entered(&self, directory: &Path) -> bool {
+        match &self.whole {
+            None => !made_up(directory),
+            Some(Whole { device, .. }) => fs::symlink_metadata(directory).is_ok_and(|found| found.dev() == *device),
+        }
+    }
+
     /// What is in a directory and not excluded, last name first.
     fn children(&self, relative: &Path) -> io::Result<Vec<PathBuf>> {
         let mut children = Vec::new();
         for entry in fs::read_dir(self.path.join(relative))? {
             let child = relative.join(entry?.file_name());
-            if !self.excluded(&child)? {
+            let config = self.whole.is_some() && child == Path::new(CONFIG);
+            if !config && !self.excluded(&child)? {
                 children.push(child);
             }
         }
@@ -91,14 +121,17 @@ fn made_up(directory: &Path) -> bool {
     rustix::fs::statfs(directory).is_ok_and(|found| MADE_UP.contains(&found.f_type.cast_unsigned()))
 }
 
-struct Archive<W: Write> {
+struct Archive<'a, W: Write> {
     builder: Builder<W>,
     entries: u64,
     /// Where files with several names were put: their other names become hard links to that.
     links: HashMap<(u64, u64), PathBuf>,
+    whole: Option<&'a Whole>,
+    /// For attributes.
+    buffer: Vec<u8>,
 }
 
-impl<W: Write> Archive<W> {
+impl<W: Write> Archive<'_, W> {
     /// Appends what is at `path`; says whether it is a directory.
     fn add(&mut self, path: &Path, name: &Path) -> io::Result<bool> {
         let metadata = fs::symlink_metadata(path)?;
@@ -114,7 +147,12 @@ impl<W: Write> Archive<W> {
         }
         let mut header = Header::new_gnu();
         header.set_metadata_in_mode(metadata, HeaderMode::Complete);
-        header.set_mtime(metadata.mtime().max(0).unsigned_abs());
+        let newest = self.whole.and_then(|whole| whole.newest).unwrap_or(u64::MAX);
+        header.set_mtime(metadata.mtime().max(0).unsigned_abs().min(newest));
+        let second_name = self.links.contains_key(&(metadata.dev(), metadata.ino()));
+        if self.whole.is_some() && !second_name {
+            self.append_attributes(path)?;
+        }
         if kind.is_file() {
             self.append_file(path, name, metadata, header)?;
         } else if kind.is_symlink() {
@@ -133,6 +171,13 @@ impl<W: Write> Archive<W> {
         Ok(())
     }
 
+    /// Extended attributes, for the entry that comes next, the way GNU tar and libarchive write them.
+    fn append_attributes(&mut self, path: &Path) -> io::Result<()> {
+        let attributes = attributes(path, &mut self.buffer)?;
+        let records = attributes.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
+        if attributes.is_empty() { Ok(()) } else { self.builder.append_pax_extensions(records) }
+    }
+
     fn append_file(&mut self, path: &Path, name: &Path, metadata: &Metadata, mut header: Header) -> io::Result<()> {
         let identity = (metadata.dev(), metadata.ino());
         if let Some(first) = self.links.get(&identity) {
@@ -149,4 +194,28 @@ impl<W: Write> Archive<W> {
         }
         Ok(())
     }
+}
+
+/// No list of attributes is longer, nor any value (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
+const MAX_ATTRIBUTE: usize = 65_536;
+
+/// The extended attributes of what is at `path` as records of a pax header, in order. A filesystem that has none of them has none.
+fn attributes(path: &Path, buffer: &mut [u8]) -> io::Result<Vec<(String, Vec<u8>)>> {
+    let length = match rustix::fs::llistxattr(path, &mut *buffer) {
+        Err(Errno::OPNOTSUPP) => 0,
+        length => length?,
+    };
+    let names = buffer[..length].to_vec();
+    let mut found = Vec::new();
+    // Each name ends with NUL.
+    for name in names.split_inclusive(|byte| *byte == 0).filter_map(|name| CStr::from_bytes_with_nul(name).ok()) {
+        let Ok(key) = name.to_str() else { continue };
+        match rustix::fs::lgetxattr(path, name, &mut *buffer) {
+            // Removed meanwhile.
+            Err(Errno::NODATA) => {}
+            length => found.push((format!("SCHILY.xattr.{key}"), buffer[..length?].to_vec())),
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
 }

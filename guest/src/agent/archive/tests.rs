@@ -92,3 +92,43 @@ fn what_follows_the_end_of_an_archive_is_read_and_ignored() {
     assert_eq!(unpack(to.path(), &mut rest).unwrap(), 0);
     assert!(rest.is_empty());
 }
+
+#[test]
+fn a_whole_filesystem_keeps_attributes_and_devices_and_has_no_older_configuration() {
+    let from = TempDir::new().unwrap();
+    let path = |name: &str| from.path().join(name);
+    let long = format!("{}/{}", "n".repeat(120), "m".repeat(120));
+    fs::create_dir_all(path(&long)).unwrap();
+    fs::create_dir(path("sub")).unwrap();
+    for name in ["plain", &format!("{long}/marked"), "machinen-config.json", "sub/machinen-config.json"] {
+        fs::write(path(name), "content").unwrap();
+    }
+    fs::hard_link(path(&format!("{long}/marked")), path("second")).unwrap();
+    let mark = |name: &str, value: &[u8]| {
+        rustix::fs::setxattr(path(name), "user.mark", value, rustix::fs::XattrFlags::empty()).unwrap();
+    };
+    mark(&format!("{long}/marked"), b"\0\xff=");
+    mark("sub", b"on a directory");
+
+    let mut bytes = Vec::new();
+    Source::filesystem(from.path(), Some(1000)).unwrap().pack(&mut bytes).unwrap();
+    let mut archive = tar::Archive::new(bytes.as_slice());
+    let mut found = std::collections::BTreeMap::new();
+    for entry in archive.entries().unwrap() {
+        let mut entry = entry.unwrap();
+        let attributes: Vec<_> = entry
+            .pax_extensions()
+            .unwrap()
+            .into_iter()
+            .flatten()
+            .map(|record| record.map(|r| (r.key().unwrap().to_owned(), r.value_bytes().to_vec())).unwrap())
+            .collect();
+        assert_eq!(entry.header().mtime().unwrap(), 1000);
+        found.insert(entry.path().unwrap().to_string_lossy().trim_end_matches('/').to_owned(), attributes);
+    }
+    let attribute = |value: &[u8]| vec![("SCHILY.xattr.user.mark".to_owned(), value.to_vec())];
+    assert_eq!(found[&format!("{long}/marked")], attribute(b"\0\xff="));
+    assert_eq!(found["sub"], attribute(b"on a directory"));
+    assert!(found["plain"].is_empty() && found["second"].is_empty());
+    assert!(!found.contains_key("machinen-config.json") && found.contains_key("sub/machinen-config.json"));
+}
