@@ -45,6 +45,7 @@ export interface GuestConfig {
     readonly cmd?: ReadonlyArray<string>
     readonly env: Readonly<Record<string, string>>
     readonly cwd?: string
+    readonly user?: string
   }
   /** `/machinen-boot.json`: what only this boot needs. */
   readonly boot: {

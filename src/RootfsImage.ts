@@ -2,9 +2,10 @@ import { createHash, randomUUID } from "node:crypto"
 import * as path from "node:path"
 import { gunzipSync } from "node:zlib"
 import { CommandExecutor, FileSystem } from "@effect/platform"
-import { Context, Effect, Layer, Option, Schema, Stream } from "effect"
+import { Context, Effect, Either, Layer, Option, Schema, Stream } from "effect"
 import { Assets } from "./Assets.ts"
 import { type AssetError, BootError, ProvisionError } from "./domain/errors.ts"
+import { configFile, ImageConfig, ImageConfigJson } from "./domain/ImageConfig.ts"
 import * as command from "./platform/command.ts"
 import * as completeFile from "./platform/completeFile.ts"
 import { Settings } from "./Settings.ts"
@@ -26,6 +27,8 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
     readonly resolve: (image: string) => Effect.Effect<string, BootError | ProvisionError | AssetError>
     /** A caller's own ext4 image, to be attached as it is; gives its absolute path. */
     readonly checkDisk: (image: string) => Effect.Effect<string, BootError>
+    /** What an ext4 image says about the commands that run in it. */
+    readonly config: (image: string) => Effect.Effect<ImageConfig, ProvisionError>
     /** The base built from a rootfs tarball. Any number of callers at once build it once. */
     readonly ensure: (tarball: string) => Effect.Effect<string, ProvisionError>
     /** An empty upper of that size, to be copied for a VM: almost all hole, so the copy is quick. */
@@ -42,7 +45,8 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       const cacheDir = path.join(settings.cacheDir, "rootfs")
 
       const tool = (argv: readonly [string, ...ReadonlyArray<string>]) =>
-        command.run(argv, { LC_ALL: "C" }).pipe(
+        // no file of an image is made at a time of its own: the same input gives the same image
+        command.run(argv, { LC_ALL: "C", E2FSPROGS_FAKE_TIME: "1" }).pipe(
           Effect.provideService(CommandExecutor.CommandExecutor, executor),
           Effect.mapError(
             (cause) =>
@@ -53,7 +57,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
                 cause
               })
           ),
-          Effect.flatMap(({ code, stderr }) => (code === 0 ? Effect.void : toolFailed(argv, code, stderr)))
+          Effect.flatMap((done) => (done.code === 0 ? Effect.succeed(done.stdout) : toolFailed(argv, done)))
         )
 
       const mke2fs = Option.getOrElse(settings.mke2fs, () => "mke2fs")
@@ -67,13 +71,21 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       const isComplete = (target: string) =>
         Effect.provideService(completeFile.isComplete(target), FileSystem.FileSystem, fs)
 
-      const makeExt4 = (image: string, sizeBytes: number, options: ReadonlyArray<string>) =>
+      const makeExt4 = (
+        image: string,
+        sizeBytes: number,
+        options: ReadonlyArray<string>,
+        through: (argv: ReadonlyArray<string>) => readonly [string, ...ReadonlyArray<string>] = ([
+          first = "",
+          ...rest
+        ]) => [first, ...rest]
+      ) =>
         Effect.gen(function* () {
           yield* fs.writeFile(image, new Uint8Array(0)).pipe(
             Effect.zipRight(fs.truncate(image, sizeBytes)),
             Effect.mapError((e) => cacheFailed(cacheDir, e))
           )
-          yield* tool([mke2fs, "-q", "-F", "-t", "ext4", "-m", "0", ...options, image])
+          yield* tool(through([mke2fs, "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", ...options, image]))
         })
 
       const upperTemplate = Effect.fn("RootfsImage.upperTemplate")(function* (sizeBytes: number) {
@@ -90,24 +102,69 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         return target
       })
 
-      /** A tarball's sha256, remembered for its path, size and times: hashing 100 MB on each boot would cost more than the boot. */
-      const digest = Effect.fnUntraced(function* (tarball: string) {
-        const info = yield* fs.stat(tarball)
-        const stamp = [tarball, info.size, Option.map(info.mtime, Number), info.ino, info.dev].map(String).join("\n")
-        const note = path.join(cacheDir, "digests", createHash("sha256").update(stamp).digest("hex").slice(0, 32))
-        const known = yield* Effect.option(Effect.flatMap(fs.readFileString(note), Schema.decode(Sha256)))
-        if (Option.isSome(known)) return known.value
+      /**
+       * Something found out about a file, remembered for its path, size, times and inode: hashing 100 MB, or starting a program, on each boot
+       * would cost more than the boot.
+       */
+      const remembered = <A, E, R>(
+        kind: "digests" | "image-config",
+        file: string,
+        schema: Schema.Schema<A, string>,
+        find: Effect.Effect<A, E, R>
+      ) =>
+        Effect.gen(function* () {
+          const info = yield* fs.stat(file)
+          const stamp = [file, info.size, Option.map(info.mtime, Number), info.ino, info.dev].map(String).join("\n")
+          const key = createHash("sha256").update(stamp).digest("hex").slice(0, 32)
+          const note = path.join(settings.cacheDir, kind === "digests" ? "rootfs/digests" : kind, key)
+          const known = yield* Effect.option(Effect.flatMap(fs.readFileString(note), Schema.decode(schema)))
+          if (Option.isSome(known)) return known.value
+          const found = yield* find
+          // a name of its own: others may be noting the same at the same time; losing a note costs finding it out again
+          const draft = `${note}.${randomUUID()}`
+          yield* fs
+            .makeDirectory(path.dirname(note), { recursive: true })
+            .pipe(
+              Effect.zipRight(Effect.flatMap(Schema.encode(schema)(found), (text) => fs.writeFileString(draft, text))),
+              Effect.zipRight(fs.rename(draft, note)),
+              Effect.ignore
+            )
+          return found
+        })
+
+      const digest = (tarball: string) => remembered("digests", tarball, Sha256, sha256Of(tarball))
+
+      const sha256Of = Effect.fnUntraced(function* (file: string) {
         const hash = createHash("sha256")
-        yield* Stream.runForEach(fs.stream(tarball, { chunkSize: 1024 * 1024 }), (chunk) =>
+        yield* Stream.runForEach(fs.stream(file, { chunkSize: 1024 * 1024 }), (chunk) =>
           Effect.sync(() => void hash.update(chunk))
         )
-        const sha = hash.digest("hex")
-        yield* fs.makeDirectory(path.dirname(note), { recursive: true })
-        // a name of its own: others may be noting the same at the same time
-        const draft = `${note}.${randomUUID()}`
-        yield* fs.writeFileString(draft, sha).pipe(Effect.zipRight(fs.rename(draft, note)))
-        return sha
+        return hash.digest("hex")
       })
+
+      const readConfig = Effect.fnUntraced(function* (image: string) {
+        // a file of any size may lie there: no more of it is read than a configuration could be
+        const script = `debugfs -R "cat /${configFile}" "$1" 2>/dev/null | head -c ${maxConfig + 1}`
+        const text = yield* tool(["sh", "-c", script, "sh", image])
+        if (text === "") return null
+        const decoded = yield* Effect.either(Schema.decode(ImageConfigJson)(text))
+        if (Either.isRight(decoded)) return decoded.right
+        yield* Effect.logWarning(`${image} holds a ${configFile} that makes no sense; it is ignored`, decoded.left)
+        return null
+      })
+
+      const config = Effect.fn("RootfsImage.config")(
+        function* (image: string) {
+          const found = yield* remembered(
+            "image-config",
+            image,
+            Noted,
+            Effect.map(readConfig(image), (config) => ({ config }))
+          )
+          return found.config ?? {}
+        },
+        Effect.mapError((e) => (e._tag === "ProvisionError" ? e : cacheFailed(cacheDir, e)))
+      )
 
       const ensure = Effect.fn("RootfsImage.ensure")(function* (tarball: string) {
         const sha = yield* Effect.mapError(
@@ -126,46 +183,89 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
             if (yield* fromPrebake(tarball, staging)) return
             const tree = path.join(staging, "tree")
             yield* Effect.mapError(fs.makeDirectory(tree), (e) => cacheFailed(cacheDir, e))
-            yield* tool([
-              "tar",
-              "--extract",
-              "--numeric-owner",
-              "--xattrs",
-              "--preserve-permissions",
-              "--file",
-              tarball,
-              "--directory",
-              tree
-            ])
-            yield* imageFromTree(tree, path.join(staging, "image"))
+            yield* extract(tarball, tree)
+            yield* imageFromTree(tree, staging, sha)
           })
         )
         return target
       })
 
-      const imageFromTree = Effect.fnUntraced(function* (tree: string, image: string) {
-        const entries = yield* Effect.mapError(fs.readDirectory(tree, { recursive: true }), (e) =>
-          cacheFailed(cacheDir, e)
+      /** Owners and device nodes need root, or something that answers like root and remembers from one command to the next. */
+      const asRoot = (staging: string, argv: ReadonlyArray<string>): readonly [string, ...ReadonlyArray<string>] => {
+        const state = path.join(staging, "owners")
+        const [first = "true", ...rest] = argv
+        if (process.getuid?.() === 0) return [first, ...rest]
+        return ["sh", "-c", ': >>"$1"; exec fakeroot -i "$1" -s "$1" -- "$@"', "sh", state, ...argv]
+      }
+
+      /**
+       * The tarball is not trusted: GNU tar itself refuses names with `..`, makes absolute ones relative and never writes through a symbolic
+       * link of the archive's. Beyond the limit it is ended from its own checkpoint; the shell turns the signal into an exit code.
+       */
+      const extract = (tarball: string, tree: string) =>
+        tool(
+          asRoot(path.dirname(tree), [
+            "sh",
+            "-c",
+            'tar "$@"; exit $?',
+            "sh",
+            "--extract",
+            "--numeric-owner",
+            "--same-owner",
+            "--xattrs",
+            // capabilities and ACLs, not only user attributes
+            "--xattrs-include=*",
+            "--preserve-permissions",
+            `--checkpoint=${Math.ceil(settings.imageLimitBytes / tarRecord)}`,
+            "--checkpoint-action=exec=kill -KILL $PPID",
+            "--file",
+            tarball,
+            "--directory",
+            tree
+          ])
+        ).pipe(
+          Effect.mapError((e) =>
+            e.code === "PROVISION_INSTALL_HOOK_FAILED" && e.message.includes("code 137")
+              ? tooLarge(tarball, settings.imageLimitBytes)
+              : e
+          )
         )
-        const sizes = yield* Effect.forEach(
-          entries,
-          (entry) =>
-            Effect.match(fs.stat(path.join(tree, entry)), { onSuccess: (i) => Number(i.size), onFailure: () => 0 }),
-          { concurrency: 32 }
-        )
-        const bytes = sizes.reduce((sum, size) => sum + Math.ceil(size / 4096) * 4096, 0)
+
+      /** The same tree gives the same bytes, for a bundle is restored only on the image it was taken on. `sha` is that of its source. */
+      const imageFromTree = Effect.fnUntraced(function* (tree: string, staging: string, sha: string) {
+        const image = path.join(staging, "image")
+        const listing = yield* tool(["find", tree, "-printf", "%i %s %b\\n"])
+        const inodes = new Map<string, number>()
+        for (const line of listing.trimEnd().split("\n")) {
+          const [inode = "", size, blocks] = line.split(" ")
+          // holes of a large file take no space, and blocks that are not written yet are not counted
+          const bytes = Number(size) > sparseFrom ? Math.min(Number(size), Number(blocks) * 512) : Number(size)
+          inodes.set(inode, Math.ceil(bytes / 4096) * 4096)
+        }
+        const bytes = [...inodes.values()].reduce((sum, size) => sum + size, 0)
         // Room for metadata; the file is sparse, so what is not needed costs nothing. Nothing is ever added to a base.
         const size = Math.ceil((bytes * 1.25 + 64 * 1024 * 1024) / 4096) * 4096
-        yield* makeExt4(image, size, [
-          "-O",
-          "^has_journal,^resize_inode",
-          "-N",
-          String(entries.length + 4096),
-          "-E",
-          "lazy_itable_init=1,nodiscard",
-          "-d",
-          tree
-        ])
+        const id = sha.replace(/^(.{8})(.{4}).(.{3}).(.{3})(.{12}).*$/, "$1-$2-4$3-8$4-$5")
+        yield* makeExt4(
+          image,
+          size,
+          [
+            ...["-I", "256", "-N", String(inodes.size + 4096), "-U", id],
+            ...["-O", baseFeatures, "-E", `hash_seed=${id},lazy_itable_init=1,nodiscard`, "-d", tree]
+          ],
+          (argv) => asRoot(staging, argv)
+        )
+        // mke2fs copies access and change times of the extracted files, which are those of this run
+        const times = path.join(staging, "times")
+        const numbers = [2, ...Array.from({ length: inodes.size + 16 }, (_, i) => 11 + i)]
+        yield* Effect.mapError(
+          fs.writeFileString(
+            times,
+            numbers.map((n) => `set_inode_field <${n}> atime @1\nset_inode_field <${n}> ctime @1\n`).join("")
+          ),
+          (e) => cacheFailed(cacheDir, e)
+        )
+        yield* tool(["debugfs", "-w", "-f", times, image])
       })
 
       /** `x.img.gz` beside `x.tar.gz`, when it holds an ext4 image: a build that was done before. Anything else is passed over. */
@@ -203,6 +303,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
 
       return RootfsImage.of({
         ensure,
+        config,
         upperTemplate,
         checkDisk: Effect.fn("RootfsImage.checkDisk")(function* (image) {
           const { ext4, file } = yield* inspect(image)
@@ -224,6 +325,17 @@ const ext4MagicOffset = 1024 + 0x38
 /** Without reserved descriptor blocks an upper is 92 KiB instead of 1.2 MiB (lab/overlay-criu.md §3). */
 const upperFeatures = "^resize_inode"
 
+/** Of a base: named one by one, so that the host's mke2fs.conf has no say. */
+const baseFeatures =
+  "none,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,flex_bg,huge_file,large_file,metadata_csum,sparse_super,64bit"
+
+/** tar counts in records of this many bytes. */
+const tarRecord = 10240
+const sparseFrom = 64 * 1024 * 1024
+const maxConfig = 1024 * 1024
+
+const Noted = Schema.parseJson(Schema.Struct({ config: Schema.NullOr(ImageConfig) }))
+
 const Sha256 = Schema.String.pipe(Schema.pattern(/^[0-9a-f]{64}$/))
 
 const imageNotFound = (image: string, cause: unknown) =>
@@ -242,12 +354,19 @@ const imageInvalid = (image: string, why: string, cause?: unknown) =>
     cause
   })
 
-const toolFailed = (argv: ReadonlyArray<string>, code: number, stderr: string) => {
+const tooLarge = (tarball: string, limit: number) =>
+  new ProvisionError({
+    code: "ROOTFS_IMG_TOO_LARGE",
+    message: `${tarball} holds more than ${Math.ceil(limit / 1024 ** 2)} MiB`,
+    hint: "if it is to be that large, raise MACHINEN_IMAGE_LIMIT_MIB"
+  })
+
+const toolFailed = (argv: ReadonlyArray<string>, { code, stderr }: command.Finished) => {
   // tar tells a short write by its length only
   const noSpace = /no space left on device|wrote only \d+ of \d+ bytes/i.test(stderr)
   return new ProvisionError({
     code: noSpace ? "ROOTFS_IMG_NO_SPACE" : "PROVISION_INSTALL_HOOK_FAILED",
-    message: `${argv[0]} ended with code ${code}: ${stderr.trim().split("\n").slice(-3).join("; ")}`,
+    message: `${argv.includes("--extract") ? "tar" : argv[0]} ended with code ${code}: ${stderr.trim().split("\n").slice(-3).join("; ")}`,
     hint: noSpace
       ? "free some space, or set MACHINEN_CACHE_DIR to a larger disk"
       : "is the tarball complete, and a root filesystem?"

@@ -16,6 +16,7 @@ const raw = Config.nested(
     mke2fs: Config.option(Config.string("MKE2FS")),
     gvproxy: Config.option(Config.string("GVPROXY")),
     mksquashfs: Config.option(Config.string("MKSQUASHFS")),
+    imageLimitMib: Config.integer("IMAGE_LIMIT_MIB").pipe(Config.withDefault(16 * 1024)),
     bootTimeout: Config.duration("BOOT_TIMEOUT").pipe(Config.withDefault(Duration.seconds(60))),
     stopGrace: Config.duration("STOP_GRACE").pipe(Config.withDefault(Duration.seconds(5))),
     snapshotEngine: Config.string("SNAPSHOT_ENGINE").pipe(Config.withDefault(""))
@@ -42,6 +43,8 @@ export interface SettingsValues {
   /** The program behind guests' network cards to use instead of the one set-up builds. */
   readonly gvproxy: Option.Option<string>
   readonly mksquashfs: Option.Option<string>
+  /** What a tarball may hold, and a build may come to. */
+  readonly imageLimitBytes: number
   /** From the VMM's start to the agent's doorbell. */
   readonly bootTimeout: Duration.Duration
   /** From the request to power off to SIGKILL. */
@@ -54,6 +57,7 @@ const derive = (c: Config.Config.Success<typeof raw>): SettingsValues => {
   const registryDir = Option.getOrElse(c.registryDir, () => c.home)
   return {
     ...c,
+    imageLimitBytes: c.imageLimitMib * 1024 ** 2,
     assetsDir: Option.getOrElse(c.assetsDir, () => path.join(c.home, "assets")),
     vmsDir: path.join(registryDir, "vms"),
     namesDir: path.join(registryDir, "names")
@@ -62,8 +66,8 @@ const derive = (c: Config.Config.Success<typeof raw>): SettingsValues => {
 
 /**
  * Host-wide settings, read once: MACHINEN_HOME, MACHINEN_CACHE_DIR, MACHINEN_ASSETS_STORE, MACHINEN_REGISTRY_DIR, MACHINEN_BACKEND,
- * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_MKSQUASHFS, MACHINEN_GVPROXY, MACHINEN_BOOT_TIMEOUT and MACHINEN_STOP_GRACE
- * (as "5 seconds"), MACHINEN_SNAPSHOT_ENGINE.
+ * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_MKSQUASHFS, MACHINEN_GVPROXY, MACHINEN_IMAGE_LIMIT_MIB, MACHINEN_BOOT_TIMEOUT and
+ * MACHINEN_STOP_GRACE (as "5 seconds"), MACHINEN_SNAPSHOT_ENGINE.
  */
 export class Settings extends Context.Tag("machinen/Settings")<Settings, SettingsValues>() {
   static readonly layer = Layer.effect(Settings, Effect.map(raw, derive))
@@ -82,6 +86,7 @@ export class Settings extends Context.Tag("machinen/Settings")<Settings, Setting
       mke2fs: Option.none(),
       gvproxy: Option.none(),
       mksquashfs: Option.none(),
+      imageLimitBytes: 16 * 1024 ** 3,
       bootTimeout: Duration.seconds(60),
       stopGrace: Duration.seconds(5),
       snapshotEngine: "",

@@ -4,6 +4,7 @@ import { Agent } from "./Agent.ts"
 import { Assets } from "./Assets.ts"
 import { type BootOptions, type BootPlan, validate } from "./domain/BootOptions.ts"
 import { BootError, type ExecError } from "./domain/errors.ts"
+import { applied } from "./domain/ImageConfig.ts"
 import { guestNetwork } from "./domain/Network.ts"
 import { type Disk, MachineSpec } from "./domain/Vm.ts"
 import { VmEntry } from "./domain/VmEntry.ts"
@@ -43,14 +44,14 @@ export const boot = Effect.fn("boot")(
 
     // 1. Check everything that can be refused. Nothing has been acquired yet.
     const capabilities = yield* vmm.capabilities
-    const plan = yield* validate(options, {
+    const asked = yield* validate(options, {
       memoryBytes: yield* memory.totalBytes,
       maxVcpus: capabilities.maxVcpus
     }).pipe(
       Effect.tap(({ mounts }) => checkHosts(mounts)),
       phase("validate")
     )
-    const network = yield* Launch.networkOf(plan.network, plan.portForward)
+    const network = yield* Launch.networkOf(asked.network, asked.portForward)
     const id = Launch.newId()
     const dir = path.join(settings.vmsDir, id)
     const vsockPath = path.join(dir, "vsock.sock")
@@ -59,20 +60,20 @@ export const boot = Effect.fn("boot")(
     const entry = new VmEntry({
       version: 1,
       id,
-      name: plan.name,
+      name: asked.name,
       state: "booting",
       bootId: yield* processes.bootId,
       owner: yield* processes.self,
-      detached: plan.detached,
+      detached: asked.detached,
       backend: capabilities.backend,
       accel: capabilities.accel,
-      image: plan.rootDisk ?? plan.image,
-      command: plan.command,
-      memoryMib: plan.memoryMib,
-      vcpus: plan.vcpus,
-      network: plan.network,
-      portForward: plan.portForward,
-      mount: plan.mounts.mount,
+      image: asked.rootDisk ?? asked.image,
+      command: asked.command,
+      memoryMib: asked.memoryMib,
+      vcpus: asked.vcpus,
+      network: asked.network,
+      portForward: asked.portForward,
+      mount: asked.mounts.mount,
       createdAt: Date.now(),
       vsockPath,
       controlPath: path.join(dir, "shim.sock"),
@@ -83,12 +84,17 @@ export const boot = Effect.fn("boot")(
     const cleanup = yield* registry.claim(entry).pipe(phase("claim"))
 
     // 3. What the machine is made of, and a place for the guest to ring.
-    const [root, mounted, kernel, initrd, doorbell] = yield* Effect.all(
+    const [{ plan, ...root }, mounted] = yield* Effect.all(
       [
-        rootDisks(plan, dir, images).pipe(phase("rootdisk-materialize")),
-        plan.mounts.mount === undefined
+        rootDisks(asked, dir, images).pipe(phase("rootdisk-materialize")),
+        asked.mounts.mount === undefined
           ? noDisks
-          : mountDisks(plan.mounts.mount, plan.mounts.mountUpperBytes, dir).pipe(phase("mountdisk-materialize")),
+          : mountDisks(asked.mounts.mount, asked.mounts.mountUpperBytes, dir).pipe(phase("mountdisk-materialize"))
+      ],
+      { concurrency: 2 }
+    )
+    const [kernel, initrd, doorbell] = yield* Effect.all(
+      [
         assets.kernel,
         Launch.writeInitramfs(dir, guestOf(plan, entry)).pipe(phase("initramfs-pack")),
         agent.doorbell(vsockPath)
@@ -98,7 +104,7 @@ export const boot = Effect.fn("boot")(
 
     // 4. Shim and VMM. From here on the shim answers for everything in the directory.
     const disks = [...root.disks, ...mounted.disks]
-    const complete = new VmEntry({ ...entry, kernel, disks })
+    const complete = new VmEntry({ ...entry, command: plan.command, kernel, disks })
     const machine = yield* vmm
       .launch(
         new MachineSpec({
@@ -140,11 +146,11 @@ export const boot = Effect.fn("boot")(
 
 const noDisks = Effect.succeed({ disks: [], files: [] })
 
-/** The disks of the guest's root, and what has to be copied into the VM's directory for them. */
+/** The disks of the guest's root, what has to be copied into the VM's directory for them, and the plan with what the image says. */
 const rootDisks = Effect.fnUntraced(function* (plan: BootPlan, dir: string, images: RootfsImage["Type"]) {
   if (plan.rootDisk !== undefined) {
     const disk: Disk = { id: "root", path: yield* images.checkDisk(plan.rootDisk), readOnly: false }
-    return { disks: [disk], files: [] }
+    return { plan, disks: [disk], files: [] }
   }
   const [base, template] = yield* Effect.all(
     [images.resolve(plan.image), images.upperTemplate(plan.rootDiskSizeBytes)],
@@ -157,7 +163,7 @@ const rootDisks = Effect.fnUntraced(function* (plan: BootPlan, dir: string, imag
     { id: "root", path: base, readOnly: true },
     { id: "upper", path: upper, readOnly: false }
   ]
-  return { disks, files: [{ from: template, to: upper }] }
+  return { plan: yield* applied(plan, yield* images.config(base)), disks, files: [{ from: template, to: upper }] }
 })
 
 /** What the guest is told. */
@@ -165,7 +171,8 @@ const guestOf = (plan: BootPlan, entry: VmEntry): Initramfs.GuestConfig => ({
   config: {
     ...(plan.command === undefined ? {} : { cmd: plan.command }),
     env: { ...(entry.name === undefined ? {} : { MACHINEN_VM_NAME: entry.name }), ...plan.env },
-    ...(plan.cwd === undefined ? {} : { cwd: plan.cwd })
+    ...(plan.cwd === undefined ? {} : { cwd: plan.cwd }),
+    ...(plan.user === undefined ? {} : { user: plan.user })
   },
   boot: {
     version: 1,

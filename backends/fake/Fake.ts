@@ -143,6 +143,7 @@ export const layer = Layer.unwrapEffect(
         RootfsImage.of({
           resolve: () =>
             at("image", new BootError({ code: "BOOT_IMAGE_NOT_FOUND", message: "no image" })).pipe(Effect.as("/base")),
+          config: () => Effect.succeed({}),
           checkDisk: (image) => Effect.succeed(image),
           ensure: () => Effect.succeed("/base"),
           upperTemplate: () =>

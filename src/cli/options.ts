@@ -53,6 +53,11 @@ export const bootOptions = {
     Options.withAlias("w"),
     Options.optional,
     Options.withDescription("working directory in the guest")
+  ),
+  user: Options.text("user").pipe(
+    Options.withAlias("u"),
+    Options.optional,
+    Options.withDescription("whom commands run as: user[:group], names or numbers (default the image's, else root)")
   )
 }
 
@@ -68,6 +73,7 @@ export interface BootFlags {
   readonly env: ReadonlyArray<string>
   readonly volume: ReadonlyArray<string>
   readonly workdir: Option.Option<string>
+  readonly user: Option.Option<string>
 }
 
 const malformed = (flag: string, value: string, expected: string) =>
@@ -78,7 +84,7 @@ const malformed = (flag: string, value: string, expected: string) =>
   })
 
 /** Numbers are read as text: the range is the boot's to judge, with its own message. */
-const number = (flag: string, value: string) =>
+export const wholeNumber = (flag: string, value: string) =>
   /^-?[0-9]+(e[0-9]+)?$/i.test(value) ? Effect.succeed(Number(value)) : malformed(flag, value, "a whole number")
 
 /** `8080:80`, `0.0.0.0:8080:80`, `[::1]:8080:80`. The range of the ports is the boot's to judge. */
@@ -100,7 +106,7 @@ const network = (value: string): Effect.Effect<NetworkMode, ParseError> =>
 
 const units: Readonly<Record<string, number>> = { "": 1, k: 1024, m: 1024 ** 2, g: 1024 ** 3, t: 1024 ** 4 }
 
-const size = (flag: string, value: string) => {
+export const size = (flag: string, value: string) => {
   const match = /^([0-9]+)([kmgt]?)(i?b)?$/i.exec(value)
   return match === null
     ? malformed(flag, value, "a size like 512M or 8G")
@@ -151,7 +157,7 @@ export const whenGiven = <A extends Readonly<Record<string, Option.Option<unknow
 }
 
 const memory = (value: string): Effect.Effect<number | "auto", ParseError> =>
-  value === "auto" ? Effect.succeed("auto") : number("memory", value)
+  value === "auto" ? Effect.succeed("auto") : wholeNumber("memory", value)
 
 /** Flags as boot options; only the shape of each is judged here. */
 export const toBootOptions = Effect.fnUntraced(function* (flags: BootFlags, command: ReadonlyArray<string>) {
@@ -161,8 +167,9 @@ export const toBootOptions = Effect.fnUntraced(function* (flags: BootFlags, comm
     name: Effect.succeed(flags.name),
     cwd: Effect.succeed(flags.workdir),
     network: Effect.transposeMapOption(flags.network, network),
+    user: Effect.succeed(flags.user),
     memoryMib: Effect.transposeMapOption(flags.memory, memory),
-    vcpus: Effect.transposeMapOption(flags.vcpus, (value) => number("vcpus", value)),
+    vcpus: Effect.transposeMapOption(flags.vcpus, (value) => wholeNumber("vcpus", value)),
     rootDiskSizeBytes: Effect.transposeMapOption(flags.disk, (value) => size("disk", value))
   })
   const set: ReadonlyArray<[string, Option.Option<unknown>]> = Object.entries(given)

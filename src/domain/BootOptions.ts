@@ -13,16 +13,21 @@ import { VmName } from "./Vm.ts"
 
 /** What a caller may ask of a boot. Everything has a default; nothing is acquired before all of it is checked. */
 export interface BootOptions extends Omit<MountOptions, "liveMounts"> {
-  /** `micro`, `debian`, the path of a rootfs tarball, or of an ext4 image used as a read-only base. Default `debian`. */
+  /**
+   * `micro`, `debian`, the path of a rootfs tarball or of an ext4 image used as a read-only base. Default `debian`. What it says about its
+   * commands (`machinen-config.json`) holds where these options say nothing; a command of these options replaces its own.
+   */
   readonly image?: string
   /** An ext4 image attached read-write as the whole root, as is; it is the caller's and stays. Excludes `image`. */
   readonly rootDisk?: string
-  /** The main command; the VM powers off when it ends. Without one the VM idles until it is stopped. */
+  /** The main command; the VM powers off when it ends. Without one, nor one of the image, the VM idles until it is stopped. */
   readonly command?: ReadonlyArray<string>
   /** Environment of the main command and of every command run later. */
   readonly env?: Readonly<Record<string, string>>
   /** Working directory of commands in the guest; absolute. Default `/`. */
   readonly cwd?: string
+  /** Whom commands run as: `user[:group]`, names or numbers of the image's. Default: the image's user, else root. */
+  readonly user?: string
   readonly name?: string
   /** Ceiling of guest memory in MiB; the host gives it as the guest touches it. Default 512; `"auto"`: half of the host's, at most 16 GiB. */
   readonly memoryMib?: number | "auto"
@@ -45,6 +50,7 @@ export interface BootPlan {
   readonly command: readonly [string, ...ReadonlyArray<string>] | undefined
   readonly env: Readonly<Record<string, string>>
   readonly cwd: string | undefined
+  readonly user: string | undefined
   readonly name: VmName | undefined
   readonly memoryMib: number
   readonly vcpus: number
@@ -96,6 +102,13 @@ export const validate = Effect.fnUntraced(function* (options: BootOptions, host:
     })
   }
   yield* validateEnv(env)
+  if (options.user !== undefined && !/^[^:\0]+(:[^:\0]+)?$/.test(options.user)) {
+    return yield* new BootError({
+      code: "BOOT_OPTION_INVALID",
+      message: `${JSON.stringify(options.user)} is not a user`,
+      hint: "give a name or a number, and a group after a colon if need be: 1000, www-data, app:staff"
+    })
+  }
   for (const part of command ?? []) {
     if (part.includes("\0")) {
       return yield* new BootError({
@@ -112,6 +125,7 @@ export const validate = Effect.fnUntraced(function* (options: BootOptions, host:
     command: first === undefined ? undefined : [first, ...rest],
     env,
     cwd,
+    user: options.user,
     name: name === undefined ? undefined : yield* decodeName(name),
     memoryMib: yield* validateMemory(options.memoryMib ?? defaultMemoryMib, host),
     vcpus: yield* validateVcpus(vcpus, host),
@@ -124,7 +138,7 @@ export const validate = Effect.fnUntraced(function* (options: BootOptions, host:
   return plan
 })
 
-const validateEnv = Effect.fnUntraced(function* (env: Readonly<Record<string, string>>) {
+export const validateEnv = Effect.fnUntraced(function* (env: Readonly<Record<string, string>>) {
   let total = 0
   for (const [key, value] of Object.entries(env)) {
     if (key === "" || key.includes("=") || `${key}${value}`.includes("\0")) {

@@ -141,8 +141,13 @@ export class ProvisionError extends Schema.TaggedError<ProvisionError>()(
   fields(
     "PROVISION_BASE_NOT_FOUND",
     "PROVISION_INSTALL_HOOK_FAILED",
+    "PROVISION_DISK_TOO_SMALL",
+    "PROVISION_TIMEOUT",
+    "PROVISION_OUT_UNWRITABLE",
+    "PROVISION_OPTION_INVALID",
     "ROOTFS_IMG_TOOL_MISSING",
     "ROOTFS_IMG_NO_SPACE",
+    "ROOTFS_IMG_TOO_LARGE",
     "ROOTFS_IMG_IO"
   )
 ) {

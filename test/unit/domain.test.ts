@@ -67,6 +67,7 @@ describe("boot options", () => {
         command: undefined,
         env: {},
         cwd: undefined,
+        user: undefined,
         name: undefined,
         memoryMib: 512,
         vcpus: 1,
