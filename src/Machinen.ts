@@ -19,6 +19,7 @@ import type { VmEntry } from "./domain/VmEntry.ts"
 import { type Forked, type ForkOptions, fork } from "./fork.ts"
 import type { Gvproxy } from "./Gvproxy.ts"
 import type { Mountdisk } from "./Mountdisk.ts"
+import { type Provisioned, type ProvisionOptions, provision } from "./provision.ts"
 import { type Leftover, Registry } from "./Registry.ts"
 import type { RootfsImage } from "./RootfsImage.ts"
 import { misfits, type Restored, type RestoreOptions, restore } from "./restore.ts"
@@ -60,6 +61,8 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
      * output is lost.
      */
     readonly boot: (options: BootOptions) => Effect.Effect<Booted, BootFailure, Scope.Scope>
+    /** Builds an image: boots a base, runs the hook in it, and writes its root filesystem to a tarball. */
+    readonly provision: <E, R = never>(options: ProvisionOptions<E, R>) => Effect.Effect<Provisioned, BootFailure, R>
     /** Turns a running VM into a bundle. Unless `leaveRunning`, the VM ends with it. */
     readonly snapshot: (vm: Vm.Vm, options: SnapshotOptions) => Effect.Effect<Snapshot, SnapshotFailure>
     /** Fails as `snapshot` would for its options and the state of the VM; touches nothing. */
@@ -93,6 +96,8 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
       const sourceOf = (vm: Vm.Vm) => ({ entry: vm.entry, machine: vm.machine, agent: vm })
       return Machinen.of({
         boot: (options) => providedScoped(boot(options)),
+        provision: <E, R>(options: ProvisionOptions<E, R>) =>
+          Effect.mapInputContext(provision(options), (own: Context.Context<R>) => Context.merge(services, own)),
         snapshot: (vm, options) => provided(snapshot(sourceOf(vm), options)),
         checkSnapshot: (vm, options) => provided(checkSnapshot(sourceOf(vm), options)),
         restore: (options) => providedScoped(restore(options)),

@@ -10,6 +10,7 @@ import { install } from "./commands/install.ts"
 import { gc, pause, resume, stop } from "./commands/lifecycle.ts"
 import { logs } from "./commands/logs.ts"
 import { ls } from "./commands/ls.ts"
+import { provision } from "./commands/provision.ts"
 import { fork, restore } from "./commands/restore.ts"
 import { run } from "./commands/run.ts"
 import { bundle, snapshot } from "./commands/snapshot.ts"
@@ -39,6 +40,8 @@ export const cli = (argv: ReadonlyArray<string>) => {
       ["inspect", "verify"].includes(head[3] ?? "") ? bundle : snapshot,
       restore,
       fork,
+      provision("provision"),
+      provision("bake"),
       gc,
       install,
       doctor,

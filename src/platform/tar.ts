@@ -14,6 +14,23 @@ export const pack = (dir: string, skip: (relative: string) => boolean): Stream.S
     )
   )
 
+/** One file's header and content, as they stand in an archive; it is root's, and of no time. */
+export const entry = (name: string, content: Uint8Array): Uint8Array => {
+  const header = new Tar.Header({
+    path: name,
+    mode: 0o644,
+    uid: 0,
+    gid: 0,
+    size: content.length,
+    mtime: new Date(0),
+    type: "File"
+  })
+  const padded = Buffer.alloc(512 + Math.ceil(content.length / 512) * 512)
+  header.encode(padded, 0)
+  padded.set(content, 512)
+  return padded
+}
+
 /** One file as a tar stream, under its own base name. */
 export const packFile = (dir: string, name: string, as: string): Stream.Stream<Uint8Array, Error> =>
   Stream.suspend(() =>

@@ -15,6 +15,7 @@ const ranks: ReadonlyArray<readonly [prefix: string, rank: number]> = [
   ["src/index.ts", 8],
   ["src/promise.ts", 8],
   ["src/boot.ts", 3],
+  ["src/provision.ts", 3],
   ["src/restore.ts", 3],
   ["src/fork.ts", 3],
   ["src/snapshot.ts", 3],
