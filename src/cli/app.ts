@@ -1,4 +1,5 @@
-import { Command } from "@effect/cli"
+import { Command, CommandDescriptor } from "@effect/cli"
+import { Effect, HashMap, Option } from "effect"
 import { version } from "../version.ts"
 import { boot } from "./commands/boot.ts"
 import { cp } from "./commands/cp.ts"
@@ -14,6 +15,7 @@ import { provision } from "./commands/provision.ts"
 import { fork, restore } from "./commands/restore.ts"
 import { run } from "./commands/run.ts"
 import { bundle, snapshot } from "./commands/snapshot.ts"
+import * as usage from "./usage.ts"
 
 /**
  * argv in, Effect out; its requirements are services, so that a test can run it on fakes. What follows the first `--` belongs to a guest
@@ -48,5 +50,10 @@ export const cli = (argv: ReadonlyArray<string>) => {
       demo
     ])
   )
-  return Command.run(root, { name: "machinen", version })(head)
+  const [, , verb = "", ...args] = head
+  const flags = HashMap.get(Command.getSubcommands(root), verb).pipe(
+    Option.map((command) => usage.flagsOf(CommandDescriptor.getUsage(command))),
+    Option.getOrElse(() => [])
+  )
+  return Effect.zipRight(usage.check(flags, args), Command.run(root, { name: "machinen", version })(head))
 }

@@ -1,6 +1,6 @@
 import * as ValidationError from "@effect/cli/ValidationError"
 import { Cause, Console, Effect, Exit, Fiber, Option } from "effect"
-import { ExecError, isMachinenError, render } from "../domain/errors.ts"
+import { ExecError, isMachinenError, ParseError, render } from "../domain/errors.ts"
 import * as debugLogger from "../runtime/debugLogger.ts"
 import * as layers from "../runtime/layers.ts"
 import { cli } from "./app.ts"
@@ -8,6 +8,7 @@ import { startFailure } from "./commands/run.ts"
 import { ExitWith } from "./exit.ts"
 import * as signals from "./signals.ts"
 import * as stdio from "./stdio.ts"
+import * as usage from "./usage.ts"
 
 /** Verbs whose exit code is the guest command's keep docker's 125 for a failure of our own. */
 const relaysExitCode = ["run", "exec", "boot"].includes(process.argv[2] ?? "")
@@ -19,7 +20,7 @@ const exitCode = (exit: Exit.Exit<unknown, unknown>): number => {
   const failure = Option.getOrUndefined(Cause.failureOption(exit.cause))
   if (failure instanceof ExitWith) return failure.code
   if (failure instanceof ExecError && relaysExitCode) return startFailure(failure)
-  if (ValidationError.isValidationError(failure)) return relaysExitCode ? 125 : 2
+  if (ValidationError.isValidationError(failure) || failure instanceof ParseError) return relaysExitCode ? 125 : 2
   if (isMachinenError(failure)) return relaysExitCode ? 125 : 1
   return 70
 }
@@ -28,7 +29,13 @@ const report = (cause: Cause.Cause<unknown>): Effect.Effect<void> => {
   if (Cause.isInterruptedOnly(cause)) return Effect.void
   const failure = Option.getOrUndefined(Cause.failureOption(cause))
   if (failure instanceof ExitWith) return Effect.void
-  if (ValidationError.isValidationError(failure)) return Effect.void // @effect/cli has printed it
+  if (ValidationError.isValidationError(failure)) {
+    if (ValidationError.isHelpRequested(failure)) return Effect.void
+    // what is wrong has been printed by @effect/cli
+    const code = usage.codeOf(failure)
+    const command = code === "PARSE_COMMAND_UNKNOWN" ? "machinen" : `machinen ${process.argv[2] ?? ""}`
+    return Console.error(`machinen: (${code})\n  hint: \`${command} --help\` shows what it takes`)
+  }
   if (isMachinenError(failure)) return Console.error(`machinen: ${render(failure)}`)
   return Console.error(Cause.pretty(cause, { renderErrorCause: true }))
 }

@@ -87,11 +87,18 @@ const malformed = (flag: string, value: string, expected: string) =>
 export const wholeNumber = (flag: string, value: string) =>
   /^-?[0-9]+(e[0-9]+)?$/i.test(value) ? Effect.succeed(Number(value)) : malformed(flag, value, "a whole number")
 
-/** `8080:80`, `0.0.0.0:8080:80`, `[::1]:8080:80`. The range of the ports is the boot's to judge. */
+/** `8080:80`, `0.0.0.0:8080:80`, `[::1]:8080:80`. The address is the boot's to judge. */
 export const portForward = (values: ReadonlyArray<string>) =>
   Effect.forEach(values, (value) => {
     const match = /^(?:(?:\[([^\]]*)\]|([^:[\]]*)):)?(-?[0-9]+):(-?[0-9]+)$/.exec(value)
-    if (match === null) return malformed("publish", value, "[ADDRESS:]HOSTPORT:GUESTPORT, an IPv6 address in brackets")
+    const ports = [Number(match?.[3]), Number(match?.[4])]
+    if (match === null || !ports.every((port) => port >= 1 && port <= 65535)) {
+      return new ParseError({
+        code: "PARSE_PORT_INVALID",
+        message: `--publish ${JSON.stringify(value)} is not [ADDRESS:]HOSTPORT:GUESTPORT with ports from 1 to 65535`,
+        hint: "8080:80, 0.0.0.0:8080:80, or [::1]:8080:80"
+      })
+    }
     const hostAddr = match[1] ?? match[2]
     const forward: PortForwardOption = {
       ...(hostAddr === undefined ? {} : { hostAddr }),

@@ -165,7 +165,9 @@ export class ParseError extends Schema.TaggedError<ParseError>()(
     "PARSE_FLAG_DUPLICATE",
     "PARSE_FLAG_MALFORMED",
     "PARSE_PORT_INVALID",
-    "PARSE_ARGUMENT_MISSING"
+    "PARSE_ARGUMENT_MISSING",
+    "PARSE_ARGUMENT_UNKNOWN",
+    "PARSE_COMMAND_UNKNOWN"
   )
 ) {
   get retryable() {

@@ -58,8 +58,21 @@ describe("port forwards", () => {
         { hostAddr: "::1", hostPort: 1, guestPort: 2 },
         { hostAddr: "", hostPort: 1, guestPort: 2 }
       ])
-      for (const wrong of ["", "80", ":80", "80:", "a:b", "::1:80:80", "1:2:3:4", "80:80/udp", " 80:80"]) {
-        assert.strictEqual((yield* Effect.flip(portForward([wrong]))).code, "PARSE_FLAG_MALFORMED", wrong)
+      for (const wrong of [
+        "",
+        "80",
+        "0:80",
+        "8080:70000",
+        "-1:80",
+        ":80",
+        "80:",
+        "a:b",
+        "::1:80:80",
+        "1:2:3:4",
+        "80:80/udp",
+        " 80:80"
+      ]) {
+        assert.strictEqual((yield* Effect.flip(portForward([wrong]))).code, "PARSE_PORT_INVALID", wrong)
       }
     })
   )

@@ -147,10 +147,12 @@ describe("machinen run", () => {
     [["--name", "a b"], "REGISTRY_NAME_INVALID"],
     [["--root-disk", "/no/such/disk"], "BOOT_OPTION_INVALID"],
     [["--network", "bridge"], "PARSE_FLAG_MALFORMED"],
-    [["-p", "80"], "PARSE_FLAG_MALFORMED"],
-    [["-p", "8080:80/udp"], "PARSE_FLAG_MALFORMED"],
-    [["-p", "0:80"], "BOOT_PORT_FORWARD_INVALID"],
-    [["-p", "8080:70000"], "BOOT_PORT_FORWARD_INVALID"],
+    [["-p", "80"], "PARSE_PORT_INVALID"],
+    [["-p", "8080:80/udp"], "PARSE_PORT_INVALID"],
+    [["-p", "0:80"], "PARSE_PORT_INVALID"],
+    [["-p", "8080:70000"], "PARSE_PORT_INVALID"],
+    [["--image", "micro", "--image", "micro"], "PARSE_FLAG_DUPLICATE"],
+    [["--no-such-flag"], "PARSE_FLAG_UNKNOWN"],
     [["-p", "web:8080:80"], "BOOT_PORT_FORWARD_INVALID"],
     [["--network", "none", "-p", "8080:80"], "BOOT_PORT_FORWARD_INVALID"],
     [["-p", "8080:80", "-p", "0.0.0.0:8080:81"], "BOOT_PORT_FORWARD_CONFLICT"]
@@ -199,17 +201,23 @@ describe("machinen run", () => {
 })
 
 describe("usage", () => {
-  for (const [args, code] of [
-    [["ls", "--no-such-flag"], 2],
-    [["no-such-verb"], 2],
-    [["run", "--no-such-flag", "--", "true"], 125],
-    [["stop"], 2]
+  for (const [args, exit, code] of [
+    [["ls", "--no-such-flag"], 2, "PARSE_FLAG_UNKNOWN"],
+    [["restore", "--name", "a", "--name", "b", "dir"], 2, "PARSE_FLAG_DUPLICATE"],
+    [["restore", "--name"], 2, "PARSE_FLAG_MISSING_VALUE"],
+    [["fork", "--count", "many", "web"], 2, "PARSE_FLAG_MALFORMED"],
+    [["no-such-verb"], 2, "PARSE_COMMAND_UNKNOWN"],
+    [["ls", "what"], 2, "PARSE_ARGUMENT_UNKNOWN"],
+    [["run", "--image"], 125, "PARSE_FLAG_MISSING_VALUE"],
+    [["run", "--image", "--name", "a", "--", "true"], 125, "PARSE_FLAG_MISSING_VALUE"],
+    [["stop"], 2, "PARSE_ARGUMENT_MISSING"]
   ] as const) {
-    it.live(`ends \`${args.join(" ")}\` with ${code} and says why`, () =>
+    it.live(`ends \`${args.join(" ")}\` with ${exit} and says why`, () =>
       Effect.gen(function* () {
         const result = yield* machinen(args)
-        assert.strictEqual(result.code, code)
-        assert.isNotEmpty(result.stderr)
+        assert.deepStrictEqual({ code: result.code, stdout: result.stdout }, { code: exit, stdout: "" })
+        assert.include(result.stderr, `(${code})`)
+        assert.include(result.stderr, "hint:")
       })
     )
   }
