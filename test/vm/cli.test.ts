@@ -354,7 +354,7 @@ describe("a detached VM", () => {
       const missing = yield* machinen(["cp", "copy:/no/such/file", home])
       assert.strictEqual(missing.code, 1)
       assert.include(missing.stderr, "(FILES_NOT_FOUND)")
-      assert.strictEqual((yield* machinen(["cp", source, home])).code, 1)
+      assert.strictEqual((yield* machinen(["cp", source, home])).code, 2)
     })
   )
 
