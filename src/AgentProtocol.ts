@@ -1,4 +1,5 @@
 import { Schema } from "effect"
+import { ExitStatus } from "./domain/Vm.ts"
 
 /**
  * Frames between host and guest agent (docs/protocol.md §3): u8 type, u32 big-endian length, payload. This file is the TypeScript
@@ -49,6 +50,14 @@ export const encodeHeader = (type: FrameType, length: number): Buffer => {
 
 export const encodeFrame = (type: FrameType, payload: Uint8Array): Buffer =>
   Buffer.concat([encodeHeader(type, payload.length), payload])
+
+/** Pieces no larger than a frame may be. */
+export const pieces = (bytes: Uint8Array): ReadonlyArray<Uint8Array> => {
+  if (bytes.length <= maxPayload) return bytes.length === 0 ? [] : [bytes]
+  const parts: Array<Uint8Array> = []
+  for (let at = 0; at < bytes.length; at += maxPayload) parts.push(bytes.subarray(at, at + maxPayload))
+  return parts
+}
 
 /** The peer broke the framing; nothing after this can be trusted. */
 export class FrameViolation extends Schema.TaggedError<FrameViolation>()("FrameViolation", {
@@ -142,6 +151,19 @@ export const AgentRequest = Schema.Union(
     user: Schema.optional(Schema.String),
     stdin: Schema.optionalWith(Schema.Boolean, { default: () => false })
   }),
+  Schema.Struct({
+    op: Schema.Literal("pty"),
+    /** A login shell when it is empty. */
+    argv: Schema.optionalWith(Schema.Array(Schema.String), { default: () => [] }),
+    env: Schema.optionalWith(Environment, { default: () => ({}) }),
+    cwd: Schema.optional(Schema.String),
+    columns: Schema.Int,
+    rows: Schema.Int,
+    session: Schema.optional(Schema.String),
+    steal: Schema.optionalWith(Schema.Boolean, { default: () => false })
+  }),
+  Schema.Struct({ op: Schema.Literal("sessions") }),
+  Schema.Struct({ op: Schema.Literal("session-kill"), session: Schema.String }),
   Schema.Struct({ op: Schema.Literal("main"), stdin: Schema.Boolean, detach: Schema.Boolean }),
   Schema.Struct({
     op: Schema.Literal("write"),
@@ -192,6 +214,8 @@ export const AgentFault = Schema.Struct({
     "AGENT_NOT_EXECUTABLE",
     "AGENT_CWD_INVALID",
     "AGENT_BUSY",
+    "AGENT_SESSION_NOT_FOUND",
+    "AGENT_SESSION_IN_USE",
     "AGENT_TIMEOUT",
     "AGENT_ARGUMENTS_TOO_LARGE",
     "AGENT_NO_SPACE",
@@ -213,6 +237,21 @@ export class FileStat extends Schema.Class<FileStat>("FileStat")({
   uid: Schema.Int,
   gid: Schema.Int,
   target: Schema.optional(Schema.String)
+}) {}
+
+/** A terminal session in a guest. */
+export class TerminalSession extends Schema.Class<TerminalSession>("TerminalSession")({
+  name: Schema.String,
+  pid: Schema.Int,
+  argv: Schema.Array(Schema.String),
+  /** Unix milliseconds, by the guest's clock. */
+  createdMs: Schema.Number,
+  /** Somebody is attached to it. */
+  attached: Schema.Boolean,
+  columns: Schema.Int,
+  rows: Schema.Int,
+  /** How its command ended, if it has and nobody has seen it yet. */
+  ended: Schema.NullOr(ExitStatus)
 }) {}
 
 /** What a restored guest made new before its processes went on, and what stayed as it was in the original. */

@@ -21,6 +21,11 @@ pub enum Code {
     CwdInvalid,
     #[serde(rename = "AGENT_BUSY")]
     Busy,
+    #[serde(rename = "AGENT_SESSION_NOT_FOUND")]
+    SessionNotFound,
+    /// Somebody else is attached to it.
+    #[serde(rename = "AGENT_SESSION_IN_USE")]
+    SessionInUse,
     #[serde(rename = "AGENT_TIMEOUT")]
     Timeout,
     #[serde(rename = "AGENT_ARGUMENTS_TOO_LARGE")]
@@ -99,6 +104,27 @@ impl Serialize for Exit {
         }
         .serialize(serializer)
     }
+}
+
+/// A session, as `sessions` tells of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SessionInfo {
+    pub name: String,
+    pub pid: i32,
+    pub argv: Vec<String>,
+    pub created_ms: u64,
+    pub attached: bool,
+    pub columns: u16,
+    pub rows: u16,
+    /// How its command ended, if it has.
+    pub ended: Option<Exit>,
+}
+
+/// Result of `sessions`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SessionList {
+    pub sessions: Vec<SessionInfo>,
 }
 
 /// Result of `write` and `read`.

@@ -12,6 +12,9 @@ use crate::reply::{Code, ErrorReply};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     Exec(Exec),
+    Pty(Pty),
+    Sessions,
+    SessionKill(SessionKill),
     Main(Main),
     Write(Write),
     Read(Read),
@@ -39,6 +42,29 @@ pub struct Exec {
     pub user: Option<String>,
     #[serde(default)]
     pub stdin: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Pty {
+    /// A login shell when it is empty.
+    #[serde(default)]
+    pub argv: Vec<String>,
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    pub cwd: Option<String>,
+    pub user: Option<String>,
+    pub columns: u16,
+    pub rows: u16,
+    /// It outlives the stream under this name; one that is there is joined.
+    pub session: Option<String>,
+    /// From whoever is attached to it.
+    #[serde(default)]
+    pub steal: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct SessionKill {
+    pub session: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -145,6 +171,7 @@ pub struct Revive {
 
 /// Longest host name Linux takes (`__NEW_UTS_LEN`).
 const MAX_HOSTNAME: usize = 64;
+const MAX_SESSION_NAME: usize = 64;
 
 impl Request {
     /// Reads the payload of a `request` frame.
@@ -156,6 +183,9 @@ impl Request {
         let Op { op } = from_json(json)?;
         let request = match op.as_str() {
             "exec" => Self::Exec(from_json(json)?),
+            "pty" => Self::Pty(from_json(json)?),
+            "sessions" => Self::Sessions,
+            "session-kill" => Self::SessionKill(from_json(json)?),
             "main" => Self::Main(from_json(json)?),
             "write" => Self::Write(from_json(json)?),
             "read" => Self::Read(from_json(json)?),
@@ -185,6 +215,8 @@ impl Request {
     fn check(&self) -> Result<(), ErrorReply> {
         match self {
             Self::Exec(exec) => exec.check(),
+            Self::Pty(pty) => pty.check(),
+            Self::SessionKill(SessionKill { session }) => check_session(session),
             Self::Write(Write { path, mode, .. }) => {
                 if mode.is_some_and(|mode| mode > 0o7777) {
                     return bad("mode has bits beyond 07777");
@@ -201,6 +233,7 @@ impl Request {
             Self::Revive(revive) => revive.identity.check(),
             Self::Main(_)
             | Self::Image(_)
+            | Self::Sessions
             | Self::Kill(_)
             | Self::Stats
             | Self::Freeze(_)
@@ -221,6 +254,22 @@ impl Exec {
         check_env(&self.env)?;
         self.user.as_deref().map_or(Ok(()), |user| no_nul("user", user))?;
         self.cwd.as_deref().map_or(Ok(()), |cwd| no_nul("cwd", cwd))
+    }
+}
+
+impl Pty {
+    fn check(&self) -> Result<(), ErrorReply> {
+        if self.argv.first().is_some_and(String::is_empty) {
+            return bad("argv needs a command, or to be empty for a login shell");
+        }
+        if self.columns == 0 || self.rows == 0 {
+            return bad("a terminal has at least one column and one row");
+        }
+        self.argv.iter().try_for_each(|argument| no_nul("argv", argument))?;
+        check_env(&self.env)?;
+        self.cwd.as_deref().map_or(Ok(()), |cwd| no_nul("cwd", cwd))?;
+        self.user.as_deref().map_or(Ok(()), |user| no_nul("user", user))?;
+        self.session.as_deref().map_or(Ok(()), check_session)
     }
 }
 
@@ -282,6 +331,18 @@ fn check_hostname(hostname: &str) -> Result<(), ErrorReply> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.' || byte == b'_';
     if hostname.is_empty() || hostname.len() > MAX_HOSTNAME || !hostname.bytes().all(plain) {
         return bad("hostname must be 1 to 64 letters, digits, '.', '-' or '_'");
+    }
+    Ok(())
+}
+
+/// As a VM's own name, without paths.
+fn check_session(name: &str) -> Result<(), ErrorReply> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
+    let begins = name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+    if !begins || name.len() > MAX_SESSION_NAME || !name.bytes().all(plain) {
+        return bad(
+            "a session's name is 1 to 64 letters, digits, '_', '.' or '-', and begins with one of the first three",
+        );
     }
     Ok(())
 }
@@ -354,6 +415,35 @@ mod tests {
         for (field, value) in wrong {
             let refused = rejuvenate(field, value.clone()).unwrap_err();
             assert_eq!(refused.code, Code::BadRequest, "{field}: {value}");
+        }
+    }
+
+    #[test]
+    fn refuses_what_is_no_terminal() {
+        let pty = |field: &str, value: serde_json::Value| {
+            let mut request = serde_json::json!({"op": "pty", "columns": 80, "rows": 24});
+            request[field] = value;
+            Request::parse(request.to_string().as_bytes())
+        };
+        let Request::Pty(parsed) = pty("session", "build.1".into()).unwrap() else { panic!() };
+        assert_eq!((parsed.argv.len(), parsed.session.as_deref(), parsed.steal), (0, Some("build.1"), false));
+        let wrong = [
+            ("columns", 0.into()),
+            ("rows", 0.into()),
+            ("columns", 65_536.into()),
+            ("rows", (-1).into()),
+            ("argv", serde_json::json!([""])),
+            ("argv", serde_json::json!(["a\0b"])),
+            ("env", serde_json::json!({"": "1"})),
+            ("cwd", "\0".into()),
+            ("session", "".into()),
+            ("session", "-n".into()),
+            ("session", "a/b".into()),
+            ("session", "ü".into()),
+            ("session", "x".repeat(65).into()),
+        ];
+        for (field, value) in wrong {
+            assert_eq!(pty(field, value.clone()).unwrap_err().code, Code::BadRequest, "{field}: {value}");
         }
     }
 

@@ -20,6 +20,12 @@ impl Child {
         Ok(Self(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? }))
     }
 
+    /// Waits for its end and leaves it to be reaped.
+    pub async fn ended(&self) -> io::Result<()> {
+        self.0.readable().await?.retain_ready();
+        Ok(())
+    }
+
     /// Waits for its end (not for that of what it started) and reaps it.
     pub async fn wait(&self) -> io::Result<WaitIdStatus> {
         loop {

@@ -33,17 +33,38 @@ const DEFAULT_ENV: [(&str, &str); 3] = [("PATH", DEFAULT_PATH), ("HOME", "/root"
 const PIPE_BYTES: usize = 256 * 1024;
 
 /// A command that was started and not yet reaped: its pid, and so its process group, are its own until `wait` returns.
-pub struct Running {
+pub struct Process {
     pub pid: Pid,
-    pub stdin: Option<pipe::Sender>,
-    pub stdout: pipe::Receiver,
-    pub stderr: pipe::Receiver,
     child: Child,
     oom_kills: u64,
 }
 
+/// A command with pipes.
+pub struct Running {
+    pub process: Process,
+    pub stdin: Option<pipe::Sender>,
+    pub stdout: pipe::Receiver,
+    pub stderr: pipe::Receiver,
+}
+
 /// Starts what `request` describes, in the environment of `config`.
 pub fn start(config: &GuestConfig, request: &Exec) -> Result<Running, ErrorReply> {
+    execute(config, request, |image, user| spawn_with_pipes(image, user, request.stdin))
+}
+
+/// The same, in a session of its own whose terminal is `terminal`.
+pub fn start_in(terminal: BorrowedFd<'_>, config: &GuestConfig, request: &Exec) -> Result<Process, ErrorReply> {
+    execute(config, request, |image, user| {
+        user.map_or(Ok(()), |user| user.own(terminal))?;
+        spawn(image, user, Stdio::Terminal(terminal))
+    })
+}
+
+fn execute<T>(
+    config: &GuestConfig,
+    request: &Exec,
+    spawn: impl FnOnce(&Image, Option<&User>) -> io::Result<T>,
+) -> Result<T, ErrorReply> {
     let user = request.user.as_deref().or(config.user.as_deref());
     let user = user.map(|spec| User::find(spec, Path::new("/"))).transpose()?;
     let mut environment = environment(config, request);
@@ -55,8 +76,22 @@ pub fn start(config: &GuestConfig, request: &Exec) -> Result<Running, ErrorReply
     }
     let cwd = working_directory(config, request)?;
     let name = request.argv.first().map_or("", String::as_str);
-    let program = resolve(name, environment.get("PATH").map_or("", |path| path), &cwd)?;
-    spawn(request, &environment, &cwd, &program, user.as_ref()).map_err(|error| refused(name, &error))
+    let program = resolve(name, path_of(&environment), &cwd)?;
+    let image = Image::new(&request.argv, &environment, &cwd, &program);
+    image.and_then(|image| spawn(&image, user.as_ref())).map_err(|error| refused(name, &error))
+}
+
+/// What somebody who names no command gets: `$SHELL`, or the best there is, as after a login.
+pub fn login_shell(config: &GuestConfig, request: &Exec) -> Vec<String> {
+    let environment = environment(config, request);
+    let configured = environment.get("SHELL").copied().filter(|shell| !shell.is_empty());
+    let bash = || resolve("bash", path_of(&environment), Path::new("/")).ok().map(|_| "bash");
+    let shell = configured.or_else(bash).unwrap_or("sh");
+    vec![shell.to_owned(), "-l".to_owned()]
+}
+
+fn path_of<'a>(environment: &BTreeMap<&'a str, &'a str>) -> &'a str {
+    environment.get("PATH").copied().unwrap_or_default()
 }
 
 /// Commands that have not been reaped, by pid: only these may be killed by pid, for another process cannot have theirs yet.
@@ -79,7 +114,14 @@ impl Running {
     pub fn adopt(pid: Pid, stdout: pipe::Receiver, stderr: pipe::Receiver) -> io::Result<Self> {
         let (child, oom_kills) = (Child::of(pid)?, cgroup::oom_kills()?);
         unreaped().insert(pid.as_raw_pid());
-        Ok(Self { pid, stdin: None, stdout, stderr, child, oom_kills })
+        Ok(Self { process: Process { pid, child, oom_kills }, stdin: None, stdout, stderr })
+    }
+}
+
+impl Process {
+    /// Waits until it has ended, and lets its pid be its own still.
+    pub async fn ended(&self) -> io::Result<()> {
+        self.child.ended().await
     }
 
     /// Waits for the command itself (not for what it started) and reaps it.
@@ -148,43 +190,44 @@ fn refused(name: &str, error: &io::Error) -> ErrorReply {
     ErrorReply { code, message: format!("{name}: {error}"), errno: errno::of(error) }
 }
 
-fn spawn(
-    request: &Exec,
-    environment: &BTreeMap<&str, &str>,
-    cwd: &Path,
-    program: &Path,
-    user: Option<&User>,
-) -> io::Result<Running> {
-    let oom_kills = cgroup::oom_kills()?;
-    let image = Image::new(&request.argv, environment, cwd, program)?;
-    let workload = workload()?;
+/// What a command has for its standard files.
+#[derive(Clone, Copy)]
+enum Stdio<'a> {
+    Pipes([BorrowedFd<'a>; 3]),
+    /// For all three, and as the terminal it is controlled from.
+    Terminal(BorrowedFd<'a>),
+}
+
+fn spawn_with_pipes(image: &Image, user: Option<&User>, with_stdin: bool) -> io::Result<Running> {
     let (stdout, child_stdout) = pipe_with(PipeFlags::CLOEXEC)?;
     let (stderr, child_stderr) = pipe_with(PipeFlags::CLOEXEC)?;
     // Refused when the user's share of pipe memory is used up; the default size does too.
     let _ = rustix::pipe::fcntl_setpipe_size(&stdout, PIPE_BYTES);
-    let (child_stdin, stdin) = if request.stdin {
+    let (child_stdin, stdin) = if with_stdin {
         let (child_stdin, stdin) = pipe_with(PipeFlags::CLOEXEC)?;
         (child_stdin, Some(pipe::Sender::from_owned_fd(stdin)?))
     } else {
         (rustix::fs::open(c"/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?, None)
     };
     if let Some(user) = user {
-        for pipe in [&child_stdin, &child_stdout, &child_stderr].into_iter().skip(usize::from(!request.stdin)) {
+        for pipe in [&child_stdin, &child_stdout, &child_stderr].into_iter().skip(usize::from(!with_stdin)) {
             user.own(pipe)?;
         }
     }
-    // SAFETY: `become_command` makes system calls on memory prepared before, and nothing else.
-    let spawned = unsafe {
-        vfork::spawn(&|| {
-            image.become_command(workload, user, [child_stdin.as_fd(), child_stdout.as_fd(), child_stderr.as_fd()])
-        })
-    }?;
+    let process = spawn(image, user, Stdio::Pipes([child_stdin.as_fd(), child_stdout.as_fd(), child_stderr.as_fd()]))?;
     // End of file is when the command's ends are gone.
     drop((child_stdin, child_stdout, child_stderr));
-    unreaped().insert(spawned.pid.as_raw_pid());
-    let child = Child::by_pidfd(spawned.pidfd)?;
     let (stdout, stderr) = (pipe::Receiver::from_owned_fd(stdout)?, pipe::Receiver::from_owned_fd(stderr)?);
-    Ok(Running { pid: spawned.pid, stdin, stdout, stderr, child, oom_kills })
+    Ok(Running { process, stdin, stdout, stderr })
+}
+
+fn spawn(image: &Image, user: Option<&User>, stdio: Stdio<'_>) -> io::Result<Process> {
+    let oom_kills = cgroup::oom_kills()?;
+    let workload = workload()?;
+    // SAFETY: `become_command` makes system calls on memory prepared before, and nothing else.
+    let spawned = unsafe { vfork::spawn(&|| image.become_command(workload, user, stdio)) }?;
+    unreaped().insert(spawned.pid.as_raw_pid());
+    Ok(Process { pid: spawned.pid, child: Child::by_pidfd(spawned.pidfd)?, oom_kills })
 }
 
 /// Writing "0" here moves the writer into the commands' control group.
@@ -221,22 +264,24 @@ impl Image {
     }
 
     /// Turns the child into the command; comes back only when that fails.
-    fn become_command(&self, workload: &File, user: Option<&User>, stdio: [BorrowedFd<'_>; 3]) -> io::Error {
+    fn become_command(&self, workload: &File, user: Option<&User>, stdio: Stdio<'_>) -> io::Error {
         let Err(error) = self.try_become(workload, user, stdio);
         error
     }
 
-    fn try_become(
-        &self,
-        workload: &File,
-        user: Option<&User>,
-        [stdin, stdout, stderr]: [BorrowedFd<'_>; 3],
-    ) -> io::Result<Infallible> {
+    fn try_become(&self, workload: &File, user: Option<&User>, stdio: Stdio<'_>) -> io::Result<Infallible> {
         rustix::io::write(workload, b"0")?;
+        let [stdin, stdout, stderr] = match stdio {
+            Stdio::Pipes(pipes) => pipes,
+            Stdio::Terminal(terminal) => [terminal; 3],
+        };
         rustix::stdio::dup2_stdin(stdin)?;
         rustix::stdio::dup2_stdout(stdout)?;
         rustix::stdio::dup2_stderr(stderr)?;
         rustix::process::setsid()?;
+        if let Stdio::Terminal(terminal) = stdio {
+            rustix::process::ioctl_tiocsctty(terminal)?;
+        }
         write_file(c"/proc/self/oom_score_adj", b"0")?;
         rustix::process::setrlimit(Resource::Nofile, COMMAND_FILES)?;
         user.map_or(Ok(()), User::assume)?;

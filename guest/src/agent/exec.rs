@@ -48,7 +48,7 @@ where
     W: AsyncWrite + Unpin,
 {
     let stdin = running.stdin.take();
-    let started = Started { pid: running.pid.as_raw_pid().cast_unsigned() };
+    let started = Started { pid: running.process.pid.as_raw_pid().cast_unsigned() };
     let Exchange { input, output: stream, session } = exchange;
     let bond = Bond { session, is_detached };
     let attended = async {
@@ -71,9 +71,9 @@ where
     }
     .await;
     if attended.is_err() {
-        running.signal(libc::SIGKILL);
+        running.process.signal(libc::SIGKILL);
         // Reaps it. It was killed: how it ended interests nobody.
-        let _ = running.wait().await;
+        let _ = running.process.wait().await;
     }
     attended
 }
@@ -142,7 +142,7 @@ pub async fn pump_until_end(running: &Running, output: &mut impl Output) -> Resu
     let output = Mutex::new(output);
     let (ended, end) = watch::channel(false);
     let wait = async {
-        let exit = running.wait().await.map_err(|error| Abort::io("wait", &error))?;
+        let exit = running.process.wait().await.map_err(|error| Abort::io("wait", &error))?;
         ended.send_replace(true);
         Ok(exit)
     };
@@ -192,11 +192,46 @@ async fn pump(
     Ok(())
 }
 
-/// Does what the host's frames say until there are no more: passes input on, sends signals. Returns why it ended.
-async fn obey<R: AsyncRead + Unpin>(
+/// What a command reads from.
+pub trait Input {
+    /// Waits until it takes bytes, or is known to be broken.
+    async fn writable(&self);
+    fn try_write(&self, bytes: &[u8]) -> io::Result<usize>;
+}
+
+impl Input for pipe::Sender {
+    async fn writable(&self) {
+        // An error shows again when writing.
+        let _ = Self::writable(self).await;
+    }
+
+    fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
+        Self::try_write(self, bytes)
+    }
+}
+
+/// What frames besides input do to a command.
+pub trait Steered {
+    fn signal(&self, signal: i32);
+    fn resize(&self, columns: u16, rows: u16) -> Result<(), Abort>;
+}
+
+impl Steered for Running {
+    fn signal(&self, signal: i32) {
+        self.process.signal(signal);
+    }
+
+    /// Without a terminal there is nothing to resize.
+    fn resize(&self, _: u16, _: u16) -> Result<(), Abort> {
+        Ok(())
+    }
+}
+
+/// Does what the host's frames say until there are no more: passes input on, steers the command. Returns why it ended.
+pub async fn obey<R: AsyncRead + Unpin>(
     input: &mut FrameReader<R>,
-    mut stdin: Option<pipe::Sender>,
-    running: &Running,
+    mut stdin: Option<impl Input>,
+    command: &impl Steered,
 ) -> Abort {
     let mut ahead: VecDeque<Bytes> = VecDeque::new();
     let mut finished = false;
@@ -221,11 +256,16 @@ async fn obey<R: AsyncRead + Unpin>(
                 }
                 Ok(Frame { kind: Kind::Eof, .. }) => finished = true,
                 Ok(Frame { kind: Kind::Signal, payload }) => match payload.first() {
-                    Some(&signal @ 1..=MAX_SIGNAL) => running.signal(signal.into()),
+                    Some(&signal @ 1..=MAX_SIGNAL) => command.signal(signal.into()),
                     _ => return Abort::bad("no such signal"),
                 },
-                // Without a terminal there is nothing to resize.
-                Ok(Frame { kind: Kind::Resize, .. }) => {}
+                Ok(Frame { kind: Kind::Resize, payload }) => {
+                    let &[c0, c1, r0, r1] = payload.as_ref() else { return Abort::bad("no such size") };
+                    let (columns, rows) = (u16::from_be_bytes([c0, c1]), u16::from_be_bytes([r0, r1]));
+                    if let Err(abort) = command.resize(columns, rows) {
+                        return abort;
+                    }
+                }
                 Ok(Frame { kind, .. }) => return Abort::bad(format!("unexpected {kind:?} frame")),
                 Err(abort) => return abort,
             },
@@ -233,16 +273,14 @@ async fn obey<R: AsyncRead + Unpin>(
     }
 }
 
-/// Waits until the command's input takes bytes, or is known to be broken.
-async fn writable(stdin: Option<&pipe::Sender>) {
+async fn writable(stdin: Option<&impl Input>) {
     if let Some(stdin) = stdin {
-        // An error shows again when writing.
-        let _ = stdin.writable().await;
+        stdin.writable().await;
     }
 }
 
-/// Writes what the pipe takes. False: it will never take more.
-fn feed(stdin: Option<&pipe::Sender>, ahead: &mut VecDeque<Bytes>) -> bool {
+/// Writes what it takes. False: it will never take more.
+fn feed(stdin: Option<&impl Input>, ahead: &mut VecDeque<Bytes>) -> bool {
     let Some(stdin) = stdin else { return false };
     while let Some(front) = ahead.front_mut() {
         match stdin.try_write(front) {

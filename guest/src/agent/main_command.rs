@@ -32,7 +32,7 @@ where
     let running = command::start(&context.config(), &command)?;
     *context.main() = Some(described(&running).map_err(|error| Abort::io("main", &error))?);
     if request.detach {
-        let started = Started { pid: running.pid.as_raw_pid().cast_unsigned() };
+        let started = Started { pid: running.process.pid.as_raw_pid().cast_unsigned() };
         tokio::spawn(attend_detached(Arc::clone(context), running));
         exchange.output.send_json(Kind::Started, &started).await?;
         return Ok(Outcome::Done(json(&Done {})));
@@ -58,7 +58,7 @@ pub fn detach(context: &Context) -> Result<Done, Abort> {
 pub fn described(running: &command::Running) -> io::Result<MainCommand> {
     let inode = |pipe: BorrowedFd<'_>| Ok::<_, io::Error>(rustix::fs::fstat(pipe)?.st_ino);
     let (stdout, stderr) = (inode(running.stdout.as_fd())?, inode(running.stderr.as_fd())?);
-    Ok(MainCommand { pid: running.pid.as_raw_pid(), stdout, stderr })
+    Ok(MainCommand { pid: running.process.pid.as_raw_pid(), stdout, stderr })
 }
 
 /// Watches over a main command that nobody is attached to.

@@ -19,6 +19,7 @@ mod port;
 mod rejuvenate;
 mod stats;
 mod stream;
+mod terminal;
 #[cfg(test)]
 mod tests;
 mod user;
@@ -42,6 +43,7 @@ use criu::{LazyPages, MainCommand};
 use gate::Gate;
 use lifecycle::Lifecycle;
 use papers::Papers;
+use terminal::Terminals;
 
 /// Where operations are served.
 const OPERATIONS_PORT: u32 = 1978;
@@ -75,6 +77,7 @@ struct Context {
     rejuvenated: Mutex<Option<Rejuvenated>>,
     /// It is to go on when its stream ends.
     main_detached: AtomicBool,
+    terminals: Terminals,
 }
 
 impl Context {
@@ -128,6 +131,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
         lazy: LazyPages::default(),
         rejuvenated: Mutex::default(),
         main_detached: AtomicBool::new(false),
+        terminals: Terminals::default(),
     });
     let mut unfinished = Some((guest.boot, guest.phases));
     machinen_channel::serve_guest(port, |opener, incoming| {

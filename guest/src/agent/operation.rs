@@ -7,7 +7,9 @@ use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::stream::{Abort, FrameReader, FrameWriter, split};
-use super::{Context, archive, command, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, stats};
+use super::{
+    Context, archive, command, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, stats, terminal,
+};
 use crate::frame::{Frame, Kind};
 use crate::init::late;
 use crate::reply::{Done, ErrorReply};
@@ -78,6 +80,9 @@ where
     }
     let result = match request {
         Request::Exec(request) => json(&exec::exec(context, request, exchange).await?),
+        Request::Pty(request) => json(&terminal::pty(context, request, exchange).await?),
+        Request::Sessions => json(&context.terminals.list()),
+        Request::SessionKill(request) => json(&context.terminals.kill(&request.session).await?),
         Request::Main(request) => return main_command::run(context, request, exchange).await,
         Request::Write(request) => json(&files::write(&request, exchange).await?),
         Request::Read(request) => json(&files::read(&request, exchange).await?),

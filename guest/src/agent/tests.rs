@@ -42,6 +42,7 @@ fn machine() -> Machine {
         lazy: LazyPages::default(),
         rejuvenated: Mutex::default(),
         main_detached: AtomicBool::new(false),
+        terminals: Terminals::default(),
     });
     let served = Arc::clone(&context);
     tokio::spawn(serve_guest(port, move |opener, incoming| {

@@ -70,6 +70,8 @@ where
     W: AsyncWrite + Unpin,
 {
     let began = Instant::now();
+    // The gate is closed: there will be no more.
+    context.terminals.refuse_open()?;
     freeze::stop_commands(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
     // Freezing takes a moment; dumping takes as long as there is memory.
     let limit = request.timeout_ms.map_or(HANGS, Duration::from_millis).min(HANGS);
