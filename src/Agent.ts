@@ -13,14 +13,16 @@ import {
   FrameDecoder,
   FrameType,
   GuestStats,
-  maxPayload,
+  pieces,
   Rejuvenation
 } from "./AgentProtocol.ts"
+import { checkCommand } from "./domain/commandCheck.ts"
 import { ExecError, FilesError } from "./domain/errors.ts"
 import { ExitStatus } from "./domain/Vm.ts"
 import { Tail } from "./platform/Tail.ts"
 import * as tar from "./platform/tar.ts"
 import type { Connection } from "./platform/UnixSocket.ts"
+import * as Terminal from "./Terminal.ts"
 import { Vsock, VsockUnreachable } from "./Vsock.ts"
 
 /** The guest port the agent serves operations on. */
@@ -105,7 +107,7 @@ export interface Identity {
 }
 
 /** What the agent in one guest can do. */
-export interface AgentClient {
+export interface AgentClient extends Terminal.TerminalClient {
   readonly start: (command: Commandlike) => Effect.Effect<RunningCommand, ExecError, Scope.Scope>
   /** Runs a command to its end and keeps all it printed. `timeout` kills it and fails EXEC_AGENT_TIMEOUT. */
   readonly execRaw: (command: Commandlike, options?: ExecOptions) => Effect.Effect<ExecResult, ExecError>
@@ -439,6 +441,16 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
   })
 
   return {
+    ...Terminal.make({
+      open: (request) =>
+        Effect.map(Effect.mapError(operate(request), toExecError), ({ frames, result, send, started }) => ({
+          pid: started.pid ?? 0,
+          frames: Stream.mapError(frames, toExecError),
+          result: Effect.mapError(result, toExecError),
+          send
+        })),
+      ask: (request) => Effect.mapError(ask(request), toExecError)
+    }),
     start,
     execRaw: Effect.fn("Agent.execRaw")(function* (command, options) {
       return (yield* collectWithin(command, options)).result
@@ -608,14 +620,6 @@ const shown = (command: Commandlike): string =>
 /** How much of a failed command's stderr goes into its error, in bytes. */
 const stderrTail = 64 * 1024
 
-/** Pieces no larger than a frame may be. */
-const pieces = (bytes: Uint8Array): ReadonlyArray<Uint8Array> => {
-  if (bytes.length <= maxPayload) return bytes.length === 0 ? [] : [bytes]
-  const parts: Array<Uint8Array> = []
-  for (let at = 0; at < bytes.length; at += maxPayload) parts.push(bytes.subarray(at, at + maxPayload))
-  return parts
-}
-
 const parseJson = (payload: Uint8Array): Effect.Effect<unknown, ExecError> =>
   Effect.try({
     try: () => JSON.parse(Buffer.from(payload).toString()),
@@ -670,43 +674,6 @@ const lostConnection = (cause: unknown) =>
 
 const protocolError = (message: string, cause?: unknown) => new ExecError({ code: "EXEC_PROTOCOL", message, cause })
 
-const maxString = 128 * 1024
-
-/** What execve(2) would refuse for certain is refused here, before anything is sent: NUL, MAX_ARG_STRLEN, MAX_ARG_STRINGS × stack limit. */
-const checkCommand = ({ argv, cwd, env, user }: CommandSpec): ExecError | undefined => {
-  const strings = [...argv, ...Object.entries(env ?? {}).map(([key, value]) => `${key}=${value}`)]
-  if ([...strings, cwd ?? "", user ?? ""].some((s) => s.includes("\0"))) {
-    return new ExecError({
-      code: "EXEC_ARGUMENT_INVALID",
-      message: "an argument, environment variable or directory holds a NUL byte",
-      hint: "no Linux process can be given one; pass such bytes on stdin or in a file"
-    })
-  }
-  if (cwd !== undefined && !path.posix.isAbsolute(cwd)) {
-    return new ExecError({
-      code: "EXEC_CWD_INVALID",
-      message: `the working directory ${JSON.stringify(cwd)} is not an absolute path in the guest`,
-      hint: "begin it with `/`"
-    })
-  }
-  if (Object.keys(env ?? {}).some((key) => key === "" || key.includes("="))) {
-    return new ExecError({
-      code: "EXEC_ARGUMENT_INVALID",
-      message: "an environment variable's name is empty or holds `=`"
-    })
-  }
-  const sizes = strings.map((s) => Buffer.byteLength(s) + 1)
-  const total = sizes.reduce((sum, size) => sum + size, 0)
-  if (sizes.some((size) => size > maxString) || total > 2 * 1024 * 1024) {
-    return new ExecError({
-      code: "EXEC_ARGUMENTS_TOO_LARGE",
-      message: `arguments and environment are too large (${total} bytes): Linux takes 128 KiB in one string and 2 MiB in all`,
-      hint: "pass large data on stdin or in a file"
-    })
-  }
-  return undefined
-}
-
 const toExecError = (error: ExecError | AgentRefusal): ExecError => {
   if (error._tag === "ExecError") return error
   const { code, errno, message } = error.fault
@@ -730,6 +697,20 @@ const toExecError = (error: ExecError | AgentRefusal): ExecError => {
         code: "EXEC_ARGUMENTS_TOO_LARGE",
         message,
         hint: "pass large data on stdin or in a file",
+        cause
+      })
+    case "AGENT_SESSION_NOT_FOUND":
+      return new ExecError({
+        code: "EXEC_SESSION_NOT_FOUND",
+        message,
+        hint: "`machinen sessions VM` lists those there are",
+        cause
+      })
+    case "AGENT_SESSION_IN_USE":
+      return new ExecError({
+        code: "EXEC_SESSION_IN_USE",
+        message,
+        hint: "detach there, or take it with `steal` (`--steal`)",
         cause
       })
     case "AGENT_BAD_REQUEST":

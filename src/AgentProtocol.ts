@@ -157,6 +157,7 @@ export const AgentRequest = Schema.Union(
     argv: Schema.optionalWith(Schema.Array(Schema.String), { default: () => [] }),
     env: Schema.optionalWith(Environment, { default: () => ({}) }),
     cwd: Schema.optional(Schema.String),
+    user: Schema.optional(Schema.String),
     columns: Schema.Int,
     rows: Schema.Int,
     session: Schema.optional(Schema.String),

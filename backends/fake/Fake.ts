@@ -46,6 +46,9 @@ const nowhere = Effect.fail(new FilesError({ code: "FILES_AGENT_UNAVAILABLE", me
 /** The agent of a guest that is not there. */
 const silent: AgentClient = {
   start: () => nobody,
+  terminal: () => nobody,
+  sessions: nobody,
+  killSession: () => nobody,
   exec: () => nobody,
   execRaw: () => nobody,
   startMain: () => nobody,

@@ -1,6 +1,7 @@
 import { Command, CommandDescriptor } from "@effect/cli"
 import { Effect, HashMap, Option } from "effect"
 import { version } from "../version.ts"
+import { attach, sessionKill, sessions } from "./commands/attach.ts"
 import { boot } from "./commands/boot.ts"
 import { cp } from "./commands/cp.ts"
 import { demo } from "./commands/demo.ts"
@@ -30,6 +31,9 @@ export const cli = (argv: ReadonlyArray<string>) => {
       run(tail),
       boot(tail),
       exec(tail),
+      attach(tail),
+      sessions,
+      sessionKill,
       ls("ls"),
       ls("list"),
       ls("ps"),

@@ -11,7 +11,7 @@ import * as stdio from "./stdio.ts"
 import * as usage from "./usage.ts"
 
 /** Verbs whose exit code is the guest command's keep docker's 125 for a failure of our own. */
-const relaysExitCode = ["run", "exec", "boot"].includes(process.argv[2] ?? "")
+const relaysExitCode = ["run", "exec", "boot", "attach"].includes(process.argv[2] ?? "")
 
 /** 0 fine, 1 an expected failure (125 where 1 could be the guest command's), 2 bad usage, 70 a bug of ours, 130 interrupted. */
 const exitCode = (exit: Exit.Exit<unknown, unknown>): number => {

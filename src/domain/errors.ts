@@ -97,6 +97,11 @@ export class ExecError extends Schema.TaggedError<ExecError>()("ExecError", {
     "EXEC_CWD_INVALID",
     "EXEC_ARGUMENT_INVALID",
     "EXEC_ARGUMENTS_TOO_LARGE",
+    "EXEC_TERMINAL_SIZE_INVALID",
+    "EXEC_NO_TERMINAL",
+    "EXEC_SESSION_INVALID",
+    "EXEC_SESSION_NOT_FOUND",
+    "EXEC_SESSION_IN_USE",
     "EXEC_FAILED"
   ),
   /** `EXEC_NONZERO_EXIT`: the command's exit code, 128 + signal when a signal ended it. */

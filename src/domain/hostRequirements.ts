@@ -4,7 +4,9 @@ import { Option } from "effect"
 export const packageGroups = {
   kernel: ["linux-source-6.12", "build-essential", "bc", "bison", "flex", "libelf-dev", "patch", "xz-utils", "jq"],
   bases: ["busybox-static", "fakeroot", "mmdebstrap", "util-linux"],
-  runtime: ["e2fsprogs", "qemu-system-x86", "squashfs-tools", "tar"]
+  runtime: ["e2fsprogs", "qemu-system-x86", "squashfs-tools", "tar"],
+  /** A real terminal for the tests of terminals. */
+  tests: ["tmux"]
 } as const
 
 export const packages: ReadonlyArray<string> = Object.values(packageGroups).flat()

@@ -6,9 +6,19 @@ import { ExitWith } from "../exit.ts"
 import { durationMs, environment, json } from "../options.ts"
 import * as render from "../render.ts"
 import * as stdio from "../stdio.ts"
+import * as terminal from "../terminal.ts"
 import { commandArgs, guestCommand, relay, withinLimit } from "./run.ts"
 
 export const vmArg = Args.text({ name: "vm" }).pipe(Args.withDescription("a VM's name, id or pid"))
+
+const jsonAndTerminal = new ParseError({
+  code: "PARSE_FLAG_MALFORMED",
+  message: "--json and --tty exclude each other",
+  hint: "a terminal shows what the command prints; leave one of the two out"
+})
+
+/** A command's end; when our terminal has gone away before, as a hang-up would end us. */
+export const exitWith = (code: number | "detached") => new ExitWith({ code: code === "detached" ? 129 : code })
 
 /** `machinen exec VM -- COMMAND`: a command in a running VM. */
 export const exec = (tail: ReadonlyArray<string>) =>
@@ -18,6 +28,10 @@ export const exec = (tail: ReadonlyArray<string>) =>
       interactive: Options.boolean("interactive").pipe(
         Options.withAlias("i"),
         Options.withDescription("pass stdin on to the command")
+      ),
+      tty: Options.boolean("tty").pipe(
+        Options.withAlias("t"),
+        Options.withDescription("run it in a terminal, which ours becomes")
       ),
       env: Options.text("env").pipe(Options.withAlias("e"), Options.repeated, Options.withDescription("KEY=VALUE")),
       workdir: Options.text("workdir").pipe(Options.withAlias("w"), Options.optional),
@@ -36,15 +50,25 @@ export const exec = (tail: ReadonlyArray<string>) =>
             hint: "machinen exec VM -- uname -a"
           })
         }
+        if (input.tty) {
+          if (input.json) yield* jsonAndTerminal
+          yield* terminal.required
+        }
         const env = yield* environment(input.env)
         const limit = yield* Effect.transposeMapOption(input.timeout, (value) => durationMs("timeout", value))
         const machinen = yield* Machinen
         const vm = yield* machinen.attach(input.vm)
+        const cwd = Option.isSome(input.workdir) ? { cwd: input.workdir.value } : {}
+        if (input.tty) {
+          const spec = { argv: [first, ...rest], env: { ...terminal.environment(), ...env }, ...cwd }
+          const running = terminal.relay(vm.terminal(spec, terminal.size()), { detachKeys: false })
+          return yield* exitWith(yield* withinLimit(running, limit))
+        }
         const stdin = input.interactive ? yield* stdio.stdin : undefined
         const command = {
           argv: [first, ...rest] as const,
           env,
-          ...(Option.isSome(input.workdir) ? { cwd: input.workdir.value } : {}),
+          ...cwd,
           ...(stdin === undefined ? {} : { stdin })
         }
         if (input.json) {

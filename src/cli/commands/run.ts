@@ -7,6 +7,7 @@ import { ExitWith } from "../exit.ts"
 import { bootOptions, durationMs, toBootOptions } from "../options.ts"
 import * as signals from "../signals.ts"
 import * as stdio from "../stdio.ts"
+import * as terminal from "../terminal.ts"
 
 /**
  * Shows a guest command as if it ran here: its output on our channels as it comes, our signals to it, its exit code as ours. Nobody
@@ -72,6 +73,10 @@ export const run = (tail: ReadonlyArray<string>) =>
     "run",
     {
       ...bootOptions,
+      tty: Options.boolean("tty").pipe(
+        Options.withAlias("t"),
+        Options.withDescription("run it in a terminal, which ours becomes")
+      ),
       timeout: Options.text("timeout").pipe(
         Options.optional,
         Options.withDescription("end the command after this long (30s, 5m)")
@@ -88,10 +93,18 @@ export const run = (tail: ReadonlyArray<string>) =>
             hint: "machinen run --image debian -- python3 -c 'print(6 * 7)'"
           })
         }
-        const options = yield* toBootOptions(input, command)
+        if (input.tty) yield* terminal.required
+        const options = yield* toBootOptions(input, input.tty ? [] : command)
         const limit = yield* Effect.transposeMapOption(input.timeout, (value) => durationMs("timeout", value))
         const machinen = yield* Machinen
         const { vm } = yield* machinen.boot(options)
+        if (input.tty) {
+          const spec = { argv: command, env: terminal.environment() }
+          const running = terminal.relay(vm.terminal(spec, terminal.size()), { detachKeys: false })
+          const code = yield* withinLimit(running, limit)
+          yield* vm.stop()
+          return yield* new ExitWith({ code: code === "detached" ? 129 : code })
+        }
         const main = Effect.flatMap(vm.startMain(yield* stdio.stdin), relay)
         const code = yield* withinLimit(main, limit)
         // its end is the VM's: what is left is gone before we are

@@ -1,0 +1,94 @@
+import { Deferred, Effect, Ref, type Scope, Stream } from "effect"
+import { DetachKeys } from "../domain/DetachKeys.ts"
+import { ExecError } from "../domain/errors.ts"
+import type { Terminal, TerminalSize } from "../Terminal.ts"
+import * as stdio from "./stdio.ts"
+
+/** What the program is typed into; fails when that is no terminal. */
+export const required: Effect.Effect<void, ExecError> = Effect.suspend(() =>
+  process.stdin.isTTY === true
+    ? Effect.void
+    : new ExecError({
+        code: "EXEC_NO_TERMINAL",
+        message: "the input device is not a TTY",
+        hint: "run it from a terminal; `exec -i` passes a pipe on"
+      })
+)
+
+/** The window's size; a terminal that does not know its own is a common one. */
+export const size = (): TerminalSize => {
+  const { columns, rows } = process.stdout
+  return { columns: columns || 80, rows: rows || 24 }
+}
+
+/** What it understands. */
+export const environment = (): Readonly<Record<string, string>> => {
+  const term = process.env["TERM"]
+  return term === undefined || term === "" ? {} : { TERM: term }
+}
+
+/** Until the scope closes, keys come as they are pressed, ctrl-c among them, and nothing echoes them. */
+const raw: Effect.Effect<void, never, Scope.Scope> = Effect.acquireRelease(
+  Effect.sync(() => void process.stdin.setRawMode(true)),
+  () => Effect.sync(() => void process.stdin.setRawMode(false))
+)
+
+/** The window's size, now and whenever it changes. */
+const sizes: Stream.Stream<TerminalSize> = Stream.asyncPush<TerminalSize>(
+  (emit) =>
+    Effect.acquireRelease(
+      Effect.sync(() => {
+        const tell = () => void emit.single(size())
+        process.stdout.on("resize", tell)
+        // it may have changed before we listened
+        tell()
+        return tell
+      }),
+      (tell) => Effect.sync(() => void process.stdout.off("resize", tell))
+    ),
+  { bufferSize: 1, strategy: "sliding" }
+)
+
+/**
+ * What a program in the terminal may have left behind when we leave it: normal screen, attributes, cursor, keys, mouse and paste modes, scroll
+ * region; then the last line.
+ */
+const reset =
+  "\x1b[?47l\x1b[m\x1b[?25h\x1b[?1l\x1b>\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[r\x1b[999;1H\r\n"
+
+/**
+ * Makes our terminal the guest's until its command ends: the exit code, or `detached` when the keys for that were pressed (if they are to
+ * count) or our own terminal went away.
+ */
+export const relay = (
+  open: Effect.Effect<Terminal, ExecError, Scope.Scope>,
+  options: { readonly detachKeys: boolean }
+): Effect.Effect<number | "detached", ExecError> =>
+  Effect.gen(function* () {
+    const input = yield* stdio.stdin
+    const terminal = yield* open
+    yield* raw
+    const isOver = yield* Ref.make(false)
+    yield* Effect.addFinalizer(() => Effect.unlessEffect(Effect.ignore(stdio.write("stdout")(reset)), Ref.get(isOver)))
+    const leave = yield* Deferred.make<"detached">()
+    const keys = new DetachKeys()
+    const typed = (bytes: Uint8Array) => (options.detachKeys ? keys.push(bytes) : { forward: bytes, detached: false })
+
+    yield* input.pipe(
+      Stream.map(typed),
+      Stream.runForEachWhile(({ detached, forward }) => Effect.as(terminal.write(forward), !detached)),
+      // a terminal that takes no more keys is about to say why
+      Effect.matchEffect({ onFailure: () => Effect.void, onSuccess: () => Deferred.succeed(leave, "detached") }),
+      Effect.forkScoped
+    )
+    yield* Effect.forkScoped(Effect.ignore(Stream.runForEach(sizes, terminal.resize)))
+    const shown = terminal.output.pipe(
+      Stream.runForEach(stdio.write("stdout")),
+      Effect.zipRight(terminal.exit),
+      Effect.zipLeft(Ref.set(isOver, true)),
+      Effect.map(({ code }) => code),
+      // nobody sees our output any more
+      Effect.catchAll((error) => (error instanceof ExecError ? error : Effect.succeed("detached" as const)))
+    )
+    return yield* Effect.raceFirst(shown, Deferred.await(leave))
+  }).pipe(Effect.scoped)

@@ -1,0 +1,437 @@
+import { readdirSync, readFileSync } from "node:fs"
+import { afterAll, assert, layer } from "@effect/vitest"
+import { Effect, Fiber, Stream } from "effect"
+import { Machinen } from "../../src/Machinen.ts"
+import type { Terminal, TerminalCommand, TerminalOptions } from "../../src/Terminal.ts"
+import type { Vm } from "../../src/Vm.ts"
+import { cli, cliPath, eventually, Guest, guest, settled, sh, temporaryHome, text } from "../fixtures.ts"
+import * as tmux from "../tmux.ts"
+
+const home = temporaryHome()
+afterAll(() => settled(home))
+
+const size = { columns: 80, rows: 24 }
+const open = (vm: Vm, command: TerminalCommand, options: Partial<TerminalOptions> = {}) =>
+  vm.terminal(command, { ...size, ...options })
+
+/** All a terminal shows to its end, and its exit code. */
+const whole = (terminal: Terminal) =>
+  Effect.gen(function* () {
+    const shown = yield* Stream.runCollect(terminal.output)
+    const { code } = yield* terminal.exit
+    return { shown: text(Buffer.concat([...shown])), code }
+  })
+
+/** Follows what it shows. */
+const follow = (terminal: Terminal) =>
+  Effect.gen(function* () {
+    const pieces: Array<string> = []
+    const shown = () => pieces.join("")
+    const fiber = yield* Effect.forkScoped(
+      Stream.runForEach(terminal.output, (bytes) => Effect.sync(() => void pieces.push(text(bytes))))
+    )
+    const shows = (wanted: string) =>
+      eventually(`${wanted} in ${JSON.stringify(shown())}`, () => shown().includes(wanted)).pipe(Effect.map(shown))
+    return { shows, end: Fiber.join(fiber), type: (keys: string) => terminal.write(Buffer.from(keys)) }
+  })
+
+layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_000 })("a terminal", (it) => {
+  it.scoped("is its command's, which has a session of its own", () =>
+    Effect.gen(function* () {
+      const vm = yield* Guest
+      const script =
+        "tty; stty size; echo $TERM $PWD; [ $$ = $(cut -d' ' -f6 /proc/$$/stat) ] && echo leads; echo oops >&2; exit 7"
+      const terminal = yield* open(
+        vm,
+        { argv: ["sh", "-c", script], env: { TERM: "vt220" }, cwd: "/etc" },
+        { columns: 132, rows: 43 }
+      )
+      assert.isAbove(terminal.pid, 1000)
+      const { code, shown } = yield* whole(terminal)
+      assert.strictEqual(shown, "/dev/pts/0\r\n43 132\r\nvt220 /etc\r\nleads\r\noops\r\n")
+      assert.strictEqual(code, 7)
+    })
+  )
+
+  it.scoped("shows all that is written, up to the last byte before the end", () =>
+    Effect.gen(function* () {
+      const vm = yield* Guest
+      const terminal = yield* open(vm, "dd if=/dev/zero bs=64k count=64 2>/dev/null | tr '\\000' x; printf end")
+      const { shown } = yield* whole(terminal)
+      assert.strictEqual(shown.length, 64 * 65536 + 3)
+      assert.isTrue(shown.endsWith("xend"))
+    })
+  )
+
+  it.scoped("is typed into, interrupted and resized", () =>
+    Effect.gen(function* () {
+      const vm = yield* Guest
+      const terminal = yield* open(vm, "trap 'stty size' WINCH; while :; do read line && echo got $line; done")
+      const { shows, type } = yield* follow(terminal)
+      yield* type("a line\r")
+      yield* shows("got a line")
+      yield* terminal.resize({ columns: 400, rows: 50 })
+      yield* shows("50 400")
+      yield* type("\x03")
+      const { code, signal } = yield* terminal.exit
+      assert.deepStrictEqual({ code, signal }, { code: 130, signal: 2 })
+    })
+  )
+
+  it.scoped("is a login shell when no command is named", () =>
+    Effect.gen(function* () {
+      const vm = yield* Guest
+      const terminal = yield* open(vm, {})
+      yield* terminal.write(Buffer.from("echo shell $0; exit 3\r"))
+      const { code, shown } = yield* whole(terminal)
+      assert.include(shown, "shell sh\r\n")
+      assert.strictEqual(code, 3)
+    })
+  )
+
+  it.effect("takes with it what runs in it when its client leaves, hang-ups ignored or not", () =>
+    Effect.gen(function* () {
+      const vm = yield* Guest
+      const sleeping = () =>
+        Effect.map(vm.execRaw("ps -o args | grep -c '[s]leep 98765'"), ({ stdout }) => Number(text(stdout)))
+      yield* Effect.scoped(
+        Effect.gen(function* () {
+          const terminal = yield* open(vm, { argv: ["sh", "-i"] })
+          const { shows, type } = yield* follow(terminal)
+          yield* type("(trap '' HUP TERM; sleep 98765) &\r")
+          yield* type("sleep 98765 & trap '' HUP; echo ready$((1+1)); (trap '' HUP; sleep 98765)\r")
+          yield* shows("ready2")
+          assert.strictEqual(yield* sleeping(), 3)
+        })
+      )
+      yield* sleeping().pipe(Effect.repeat({ until: (n) => n === 0 }), Effect.timeout("20 seconds"))
+    })
+  )
+
+  const refused: ReadonlyArray<
+    readonly [what: string, command: TerminalCommand, options: Partial<TerminalOptions>, code: string]
+  > = [
+    ["no columns", "true", { columns: 0 }, "EXEC_TERMINAL_SIZE_INVALID"],
+    ["no rows", "true", { rows: 0 }, "EXEC_TERMINAL_SIZE_INVALID"],
+    ["more than a terminal can have", "true", { rows: 65_536 }, "EXEC_TERMINAL_SIZE_INVALID"],
+    ["part of a column", "true", { columns: 80.5 }, "EXEC_TERMINAL_SIZE_INVALID"],
+    ["a session without a name", "true", { session: "" }, "EXEC_SESSION_INVALID"],
+    ["a session that is a path", "true", { session: "../x" }, "EXEC_SESSION_INVALID"],
+    ["a command that is not there", { argv: ["no-such-command"] }, {}, "EXEC_COMMAND_NOT_FOUND"],
+    ["a directory that is not there", { argv: ["sh"], cwd: "/no/such" }, {}, "EXEC_CWD_INVALID"],
+    ["NUL in the environment", { env: { A: "\0" } }, {}, "EXEC_ARGUMENT_INVALID"]
+  ]
+  for (const [what, command, options, code] of refused) {
+    it.effect(`is refused: ${what}`, () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        const error = yield* Effect.flip(Effect.asVoid(Effect.scoped(open(vm, command, options))))
+        assert.strictEqual(error.code, code)
+        assert.deepStrictEqual(yield* vm.sessions, [])
+      })
+    )
+  }
+
+  it.effect("a session goes on without its client, and shows its screen to the next", () =>
+    Effect.gen(function* () {
+      const vm = yield* Guest
+      const session = { session: "work" }
+      yield* Effect.scoped(
+        Effect.gen(function* () {
+          const { shows, type } = yield* follow(yield* open(vm, { argv: ["sh"] }, session))
+          yield* type("V=kept; echo one; printf '\\033[1;31mred\\033[m\\n'\r")
+          yield* shows("red\x1b[m")
+          const [listed, ...others] = yield* vm.sessions
+          assert.deepStrictEqual(others, [])
+          assert.deepInclude(listed, { name: "work", argv: ["sh"], attached: true, ...size, ended: null })
+          const busy = yield* Effect.flip(Effect.asVoid(Effect.scoped(open(vm, {}, session))))
+          assert.strictEqual(busy.code, "EXEC_SESSION_IN_USE")
+        })
+      )
+      yield* eventuallyDetached(vm)
+      yield* Effect.scoped(
+        Effect.gen(function* () {
+          const { shows, type } = yield* follow(yield* open(vm, { argv: ["ignored"] }, { ...session, columns: 90 }))
+          const screen = yield* shows("red")
+          assert.match(screen, /one.*red/s)
+          assert.include(screen.slice(0, screen.lastIndexOf("red")), "\x1b[31;1m")
+          yield* type("echo $V; stty size\r")
+          yield* shows("kept\r\n24 90")
+
+          // somebody else takes it
+          const taken = yield* open(vm, {}, { ...session, steal: true })
+          const other = yield* follow(taken)
+          yield* other.type("echo taken; exit 5\r")
+          yield* other.end
+          assert.strictEqual((yield* taken.exit).code, 5)
+        })
+      )
+      assert.deepStrictEqual(yield* vm.sessions, [])
+    })
+  )
+
+  it.effect("who loses a session to somebody else is told", () =>
+    Effect.scoped(
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        const first = yield* follow(yield* open(vm, { argv: ["sh"] }, { session: "one" }))
+        yield* open(vm, {}, { session: "one", steal: true })
+        const lost = yield* Effect.flip(first.end)
+        assert.strictEqual(lost.code, "EXEC_SESSION_IN_USE")
+        yield* vm.killSession("one")
+      })
+    )
+  )
+
+  it.effect("a session that ends alone tells how to whoever comes first", () =>
+    Effect.gen(function* () {
+      const vm = yield* Guest
+      yield* Effect.scoped(open(vm, "echo all done; read x; exit 9", { session: "job" }))
+      yield* eventuallyDetached(vm)
+      // nobody is attached: it is typed by another process of the guest
+      yield* sh(vm, "printf x >/dev/null")
+      const [job] = yield* vm.sessions
+      yield* vm.exec(`kill -HUP ${job?.pid}`)
+      const ended = yield* vm.sessions.pipe(
+        Effect.map((list) => list.find(({ ended }) => ended !== null)),
+        Effect.repeat({ until: (found) => found !== undefined }),
+        Effect.timeout("20 seconds")
+      )
+      assert.strictEqual(ended?.ended?.signal, 1)
+      const { code, shown } = yield* Effect.scoped(Effect.flatMap(open(vm, {}, { session: "job" }), whole))
+      assert.include(shown, "all done")
+      assert.strictEqual(code, 129)
+      assert.deepStrictEqual(yield* vm.sessions, [])
+    })
+  )
+
+  it.effect("a session is killed with all that runs in it; one that is not there is not known", () =>
+    Effect.gen(function* () {
+      const vm = yield* Guest
+      yield* Effect.scoped(
+        open(vm, { argv: ["sh", "-c", "trap '' HUP; sleep 56789 & sleep 56789"] }, { session: "stubborn" })
+      )
+      yield* vm.killSession("stubborn")
+      assert.strictEqual(yield* sh(vm, "ps -o args | grep '[s]leep 56789' || echo none"), "none")
+      assert.deepStrictEqual(yield* vm.sessions, [])
+      assert.strictEqual((yield* Effect.flip(vm.killSession("stubborn"))).code, "EXEC_SESSION_NOT_FOUND")
+    })
+  )
+
+  it.effect("goes on in every copy of its machine, each apart from the others", () =>
+    Effect.scoped(
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        const machinen = yield* Machinen
+        const session = { session: "shell" }
+        // attached while the machine is copied: the copies have lost their clients, not their sessions
+        const source = yield* follow(yield* open(vm, { argv: ["sh"] }, session))
+        yield* source.type("V=before; echo ready\r")
+        yield* source.shows("ready")
+        const { siblings } = yield* machinen.fork(vm, { count: 2 })
+        assert.strictEqual(siblings.length, 2)
+        for (const [n, { vm: sibling }] of siblings.entries()) {
+          const [listed] = yield* sibling.sessions
+          assert.deepInclude(listed, { name: "shell", attached: false, ended: null })
+          const copy = yield* follow(yield* open(sibling, {}, session))
+          yield* copy.shows("ready")
+          yield* copy.type(`echo $V $V; V=copy${n}; echo now $V\r`)
+          yield* copy.shows("before before")
+          yield* copy.shows(`now copy${n}`)
+        }
+        yield* source.type("echo still $V\r")
+        yield* source.shows("still before")
+        yield* vm.killSession("shell")
+      })
+    )
+  )
+})
+
+const eventuallyDetached = (vm: Vm) =>
+  vm.sessions.pipe(
+    Effect.repeat({ until: (list) => list.every(({ attached }) => !attached) }),
+    Effect.timeout("20 seconds")
+  )
+
+/** The processes of the guest that run this. */
+const running = (vm: Vm, what: string) =>
+  Effect.map(vm.execRaw(`ps -e -o args= | grep -F -x -c '${what}'`), ({ stdout }) => Number(text(stdout)))
+
+layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true, timeout: 60_000 })(
+  "in a real terminal",
+  (it) => {
+    it.scoped("a shell has job control, full-screen programs and the window's size, and the code it ends with", () =>
+      Effect.gen(function* () {
+        const window = yield* tmux.window(home, cliPath)
+        yield* window.type("stty -g > before; machinen attach tty")
+        yield* window.press("Enter")
+        yield* window.shows("root@tty:/#")
+        yield* window.type("tty; stty size; echo $TERM")
+        yield* window.press("Enter")
+        yield* window.shows(/\/dev\/pts\/\d+\n30 100\ntmux-256color/)
+
+        // ctrl-c ends what runs in the foreground, ctrl-z stops it, fg brings it back
+        yield* window.type("sleep 4321")
+        yield* window.press("Enter")
+        yield* eventuallyRunning("sleep 4321", 1)
+        yield* window.press("C-c")
+        yield* window.shows("^C")
+        yield* eventuallyRunning("sleep 4321", 0)
+        yield* window.type("sleep 54321")
+        yield* window.press("Enter")
+        yield* eventuallyRunning("sleep 54321", 1)
+        yield* window.press("C-z")
+        yield* window.shows(/\[1\]\+ +Stopped +sleep 54321/)
+        yield* window.type("fg")
+        yield* window.press("Enter")
+        yield* window.shows(/fg\nsleep 54321$/)
+        yield* window.press("C-c")
+        yield* eventuallyRunning("sleep 54321", 0)
+
+        yield* window.type("clear; top")
+        yield* window.press("Enter")
+        yield* window.shows(/^top - .*load average.*[\s\S]*PID USER[\s\S]*top$/m)
+        yield* window.press("q")
+
+        yield* window.resize(80, 20)
+        yield* window.type("clear; stty size")
+        yield* window.press("Enter")
+        yield* window.shows("20 80")
+
+        yield* window.type("exit 7")
+        yield* window.press("Enter")
+        yield* window.shows(/^\$$/m)
+        yield* window.type("echo code $?; stty -g | cmp - before && echo as before")
+        yield* window.press("Enter")
+        yield* window.shows(/^code 7\nas before$/m)
+      })
+    )
+
+    it.scoped("a session shows the same screen after it was left, in vi too, and as before when that ends", () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        const window = yield* tmux.window(home, cliPath)
+        const attach = Effect.zipRight(window.type("clear; machinen attach tty --session edit"), window.press("Enter"))
+        yield* attach
+        yield* window.shows("root@tty:/#")
+        yield* window.type("V=remembered; vi /tmp/poem")
+        yield* window.press("Enter")
+        yield* window.shows(/"\/tmp\/poem" \[New File\]/)
+        yield* window.type("iroses are red")
+        yield* window.press("Enter")
+        yield* window.type("violets are blue")
+        yield* window.shows("violets are blue")
+        const screen = yield* window.screen
+
+        yield* window.press("C-]", "C-]")
+        yield* window.shows("[detached from session edit of VM tty]")
+        assert.deepInclude((yield* vm.sessions)[0], { name: "edit", attached: false })
+        yield* attach
+        yield* window.shows("violets are blue")
+        assert.strictEqual(yield* window.screen, screen)
+
+        yield* window.press("Escape")
+        yield* window.type(":wq")
+        yield* window.press("Enter")
+        yield* window.shows(/vi \/tmp\/poem\nroot@tty/)
+        yield* window.type("echo $V; exit 3")
+        yield* window.press("Enter")
+        yield* window.shows(/remembered[\s\S]*\n\$$/)
+        yield* window.type("echo code $?")
+        yield* window.press("Enter")
+        yield* window.shows("code 3")
+        assert.strictEqual(yield* sh(vm, "cat /tmp/poem"), "roses are red\nviolets are blue")
+        assert.deepStrictEqual(yield* vm.sessions, [])
+      })
+    )
+
+    it.scoped("kill -9 of the client leaves a session, and nothing of a command without one", () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        const window = yield* tmux.window(home, cliPath)
+        for (const [option, left] of [
+          ["--session kept", 1],
+          ["", 0]
+        ] as const) {
+          yield* window.type(`clear; machinen attach ${option} tty -- sh -c 'sleep 7654 & sleep 7654' & p=$!; fg`)
+          yield* window.press("Enter")
+          yield* eventuallyRunning("sleep 7654", 2)
+          yield* Effect.sync(() => killClients(home))
+          yield* window.shows("Killed")
+          // nobody has put it back
+          yield* window.type("stty sane; echo usable")
+          yield* window.press("C-j")
+          yield* window.shows(/usable\n\$$/)
+          if (left === 1) {
+            yield* eventuallyDetached(vm)
+            assert.strictEqual(yield* running(vm, "sleep 7654"), 2)
+            const list = yield* cli(home, ["sessions", "tty", "--json"])
+            assert.deepInclude(JSON.parse(list.stdout)[0], { name: "kept", attached: false, ended: null })
+            assert.include((yield* cli(home, ["sessions", "tty"])).stdout, "kept")
+            assert.strictEqual((yield* cli(home, ["session-kill", "tty", "kept"])).stdout, "kept\n")
+          }
+          yield* eventuallyRunning("sleep 7654", 0)
+        }
+      })
+    )
+
+    it.scoped("exec -t and run -t have a terminal, of a common size where ours has none", () =>
+      Effect.gen(function* () {
+        const window = yield* tmux.window(home, cliPath)
+        yield* window.type(
+          "machinen exec -t -e TERM=vt100 -w /tmp tty -- sh -c 'echo $TERM $PWD; stty size; exit 4'; echo code $?"
+        )
+        yield* window.press("Enter")
+        yield* window.shows(/vt100 \/tmp\n30 100\ncode 4\n\$$/)
+        yield* window.type("clear; stty cols 0 rows 0; machinen exec -it tty -- stty size; stty cols 100 rows 30")
+        yield* window.press("Enter")
+        yield* window.shows(/^24 80\n\$$/m)
+        yield* window.type(
+          "clear; machinen run -t --image micro -- sh -c 'tty; read x; echo got $x; exit 6'; echo code $?"
+        )
+        yield* window.press("Enter")
+        yield* window.shows("/dev/pts/0")
+        yield* window.type("this")
+        yield* window.press("Enter")
+        yield* window.shows(/got this\ncode 6/)
+      })
+    )
+
+    it.effect("without a terminal there is none to be had", () =>
+      Effect.gen(function* () {
+        for (const args of [
+          ["attach", "tty"],
+          ["exec", "-t", "tty", "--", "true"],
+          ["run", "-t", "--image", "micro", "--", "true"]
+        ]) {
+          const { code, stderr } = yield* cli(home, args)
+          assert.strictEqual(code, 125, args.join(" "))
+          assert.include(stderr, "(EXEC_NO_TERMINAL): the input device is not a TTY")
+        }
+        const unknown = yield* cli(home, ["session-kill", "tty", "nope"])
+        assert.strictEqual(unknown.code, 1)
+        assert.include(unknown.stderr, "EXEC_SESSION_NOT_FOUND")
+      })
+    )
+
+    const eventuallyRunning = (what: string, n: number) =>
+      Effect.flatMap(Guest, (vm) => running(vm, what)).pipe(
+        Effect.repeat({ until: (found) => found === n }),
+        Effect.timeout("20 seconds"),
+        Effect.orElse(() => Effect.dieMessage(`never ${n} × ${what}`))
+      )
+  }
+)
+
+/** The clients a window runs. */
+const killClients = (home: string) => {
+  for (const pid of readdirSync("/proc").filter((entry) => /^[0-9]+$/.test(entry))) {
+    try {
+      const argv = readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0")
+      const env = readFileSync(`/proc/${pid}/environ`, "utf8")
+      if (argv[1] === cliPath && argv[2] === "attach" && env.includes(`MACHINEN_HOME=${home}\0`)) {
+        process.kill(Number(pid), "SIGKILL")
+      }
+    } catch {}
+  }
+}
