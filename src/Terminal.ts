@@ -41,6 +41,7 @@ export interface Terminal {
   readonly output: Stream.Stream<Uint8Array, ExecError>
   /** Types; completes when there is room for more. */
   readonly write: (bytes: Uint8Array) => Effect.Effect<void, ExecError>
+  /** Its programs are told. The size it has is not sent again. */
   readonly resize: (size: TerminalSize) => Effect.Effect<void, ExecError>
   /** Completes once `output` has been read to its end. */
   readonly exit: Effect.Effect<ExitStatus, ExecError>
@@ -90,6 +91,7 @@ export const make = (wire: Wire): TerminalClient => ({
       ...rest,
       ...(session === undefined ? {} : { session })
     })
+    let last: TerminalSize = { columns, rows }
     const terminal: Terminal = {
       pid,
       output: Stream.map(
@@ -100,10 +102,14 @@ export const make = (wire: Wire): TerminalClient => ({
         Effect.forEach(pieces(bytes), (piece) => Effect.mapError(send(encodeFrame(FrameType.data, piece)), gone), {
           discard: true
         }),
-      resize: (size) => {
-        const bad = checkSize(size)
-        return bad ?? Effect.mapError(send(encodeFrame(FrameType.resize, sizePayload(size))), gone)
-      },
+      resize: (size) =>
+        Effect.suspend(() => {
+          const bad = checkSize(size)
+          if (bad !== undefined) return bad
+          if (size.columns === last.columns && size.rows === last.rows) return Effect.void
+          last = size
+          return Effect.mapError(send(encodeFrame(FrameType.resize, sizePayload(size))), gone)
+        }),
       exit: Effect.flatMap(result, decodeWith(ExitStatus))
     }
     return terminal
@@ -144,7 +150,7 @@ const sizePayload = ({ columns, rows }: TerminalSize) => {
   return payload
 }
 
-const checkSize = ({ columns, rows }: TerminalSize): ExecError | undefined =>
+export const checkSize = ({ columns, rows }: TerminalSize): ExecError | undefined =>
   [columns, rows].every((n) => Number.isInteger(n) && n >= 1 && n <= 65_535)
     ? undefined
     : new ExecError({

@@ -13,6 +13,7 @@ import { BootError, isMachinenError as isOurs, type MachinenError, RegistryError
 import { defaultFreeMemoryThreshold, refusal } from "./domain/forkBackpressure.ts"
 import type { NetworkMode, PortForwardOption } from "./domain/Network.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
+import * as execPty from "./execPty.ts"
 import { Machinen } from "./Machinen.ts"
 import * as memory from "./platform/memory.ts"
 import * as processes from "./platform/processes.ts"
@@ -22,9 +23,13 @@ import * as layers from "./runtime/layers.ts"
 import type { Vm } from "./Vm.ts"
 import * as VmControl from "./VmControl.ts"
 
+export { bootPty, type PtyBootOptions, type PtyVmHandle } from "./bootPty.ts"
 export * from "./domain/errors.ts"
 export { format as formatMachinenError } from "./domain/errors.ts"
 export { buildWriteFileCmd, buildWriteFileCmds } from "./domain/writeFileCommands.ts"
+export type { VsockExecPtyOptions } from "./execPty.ts"
+export { type OnOutputListener, type SandboxEntry, Sandboxes, type SandboxVm } from "./Sandboxes.ts"
+export { Supervisor, type SupervisorOptions } from "./Supervisor.ts"
 
 /** Bytes of a guest's, as they came: not split, not decoded. */
 export interface ChunkLogEvent {
@@ -141,6 +146,20 @@ export interface VsockExecResult {
   readonly stderr: string
 }
 
+export interface VsockExecPtyResult {
+  /** 128 + signal for a command that a signal ended. */
+  readonly exitCode: number
+}
+
+export interface VsockExecPtyHandle {
+  /** Rejects with EXEC_AGENT_UNAVAILABLE when the guest does not take the command, with EXEC_CANCELLED after `cancel()`. */
+  readonly result: Promise<VsockExecPtyResult>
+  /** The command is told by SIGWINCH. Throws EXEC_TERMINAL_SIZE_INVALID. */
+  readonly resize: (cols: number, rows: number) => void
+  /** Hangs the terminal up, and with it what runs in it. */
+  readonly cancel: () => void
+}
+
 export interface WriteFileOptions {
   /** Permission bits; a new file's default is 0644. */
   readonly mode?: number
@@ -223,6 +242,8 @@ export interface VmHandle {
   readonly exec: (cmd: string, options?: VsockExecOptions) => Promise<VsockExecResult>
   /** The same, for any exit code. */
   readonly execRaw: (cmd: string, options?: VsockExecOptions) => Promise<VsockExecResult>
+  /** Runs a line in the guest's `sh -c`, in a terminal that the two streams become. */
+  readonly execPty: (cmd: string, options: execPty.VsockExecPtyOptions) => VsockExecPtyHandle
   readonly writeFile: (guestPath: string, contents: Buffer | string, options?: WriteFileOptions) => Promise<void>
   readonly snapshot: (options: SnapshotOptions) => Promise<SnapshotResult>
   /** A sibling that goes on from here beside this VM; it belongs to this process. */
@@ -341,6 +362,10 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
       errorOutput: async () => tail("stderr"),
       exec: execute("exec"),
       execRaw: execute("execRaw"),
+      execPty: (cmd, options) => {
+        const { cancel, release, resize, result } = execPty.begin(vm, cmd, options)
+        return { cancel, resize, result: run(result).finally(release) }
+      },
       writeFile: (guestPath, contents, options) => run(vm().writeFile(guestPath, contents, options)),
       snapshot: (options) =>
         run(

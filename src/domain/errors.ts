@@ -102,6 +102,7 @@ export class ExecError extends Schema.TaggedError<ExecError>()("ExecError", {
     "EXEC_SESSION_INVALID",
     "EXEC_SESSION_NOT_FOUND",
     "EXEC_SESSION_IN_USE",
+    "EXEC_CANCELLED",
     "EXEC_FAILED"
   ),
   /** `EXEC_NONZERO_EXIT`: the command's exit code, 128 + signal when a signal ended it. */
@@ -161,6 +162,16 @@ export class ProvisionError extends Schema.TaggedError<ProvisionError>()(
   }
 }
 
+/** A set of sandboxes was asked for one it does not hold, or to hold another under the same id. */
+export class SandboxError extends Schema.TaggedError<SandboxError>()(
+  "SandboxError",
+  fields("SANDBOX_ID_DUPLICATE", "SANDBOX_ID_UNKNOWN")
+) {
+  get retryable() {
+    return false
+  }
+}
+
 /** The CLI could not make sense of its arguments. Raised before any side effect. */
 export class ParseError extends Schema.TaggedError<ParseError>()(
   "ParseError",
@@ -213,6 +224,7 @@ export const MachinenError = Schema.Union(
   ProvisionError,
   ParseError,
   AssetError,
+  SandboxError,
   GvproxyError,
   VmmControlFailed
 )

@@ -2,6 +2,7 @@ import { execFileSync } from "node:child_process"
 import { existsSync, mkdirSync, readdirSync, readFileSync, statSync } from "node:fs"
 import * as os from "node:os"
 import * as path from "node:path"
+import { PassThrough } from "node:stream"
 import * as NodeContext from "@effect/platform-node/NodeContext"
 import { assert, describe, it } from "@effect/vitest"
 import { Config, Context, Effect, Layer, Queue, Stream } from "effect"
@@ -442,5 +443,44 @@ describe("lines that write a file", () => {
     assert.throws(() => write(facade.buildWriteFileCmds(path.join(dir, "in-the-way"), large)))
     assert.throws(() => write(facade.buildWriteFileCmds(path.join(dir, "no", "x"), large, { recursive: false })))
     assert.deepStrictEqual(staged(), before)
+  })
+})
+
+describe("execPty", () => {
+  it("tries an unreachable guest once, and lets go of its input", async () => {
+    let tries = 0
+    const { boot } = await client(() => ({
+      terminal: () =>
+        Effect.suspend(() => {
+          tries += 1
+          return new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "nobody there" })
+        })
+    }))
+    const vm = await boot()
+    const stdin = new PassThrough()
+    const { cancel, resize, result } = vm.execPty("sh", { cols: 80, rows: 24, stdin, stdout: new PassThrough() })
+    assert.strictEqual(stdin.listenerCount("data"), 1)
+    assert.strictEqual(codeOf(await rejection(result)), "EXEC_AGENT_UNAVAILABLE")
+    assert.strictEqual(tries, 1)
+    assert.strictEqual(stdin.listenerCount("data"), 0)
+    assert.isTrue(stdin.isPaused())
+    resize(90, 30)
+    cancel()
+    assert.throws(() => resize(0, 30), "0 columns and 30 rows")
+    await vm.kill()
+  })
+
+  it("gives up a guest that does not take the command, and is cancelled meanwhile", async () => {
+    const { boot } = await client(() => ({ terminal: () => Effect.never }))
+    const vm = await boot()
+    const streams = { stdin: new PassThrough(), stdout: new PassThrough() }
+    const size = { cols: 80, rows: 24 }
+    const late = vm.execPty("sh", { ...size, ...streams, connectTimeoutMs: 20 })
+    assert.strictEqual(codeOf(await rejection(late.result)), "EXEC_AGENT_UNAVAILABLE")
+    const cancelled = vm.execPty("sh", { ...size, ...streams })
+    cancelled.cancel()
+    assert.strictEqual(codeOf(await rejection(cancelled.result)), "EXEC_CANCELLED")
+    assert.strictEqual(streams.stdin.listenerCount("data"), 0)
+    await vm.kill()
   })
 })

@@ -1,12 +1,24 @@
 import { spawn } from "node:child_process"
 import { once } from "node:events"
 import * as path from "node:path"
+import { PassThrough } from "node:stream"
 import { pathToFileURL } from "node:url"
 import { afterEach, assert, describe, it } from "@effect/vitest"
 import { Effect } from "effect"
 import * as facade from "../../src/promise.ts"
-import { cli, environment, leftovers, live, nothing, processesOf, settled, temporaryHome } from "../fixtures.ts"
+import {
+  cli,
+  environment,
+  eventually,
+  leftovers,
+  live,
+  nothing,
+  processesOf,
+  settled,
+  temporaryHome
+} from "../fixtures.ts"
 
+const { Sandboxes, Supervisor } = facade
 const home = temporaryHome()
 const { attach, boot, list, restore, runGc } = facade.make(live(home))
 afterEach(async () => {
@@ -292,3 +304,91 @@ describe("a Node program", () => {
     for (const name of ["one", "two"]) await (await attach({ name })).kill()
   })
 })
+
+describe("execPty", () => {
+  it("carries input, output, sizes and an exit code", async () => {
+    const vm = await boot(idle)
+    const [stdin, stdout] = [new PassThrough(), new PassThrough()]
+    const shown = collected(stdout)
+    stdin.write("typed before it ran\r")
+    const { resize, result } = vm.execPty(
+      "trap 'stty size; exit 6' WINCH; read l; echo got $l; stty size; while :; do sleep 0.05; done",
+      {
+        cols: 100,
+        rows: 40,
+        stdin,
+        stdout
+      }
+    )
+    await shown.has("got typed before it ran\r\n40 100")
+    resize(70, 20)
+    assert.deepStrictEqual(await result, { exitCode: 6 })
+    await shown.has("20 70")
+    assert.strictEqual(stdin.listenerCount("data"), 0)
+    await vm.kill()
+  })
+
+  it("hangs up what runs when it is cancelled", async () => {
+    const vm = await boot(idle)
+    const [stdin, stdout] = [new PassThrough(), new PassThrough()]
+    const shown = collected(stdout)
+    const { cancel, result } = vm.execPty(
+      "trap 'echo hung up > /tmp/end; exit' HUP; echo ready; while :; do sleep 0.05; done",
+      {
+        cols: 80,
+        rows: 24,
+        stdin,
+        stdout
+      }
+    )
+    await shown.has("ready")
+    cancel()
+    assert.strictEqual((await rejection(result)).code, "EXEC_CANCELLED")
+    assert.strictEqual(stdin.listenerCount("data"), 0)
+    const { stdout: end } = await vm.exec("until [ -s /tmp/end ]; do sleep 0.05; done; cat /tmp/end")
+    assert.strictEqual(end, "hung up\n")
+    await vm.kill()
+  })
+})
+
+describe("sandboxes of VMs", () => {
+  it("are typed into and attached to by turns", async () => {
+    const shell = {
+      image: "micro",
+      cmd: ["sh", "-c", "while read l; do echo $NAME heard $l; done"],
+      memory: 256
+    } as const
+    const [a, b] = await Promise.all(["a", "b"].map((name) => boot({ ...shell, env: { NAME: name }, timeoutMs: 1000 })))
+    if (a === undefined || b === undefined) throw new Error("two were booted")
+    const sandboxes = new Sandboxes()
+    sandboxes.add("a", a)
+    sandboxes.add("b", b)
+    const [input, output] = [new PassThrough(), new PassThrough()]
+    const shown = collected(output)
+    const supervisor = new Supervisor({ sandboxes, input, output })
+    const running = supervisor.run()
+    sandboxes.send("b", "me\n")
+    input.write("/attach a\none\n")
+    await shown.has("a heard one")
+    input.write("\x1d\x1d/attach b\ntwo\n")
+    await shown.has("b heard two")
+    assert.notInclude(shown.text().slice(shown.text().indexOf("detached")), "a heard")
+    assert.include(sandboxes.get("b")?.scrollback.toString(), "b heard me\nb heard two\n")
+    b.stdin.end()
+    await shown.has("sandbox b has ended")
+    input.write("/ls\n/quit\n")
+    await running
+    assert.match(shown.text(), /a {2}running .*\r\nb {2}ended/)
+    await a.kill()
+  })
+})
+
+/** What arrives in a stream. */
+const collected = (stream: PassThrough) => {
+  const pieces: Array<Buffer> = []
+  stream.on("data", (piece) => pieces.push(piece))
+  const text = () => Buffer.concat(pieces).toString()
+  const has = (wanted: string) =>
+    Effect.runPromise(eventually(`${wanted} in the stream`, () => text().includes(wanted)))
+  return { text, has }
+}
