@@ -5,7 +5,9 @@ import { CommandExecutor, FileSystem } from "@effect/platform"
 import { Context, Effect, Either, Layer, Option, Schema, Stream } from "effect"
 import { Assets } from "./Assets.ts"
 import { type AssetError, BootError, ProvisionError } from "./domain/errors.ts"
-import { configFile, ImageConfig, ImageConfigJson } from "./domain/ImageConfig.ts"
+import { ImageId, ImageRecord, withTag } from "./domain/Image.ts"
+import { configFile, ImageConfig, ImageConfigJson, isEmpty } from "./domain/ImageConfig.ts"
+import * as Oci from "./Oci.ts"
 import * as command from "./platform/command.ts"
 import * as completeFile from "./platform/completeFile.ts"
 import { Settings } from "./Settings.ts"
@@ -23,7 +25,10 @@ const isBaseName = (image: string): image is BaseName => (baseNames as ReadonlyA
 export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
   RootfsImage,
   {
-    /** The base for `micro`, `debian`, a rootfs tarball or an ext4 image. */
+    /**
+     * The base for `micro`, `debian`, a rootfs tarball, an ext4 image, a container image (src/Oci.ts), or the name or id of one that is in the
+     * store. A registry is asked only for what is not there.
+     */
     readonly resolve: (image: string) => Effect.Effect<string, BootError | ProvisionError | AssetError>
     /** A caller's own ext4 image, to be attached as it is; gives its absolute path. */
     readonly checkDisk: (image: string) => Effect.Effect<string, BootError>
@@ -31,6 +36,14 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
     readonly config: (image: string) => Effect.Effect<ImageConfig, ProvisionError>
     /** The base built from a rootfs tarball. Any number of callers at once build it once. */
     readonly ensure: (tarball: string) => Effect.Effect<string, ProvisionError>
+    /** Puts an image into the store, whatever it is in; asks a registry again. Gives its id. */
+    readonly add: (image: string) => Effect.Effect<ImageId, BootError | ProvisionError>
+    /** What a name stands for. */
+    readonly named: (name: string) => Effect.Effect<Option.Option<ImageId>>
+    /** Makes a name stand for an image, or for nothing. */
+    readonly setName: (name: string, id: Option.Option<ImageId>) => Effect.Effect<void, ProvisionError>
+    /** A bundle that can be restored only with this image is at `dir`, or will be. */
+    readonly noteBundle: (image: string, dir: string) => Effect.Effect<void>
     /** An empty upper of that size, to be copied for a VM: almost all hole, so the copy is quick. */
     readonly upperTemplate: (sizeBytes: number) => Effect.Effect<string, ProvisionError>
   }
@@ -68,8 +81,9 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           Effect.mapError((e) => (e._tag === "ProvisionError" ? e : cacheFailed(cacheDir, e)))
         )
 
-      const isComplete = (target: string) =>
-        Effect.provideService(completeFile.isComplete(target), FileSystem.FileSystem, fs)
+      const withFs = Effect.provideService(FileSystem.FileSystem, fs)
+
+      const isComplete = (target: string) => withFs(completeFile.isComplete(target))
 
       const makeExt4 = (
         image: string,
@@ -166,7 +180,43 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         Effect.mapError((e) => (e._tag === "ProvisionError" ? e : cacheFailed(cacheDir, e)))
       )
 
+      const imageOf = (id: string) => path.join(cacheDir, `${id}.img`)
+
+      /** The image made of what has this sha256, built by `build` unless it is there. */
+      const ensureImage = Effect.fnUntraced(function* (
+        sha: string,
+        source: string,
+        build: (staging: string) => Effect.Effect<void, ProvisionError>
+      ) {
+        const target = imageOf(sha)
+        if (!(yield* isComplete(target))) {
+          yield* publish(target, (staging) =>
+            build(staging).pipe(
+              Effect.zipRight(
+                Effect.mapError(
+                  fs.writeFileString(
+                    path.join(cacheDir, `${sha}.json`),
+                    Schema.encodeSync(RecordJson)(
+                      new ImageRecord({ format: 1, id: ImageId.make(sha), source, builtAt: Date.now() })
+                    )
+                  ),
+                  (e) => cacheFailed(cacheDir, e)
+                )
+              )
+            )
+          )
+        }
+        // when it was used last, for who collects garbage
+        const now = new Date()
+        yield* Effect.ignore(fs.utimes(`${target}.ok`, now, now))
+        return { id: ImageId.make(sha), path: target }
+      })
+
       const ensure = Effect.fn("RootfsImage.ensure")(function* (tarball: string) {
+        return (yield* ensureTarball(tarball)).path
+      })
+
+      const ensureTarball = Effect.fnUntraced(function* (tarball: string) {
         const sha = yield* Effect.mapError(
           digest(tarball),
           (cause) =>
@@ -176,9 +226,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
               cause
             })
         )
-        const target = path.join(cacheDir, `${sha}.img`)
-        if (yield* isComplete(target)) return target
-        yield* publish(target, (staging) =>
+        return yield* ensureImage(sha, path.resolve(tarball), (staging) =>
           Effect.gen(function* () {
             if (yield* fromPrebake(tarball, staging)) return
             const tree = path.join(staging, "tree")
@@ -187,7 +235,84 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
             yield* imageFromTree(tree, staging, sha)
           })
         )
-        return target
+      })
+
+      /** An ext4 image's own copy in the store, holes and all. */
+      const ensureCopy = Effect.fnUntraced(function* (image: string) {
+        const sha = yield* Effect.mapError(digest(image), (cause) => imageNotFound(image, cause))
+        return yield* ensureImage(sha, image, (staging) =>
+          Effect.asVoid(tool(["cp", "--reflink=auto", "--sparse=always", image, path.join(staging, "image")]))
+        )
+      })
+
+      const ociLayout = path.join(settings.cacheDir, "oci")
+
+      const ensureOci = Effect.fn("RootfsImage.ensureOci")(function* (reference: string) {
+        const found = yield* Oci.locate(reference, ociLayout, tool).pipe(
+          Effect.provideService(FileSystem.FileSystem, fs)
+        )
+        const made = yield* ensureImage(found.id, reference, (staging) =>
+          Effect.gen(function* () {
+            const tree = path.join(staging, "tree")
+            yield* Oci.unpack(found, tree, settings.imageLimitBytes, tool)
+            yield* writeConfig(tree, found.config)
+            yield* imageFromTree(tree, staging, found.id)
+          })
+        )
+        // what is fetched once is there; what lies in a file or directory is looked at each time
+        if (reference.startsWith("docker://")) yield* setName(reference, Option.some(made.id))
+        return made
+      })
+
+      /** Whatever the tree has under that name is not followed and goes. */
+      const writeConfig = Effect.fnUntraced(function* (tree: string, config: ImageConfig) {
+        const file = path.join(tree, configFile)
+        yield* fs.remove(file, { recursive: true, force: true }).pipe(
+          Effect.zipRight(
+            isEmpty(config)
+              ? Effect.void
+              : fs.writeFileString(file, Schema.encodeSync(ImageConfigJson)(config), { flag: "wx", mode: 0o644 })
+          ),
+          // no file of the image has the time of its building
+          Effect.zipRight(isEmpty(config) ? Effect.void : fs.utimes(file, 0, 0)),
+          Effect.mapError((e) => cacheFailed(cacheDir, e))
+        )
+      })
+
+      const nameFile = (name: string) => path.join(cacheDir, "names", encodeURIComponent(name))
+
+      const named = (name: string) =>
+        fs.readFileString(nameFile(name)).pipe(Effect.flatMap(Schema.decode(ImageId)), Effect.option)
+
+      const setName = Effect.fnUntraced(function* (name: string, id: Option.Option<ImageId>) {
+        const file = nameFile(name)
+        const draft = `${file}.${randomUUID()}`
+        yield* Option.match(id, {
+          onNone: () => fs.remove(file, { force: true }),
+          onSome: (id) =>
+            fs
+              .makeDirectory(path.dirname(file), { recursive: true })
+              .pipe(Effect.zipRight(fs.writeFileString(draft, id)), Effect.zipRight(fs.rename(draft, file)))
+        }).pipe(Effect.mapError((e) => cacheFailed(cacheDir, e)))
+      })
+
+      /** What is in the store under a name, or under an id of which at least this much is given. */
+      const stored = Effect.fnUntraced(function* (image: string) {
+        const byName = yield* Effect.orElse(
+          Effect.flatten(named(Oci.isReference(image) ? image : withTag(image))),
+          () => Effect.fail(undefined)
+        ).pipe(Effect.option)
+        const candidates = Option.isSome(byName)
+          ? [byName.value]
+          : /^[0-9a-f]{6,64}$/.test(image)
+            ? (yield* Effect.orElseSucceed(fs.readDirectory(cacheDir), () => [])).flatMap((file) =>
+                file.startsWith(image) && /^[0-9a-f]{64}\.img$/.test(file) ? [ImageId.make(file.slice(0, 64))] : []
+              )
+            : []
+        const [only] = candidates
+        return only !== undefined && candidates.length === 1 && (yield* withFs(completeFile.isSettled(imageOf(only))))
+          ? Option.some(only)
+          : Option.none()
       })
 
       /** Owners and device nodes need root, or something that answers like root and remembers from one command to the next. */
@@ -309,8 +434,40 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           const { ext4, file } = yield* inspect(image)
           return ext4 ? file : yield* imageInvalid(image, "is not an ext4 image")
         }),
+        named,
+        setName,
+        add: Effect.fn("RootfsImage.add")(function* (image) {
+          if (Oci.isReference(image)) return (yield* ensureOci(image)).id
+          const { ext4, file } = yield* inspect(image)
+          return (yield* ext4 ? ensureCopy(file) : ensureTarball(file)).id
+        }),
+        noteBundle: (image, dir) =>
+          path.dirname(image) === cacheDir
+            ? fs
+                .makeDirectory(`${image}.bundles`, { recursive: true })
+                .pipe(
+                  Effect.zipRight(
+                    fs.writeFileString(
+                      path.join(`${image}.bundles`, createHash("sha256").update(dir).digest("hex").slice(0, 32)),
+                      dir
+                    )
+                  ),
+                  Effect.ignore
+                )
+            : Effect.void,
         resolve: Effect.fn("RootfsImage.resolve")(function* (image) {
           if (isBaseName(image)) return yield* assets.base(image)
+          const there =
+            Oci.isReference(image) || !(yield* Effect.orElseSucceed(fs.exists(path.resolve(image)), () => false))
+          if (there) {
+            const known = yield* stored(image)
+            if (Option.isSome(known)) {
+              const now = new Date()
+              yield* Effect.ignore(fs.utimes(`${imageOf(known.value)}.ok`, now, now))
+              return imageOf(known.value)
+            }
+          }
+          if (Oci.isReference(image)) return (yield* ensureOci(image)).path
           const { ext4, file } = yield* inspect(image)
           return ext4 ? file : yield* ensure(file)
         })
@@ -336,13 +493,15 @@ const maxConfig = 1024 * 1024
 
 const Noted = Schema.parseJson(Schema.Struct({ config: Schema.NullOr(ImageConfig) }))
 
+const RecordJson = Schema.parseJson(ImageRecord)
+
 const Sha256 = Schema.String.pipe(Schema.pattern(/^[0-9a-f]{64}$/))
 
 const imageNotFound = (image: string, cause: unknown) =>
   new BootError({
     code: "BOOT_IMAGE_NOT_FOUND",
     message: `there is no image "${image}"`,
-    hint: `give ${baseNames.join(", ")}, or the path of a rootfs tarball or an ext4 image`,
+    hint: `give ${baseNames.join(", ")}, the path of a rootfs tarball or an ext4 image, docker://NAME, or what \`machinen image ls\` shows`,
     cause
   })
 

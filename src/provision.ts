@@ -30,6 +30,8 @@ export interface ProvisionOptions<E = unknown, R = never> {
   readonly out: string
   /** What the image says about its commands; over what the base says. */
   readonly config?: ImageConfig
+  /** Of the build's VM. Default `nat`. */
+  readonly network?: BootOptions["network"]
   readonly memoryMib?: BootOptions["memoryMib"]
   readonly vcpus?: number
   /** What the build may write, and the image may have beyond its base. Default 8 GiB, as a hole that fills as it is written. */
@@ -179,6 +181,7 @@ const bootBase = <E, R>(base: string, options: ProvisionOptions<E, R>) =>
       user: "0:0",
       cwd: "/",
       rootDiskSizeBytes: options.diskSizeBytes ?? defaultDiskBytes,
+      ...(options.network === undefined ? {} : { network: options.network }),
       ...(options.memoryMib === undefined ? {} : { memoryMib: options.memoryMib }),
       ...(options.vcpus === undefined ? {} : { vcpus: options.vcpus })
     })

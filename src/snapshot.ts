@@ -7,6 +7,7 @@ import type { BundleDisk, EngineName } from "./domain/BundleManifest.ts"
 import { BootError, SnapshotError } from "./domain/errors.ts"
 import type { Disk } from "./domain/Vm.ts"
 import * as PhaseTimer from "./PhaseTimer.ts"
+import { RootfsImage } from "./RootfsImage.ts"
 import { Settings } from "./Settings.ts"
 import { type SnapshotEngine, SnapshotEngines, type Source, type Taking } from "./SnapshotEngine.ts"
 import { Vmm } from "./Vmm.ts"
@@ -63,10 +64,14 @@ export const snapshot = Effect.fn("snapshot")(function* (source: Source, options
   const leaveRunning = options.leaveRunning ?? false
   const { phase, phases } = yield* PhaseTimer.make
   const engine = yield* chooseEngine(options.engine)
+  const images = yield* RootfsImage
   yield* checkSource(source)
   const result = yield* Effect.scoped(
     Effect.gen(function* () {
       const claim = yield* Bundle.claim(options.outDir, possibleBlobs)
+      // while the VM still keeps them from being removed
+      const shared = (source.entry.disks ?? []).filter(({ readOnly }) => readOnly)
+      yield* Effect.forEach(shared, (disk) => images.noteBundle(disk.path, claim.dir))
       const taking = yield* engine
         .take(source, {
           dir: claim.dir,

@@ -147,6 +147,10 @@ export const layer = Layer.unwrapEffect(
           resolve: () =>
             at("image", new BootError({ code: "BOOT_IMAGE_NOT_FOUND", message: "no image" })).pipe(Effect.as("/base")),
           config: () => Effect.succeed({}),
+          add: () => Effect.die("a fake has no store"),
+          named: () => Effect.succeedNone,
+          setName: () => Effect.void,
+          noteBundle: () => Effect.void,
           checkDisk: (image) => Effect.succeed(image),
           ensure: () => Effect.succeed("/base"),
           upperTemplate: () =>

@@ -7,6 +7,7 @@ import { cp } from "./commands/cp.ts"
 import { demo } from "./commands/demo.ts"
 import { doctor } from "./commands/doctor.ts"
 import { exec } from "./commands/exec.ts"
+import { image } from "./commands/image.ts"
 import { inspect } from "./commands/inspect.ts"
 import { install } from "./commands/install.ts"
 import { gc, pause, resume, stop } from "./commands/lifecycle.ts"
@@ -46,6 +47,7 @@ export const cli = (argv: ReadonlyArray<string>) => {
       ["inspect", "verify"].includes(head[3] ?? "") ? bundle : snapshot,
       restore,
       fork,
+      image,
       provision("provision"),
       provision("bake"),
       gc,

@@ -154,6 +154,11 @@ export class ProvisionError extends Schema.TaggedError<ProvisionError>()(
     "ROOTFS_IMG_TOOL_MISSING",
     "ROOTFS_IMG_NO_SPACE",
     "ROOTFS_IMG_TOO_LARGE",
+    "IMAGE_NOT_FOUND",
+    "IMAGE_INVALID",
+    "IMAGE_IN_USE",
+    "IMAGE_NAME_INVALID",
+    "IMAGE_PULL_FAILED",
     "ROOTFS_IMG_IO"
   )
 ) {

@@ -4,9 +4,9 @@ import { Option } from "effect"
 export const packageGroups = {
   kernel: ["linux-source-6.12", "build-essential", "bc", "bison", "flex", "libelf-dev", "patch", "xz-utils", "jq"],
   bases: ["busybox-static", "fakeroot", "mmdebstrap", "util-linux"],
-  runtime: ["e2fsprogs", "qemu-system-x86", "squashfs-tools", "tar"],
-  /** A real terminal for the tests of terminals. */
-  tests: ["tmux"]
+  runtime: ["e2fsprogs", "qemu-system-x86", "skopeo", "squashfs-tools", "tar", "umoci"],
+  /** What only tests need: clients of a server, a registry, a real terminal. */
+  tests: ["curl", "docker-registry", "tmux"]
 } as const
 
 export const packages: ReadonlyArray<string> = Object.values(packageGroups).flat()

@@ -24,14 +24,43 @@ export const markComplete = (target: string) =>
 export const unmark = (target: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) => fs.remove(marker(target), { force: true }))
 
+/** The marker of a file that may be about to be removed. */
+export const asideMarker = (target: string) => `${marker(target)}.aside`
+
+/** By who holds the lock: what somebody has set aside, and then was killed. */
+const putBack = (target: string) =>
+  Effect.flatMap(FileSystem.FileSystem, (fs) => Effect.ignore(fs.rename(asideMarker(target), marker(target))))
+
+const locked = (target: string) => HostLock.withLock(`complete:${target}`)
+
+/** Complete, once nobody is looking whether it can be removed. */
+export const isSettled = (target: string) =>
+  Effect.flatMap(isComplete(target), (complete) =>
+    complete ? Effect.succeed(true) : Effect.zipRight(locked(target)(putBack(target)), isComplete(target))
+  )
+
+/** Runs an effect, which may remove the file, while it does not count and nobody builds it; where it is still there, it counts again afterwards. */
+export const setAside =
+  (target: string) =>
+  <A, E, R>(effect: Effect.Effect<A, E, R>) =>
+    locked(target)(
+      Effect.gen(function* () {
+        const fs = yield* FileSystem.FileSystem
+        yield* Effect.ignore(fs.rename(marker(target), asideMarker(target)))
+        // where the file is gone, so is its marker
+        return yield* Effect.ensuring(effect, putBack(target))
+      })
+    )
+
 /**
  * Makes `target` from the file `image` that `build` leaves in a directory beside it; complete or not there. Any number of callers at once,
  * in any process, build it once.
  */
 export const publish = <E, R>(target: string, build: (staging: string) => Effect.Effect<void, E, R>) =>
-  HostLock.withLock(`complete:${target}`)(
+  locked(target)(
     Effect.gen(function* () {
       const fs = yield* FileSystem.FileSystem
+      yield* putBack(target)
       if (yield* isComplete(target)) return
       yield* unmark(target)
       // a killed build's leftovers: we hold the lock, so nobody is at work on them

@@ -9,6 +9,7 @@ import { Assets } from "../Assets.ts"
 import { Digests } from "../Digests.ts"
 import { Doctor } from "../Doctor.ts"
 import { Gvproxy } from "../Gvproxy.ts"
+import { ImageStore } from "../ImageStore.ts"
 import { Machinen } from "../Machinen.ts"
 import { Mountdisk } from "../Mountdisk.ts"
 import { Registry } from "../Registry.ts"
@@ -46,7 +47,7 @@ const reconcileAtStart = Layer.effectDiscard(
 
 /** The one place where services meet their implementations, with a choice of engines. As it is, for who looks at what is left himself. */
 export const withEngines = <R>(...engines: ReadonlyArray<Engine<R>>) =>
-  Layer.mergeAll(Machinen.layer, Doctor.layer, Setup.layer).pipe(
+  Layer.mergeAll(Machinen.layer, Doctor.layer, ImageStore.layer, Setup.layer).pipe(
     Layer.provideMerge(byName(engines)),
     Layer.provideMerge(QemuVmm.layer),
     Layer.provideMerge(QemuProbe.layer),

@@ -1,8 +1,10 @@
 import { Args, Command, Options } from "@effect/cli"
 import { Effect, Option, Stream } from "effect"
 import type { RunningCommand } from "../../Agent.ts"
+import { defaultImage } from "../../domain/BootOptions.ts"
 import { ExecError, ParseError } from "../../domain/errors.ts"
 import { Machinen } from "../../Machinen.ts"
+import { baseNames } from "../../RootfsImage.ts"
 import { ExitWith } from "../exit.ts"
 import { bootOptions, durationMs, toBootOptions } from "../options.ts"
 import * as signals from "../signals.ts"
@@ -86,20 +88,22 @@ export const run = (tail: ReadonlyArray<string>) =>
     (input) =>
       Effect.gen(function* () {
         const command = yield* guestCommand(input.command, tail)
-        if (command.length === 0) {
-          return yield* new ParseError({
-            code: "PARSE_ARGUMENT_MISSING",
-            message: "no command to run",
-            hint: "machinen run --image debian -- python3 -c 'print(6 * 7)'"
-          })
-        }
         if (input.tty) yield* terminal.required
-        const options = yield* toBootOptions(input, input.tty ? [] : command)
+        const nothing = new ParseError({
+          code: "PARSE_ARGUMENT_MISSING",
+          message: "no command to run",
+          hint: "machinen run --image debian -- python3 -c 'print(6 * 7)'"
+        })
+        // an image may have one of its own; the bases of set-up have none
+        const bare = (baseNames as ReadonlyArray<string>).includes(Option.getOrElse(input.image, () => defaultImage))
+        if (command.length === 0 && bare) return yield* nothing
+        const options = yield* toBootOptions(input, command)
         const limit = yield* Effect.transposeMapOption(input.timeout, (value) => durationMs("timeout", value))
         const machinen = yield* Machinen
-        const { vm } = yield* machinen.boot(options)
+        const { command: effective, vm } = yield* machinen.boot(options)
+        if (effective === undefined) return yield* nothing
         if (input.tty) {
-          const spec = { argv: command, env: terminal.environment() }
+          const spec = { argv: effective, env: terminal.environment() }
           const running = terminal.relay(vm.terminal(spec, terminal.size()), { detachKeys: false })
           const code = yield* withinLimit(running, limit)
           yield* vm.stop()
