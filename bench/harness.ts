@@ -3,6 +3,7 @@ import { Console, Effect, Schema, type Scope } from "effect"
 import type { Assets } from "../src/Assets.ts"
 import type { HostProbe } from "../src/HostProbe.ts"
 import type { BootFailure, Machinen, SnapshotFailure } from "../src/Machinen.ts"
+import type { RootfsImage } from "../src/RootfsImage.ts"
 import type { Settings } from "../src/Settings.ts"
 
 /** The bench itself went wrong: a tool is missing, or what was measured did not do what it should. */
@@ -18,6 +19,7 @@ export type Services =
   | FileSystem.FileSystem
   | HostProbe
   | Machinen
+  | RootfsImage
   | Settings
 
 export type Unit = "ms" | "MB/s" | "MiB"

@@ -16,10 +16,11 @@ import { coldBoot } from "./scenarios/coldBoot.ts"
 import { criu } from "./scenarios/criu.ts"
 import { exec } from "./scenarios/exec.ts"
 import { fork } from "./scenarios/fork.ts"
+import { images } from "./scenarios/images.ts"
 import { restore } from "./scenarios/restore.ts"
 import { snapshot } from "./scenarios/snapshot.ts"
 
-const scenarios: ReadonlyArray<Scenario> = [coldBoot, exec, cli, restore, snapshot, fork, clones, criu]
+const scenarios: ReadonlyArray<Scenario> = [coldBoot, exec, cli, restore, snapshot, fork, clones, criu, images]
 
 interface Choice {
   readonly runs: number | undefined

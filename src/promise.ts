@@ -18,6 +18,7 @@ import { Machinen } from "./Machinen.ts"
 import * as memory from "./platform/memory.ts"
 import * as processes from "./platform/processes.ts"
 import type { Leftover } from "./Registry.ts"
+import { baseNames } from "./RootfsImage.ts"
 import * as debugLogger from "./runtime/debugLogger.ts"
 import * as layers from "./runtime/layers.ts"
 import type { Vm } from "./Vm.ts"
@@ -42,7 +43,7 @@ export interface ChunkLogEvent {
 /** Where the time of an operation went, in milliseconds by phase, in the order in which the phases began. */
 export interface PhaseLogEvent {
   readonly source: "phase"
-  readonly kind: "boot" | "snapshot" | "restore"
+  readonly kind: "boot" | "provision" | "snapshot" | "restore"
   readonly phases: ReadonlyMap<string, number>
   readonly totalMs: number
 }
@@ -70,9 +71,12 @@ interface StartOptions extends Interruptible {
 }
 
 export interface BootOptions extends StartOptions {
-  /** `micro`, `debian`, a rootfs tarball or an ext4 image used as a read-only base. Needs `cmd`: no image brings one of its own yet. */
+  /**
+   * `micro`, `debian`, a rootfs tarball, an ext4 image used as a read-only base, a container image (`docker://NAME`), or a name of `machinen image ls`. What it
+   * says about its commands holds where these options say nothing.
+   */
   readonly image?: string
-  /** The main command; the VM ends with it. Needs `image` or `rootDisk`. With neither, a VM of the default image idles until it is ended. */
+  /** The main command, instead of the image's own; the VM ends with it. One or the other is needed where there is an image. Needs `image` or `rootDisk`. With neither, a VM of the default image idles until it is ended. */
   readonly cmd?: ReadonlyArray<string>
   /** Working directory of commands in the guest; absolute. Default `/`. */
   readonly guestCwd?: string
@@ -116,6 +120,29 @@ export interface ForkOptions extends StartOptions {
   readonly tcpKeep?: boolean
   /** As of `restore`. */
   readonly lazy?: boolean
+}
+
+export interface ProvisionOptions extends Interruptible {
+  /** As `image` of `boot`. Default `debian`. */
+  readonly base?: string
+  /** Turns the base into what is wanted. The handle's commands run as root; it is over when this completes. */
+  readonly install: (vm: VmHandle) => Promise<void>
+  /** The tarball to write; replaced when the build is done, untouched when it fails. */
+  readonly out: string
+  /** The image's command and environment: what a boot of it does that is not told otherwise. */
+  readonly cmd?: ReadonlyArray<string>
+  readonly env?: Readonly<Record<string, string>>
+  /** What the root filesystem may come to, in bytes. There is no such disk: it is a limit, and takes no space. Default 16 GiB. */
+  readonly scratchDiskSizeBytes?: number
+  /** For the whole build. Default 600 000. */
+  readonly timeoutMs?: number
+  readonly onLog?: OnLog
+}
+
+export interface ProvisionResult {
+  readonly imagePath: string
+  readonly sizeBytes: number
+  readonly elapsedMs: number
 }
 
 export interface AttachOptions {
@@ -279,6 +306,8 @@ export type GcResult = Leftover
 
 export interface Client {
   readonly boot: (options?: BootOptions) => Promise<VmHandle>
+  /** Builds an image in a VM of its base. */
+  readonly provision: (options: ProvisionOptions) => Promise<ProvisionResult>
   /** A handle on a running VM; it fails REGISTRY_VM_NOT_FOUND when there is none. */
   readonly attach: (options: AttachOptions) => Promise<VmHandle>
   /** Running VMs, oldest first. */
@@ -443,10 +472,34 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
           const limited = detached === true && timeoutMs != null ? Effect.timeoutFail(boot, notReady(timeoutMs)) : boot
           const [elapsed, { command, phases, vm }] = yield* Effect.timed(limited)
           yield* logger(options.onLog)(phaseEvent("boot", phases, Duration.toMillis(elapsed)))
+          if (command === undefined && image !== undefined) return yield* nothingToRun(image)
           return { vm, main: command !== undefined }
         }),
         options,
         options.timeoutMs === undefined ? defaultWaitMs : options.timeoutMs
+      ),
+    provision: (options) =>
+      run(
+        Effect.gen(function* () {
+          yield* refuseOthers("provision", options, provisionOptions)
+          const { base, cmd, env, onLog, out, scratchDiskSizeBytes, timeoutMs } = options
+          const [first, ...rest] = cmd ?? []
+          const log = logger(onLog)
+          const machinen = yield* Machinen
+          const { elapsedMs, imagePath, phases, sizeBytes } = yield* machinen.provision({
+            ...given({ base, timeoutMs, maxImageBytes: scratchDiskSizeBytes }),
+            out,
+            config: given({ cmd: first === undefined ? undefined : ([first, ...rest] as const), env }),
+            install: (vm) =>
+              Effect.tryPromise({
+                try: () => options.install(toHandle(VmControl.unowned(vm), log, null)),
+                catch: (cause) => cause
+              })
+          })
+          yield* log(phaseEvent("provision", phases, elapsedMs))
+          return { imagePath, sizeBytes, elapsedMs }
+        }),
+        options.signal
       ),
     attach: async ({ name, onLog, pid, ...others }) => {
       const vm = await run(
@@ -611,6 +664,17 @@ const execOptions: Supported = {
   onStderr: any,
   signal: any
 }
+const provisionOptions: Supported = {
+  base: any,
+  install: any,
+  out: any,
+  cmd: any,
+  env: any,
+  scratchDiskSizeBytes: any,
+  timeoutMs: any,
+  onLog: any,
+  signal: any
+}
 const gcOptions: Supported = { dryRun: any }
 
 /** Nothing asked for: left out, or an empty list of things. */
@@ -631,15 +695,20 @@ const refuseOthers = (what: string, options: object, supported: Supported): Effe
   })
 }
 
+const nothingToRun = (image: string) =>
+  new BootError({
+    code: "BOOT_CMD_MISSING",
+    message: `there is nothing to run in ${image}`,
+    hint: 'give a command: cmd: ["sleep", "infinity"] for a VM that waits for exec()'
+  })
+
 const checkCommand = ({ cmd, image, rootDisk }: BootOptions): Effect.Effect<void, BootError> => {
   const isGiven = image !== undefined || typeof rootDisk === "string"
   if (isGiven === (cmd !== undefined)) return Effect.void
+  // an image may have a command of its own, which is known when it is looked into; the bases have none
+  if (image !== undefined && !(baseNames as ReadonlyArray<string>).includes(image)) return Effect.void
   return isGiven
-    ? new BootError({
-        code: "BOOT_CMD_MISSING",
-        message: `there is nothing to run in ${image ?? rootDisk}`,
-        hint: 'give a command: cmd: ["sleep", "infinity"] for a VM that waits for exec()'
-      })
+    ? nothingToRun(image ?? String(rootDisk))
     : new BootError({
         code: "BOOT_CMD_WITHOUT_IMAGE",
         message: "there is a command, but no image to run it in",
@@ -686,7 +755,7 @@ const unusable = (cause: unknown) =>
       })
 
 /** On this host's real services. */
-export const { attach, boot, list, restore, runGc } = make(layers.layer)
+export const { attach, boot, list, provision, restore, runGc } = make(layers.layer)
 
 /** Whether it is one of ours, of that code if one is given. */
 export const isMachinenError = (error: unknown, code?: ErrorCode): error is MachinenError =>

@@ -2,10 +2,11 @@ import { execFileSync } from "node:child_process"
 import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
 import { gunzipSync } from "node:zlib"
-import { afterEach, assert, layer } from "@effect/vitest"
+import { afterEach, assert, describe, layer, it as plain } from "@effect/vitest"
 import { Deferred, Effect, Fiber, Stream } from "effect"
 import { Assets } from "../../src/Assets.ts"
 import { Machinen } from "../../src/Machinen.ts"
+import * as facade from "../../src/promise.ts"
 import type { BuildProgress } from "../../src/provision.ts"
 import { RootfsImage } from "../../src/RootfsImage.ts"
 import {
@@ -405,4 +406,45 @@ layer(live(home, cache), { excludeTestServices: true })("machinen provision", (i
       assertNothingLeft(home)
     })
   )
+})
+
+describe("the Promise API", () => {
+  const { boot, provision } = facade.make(live(home, cache))
+
+  plain("builds an image, tells its phases, and boots it for its own command", async () => {
+    const out = path.join(temporaryDirectory(), "promised.tar.gz")
+    const events: Array<facade.LogEvent> = []
+    const built = await provision({
+      base: "micro",
+      out,
+      cmd: ["sh", "-c", "cat /srv/greeting; exit 5"],
+      env: { LANGUAGE: "de" },
+      onLog: (event) => void events.push(event),
+      install: async (vm) => {
+        await vm.writeFile("/srv/greeting", "servus\n")
+        await vm.exec("echo installing")
+      }
+    })
+    assert.deepStrictEqual([built.imagePath, built.sizeBytes], [out, statSync(out).size])
+    assert.deepStrictEqual(
+      events.flatMap((event) => (event.source === "phase" ? [event.kind, ...event.phases.keys()] : [])),
+      ["provision", "boot", "install", "archive", "prebake"]
+    )
+    assert.isTrue(events.some((event) => event.source === "exec-stdout"))
+    const vm = await boot({ image: out })
+    assert.strictEqual((await vm.wait()).code, 5)
+    assert.strictEqual(await vm.output(), "servus\n")
+
+    const mistake = new Error("a mistake")
+    const failed = await provision({ base: "micro", out, install: () => Promise.reject(mistake) }).catch((e) => e)
+    assert.isTrue(facade.isMachinenError(failed, "PROVISION_INSTALL_HOOK_FAILED"))
+    assert.strictEqual(failed.cause, mistake)
+    const small = await provision({ base: "micro", out, scratchDiskSizeBytes: 100_000, install: async () => {} }).catch(
+      (e) => e
+    )
+    assert.isTrue(facade.isMachinenError(small, "PROVISION_DISK_TOO_SMALL"))
+    const nothing = await boot({ image: path.join(path.dirname(out), "..", "none") }).catch((e) => e)
+    assert.isTrue(facade.isMachinenError(nothing, "BOOT_IMAGE_NOT_FOUND"))
+    assert.strictEqual(built.sizeBytes, statSync(out).size)
+  })
 })

@@ -1,0 +1,233 @@
+import { execFileSync } from "node:child_process"
+import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, utimesSync, writeFileSync } from "node:fs"
+import * as path from "node:path"
+import * as NodeContext from "@effect/platform-node/NodeContext"
+import { assert, describe, it } from "@effect/vitest"
+import { Effect, FastCheck as fc, Layer, Option, Schema } from "effect"
+import { Assets } from "../../src/Assets.ts"
+import { defaultRootDiskBytes } from "../../src/domain/BootOptions.ts"
+import { ImageName, withTag } from "../../src/domain/Image.ts"
+import { applied, type ImageConfig, over } from "../../src/domain/ImageConfig.ts"
+import { parsePackages } from "../../src/ImageStore.ts"
+import { RootfsImage } from "../../src/RootfsImage.ts"
+import { Settings } from "../../src/Settings.ts"
+import { SourceTree } from "../../src/SourceTree.ts"
+import { executable, temporaryHome } from "../fixtures.ts"
+
+const store = (dir: string, mke2fs?: string) =>
+  RootfsImage.layer.pipe(
+    Layer.provide(Assets.layerWithoutSource),
+    Layer.provide(SourceTree.layerTest(dir)),
+    Layer.provide(Settings.layerTest(dir, mke2fs === undefined ? {} : { mke2fs: Option.some(mke2fs) })),
+    Layer.provideMerge(NodeContext.layer)
+  )
+
+/** A small image whose tree has that file, or has none. */
+const ext4 = (dir: string, config: string | undefined): string => {
+  const tree = path.join(dir, "tree")
+  const image = path.join(dir, "image.ext4")
+  mkdirSync(tree, { recursive: true })
+  if (config !== undefined) writeFileSync(path.join(tree, "machinen-config.json"), config)
+  execFileSync("mke2fs", ["-q", "-F", "-t", "ext4", "-d", tree, image, "8M"])
+  return image
+}
+
+const plan = {
+  image: "x",
+  rootDisk: undefined,
+  command: undefined,
+  env: {},
+  cwd: undefined,
+  user: undefined
+}
+
+describe("what an image says", () => {
+  it.effect("is read once, until its file changes; that it says nothing is remembered as well", () => {
+    const dir = temporaryHome()
+    return Effect.gen(function* () {
+      const images = yield* RootfsImage
+      const image = ext4(dir, '{"cmd":["one"],"unknown":1}')
+      assert.deepStrictEqual(yield* images.config(image), { cmd: ["one"] })
+      const notes = path.join(dir, "cache", "image-config")
+      assert.strictEqual(readdirSync(notes).length, 1)
+
+      // the note is what is believed while size and times are the same
+      const [note = ""] = readdirSync(notes)
+      writeFileSync(path.join(notes, note), '{"config":{"cmd":["noted"]}}')
+      assert.deepStrictEqual(yield* images.config(image), { cmd: ["noted"] })
+      writeFileSync(path.join(notes, note), "torn{")
+      assert.deepStrictEqual(yield* images.config(image), { cmd: ["one"] })
+      writeFileSync(path.join(notes, note), '{"config":{"cmd":["noted"]}}')
+      const { mtime } = statSync(image)
+      utimesSync(image, mtime, new Date(mtime.getTime() + 1000))
+      assert.deepStrictEqual(yield* images.config(image), { cmd: ["one"] })
+      execFileSync("truncate", ["-s", "+4096", image])
+      utimesSync(image, mtime, mtime)
+      assert.deepStrictEqual(yield* images.config(image), { cmd: ["one"] })
+      assert.strictEqual(readdirSync(notes).length, 3)
+
+      const silent = ext4(path.join(dir, "silent"), undefined)
+      assert.deepStrictEqual(yield* images.config(silent), {})
+      assert.include(
+        readdirSync(notes).map((each) => readFileSync(path.join(notes, each), "utf8")),
+        '{"config":null}'
+      )
+    }).pipe(Effect.provide(store(dir)))
+  })
+
+  for (const [what, text] of [
+    ["is no JSON", "{"],
+    ["is of other types", '{"cmd":"string"}'],
+    ["has a relative directory", '{"cwd":"srv"}'],
+    ["has a NUL byte", '{"env":{"A":"\\u0000"}}'],
+    ["is endless", `{"cmd":["${"x".repeat(2 * 1024 * 1024)}"]}`]
+  ] as const) {
+    it.effect(`is ignored when it ${what}`, () => {
+      const dir = temporaryHome()
+      return Effect.gen(function* () {
+        const images = yield* RootfsImage
+        assert.deepStrictEqual(yield* images.config(ext4(dir, text)), {})
+      }).pipe(Effect.provide(store(dir)))
+    })
+  }
+
+  it.effect("goes under what the caller says, its entrypoint before any command", () =>
+    Effect.gen(function* () {
+      const image: ImageConfig = {
+        entrypoint: ["entry"],
+        cmd: ["default"],
+        env: { A: "image", B: "image" },
+        cwd: "/image",
+        user: "image"
+      }
+      const rest = { name: undefined, memoryMib: 1, vcpus: 1, rootDiskSizeBytes: defaultRootDiskBytes, detached: false }
+      const base = { ...plan, ...rest } as unknown as Parameters<typeof applied>[0]
+      const alone = yield* applied(base, image)
+      assert.deepStrictEqual(
+        [alone.command, alone.env, alone.cwd, alone.user],
+        [["entry", "default"], { A: "image", B: "image" }, "/image", "image"]
+      )
+      const asked = { ...base, command: ["mine"] as const, env: { B: "mine" }, cwd: "/mine", user: "mine" }
+      const both = yield* applied(asked, image)
+      assert.deepStrictEqual(
+        [both.command, both.env, both.cwd, both.user],
+        [["entry", "mine"], { A: "image", B: "mine" }, "/mine", "mine"]
+      )
+      assert.strictEqual((yield* applied(base, {})).command, undefined)
+      const large = yield* Effect.flip(applied(base, { env: { A: "x".repeat(200_000) } }))
+      assert.strictEqual(large.code, "BOOT_ENV_INVALID")
+    })
+  )
+
+  it("is what the base said with what is put over it", () => {
+    const base = { cmd: ["base"], env: { A: "1", B: "1" }, cwd: "/base" } as const
+    assert.deepStrictEqual(over(base, { env: { B: "2" }, cwd: "/top" }), {
+      cmd: ["base"],
+      env: { A: "1", B: "2" },
+      cwd: "/top"
+    })
+    assert.deepStrictEqual(over({}, {}), {})
+  })
+})
+
+describe("a tarball's image", () => {
+  const tarball = (dir: string): string => {
+    const tree = path.join(dir, "content")
+    mkdirSync(path.join(tree, "etc"), { recursive: true })
+    writeFileSync(path.join(tree, "etc", "hostname"), "x\n")
+    const file = path.join(dir, "rootfs.tar")
+    execFileSync("tar", ["-cf", file, "-C", tree, "."])
+    return file
+  }
+
+  it.effect("is built once by any number of callers, without leftovers", () => {
+    const dir = temporaryHome()
+    const log = path.join(dir, "log")
+    const counting = executable(dir, "mke2fs", `echo run >>${log}; exec mke2fs "$@"`)
+    return Effect.gen(function* () {
+      const images = yield* RootfsImage
+      const file = tarball(dir)
+      const made = yield* Effect.all(
+        Array.from({ length: 8 }, () => images.ensure(file)),
+        { concurrency: 8 }
+      )
+      assert.strictEqual(new Set(made).size, 1)
+      assert.strictEqual(readFileSync(log, "utf8"), "run\n")
+      const left = readdirSync(path.join(dir, "cache", "rootfs")).filter((name) => name !== "digests")
+      assert.deepStrictEqual(left.map((name) => name.replace(/^[0-9a-f]{64}/, "")).sort(), [".img", ".img.ok", ".json"])
+    }).pipe(Effect.provide(store(dir, counting)))
+  })
+
+  for (const [what, script, code] of [
+    ["is missing", undefined, "ROOTFS_IMG_TOOL_MISSING"],
+    ["fails", "echo broken >&2; exit 1", "PROVISION_INSTALL_HOOK_FAILED"],
+    ["has no space", "echo 'No space left on device' >&2; exit 1", "ROOTFS_IMG_NO_SPACE"]
+  ] as const) {
+    it.effect(`a tool that ${what} has its code, and leaves nothing`, () => {
+      const dir = temporaryHome()
+      const tool = script === undefined ? path.join(dir, "none") : executable(dir, "mke2fs", script)
+      return Effect.gen(function* () {
+        const images = yield* RootfsImage
+        const error = yield* Effect.flip(images.ensure(tarball(dir)))
+        assert.strictEqual(error.code, code)
+        const rootfs = path.join(dir, "cache", "rootfs")
+        assert.isEmpty(existsSync(rootfs) ? readdirSync(rootfs).filter((name) => name.includes(".img")) : [])
+      }).pipe(Effect.provide(store(dir, tool)))
+    })
+  }
+})
+
+describe("an image's name", () => {
+  it("is like that of a container image, and never a path, an id or an option", () => {
+    const valid = Schema.is(ImageName)
+    for (const name of ["web", "team/web", "a.b-c_d/e__f:1.2-x", "0", "registry.example/x:Latest"])
+      assert.isTrue(valid(name), name)
+    for (const name of [
+      "",
+      "Web",
+      "-web",
+      "web/",
+      "/web",
+      "a//b",
+      "a/../b",
+      "web:",
+      "a:b/c",
+      "abcdef",
+      "0123456789ab",
+      "a".repeat(201)
+    ]) {
+      assert.isFalse(valid(name), name)
+    }
+    fc.assert(
+      fc.property(fc.string(), (name) => {
+        if (!valid(name)) return
+        assert.notInclude(name, "..")
+        assert.isFalse(name.startsWith("/") || name.startsWith("-") || name.startsWith("."))
+        assert.isTrue(valid(withTag(name)))
+        assert.strictEqual(withTag(withTag(name)), withTag(name))
+      })
+    )
+  })
+})
+
+describe("a dpkg database", () => {
+  it("tells what is installed", () => {
+    const status = `Package: base-files
+Status: install ok installed
+Version: 12.4+deb12u5
+Description: x
+ Version: of something else
+
+Package: gone
+Status: deinstall ok config-files
+Version: 1
+
+Package: jq
+Status: install ok installed
+Architecture: amd64
+Version: 1.6-2.1
+`
+    assert.deepStrictEqual(parsePackages(status), { "base-files": "12.4+deb12u5", jq: "1.6-2.1" })
+    assert.deepStrictEqual(parsePackages(""), {})
+  })
+})
