@@ -147,6 +147,8 @@ export interface AgentClient extends Terminal.TerminalClient {
    */
   readonly freeze: (options: {
     readonly sync: boolean
+    /** Fail EXEC_MOUNT_BUSY otherwise when a process holds files on a shared directory: a copy's host does not know them. */
+    readonly lazyUmount: boolean
     readonly timeout: Duration.DurationInput
   }) => Effect.Effect<void, ExecError, Scope.Scope>
   /**
@@ -533,8 +535,8 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
       ).pipe(Effect.mapError(hostIo(hostPath)))
     }),
     stat,
-    freeze: Effect.fn("Agent.freeze")(function* ({ sync, timeout }) {
-      yield* held({ op: "freeze", sync, timeoutMs: Duration.toMillis(timeout) })
+    freeze: Effect.fn("Agent.freeze")(function* ({ lazyUmount, sync, timeout }) {
+      yield* held({ op: "freeze", sync, lazyUmount, timeoutMs: Duration.toMillis(timeout) })
     }),
     dump: Effect.fn("Agent.dump")(function* ({ tcpClose, timeout }) {
       const { frozenMs = 0 } = yield* held({ op: "dump", tcpClose, timeoutMs: Duration.toMillis(timeout) })
@@ -692,6 +694,8 @@ const toExecError = (error: ExecError | AgentRefusal): ExecError => {
       return new ExecError({ code: "EXEC_CWD_INVALID", message, hint: "create the directory first", cause })
     case "AGENT_TIMEOUT":
       return new ExecError({ code: "EXEC_AGENT_TIMEOUT", message, cause })
+    case "AGENT_MOUNT_BUSY":
+      return new ExecError({ code: "EXEC_MOUNT_BUSY", message, cause })
     case "AGENT_ARGUMENTS_TOO_LARGE":
       return new ExecError({
         code: "EXEC_ARGUMENTS_TOO_LARGE",

@@ -189,6 +189,7 @@ export const AgentRequest = Schema.Union(
   Schema.Struct({
     op: Schema.Literal("freeze"),
     sync: Schema.Boolean,
+    lazyUmount: Schema.optional(Schema.Boolean),
     timeoutMs: Schema.optional(Schema.Int)
   }),
   Schema.Struct({ op: Schema.Literal("rejuvenate"), ...identity }),
@@ -220,6 +221,7 @@ export const AgentFault = Schema.Struct({
     "AGENT_TIMEOUT",
     "AGENT_ARGUMENTS_TOO_LARGE",
     "AGENT_NO_SPACE",
+    "AGENT_MOUNT_BUSY",
     "AGENT_CRIU",
     "AGENT_IO"
   ),

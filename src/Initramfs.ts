@@ -55,6 +55,8 @@ export interface GuestConfig {
     readonly root: "overlay" | "disk"
     /** Where the disks `mountlower` and `mountupper` go. */
     readonly mount?: string
+    /** Directories of the host's, by the name the machine's device has for each. */
+    readonly shares?: ReadonlyArray<{ readonly guest: string; readonly tag: string }>
     /** The disk holds processes that go on here; nothing else is served before. */
     readonly revive?: boolean
     /** Of the machine's network card, if it has one. */

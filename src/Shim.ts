@@ -194,6 +194,20 @@ const startFailed = (event: Extract<ShimEvent, { event: "failed" }>, plan: ShimP
     })
   }
   if (event.step === "network") return forwardFailed(event)
+  if (event.step === "shares") {
+    return new BootError({
+      code: event.code === "ENOENT" ? "BOOT_MOUNT_HOST_NOT_FOUND" : "BOOT_MOUNT_INVALID",
+      message: `a live mount's directory cannot be used: ${event.message}`,
+      hint: "give an existing directory of the host"
+    })
+  }
+  if (event.step === "vmm" && event.code === "EPERM" && plan.shares !== undefined) {
+    return new BootError({
+      code: "BOOT_MOUNT_INVALID",
+      message: `live mounts need root on the host: ${event.message}`,
+      hint: "run as root, or mount a copy of the directory (`mount`, --volume)"
+    })
+  }
   if (event.step === "vmm" && (event.code === "ENOENT" || event.code === "EACCES")) {
     return new BootError({
       code: "BOOT_VMM_MISSING",

@@ -23,6 +23,8 @@ export interface Target {
   readonly sync: boolean
   /** Established TCP connections need not survive. */
   readonly tcpClose: boolean
+  /** Files that are open on shared directories may be lost, where the engine cannot keep them. */
+  readonly lazyUmount: boolean
   readonly timeoutMs: number
 }
 

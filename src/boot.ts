@@ -10,7 +10,7 @@ import { type Disk, MachineSpec } from "./domain/Vm.ts"
 import { VmEntry } from "./domain/VmEntry.ts"
 import type * as Initramfs from "./Initramfs.ts"
 import * as Launch from "./launch.ts"
-import { checkHosts, mountDisks } from "./mounts.ts"
+import { checkHosts, guestMounts, mountDisks, sharesOf } from "./mounts.ts"
 import * as PhaseTimer from "./PhaseTimer.ts"
 import * as memory from "./platform/memory.ts"
 import * as processes from "./platform/processes.ts"
@@ -74,6 +74,7 @@ export const boot = Effect.fn("boot")(
       network: asked.network,
       portForward: asked.portForward,
       mount: asked.mounts.mount,
+      ...(asked.mounts.liveMounts.length === 0 ? {} : { liveMounts: asked.mounts.liveMounts }),
       createdAt: Date.now(),
       vsockPath,
       controlPath: path.join(dir, "shim.sock"),
@@ -114,6 +115,7 @@ export const boot = Effect.fn("boot")(
           memoryMib: plan.memoryMib,
           vcpus: plan.vcpus,
           disks,
+          shares: sharesOf(entry),
           ...Launch.cardOf(entry)
         }),
         {
@@ -180,7 +182,7 @@ const guestOf = (plan: BootPlan, entry: VmEntry): Initramfs.GuestConfig => ({
     hostname: Launch.hostname(entry),
     root: plan.rootDisk === undefined ? "overlay" : "disk",
     ...(plan.network === "nat" ? { network: guestNetwork } : {}),
-    ...(plan.mounts.mount === undefined ? {} : { mount: plan.mounts.mount.guest })
+    ...guestMounts(entry)
   }
 })
 

@@ -17,6 +17,8 @@ export interface ForkOptions extends Omit<RestoreOptions, "snapDir" | "image"> {
   readonly engine?: EngineName
   /** Established TCP connections survive in the siblings, as they do in any case when the whole machine is forked. Default false. */
   readonly tcpKeep?: boolean
+  /** As of a snapshot. */
+  readonly lazyUmount?: boolean
   readonly timeoutMs?: number
   /** The part of the host's memory that must be free, 0 to 1; 0: no matter. Default 0.01. */
   readonly freeMemoryThreshold?: number
@@ -73,7 +75,14 @@ export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOp
       const engine = yield* chooseEngine(options.engine)
       const dir = yield* Effect.provideService(registry.scratch, Scope.Scope, files)
       const taking = yield* engine
-        .take(source, { dir, remove: [], sync: false, tcpClose, timeoutMs: options.timeoutMs ?? 90_000 })
+        .take(source, {
+          dir,
+          remove: [],
+          sync: false,
+          tcpClose,
+          lazyUmount: options.lazyUmount ?? false,
+          timeoutMs: options.timeoutMs ?? 90_000
+        })
         .pipe(Effect.provideService(Scope.Scope, files))
       const pausedMs = yield* held(taking)
       yield* taking.commit
@@ -85,6 +94,7 @@ export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOp
           disk.readOnly ? disk : { ...disk, path: path.join(dir, `${disk.id}.img`) }
         ),
         mount: entry.mount,
+        liveMounts: entry.liveMounts ?? [],
         image: entry.image,
         command: entry.command,
         kernel: entry.kernel ?? "",

@@ -1,13 +1,31 @@
 import * as path from "node:path"
 import { FileSystem } from "@effect/platform"
 import { Effect } from "effect"
-import type { Mount, MountPlan } from "./domain/mounts.ts"
-import type { Disk } from "./domain/Vm.ts"
+import type { LiveMount, Mount, MountPlan } from "./domain/mounts.ts"
+import type { Disk, Share } from "./domain/Vm.ts"
+import type { VmEntry } from "./domain/VmEntry.ts"
+import type { GuestConfig } from "./Initramfs.ts"
 import { checkHost, Mountdisk } from "./Mountdisk.ts"
 
 /** Whether the host has what is to be mounted; nothing has been acquired yet. */
-export const checkHosts = Effect.fn("mounts.checkHosts")(function* ({ mount }: MountPlan) {
+export const checkHosts = Effect.fn("mounts.checkHosts")(function* ({ liveMounts, mount }: MountPlan) {
   if (mount !== undefined) yield* checkHost(mount.host, "the directory to mount")
+  yield* checkLiveHosts(liveMounts)
+})
+
+export const checkLiveHosts = (liveMounts: ReadonlyArray<LiveMount>) =>
+  Effect.forEach(liveMounts, ({ host }, i) => checkHost(host, `the directory of live mount ${i}`), { discard: true })
+
+const tagOf = (i: number) => `machinen-lm${i}`
+
+/** What the machine shares with the host. */
+export const sharesOf = ({ liveMounts = [] }: VmEntry): ReadonlyArray<Share> =>
+  liveMounts.map(({ host, mode }, i) => ({ tag: tagOf(i), path: host, readOnly: mode === "ro" }))
+
+/** What the guest is told of its mounts. */
+export const guestMounts = ({ liveMounts = [], mount }: VmEntry): Pick<GuestConfig["boot"], "mount" | "shares"> => ({
+  ...(mount === undefined ? {} : { mount: mount.guest }),
+  ...(liveMounts.length === 0 ? {} : { shares: liveMounts.map(({ guest }, i) => ({ guest, tag: tagOf(i) })) })
 })
 
 /** The disks of a mount, and what has to be copied into the VM's directory for them. */

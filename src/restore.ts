@@ -9,12 +9,12 @@ import { Digests } from "./Digests.ts"
 import { decodeName } from "./domain/BootOptions.ts"
 import type { BundleManifest } from "./domain/BundleManifest.ts"
 import { BootError } from "./domain/errors.ts"
-import type { Mount } from "./domain/mounts.ts"
+import { type LiveMount, type LiveMountOption, type Mount, overridden } from "./domain/mounts.ts"
 import { macOf, type NetworkMode, type PortForwardOption, validateForwards } from "./domain/Network.ts"
 import { type Disk, MachineSpec, VmName } from "./domain/Vm.ts"
 import { VmEntry } from "./domain/VmEntry.ts"
 import * as Launch from "./launch.ts"
-import { linkedInto } from "./mounts.ts"
+import { checkLiveHosts, linkedInto, sharesOf } from "./mounts.ts"
 import * as PhaseTimer from "./PhaseTimer.ts"
 import * as processes from "./platform/processes.ts"
 import { Registry } from "./Registry.ts"
@@ -30,6 +30,8 @@ export interface RestoreOptions {
   readonly name?: string
   /** Where the read-only image lies, if it is not where it was; it must be the same. */
   readonly image?: string
+  /** Of the source's live mounts, by their place in the guest: another directory, or another mode. */
+  readonly liveMounts?: ReadonlyArray<LiveMountOption>
   /** Over the environment the source was booted with. */
   readonly env?: Readonly<Record<string, string>>
   readonly detached?: boolean
@@ -53,6 +55,7 @@ export interface Seed {
   readonly dir: string
   readonly disks: ReadonlyArray<Disk>
   readonly mount: Mount | undefined
+  readonly liveMounts: ReadonlyArray<LiveMount>
   readonly image: string
   readonly command: ReadonlyArray<string> | undefined
   readonly kernel: string
@@ -86,6 +89,7 @@ export const restore = Effect.fn("restore")(function* (options: RestoreOptions) 
       dir: bundle.dir,
       disks: yield* disksOf(bundle, options.image),
       mount: manifest.mount,
+      liveMounts: manifest.liveMounts ?? [],
       image: manifest.sourceImage,
       command: manifest.command,
       kernel: yield* (yield* Assets).kernel,
@@ -113,6 +117,8 @@ export const revive = Effect.fn("revive")(
     const network = yield* Launch.networkOf(seed.network, portForward)
     const capabilities = yield* vmm.capabilities
     const name = options.name === undefined ? undefined : yield* decodeName(options.name)
+    const liveMounts = yield* overridden(seed.liveMounts, options.liveMounts ?? [])
+    yield* checkLiveHosts(liveMounts)
     const id = Launch.newId()
     const dir = path.join(settings.vmsDir, id)
     const vsockPath = path.join(dir, "vsock.sock")
@@ -139,6 +145,7 @@ export const revive = Effect.fn("revive")(
       network: seed.network,
       portForward,
       mount: seed.mount,
+      ...(liveMounts.length === 0 ? {} : { liveMounts }),
       forkedFrom: seed.forkedFrom,
       ...(options.lazy === true ? { lazy: true } : {}),
       createdAt: Date.now(),
@@ -168,6 +175,7 @@ export const revive = Effect.fn("revive")(
           memoryMib: seed.memoryMib,
           vcpus: seed.vcpus,
           disks,
+          shares: sharesOf(entry),
           ...Launch.cardOf(entry)
         }),
         {
@@ -254,7 +262,11 @@ export const misfits = Effect.fn("restore.misfits")(function* (
   const vmm = yield* Vmm
   const assets = yield* Assets
   const disks = yield* disksOf(bundle, options.image)
-  const here = yield* vmm.fingerprint({ disks, network: manifest.network === "nat" })
+  const here = yield* vmm.fingerprint({
+    disks,
+    network: manifest.network === "nat",
+    shares: (manifest.liveMounts ?? []).length > 0
+  })
   const there = manifest.machine
   const reasons: Array<string> = []
   const differ = (what: string, made: string | number, have: string | number) => {

@@ -21,6 +21,11 @@ export interface SnapshotOptions {
   readonly leaveRunning?: boolean
   /** Established TCP connections are closed in what is restored. An engine that saves the whole machine keeps them. Default false. */
   readonly tcpClose?: boolean
+  /**
+   * Processes may hold files on live mounts: in what is restored these give EIO, and a share comes back once they are closed. Without it such
+   * a VM is refused (SNAPSHOT_MOUNT_BUSY). Default false.
+   */
+  readonly lazyUmount?: boolean
   /** For freezing the guest's processes. Default 90 s. */
   readonly timeoutMs?: number
 }
@@ -78,6 +83,7 @@ export const snapshot = Effect.fn("snapshot")(function* (source: Source, options
           remove: claim.remove,
           sync: true,
           tcpClose: options.tcpClose ?? false,
+          lazyUmount: options.lazyUmount ?? false,
           timeoutMs: options.timeoutMs ?? defaultTimeoutMs
         })
         .pipe(phase("prepare"))
@@ -182,13 +188,18 @@ const factsOf = Effect.fnUntraced(
       ...(entry.name === undefined ? {} : { sourceName: entry.name }),
       sourceImage: entry.image,
       ...(entry.command === undefined ? {} : { command: entry.command }),
-      machine: yield* vmm.fingerprint({ disks: all, network: entry.network === "nat" }),
+      machine: yield* vmm.fingerprint({
+        disks: all,
+        network: entry.network === "nat",
+        shares: (entry.liveMounts ?? []).length > 0
+      }),
       kernelSha256: yield* digests.remembered(entry.kernel ?? ""),
       memoryMib: entry.memoryMib,
       vcpus: entry.vcpus,
       network: entry.network,
       disks,
-      ...(entry.mount === undefined ? {} : { mount: entry.mount })
+      ...(entry.mount === undefined ? {} : { mount: entry.mount }),
+      ...(entry.liveMounts === undefined ? {} : { liveMounts: entry.liveMounts })
     }
     return facts
   },

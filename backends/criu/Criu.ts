@@ -6,6 +6,7 @@ import { Assets } from "../../src/Assets.ts"
 import { BootError, ExecError, SnapshotError } from "../../src/domain/errors.ts"
 import { guestNetwork } from "../../src/domain/Network.ts"
 import * as Launch from "../../src/launch.ts"
+import { guestMounts } from "../../src/mounts.ts"
 import { SnapshotEngine } from "../../src/SnapshotEngine.ts"
 
 /** What the guest's own answer to a time limit may take. */
@@ -64,7 +65,7 @@ export const layer = Layer.effect(
                 hostname: Launch.hostname(entry),
                 root: Launch.rootKind(entry.disks ?? []),
                 revive: true,
-                ...(entry.mount === undefined ? {} : { mount: entry.mount.guest }),
+                ...guestMounts(entry),
                 ...(entry.network === "nat" ? { network: guestNetwork } : {})
               }
             })

@@ -19,6 +19,7 @@ import {
   machine,
   memoryFd,
   netFd,
+  sharesPath,
   stateFd
 } from "./commandLine.ts"
 import * as Qmp from "./Qmp.ts"
@@ -109,6 +110,14 @@ export const layer = Layer.effect(
                       host: hostSocket(forward),
                       guestPort: forward.guestPort
                     }))
+                  }
+                }),
+            ...(spec.shares.length === 0
+              ? {}
+              : {
+                  shares: {
+                    root: sharesPath(spec.dir),
+                    parts: spec.shares.map(({ tag, ...rest }) => ({ name: tag, ...rest }))
                   }
                 }),
             outputLogPath: path.join(spec.dir, "output.log"),

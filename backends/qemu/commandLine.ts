@@ -1,3 +1,4 @@
+import * as path from "node:path"
 import type { Accelerator, MachineSpec, Plugged } from "../../src/domain/Vm.ts"
 
 /** The full binary, for it has TCG; Debian's `-microvm` build has KVM only. */
@@ -41,6 +42,10 @@ export const cpu: Record<Accelerator, string> = {
 
 /** The port the guest's agent looks for (docs/protocol.md §1). */
 const channelName = "machinen.channel"
+
+/** What the guest's agent mounts (guest/src/init/shares.rs), and where its VMM finds it. */
+const sharesTag = "machinen-shares"
+export const sharesPath = (dir: string) => path.join(dir, "shares")
 
 /** In QEMU's option syntax a comma separates; a literal one is doubled. */
 const escape = (value: string) => value.replaceAll(",", ",,")
@@ -135,17 +140,27 @@ export const commandLine = (
           ...["-netdev", `stream,id=net,server=on,addr.type=fd,addr.str=${netFd}`],
           ...["-global", `virtio-net-device.mac=${spec.net.mac}`]
         ]),
-    ...devices({ disks: spec.disks, network: spec.net !== undefined }).flatMap((device) => ["-device", device])
+    ...(spec.shares.length === 0
+      ? []
+      : // whose files they are and what kind they are stays as it is; `remap`: they may lie on several file systems
+        ["-fsdev", `local,id=shares,path=${escape(sharesPath(spec.dir))},security_model=passthrough,multidevs=remap`]),
+    ...devices({
+      disks: spec.disks,
+      network: spec.net !== undefined,
+      shares: spec.shares.length > 0
+    }).flatMap((device) => ["-device", device])
   ]
 }
 
 /** What is plugged into the machine, in this order; a saved machine goes on only with the same in the same order. */
-export const devices = ({ disks, network }: Plugged): ReadonlyArray<string> => [
+export const devices = ({ disks, network, shares }: Plugged): ReadonlyArray<string> => [
   "virtio-serial-device",
   `virtserialport,chardev=channel,name=${channelName}`,
   // a host without space is an I/O error in the guest; QEMU would stop the machine, and nobody would start it again
   ...disks.map(({ id }) => `virtio-blk-device,drive=${id},serial=${id},werror=report,rerror=report`),
-  ...(network ? ["virtio-net-device,netdev=net"] : [])
+  ...(network ? ["virtio-net-device,netdev=net"] : []),
+  // one for all of them: microvm has eight places for devices
+  ...(shares ? [`virtio-9p-device,fsdev=shares,mount_tag=${sharesTag}`] : [])
 ]
 
 const onOff = (value: boolean) => (value ? "on" : "off")

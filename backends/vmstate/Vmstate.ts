@@ -18,7 +18,10 @@ export const layer = Layer.succeed(
     name: "vmstate",
     blobs: [stateFile, memoryFile],
     sameMachine: true,
-    take: Effect.fn("Vmstate.take")(function* ({ agent, entry, machine }, { dir, remove, sync, timeoutMs }) {
+    take: Effect.fn("Vmstate.take")(function* (
+      { agent, entry, machine },
+      { dir, lazyUmount, remove, sync, timeoutMs }
+    ) {
       const disks = (entry.disks ?? []).filter(({ readOnly }) => !readOnly)
       const saving = yield* Effect.mapError(
         machine.save({
@@ -31,7 +34,7 @@ export const layer = Layer.succeed(
       return {
         blobs: [stateFile, memoryFile, ...disks.map(({ id }) => `${id}.img`)],
         hold: Effect.gen(function* () {
-          yield* Effect.timeoutFail(agent.freeze({ sync, timeout: timeoutMs }), {
+          yield* Effect.timeoutFail(agent.freeze({ sync, lazyUmount, timeout: timeoutMs }), {
             duration: timeoutMs + graceMs,
             onTimeout: () => new ExecError({ code: "EXEC_AGENT_TIMEOUT", message: "the guest does not answer" })
           })
@@ -56,6 +59,14 @@ const failed = (cause: { readonly message: string; readonly code?: string }) => 
       code: "SNAPSHOT_TIMEOUT",
       message: `the guest's processes could not be frozen in time: ${cause.message}`,
       hint: "one may be waiting for a slow disk; try again, or allow more time",
+      cause
+    })
+  }
+  if (cause.code === "EXEC_MOUNT_BUSY") {
+    return new SnapshotError({
+      code: "SNAPSHOT_MOUNT_BUSY",
+      message: `the VM was not saved: ${cause.message}`,
+      hint: "let them close these files or leave the directory, or give --lazy-umount: in a copy they get EIO",
       cause
     })
   }

@@ -30,6 +30,9 @@ pub struct BootConfig {
     pub revive: bool,
     /// Where the disks `mountlower` and `mountupper` go.
     pub mount: Option<String>,
+    /// What of the host's is shared.
+    #[serde(default)]
+    pub shares: Vec<Share>,
     /// Of the machine's one network card, if it has one.
     pub network: Option<Network>,
 }
@@ -44,6 +47,15 @@ pub struct Network {
     pub nameserver: Ipv4Addr,
     /// Bytes.
     pub mtu: u16,
+}
+
+/// A directory of the host's.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Share {
+    /// Where it goes.
+    pub guest: String,
+    /// What the device calls it.
+    pub tag: String,
 }
 
 /// How the root filesystem is made of the disks.

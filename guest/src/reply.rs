@@ -32,6 +32,9 @@ pub enum Code {
     ArgumentsTooLarge,
     #[serde(rename = "AGENT_NO_SPACE")]
     NoSpace,
+    /// Processes hold files on shared directories.
+    #[serde(rename = "AGENT_MOUNT_BUSY")]
+    MountBusy,
     /// CRIU, or what is known of it, refuses.
     #[serde(rename = "AGENT_CRIU")]
     Criu,

@@ -132,6 +132,9 @@ pub struct Hostname {
 pub struct Freeze {
     #[serde(default)]
     pub sync: bool,
+    /// Files that are open on shared directories may be lost in a copy.
+    #[serde(default)]
+    pub lazy_umount: bool,
     pub timeout_ms: Option<u64>,
 }
 
@@ -450,7 +453,7 @@ mod tests {
     #[test]
     fn a_freeze_needs_no_fields() {
         let parsed = Request::parse(br#"{"op":"freeze"}"#).unwrap();
-        assert_eq!(parsed, Request::Freeze(Freeze { sync: false, timeout_ms: None }));
+        assert_eq!(parsed, Request::Freeze(Freeze { sync: false, lazy_umount: false, timeout_ms: None }));
         assert!(Request::parse(br#"{"op":"freeze","timeoutMs":-1}"#).is_err());
     }
 }

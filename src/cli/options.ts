@@ -2,6 +2,7 @@ import { Options } from "@effect/cli"
 import { Effect, Option, Schema } from "effect"
 import type { BootOptions } from "../domain/BootOptions.ts"
 import { ParseError } from "../domain/errors.ts"
+import type { LiveMountOption } from "../domain/mounts.ts"
 import { NetworkMode, type PortForwardOption } from "../domain/Network.ts"
 
 export const json = Options.boolean("json").pipe(Options.withDescription("print JSON"))
@@ -11,6 +12,13 @@ export const publish = Options.text("publish").pipe(
   Options.withAlias("p"),
   Options.repeated,
   Options.withDescription("[ADDRESS:]HOSTPORT:GUESTPORT, on 127.0.0.1 unless an address is given; may be repeated")
+)
+
+export const mountLive = Options.text("mount-live").pipe(
+  Options.repeated,
+  Options.withDescription(
+    "HOST:/mnt/NAME[:ro|rw]: a host directory shared with the guest (default rw); may be repeated"
+  )
 )
 
 /** Options of every verb that boots. */
@@ -49,6 +57,7 @@ export const bootOptions = {
     Options.repeated,
     Options.withDescription("HOST:/mnt/NAME: a copy of a host directory, which itself is never changed")
   ),
+  mountLive,
   workdir: Options.text("workdir").pipe(
     Options.withAlias("w"),
     Options.optional,
@@ -72,6 +81,7 @@ export interface BootFlags {
   readonly publish: ReadonlyArray<string>
   readonly env: ReadonlyArray<string>
   readonly volume: ReadonlyArray<string>
+  readonly mountLive: ReadonlyArray<string>
   readonly workdir: Option.Option<string>
   readonly user: Option.Option<string>
 }
@@ -139,10 +149,14 @@ export const environment = (pairs: ReadonlyArray<string>) =>
   }).pipe(Effect.map((entries) => Object.fromEntries(entries)))
 
 /** `HOST:/GUEST`: a host path may hold colons, so the last that a slash follows divides. */
-const hostAndGuest = (flag: string, value: string) => {
-  const at = value.lastIndexOf(":/")
+const hostAndGuest = (
+  flag: string,
+  value: string,
+  place = value
+): Effect.Effect<{ readonly host: string; readonly guest: string }, ParseError> => {
+  const at = place.lastIndexOf(":/")
   return at > 0
-    ? Effect.succeed({ host: value.slice(0, at), guest: value.slice(at + 1) })
+    ? Effect.succeed({ host: place.slice(0, at), guest: place.slice(at + 1) })
     : malformed(flag, value, "HOST:/mnt/NAME")
 }
 
@@ -156,6 +170,15 @@ const volume = Effect.fnUntraced(function* ([value, another]: ReadonlyArray<stri
   }
   return value === undefined ? {} : { mount: yield* hostAndGuest("volume", value) }
 })
+
+export const liveMounts = (values: ReadonlyArray<string>) =>
+  Effect.forEach(values, (value) => {
+    const [, place = value, mode] = /^(.*):(ro|rw)$/s.exec(value) ?? []
+    return Effect.map(
+      hostAndGuest("mount-live", value, place),
+      (mount): LiveMountOption => (mode === "ro" || mode === "rw" ? { ...mount, mode } : mount)
+    )
+  })
 
 /** The options that were given, without those that were not. */
 export const whenGiven = <A extends Readonly<Record<string, Option.Option<unknown>>>>(options: A) => {
@@ -185,6 +208,7 @@ export const toBootOptions = Effect.fnUntraced(function* (flags: BootFlags, comm
     ...(command.length === 0 ? {} : { command }),
     portForward: yield* portForward(flags.publish),
     ...(yield* volume(flags.volume)),
+    liveMounts: yield* liveMounts(flags.mountLive),
     env: yield* environment(flags.env)
   }
   return options

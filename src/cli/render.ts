@@ -46,6 +46,7 @@ export const vmJson = (entry: VmEntry) => ({
   network: entry.network,
   portForward: entry.portForward ?? [],
   mount: entry.mount ?? null,
+  liveMounts: entry.liveMounts ?? [],
   backend: entry.backend,
   accel: entry.accel,
   detached: entry.detached,

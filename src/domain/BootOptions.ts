@@ -12,7 +12,7 @@ import {
 import { VmName } from "./Vm.ts"
 
 /** What a caller may ask of a boot. Everything has a default; nothing is acquired before all of it is checked. */
-export interface BootOptions extends Omit<MountOptions, "liveMounts"> {
+export interface BootOptions extends MountOptions {
   /**
    * `micro`, `debian`, the path of a rootfs tarball or of an ext4 image used as a read-only base. Default `debian`. What it says about its
    * commands (`machinen-config.json`) holds where these options say nothing; a command of these options replaces its own.

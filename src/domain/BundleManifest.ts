@@ -1,5 +1,5 @@
 import { Schema } from "effect"
-import { Mount } from "./mounts.ts"
+import { LiveMount, Mount } from "./mounts.ts"
 import { NetworkMode } from "./Network.ts"
 import { Disk, MachineFingerprint, VmId, VmName } from "./Vm.ts"
 
@@ -53,5 +53,7 @@ export class BundleManifest extends Schema.Class<BundleManifest>("BundleManifest
   disks: Schema.Array(BundleDisk),
   /** The copy of a host directory among the disks. */
   mount: Schema.optional(Mount),
+  /** Directories of the host's that it shares; nothing of what is in them. */
+  liveMounts: Schema.optional(Schema.Array(LiveMount)),
   blobs: Schema.Array(Blob)
 }) {}

@@ -36,6 +36,13 @@ export class ShimPlan extends Schema.Class<ShimPlan>("ShimPlan")({
       forwards: Schema.Array(Schema.Struct({ host: Schema.String, guestPort: Schema.Int }))
     })
   ),
+  /** What the VMM sees of the host's directories: below `root`, each under its name. */
+  shares: Schema.optional(
+    Schema.Struct({
+      root: Schema.String,
+      parts: Schema.Array(Schema.Struct({ name: Schema.String, path: Schema.String, readOnly: Schema.Boolean }))
+    })
+  ),
   outputLogPath: Schema.String,
   vmmLogPath: Schema.String,
   controlPath: Schema.String,
@@ -64,7 +71,7 @@ export const ShimEvent = Schema.Union(
   Schema.Struct({ event: Schema.Literal("started"), shim: ProcessIdentity, vmm: ProcessIdentity }),
   Schema.Struct({
     event: Schema.Literal("failed"),
-    step: Schema.Literal("plan", "network", "files", "registry", "vmm"),
+    step: Schema.Literal("plan", "network", "files", "registry", "shares", "vmm"),
     code: Schema.String,
     message: Schema.String
   }),

@@ -30,6 +30,10 @@ export const Disk = Schema.Struct({
 })
 export type Disk = typeof Disk.Type
 
+/** A directory of the host's that a guest shares, by the name it has there. */
+export const Share = Schema.Struct({ tag: Schema.String, path: Schema.String, readOnly: Schema.Boolean })
+export type Share = typeof Share.Type
+
 /** How a machine begins: a kernel is loaded, or a saved machine goes on where it was stopped. */
 export const Start = Schema.Union(
   Schema.TaggedStruct("Kernel", { kernel: Schema.String, initrd: Schema.String }),
@@ -50,6 +54,7 @@ export class MachineSpec extends Schema.Class<MachineSpec>("MachineSpec")({
   memoryMib: Schema.Int,
   vcpus: Schema.Int,
   disks: Schema.Array(Disk),
+  shares: Schema.optionalWith(Schema.Array(Share), { default: () => [] }),
   /** Its network card, if it has one. */
   net: Schema.optional(Schema.Struct({ mac: Schema.String }))
 }) {}
@@ -59,6 +64,8 @@ export interface Plugged {
   readonly disks: ReadonlyArray<Disk>
   /** It has a network card. */
   readonly network: boolean
+  /** It shares directories of the host's. How many is not the machine's business. */
+  readonly shares: boolean
 }
 
 /** Which accelerator runs guest code: the CPU itself, or QEMU's translator. */

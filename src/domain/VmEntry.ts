@@ -1,5 +1,5 @@
 import { Schema } from "effect"
-import { Mount } from "./mounts.ts"
+import { LiveMount, Mount } from "./mounts.ts"
 import { NetworkMode, PortForward } from "./Network.ts"
 import { ProcessIdentity } from "./ProcessIdentity.ts"
 import { Accelerator, Disk, VmId, VmName } from "./Vm.ts"
@@ -33,6 +33,8 @@ export class VmEntry extends Schema.Class<VmEntry>("VmEntry")({
   portForward: Schema.optional(Schema.Array(PortForward)),
   /** The copy of a host directory among them. */
   mount: Schema.optional(Mount),
+  /** Directories of the host's that it shares. */
+  liveMounts: Schema.optional(Schema.Array(LiveMount)),
   /** The bundle it was restored from, or the id of the VM it was forked from. */
   forkedFrom: Schema.optional(Schema.String),
   /** Its processes were restored without their memory, which comes as it is touched. */

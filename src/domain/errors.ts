@@ -103,6 +103,7 @@ export class ExecError extends Schema.TaggedError<ExecError>()("ExecError", {
     "EXEC_SESSION_NOT_FOUND",
     "EXEC_SESSION_IN_USE",
     "EXEC_CANCELLED",
+    "EXEC_MOUNT_BUSY",
     "EXEC_FAILED"
   ),
   /** `EXEC_NONZERO_EXIT`: the command's exit code, 128 + signal when a signal ended it. */

@@ -98,6 +98,31 @@ export const validateMounts = Effect.fnUntraced(function* (options: MountOptions
   return plan
 })
 
+/**
+ * The shares of a copy: those of its original, each from another directory or in another mode where that is asked for. A machine that was
+ * saved has no place for others.
+ */
+export const overridden = Effect.fnUntraced(function* (
+  recorded: ReadonlyArray<LiveMount>,
+  overrides: ReadonlyArray<LiveMountOption>
+) {
+  const { liveMounts } = yield* validateMounts({ liveMounts: overrides })
+  const unknown = liveMounts.find(({ guest }) => !recorded.some((share) => share.guest === guest))
+  if (unknown !== undefined) {
+    const known = recorded.map(({ guest }) => guest)
+    return yield* new BootError({
+      code: "BOOT_LIVE_MOUNT_OVERRIDE_UNKNOWN",
+      message: `the original shared no directory at ${unknown.guest}`,
+      hint: known.length === 0 ? "it had no live mounts" : `its live mounts are: ${known.join(", ")}`
+    })
+  }
+  return recorded.map((share): LiveMount => {
+    const at = liveMounts.findIndex(({ guest }) => guest === share.guest)
+    const given = liveMounts[at]
+    return given === undefined ? share : { ...given, mode: overrides[at]?.mode ?? share.mode }
+  })
+})
+
 /** One mount over or in another would hide it, or be made in the host's directory. */
 const checkApart = (guests: ReadonlyArray<string>) => {
   const sorted = [...guests].sort()

@@ -18,7 +18,7 @@ import * as NodeContext from "@effect/platform-node/NodeContext"
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, FastCheck as fc, Layer, Option } from "effect"
 import { Assets } from "../../src/Assets.ts"
-import { guestPath, type MountOptions, validateMounts } from "../../src/domain/mounts.ts"
+import { guestPath, type MountOptions, overridden, validateMounts } from "../../src/domain/mounts.ts"
 import { Mountdisk } from "../../src/Mountdisk.ts"
 import * as treeScan from "../../src/platform/treeScan.ts"
 import { RootfsImage } from "../../src/RootfsImage.ts"
@@ -94,6 +94,36 @@ describe("mounts", () => {
         mountUpperBytes: 4 * 1024 ** 3,
         liveMounts: [{ guest: "/mnt/c", host: path.resolve("x"), mode: "rw" }]
       })
+    })
+  )
+
+  it.effect("a copy has its original's shares, with another directory or mode where that is given", () =>
+    Effect.gen(function* () {
+      const recorded = [
+        { guest: "/mnt/a", host: "/srv/a", mode: "ro" },
+        { guest: "/mnt/b", host: "/srv/b", mode: "rw" }
+      ] as const
+      assert.deepStrictEqual(yield* overridden(recorded, []), [...recorded])
+      assert.deepStrictEqual(yield* overridden(recorded, [{ guest: "/mnt//b/", host: "/x" }]), [
+        recorded[0],
+        { guest: "/mnt/b", host: "/x", mode: "rw" }
+      ])
+      const both = [
+        { guest: "/mnt/b", host: "/x", mode: "ro" },
+        { guest: "/mnt/a", host: "/y" }
+      ] as const
+      assert.deepStrictEqual(yield* overridden(recorded, both), [
+        { guest: "/mnt/a", host: "/y", mode: "ro" },
+        { guest: "/mnt/b", host: "/x", mode: "ro" }
+      ])
+      for (const [known, hint] of [
+        [recorded, "/mnt/a, /mnt/b"],
+        [[], "no live mounts"]
+      ] as const) {
+        const error = yield* Effect.flip(overridden(known, [{ guest: "/mnt/c", host: "/x" }]))
+        assert.strictEqual(error.code, "BOOT_LIVE_MOUNT_OVERRIDE_UNKNOWN")
+        assert.include(error.hint, hint)
+      }
     })
   )
 

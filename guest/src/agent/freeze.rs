@@ -8,10 +8,10 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest};
 
-use super::Context;
 use super::operation::Exchange;
 use super::papers::Papers;
 use super::stream::{Abort, FrameReader};
+use super::{Context, shares};
 use crate::frame::{Frame, Kind};
 use crate::init::cgroup;
 use crate::reply::{Code, Done, ErrorReply};
@@ -43,7 +43,7 @@ where
     if !context.gate.hold() {
         return Err(ErrorReply::new(Code::Busy, "a freeze is held already").into());
     }
-    let held = hold(request, exchange).await;
+    let held = hold(context, request, exchange).await;
     // From here to the open gate nothing may be awaited: a session must not end in between.
     if exchange.session_is_over() {
         return Err(Abort::Gone);
@@ -54,12 +54,15 @@ where
     held
 }
 
-async fn hold<R, W>(request: &Freeze, exchange: &mut Exchange<R, W>) -> Result<Done, Abort>
+async fn hold<R, W>(context: &Context, request: &Freeze, exchange: &mut Exchange<R, W>) -> Result<Done, Abort>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
     stop_commands(limit(request.timeout_ms), &mut exchange.input).await?;
+    if !request.lazy_umount {
+        shares::refuse_holders(&context.shares)?;
+    }
     exchange.output.send_json(Kind::Started, &Done {}).await?;
     match exchange.input.next().await? {
         Frame { kind: Kind::Eof, .. } => Ok(Done {}),

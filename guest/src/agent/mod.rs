@@ -17,6 +17,7 @@ mod operation;
 mod papers;
 mod port;
 mod rejuvenate;
+mod shares;
 mod stats;
 mod stream;
 mod terminal;
@@ -35,7 +36,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use machinen_channel::{Incoming, Opener};
 use tokio::sync::{mpsc, watch};
 
-use crate::config::{BootConfig, GuestConfig};
+use crate::config::{BootConfig, GuestConfig, Share};
 use crate::init::{Failed, Phases, Step, give_up, late};
 use crate::reply::Rejuvenated;
 pub use criu::hook as criu_hook;
@@ -66,6 +67,8 @@ struct Context {
     config: Mutex<GuestConfig>,
     lifecycle: Lifecycle,
     gate: Gate,
+    /// What of the host's is shared.
+    shares: Vec<Share>,
     /// `/`, unless this is a test.
     root: PathBuf,
     /// Of the last freeze: what a copy made during it writes.
@@ -125,6 +128,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
         config: Mutex::new(guest.config),
         lifecycle: Lifecycle::new(guest.writable, guest.mounted, current),
         gate: if guest.boot.revive { Gate::closed() } else { Gate::new() },
+        shares: std::mem::take(&mut guest.boot.shares),
         root: "/".into(),
         papers: Mutex::default(),
         main: Mutex::default(),

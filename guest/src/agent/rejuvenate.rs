@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
-use super::{Context, clock};
+use super::{Context, clock, shares};
 use crate::init::{cgroup, late, network};
 use crate::reply::{Code, ErrorReply, Kept, Rejuvenated};
 use crate::request::Rejuvenate;
@@ -16,11 +17,15 @@ const RESEED: libc::c_ulong = 0x5207;
 
 /// Renews what identifies the machine, then thaws its commands and opens the gate. Without new randomness and the right time it
 /// stays frozen.
-pub fn rejuvenate(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, ErrorReply> {
+pub fn rejuvenate(context: &Arc<Context>, request: Rejuvenate) -> Result<Rejuvenated, ErrorReply> {
     if !context.gate.is_restored() {
         return Err(ErrorReply::new(Code::BadRequest, "this machine is not a copy that waits to be made itself"));
     }
-    let done = renew(context, request)?;
+    let mut done = renew(context, request)?;
+    if !context.shares.is_empty() {
+        done.note("shares", shares::renew(context)?.map_or(Ok(()), |why| Err(io::Error::other(why))));
+        *context.rejuvenated() = Some(done.clone());
+    }
     cgroup::thaw_workload().map_err(|error| ErrorReply::io("thaw", &error))?;
     context.gate.open();
     Ok(done)

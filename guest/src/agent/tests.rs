@@ -36,6 +36,7 @@ fn machine() -> Machine {
         config: Mutex::default(),
         lifecycle: Lifecycle::new(File::open("/").unwrap().into(), None, current),
         gate: Gate::new(),
+        shares: Vec::new(),
         root: std::env::temp_dir().join("machinen-agent-test"),
         papers: Mutex::default(),
         main: Mutex::default(),

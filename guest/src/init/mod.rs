@@ -2,7 +2,7 @@
 //!
 //! 1. `disks`: devtmpfs and sysfs; find the disks by serial
 //! 2. `root`: mount them, join them by overlayfs, make that the root and empty the initramfs
-//!    and, where the boot asks for it, what of the host's goes below /mnt (`mounts`)
+//!    and, where the boot asks for it, what of the host's goes below /mnt (`mounts`, `shares`)
 //! 3. fork the agent; pid 1 itself only reaps from then on (`reaper`)
 //! 4. `late`: everything a command needs but the doorbell does not; the agent runs it between doorbell and first operation
 //!
@@ -19,6 +19,7 @@ pub mod network;
 mod phases;
 mod reaper;
 mod root;
+pub mod shares;
 mod step;
 
 use std::process::ExitCode;
@@ -74,6 +75,7 @@ fn boot() -> Result<std::convert::Infallible, Failed> {
     console::reopen().step("console")?;
     phases.mark("switched");
     let mounted = boot.mount.as_deref().map(mounts::mount_copy).transpose()?;
+    shares::mount(&boot.shares)?;
     // SAFETY: no thread has been started yet, so the child is a complete copy.
     match unsafe { libc::fork() } {
         -1 => Err(Failed::new("fork", io::Error::last_os_error())),

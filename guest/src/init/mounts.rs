@@ -35,7 +35,8 @@ pub fn mount_copy(at: &str) -> Result<OwnedFd, Failed> {
     Ok(writable)
 }
 
-fn make_mount_point(at: &str) -> Result<(), Failed> {
+/// Makes what something is to be mounted on.
+pub fn make_mount_point(at: &str) -> Result<(), Failed> {
     fs::create_dir_all(at).step(at.to_owned())
 }
 

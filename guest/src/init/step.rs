@@ -16,6 +16,13 @@ impl Failed {
     }
 }
 
+impl Failed {
+    /// Somebody else has it still.
+    pub fn is_busy(&self) -> bool {
+        self.error.kind() == io::ErrorKind::ResourceBusy
+    }
+}
+
 impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.step, self.error)

@@ -13,6 +13,7 @@ pub enum Step {
     Files,
     Network,
     Registry,
+    Shares,
     Vmm,
 }
 

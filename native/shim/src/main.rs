@@ -6,6 +6,7 @@
 //!   files        sparse copies                 process      the VMM, and helpers
 //!   entry, replace  the registry's record      cleanup      what is removed at the end
 //!   console, log, tail                         what the guest and the VMM print
+//!   shares       what the VMM sees of the host's directories
 //!   network      forwarded ports, and gvproxy when it is needed
 //!   vsock, guest_ports, proxy                  sockets <-> channel (section 2)
 //!   doorbell, lifecycle, power_off, frame      what the shim itself says to the guest and hears from it
@@ -44,6 +45,7 @@ mod private_memory;
 mod process;
 mod proxy;
 mod replace;
+mod shares;
 mod state;
 mod stop;
 mod supervisor;

@@ -160,5 +160,5 @@ fn start(
         inherited.push(Inherited { fd, what: listener.try_clone()?.into() });
         command.argv.extend(["-forward".to_owned(), format!("{fd}={guest_port}")]);
     }
-    Process::spawn(&command, log, inherited)
+    Process::spawn(&command, log, inherited, None)
 }

@@ -40,6 +40,7 @@ pub struct Plan {
     #[serde(default)]
     pub inherit: Vec<Inherit>,
     pub network: Option<Network>,
+    pub shares: Option<Shares>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -48,6 +49,21 @@ pub struct FileCopy {
     pub to: PathBuf,
     /// Extended with a hole to so many bytes.
     pub size: Option<u64>,
+}
+
+/// Directories of the host's, as the VMM is to see them: below `root`, each under its name.
+#[derive(Debug, Deserialize)]
+pub struct Shares {
+    pub root: PathBuf,
+    pub parts: Vec<Share>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Share {
+    pub name: String,
+    pub path: PathBuf,
+    pub read_only: bool,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -155,6 +171,13 @@ impl Plan {
         if !self.fds().all(|fd| FDS.contains(&fd) && taken.insert(fd)) {
             return Err("descriptors out of range or equal");
         }
+        if let Some(shares) = &self.shares {
+            let plain = |name: &str| Path::new(name).components().eq([Component::Normal(name.as_ref())]);
+            if !removable(&shares.root) || !shares.parts.iter().all(|part| plain(&part.name) && part.path.is_absolute())
+            {
+                return Err("shares must have absolute paths and plain names");
+            }
+        }
         // What is removed recursively must be meant.
         if !std::iter::once(&self.dir).chain(&self.cleanup).all(|path| removable(path)) {
             return Err("dir and cleanup must be absolute paths without dots");
@@ -223,6 +246,23 @@ mod tests {
         for dir in ["/", "a", "/a/..", "/a/../b", ""] {
             assert!(plan(|plan| plan["dir"] = json!(dir)).is_err(), "{dir}");
             assert!(plan(|plan| plan["cleanup"] = json!([dir])).is_err(), "{dir}");
+        }
+    }
+
+    #[test]
+    fn shares_stay_where_they_belong() {
+        let shares = |root: &str, name: &str, path: &str| {
+            let parts = json!([{"name": name, "path": path, "readOnly": true}]);
+            plan(|plan| plan["shares"] = json!({"root": root, "parts": parts}))
+        };
+        assert!(shares("/vms/a/shares", "x", "/srv").is_ok());
+        for (root, name, path) in
+            [("shares", "x", "/srv"), ("/", "x", "/srv"), ("/a/..", "x", "/srv"), ("/a", "x", "srv")]
+        {
+            assert!(shares(root, name, path).is_err(), "{root} {name} {path}");
+        }
+        for name in ["", ".", "..", "a/b", "/", "/a", "a/", "a/.."] {
+            assert!(shares("/a", name, "/srv").is_err(), "{name}");
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::event::ProcessExit;
 use crate::identity::Identity;
 use crate::plan::Command;
+use crate::shares::View;
 use nix::libc;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, getpid, getppid};
@@ -30,7 +31,7 @@ pub struct Inherited {
 impl Process {
     /// Starts it, with stdout and stderr in a log. To be called on the main thread: the kernel kills the child when the *thread* ends
     /// that started it.
-    pub fn spawn(command: &Command, log: &Path, inherited: Vec<Inherited>) -> io::Result<Self> {
+    pub fn spawn(command: &Command, log: &Path, inherited: Vec<Inherited>, view: Option<View>) -> io::Result<Self> {
         let [program, arguments @ ..] = command.argv.as_slice() else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
@@ -47,7 +48,7 @@ impl Process {
         let mut process = tokio::process::Command::from(process);
         process.process_group(0);
         // SAFETY: after fork only async-signal-safe calls are made, and nothing is allocated: an io::Error of an errno is a number.
-        unsafe { process.pre_exec(move || in_child(shim, &moves)) };
+        unsafe { process.pre_exec(move || in_child(shim, &moves, view.as_ref())) };
         let mut child = process.spawn()?;
         drop(placed);
         let pid = child.id().ok_or(io::ErrorKind::NotFound)?;
@@ -112,7 +113,7 @@ fn above(fd: &OwnedFd, than: RawFd) -> io::Result<OwnedFd> {
 }
 
 /// Between fork and exec.
-fn in_child(shim: Pid, moves: &[(RawFd, RawFd)]) -> io::Result<()> {
+fn in_child(shim: Pid, moves: &[(RawFd, RawFd)], view: Option<&View>) -> io::Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     // A shim that died before the line above would have left us alone in the world.
     if getppid() != shim {
@@ -129,5 +130,5 @@ fn in_child(shim: Pid, moves: &[(RawFd, RawFd)]) -> io::Result<()> {
             return Err(io::Error::last_os_error());
         }
     }
-    Ok(())
+    view.map_or(Ok(()), View::enter)
 }

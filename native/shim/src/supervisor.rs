@@ -12,6 +12,7 @@ use crate::plan::{Inherit, Plan};
 use crate::power_off::Agent;
 use crate::process::{Inherited, Process};
 use crate::replace::replace;
+use crate::shares::View;
 use crate::state::{Started, State};
 use crate::stop::{Ask, Stops};
 use crate::{cleanup, control, files, guest_ports, lifecycle, owner, tail, vsock};
@@ -19,7 +20,7 @@ use machinen_channel::connect_host;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -163,7 +164,9 @@ impl Vm {
             inherited.push(Inherited { fd: plan.fd, what: end.into() });
             network = Some((plan, card, forwards));
         }
-        let mut vmm = Process::spawn(&plan.vmm, &plan.vmm_log_path, inherited).map_err(vmm_failed)?;
+        let shares_failed = |(path, error): (PathBuf, io::Error)| Failed::new(Step::Shares, path.display(), &error);
+        let view = plan.shares.as_ref().map(View::prepare).transpose().map_err(shares_failed)?;
+        let mut vmm = Process::spawn(&plan.vmm, &plan.vmm_log_path, inherited, view).map_err(vmm_failed)?;
 
         // 4. The entry. A VM that is not in the registry must not run.
         let mut entry = Entry::new(plan.entry_path.clone(), plan.entry.clone());

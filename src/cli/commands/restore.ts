@@ -2,10 +2,10 @@ import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect } from "effect"
 import { Machinen } from "../../Machinen.ts"
 import type { Restored } from "../../restore.ts"
-import { environment, json, portForward, publish, whenGiven } from "../options.ts"
+import { environment, json, liveMounts, mountLive, portForward, publish, whenGiven } from "../options.ts"
 import * as render from "../render.ts"
 import { vmArg } from "./exec.ts"
-import { engineOption } from "./snapshot.ts"
+import { engineOption, lazyUmount } from "./snapshot.ts"
 
 const name = Options.text("name").pipe(
   Options.withAlias("n"),
@@ -51,6 +51,7 @@ export const restore = Command.make(
     ),
     publish,
     env,
+    mountLive,
     lazy: Options.boolean("lazy").pipe(
       Options.withDescription("criu: memory is read when it is touched, and in the background")
     ),
@@ -66,6 +67,7 @@ export const restore = Command.make(
         ...whenGiven({ name: input.name, image: input.image }),
         portForward: yield* portForward(input.publish),
         env: yield* environment(input.env),
+        liveMounts: yield* liveMounts(input.mountLive),
         lazy: input.lazy,
         detached: input.detach
       })
@@ -95,7 +97,9 @@ export const fork = Command.make(
       Options.withDescription("criu: established TCP connections survive in the siblings too")
     ),
     publish,
+    lazyUmount,
     env,
+    mountLive,
     detach,
     json,
     vm: vmArg
@@ -109,7 +113,9 @@ export const fork = Command.make(
         count: input.count,
         tcpKeep: input.tcpKeep,
         portForward: yield* portForward(input.publish),
+        lazyUmount: input.lazyUmount,
         env: yield* environment(input.env),
+        liveMounts: yield* liveMounts(input.mountLive),
         detached: input.detach
       })
       if (input.json) yield* render.json({ pausedMs, siblings: siblings.map(restoredJson) })

@@ -13,6 +13,10 @@ export const engineOption = Options.choice("engine", engineNames).pipe(
   Options.withDescription("vmstate: the whole machine (default); criu: the process tree")
 )
 
+export const lazyUmount = Options.boolean("lazy-umount").pipe(
+  Options.withDescription("processes may hold files on live mounts; in a copy these give EIO")
+)
+
 const dirArg = Args.text({ name: "dir" }).pipe(Args.withDescription("the bundle's directory"))
 
 /** `machinen snapshot inspect DIR`: what is in a bundle, and whether it can be restored here. */
@@ -58,6 +62,7 @@ export const snapshot = Command.make(
     tcpClose: Options.boolean("tcp-close").pipe(
       Options.withDescription("criu: what is restored finds its established TCP connections closed")
     ),
+    lazyUmount,
     dryRun: Options.boolean("dry-run").pipe(Options.withDescription("only check that it could be taken")),
     json,
     vm: vmArg,
@@ -71,6 +76,7 @@ export const snapshot = Command.make(
         outDir: input.dir,
         leaveRunning: input.keepAlive,
         tcpClose: input.tcpClose,
+        lazyUmount: input.lazyUmount,
         ...(input.engine._tag === "Some" ? { engine: input.engine.value } : {})
       }
       if (input.dryRun) {

@@ -1,0 +1,138 @@
+//! Shared directories across a snapshot. The host of a copy knows nothing of the files that were open on its original's: so nobody may
+//! hold one when a machine is saved, unless that was asked for, and a copy mounts them anew.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Context;
+use crate::config::Share;
+use crate::init::shares;
+use crate::reply::{Code, ErrorReply};
+
+/// How many are named.
+const NAMED: usize = 8;
+/// The kernel has no event for the last file of a dead mount being closed; until then the device takes no other mount.
+const AGAIN: Duration = Duration::from_millis(250);
+
+/// Refuses when a process holds a file on one of the shares. The commands must stand still.
+pub fn refuse_holders(shares: &[Share]) -> Result<(), ErrorReply> {
+    if shares.is_empty() {
+        return Ok(());
+    }
+    let devices: BTreeSet<u64> =
+        shares.iter().filter_map(|share| Some(fs::metadata(&share.guest).ok()?.dev())).collect();
+    let held = holders(&devices).map_err(|error| ErrorReply::io("/proc", &error))?;
+    if held.is_empty() {
+        return Ok(());
+    }
+    let more = held.len().saturating_sub(NAMED);
+    let mut message = format!("files on shared directories are in use: {}", held[..held.len() - more].join(", "));
+    if more > 0 {
+        message.push_str(&format!(", and {more} more"));
+    }
+    Err(ErrorReply::new(Code::MountBusy, message))
+}
+
+/// Processes with something on one of the devices: `PID (NAME) PATH`.
+fn holders(devices: &BTreeSet<u64>) -> io::Result<Vec<String>> {
+    let own_namespace = fs::read_link("/proc/self/ns/mnt")?;
+    let mut held = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let process = entry?.path();
+        let Some(pid) = process.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse::<u32>().ok())
+        else {
+            continue;
+        };
+        // One that ends meanwhile holds nothing.
+        let Some(at) = holds(&process, devices, &own_namespace) else { continue };
+        let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
+        let name = if pid == std::process::id() { "the guest's agent" } else { name.trim_end() };
+        held.push(format!("{pid} ({name}) {at}"));
+    }
+    Ok(held)
+}
+
+/// The first path on one of the devices that a process holds.
+fn holds(process: &Path, devices: &BTreeSet<u64>, own_namespace: &Path) -> Option<String> {
+    let on_device = |link: &Path| {
+        let found = fs::metadata(link).ok()?;
+        devices.contains(&found.dev()).then(|| fs::read_link(link).unwrap_or_default().to_string_lossy().into_owned())
+    };
+    let mut links: Vec<_> = ["cwd", "root", "exe"].map(|link| process.join(link)).into();
+    for directory in ["fd", "map_files"] {
+        // Its own are none of a process without them, such as a kernel thread.
+        let entries = fs::read_dir(process.join(directory)).into_iter().flatten();
+        links.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));
+    }
+    links.iter().find_map(|link| on_device(link)).or_else(|| mounted_elsewhere(process, devices, own_namespace))
+}
+
+/// A mount namespace of its own has the shares, too.
+fn mounted_elsewhere(process: &Path, devices: &BTreeSet<u64>, own_namespace: &Path) -> Option<String> {
+    if fs::read_link(process.join("ns/mnt")).ok()? == own_namespace {
+        return None;
+    }
+    let mounts = fs::read_to_string(process.join("mountinfo")).ok()?;
+    mounts.lines().find_map(|line| mount_on(line, devices)).map(|at| format!("{at} (its own mount)"))
+}
+
+/// The mount point of a line of `mountinfo` (proc(5)), if it is on one of the devices.
+fn mount_on(line: &str, devices: &BTreeSet<u64>) -> Option<String> {
+    let mut fields = line.split(' ').skip(2);
+    let (major, minor) = fields.next()?.split_once(':')?;
+    let device = rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?);
+    devices.contains(&device).then(|| fields.nth(1).unwrap_or_default().to_owned())
+}
+
+/// Mounts them anew in a copy. `Some`: somebody holds files of the original's, and they come once those are closed.
+pub fn renew(context: &Arc<Context>) -> Result<Option<String>, ErrorReply> {
+    let all = &context.shares;
+    if all.is_empty() {
+        return Ok(None);
+    }
+    shares::abandon(all).map_err(|error| ErrorReply::io("shared directories", &error))?;
+    match shares::mount(all) {
+        Ok(()) => Ok(None),
+        Err(failed) if failed.is_busy() => {
+            let context = Arc::clone(context);
+            tokio::spawn(async move {
+                while shares::mount(&context.shares).is_err() {
+                    tokio::time::sleep(AGAIN).await;
+                }
+            });
+            Ok(Some("mounted once nobody holds files of the original's any more".to_owned()))
+        }
+        Err(failed) => Err(ErrorReply::new(Code::Io, failed.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_what_a_process_holds() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("held");
+        let file = fs::File::create(&path).unwrap();
+        let devices = BTreeSet::from([file.metadata().unwrap().dev()]);
+        let own = fs::read_link("/proc/self/ns/mnt").unwrap();
+        assert!(holds(Path::new("/proc/self"), &devices, &own).is_some());
+        assert!(holds(Path::new("/proc/self"), &BTreeSet::from([u64::MAX]), &own).is_none());
+        assert!(holds(Path::new("/proc/0"), &devices, &own).is_none());
+    }
+
+    #[test]
+    fn reads_mounts() {
+        let line = "36 35 98:7 /mnt1 /mnt/parent rw,noatime master:1 - ext3 /dev/root rw";
+        let devices = BTreeSet::from([rustix::fs::makedev(98, 7)]);
+        assert_eq!(mount_on(line, &devices).as_deref(), Some("/mnt/parent"));
+        assert_eq!(mount_on(line, &BTreeSet::new()), None);
+        assert_eq!(mount_on("36 35 x", &devices), None);
+    }
+}

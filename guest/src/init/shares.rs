@@ -1,0 +1,45 @@
+//! Directories of the host's that this guest shares: one 9p filesystem, of which parts are mounted where the boot says.
+
+use std::{fs, io};
+
+use rustix::mount::{MountFlags, UnmountFlags};
+
+use super::mounts::make_mount_point;
+use super::{Failed, Step, root};
+use crate::config::Share;
+
+/// The tag of the machine's 9p device.
+const TAG: &str = "machinen-shares";
+/// Where the whole of it is for as long as it takes to mount its parts.
+const ALL: &str = "/dev/machinen-shares";
+
+/// No cache: what the host changes is seen by the next look. `access=user`: files belong to the user who makes them. `msize`: what the
+/// transport takes at most, 125 pages (net/9p/trans_virtio.c).
+const OPTIONS: &std::ffi::CStr = c"trans=virtio,version=9p2000.L,msize=512000,cache=none,access=user";
+
+/// Mounts all of them.
+pub fn mount(shares: &[Share]) -> Result<(), Failed> {
+    if shares.is_empty() {
+        return Ok(());
+    }
+    root::mount(TAG, ALL, "9p", MountFlags::empty(), Some(OPTIONS))?;
+    let mounted = shares.iter().try_for_each(|Share { guest, tag }| {
+        make_mount_point(guest)?;
+        rustix::mount::mount_bind(format!("{ALL}/{tag}"), guest).step(format!("mount {guest}"))
+    });
+    rustix::mount::unmount(ALL, UnmountFlags::DETACH).step(format!("detach {ALL}"))?;
+    fs::remove_dir(ALL).step(ALL)?;
+    mounted
+}
+
+/// Takes them away from under whoever holds files there: those get EIO from then on. For a machine whose host knows nothing of them.
+pub fn abandon(shares: &[Share]) -> io::Result<()> {
+    for Share { guest, .. } in shares {
+        match rustix::mount::unmount(guest, UnmountFlags::FORCE | UnmountFlags::DETACH) {
+            // The guest has unmounted it itself, or removed the place.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+            done => done?,
+        }
+    }
+    Ok(())
+}
