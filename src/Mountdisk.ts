@@ -1,8 +1,11 @@
 import { createHash, randomUUID } from "node:crypto"
+import * as os from "node:os"
 import * as path from "node:path"
 import { CommandExecutor, FileSystem, type Error as PlatformErrors } from "@effect/platform"
 import { Context, Data, Duration, Effect, Layer, Option, Schema } from "effect"
 import { BootError, ProvisionError } from "./domain/errors.ts"
+import { validateMounts } from "./domain/mounts.ts"
+import * as command from "./platform/command.ts"
 import * as completeFile from "./platform/completeFile.ts"
 import * as longCommand from "./platform/longCommand.ts"
 import * as treeScan from "./platform/treeScan.ts"
@@ -39,6 +42,8 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
     readonly lower: (host: string, options?: LowerOptions) => Effect.Effect<Lower, BootError | ProvisionError>
     /** An empty upper of that size, to be copied for a VM. */
     readonly upperTemplate: (sizeBytes: number) => Effect.Effect<string, BootError | ProvisionError>
+    /** Such a copy, for who makes a machine of his own: a file in the directory for temporary ones, which is the caller's. */
+    readonly upper: (sizeBytes: number) => Effect.Effect<string, BootError | ProvisionError>
   }
 >() {
   static readonly layer = Layer.effect(
@@ -174,15 +179,24 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
         return once
       })
 
-      return Mountdisk.of({
-        cacheDir: defaultCacheDir,
-        tool,
-        lower,
-        upperTemplate: (sizeBytes) =>
-          Effect.mapError(images.upperTemplate(sizeBytes), (error) =>
-            error.code === "ROOTFS_IMG_TOOL_MISSING" ? toolMissing(error.message, error) : error
-          )
+      const upperTemplate = (sizeBytes: number) =>
+        Effect.mapError(images.upperTemplate(sizeBytes), (error) =>
+          error.code === "ROOTFS_IMG_TOOL_MISSING" ? toolMissing(error.message, error) : error
+        )
+
+      const upper = Effect.fn("Mountdisk.upper")(function* (sizeBytes: number) {
+        yield* validateMounts({ mountDiskUpperSizeBytes: sizeBytes })
+        const template = yield* upperTemplate(sizeBytes)
+        const dir = os.tmpdir()
+        const copy = path.join(dir, `machinen-upper-${randomUUID()}.ext4`)
+        const { code, stderr } = yield* command
+          .run(["cp", "--sparse=always", "--reflink=auto", template, copy])
+          .pipe(Effect.provideService(CommandExecutor.CommandExecutor, executor), Effect.mapError(cacheFailed(dir)))
+        if (code !== 0) return yield* cacheFailed(dir)(new Error(stderr.trim()))
+        return copy
       })
+
+      return Mountdisk.of({ cacheDir: defaultCacheDir, tool, lower, upperTemplate, upper })
     })
   )
 }

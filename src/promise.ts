@@ -3,6 +3,7 @@
  * `code`, and a `hint` where there is something to be done; what an AbortSignal ended rejects with its reason. Options of the reference
  * that this version cannot honour are refused (`BOOT_OPTION_INVALID`), never ignored.
  */
+import { writeFileSync } from "node:fs"
 import * as path from "node:path"
 import type { Readable, Writable } from "node:stream"
 import { Cause, Duration, Effect, Exit, Layer, Option, RcRef, Scope, Stream } from "effect"
@@ -11,10 +12,13 @@ import { autoMemoryMib } from "./domain/BootOptions.ts"
 import type { EngineName } from "./domain/BundleManifest.ts"
 import { BootError, isMachinenError as isOurs, type MachinenError, RegistryError } from "./domain/errors.ts"
 import { defaultFreeMemoryThreshold, refusal } from "./domain/forkBackpressure.ts"
+import { defaultMountUpperBytes, type LiveMountOption } from "./domain/mounts.ts"
 import type { NetworkMode, PortForwardOption } from "./domain/Network.ts"
+import type { Disk } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import * as execPty from "./execPty.ts"
 import { Machinen } from "./Machinen.ts"
+import { type Lower, type LowerOptions, Mountdisk } from "./Mountdisk.ts"
 import * as memory from "./platform/memory.ts"
 import * as processes from "./platform/processes.ts"
 import type { Leftover } from "./Registry.ts"
@@ -57,6 +61,9 @@ interface Interruptible {
   readonly signal?: AbortSignal
 }
 
+/** A host directory shared with the guest. */
+export type LiveMount = LiveMountOption
+
 interface StartOptions extends Interruptible {
   /** Unique among running VMs. */
   readonly name?: string
@@ -90,6 +97,12 @@ export interface BootOptions extends StartOptions {
   readonly vcpus?: number
   /** `nat` (the default): the guest reaches what this host reaches. `none`: it has no network card. */
   readonly network?: NetworkMode
+  /** A host directory copied into the guest below /mnt; it is never changed itself. */
+  readonly mount?: { readonly host: string; readonly guest: string }
+  /** Size of what the guest may write there, in bytes, a multiple of 4096. Default 4 GiB; it takes the space that is written. */
+  readonly mountDiskUpperSizeBytes?: number
+  /** Host directories shared with the guest below /mnt, at most 5; what either side changes the other sees. */
+  readonly liveMounts?: ReadonlyArray<LiveMount>
   /** For `wait()`, and for a detached VM to become ready, in milliseconds; null: no limit. Default 60 000. */
   readonly timeoutMs?: number | null
   /** A VM always dies with its owner, unless it is detached. */
@@ -101,6 +114,8 @@ export interface RestoreOptions extends StartOptions {
   readonly snapDir: string
   /** Where the source's image lies now, if it was moved. */
   readonly image?: string
+  /** Of the source's live mounts, by `guest`: from another directory, or in another mode. */
+  readonly liveMounts?: ReadonlyArray<LiveMount>
   /** Memory is read when it is touched, of a snapshot by engine criu; that of the other always is. Default false. */
   readonly lazy?: boolean
   /** For `wait()`, in milliseconds; null: no limit. Default 60 000. */
@@ -120,6 +135,9 @@ export interface ForkOptions extends StartOptions {
   readonly tcpKeep?: boolean
   /** As of `restore`. */
   readonly lazy?: boolean
+  readonly liveMounts?: ReadonlyArray<LiveMount>
+  /** As of `snapshot`. */
+  readonly lazyUmount?: boolean
 }
 
 export interface ProvisionOptions extends Interruptible {
@@ -204,6 +222,8 @@ export interface SnapshotOptions extends Interruptible {
   readonly engine?: SnapshotEngine
   /** Established TCP connections are closed in what is restored; engine vmstate keeps them in any case. Default false. */
   readonly tcpClose?: boolean
+  /** Processes may hold files on live mounts, which give EIO in what is restored; else SNAPSHOT_MOUNT_BUSY. Default false. */
+  readonly lazyUmount?: boolean
   /** For the guest's processes to stand still, in milliseconds. Default 90 000. */
   readonly timeoutMs?: number
   /** Beside the handle's own. */
@@ -289,6 +309,9 @@ export interface RegistryEntry {
   /** The guest channel's unix socket (docs/protocol.md §2). */
   readonly socketPath: string
   readonly imagePath: string
+  /** The copy of a host directory: where it is, and the files it consists of. */
+  readonly mountDisk?: { readonly guest: string; readonly lowerPath: string; readonly upperPath: string }
+  readonly liveMounts?: ReadonlyArray<Required<LiveMount>>
   /** The bundle or VM it goes on from. */
   readonly forkedFrom?: string
   readonly memoryCeilingMib: number
@@ -450,6 +473,7 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
         Effect.gen(function* () {
           yield* refuseOthers("boot", options, bootOptions)
           yield* checkCommand(options)
+          const { liveMounts, mount, mountDiskUpperSizeBytes } = options
           const { cmd, detached, env, guestCwd, image, name, network, portForward, rootDisk } = options
           const { rootDiskSizeBytes, timeoutMs, vcpus } = options
           const machinen = yield* Machinen
@@ -466,6 +490,9 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
               rootDiskSizeBytes,
               network,
               portForward,
+              mount,
+              mountDiskUpperSizeBytes,
+              liveMounts,
               detached
             })
           )
@@ -587,7 +614,7 @@ const toBuffer = (bytes: Uint8Array): Buffer => Buffer.from(bytes.buffer, bytes.
 const text = (bytes: Uint8Array): string => toBuffer(bytes).toString()
 
 const toRow = (entry: VmEntry): ReadonlyArray<RegistryEntry> => {
-  const { createdAt, detached, forkedFrom, id, image, memoryMib, name, vmm, vsockPath } = entry
+  const { createdAt, detached, forkedFrom, id, image, liveMounts, memoryMib, name, vmm, vsockPath } = entry
   // one that is still being started cannot be attached to
   if (vmm === undefined) return []
   return [
@@ -597,12 +624,19 @@ const toRow = (entry: VmEntry): ReadonlyArray<RegistryEntry> => {
       name,
       socketPath: vsockPath,
       imagePath: image,
+      mountDisk: mountDiskOf(entry),
+      liveMounts,
       forkedFrom,
       memoryCeilingMib: memoryMib,
       detached,
       startedAt: createdAt
     })
   ]
+}
+
+const mountDiskOf = ({ disks = [], mount }: VmEntry) => {
+  const pathOf = (id: Disk["id"]) => disks.find((disk) => disk.id === id)?.path ?? ""
+  return mount && { guest: mount.guest, lowerPath: pathOf("mountlower"), upperPath: pathOf("mountupper") }
 }
 
 /** The properties that have a value. */
@@ -636,22 +670,28 @@ const bootOptions: Supported = {
   memory: any,
   vcpus: any,
   network: any,
-  pdeathsig: only(true)
+  pdeathsig: only(true),
+  mount: any,
+  mountDiskUpperSizeBytes: any,
+  liveMounts: any
 }
-const restoreOptions: Supported = { ...startOptions, snapDir: any, image: any, lazy: any }
+const restoreOptions: Supported = { ...startOptions, snapDir: any, image: any, lazy: any, liveMounts: any }
 const forkOptions: Supported = {
   ...startOptions,
   outDir: any,
   freeMemoryThreshold: any,
   engine: any,
   tcpKeep: any,
-  lazy: any
+  lazy: any,
+  liveMounts: any,
+  lazyUmount: any
 }
 const snapshotOptions: Supported = {
   outDir: any,
   engine: any,
   leaveRunning: any,
   tcpClose: any,
+  lazyUmount: any,
   timeoutMs: any,
   onLog: any,
   signal: any
@@ -756,6 +796,50 @@ const unusable = (cause: unknown) =>
 
 /** On this host's real services. */
 export const { attach, boot, list, provision, restore, runGc } = make(layers.layer)
+
+export type EnsureMountDiskImageOptions = LowerOptions
+export type EnsureMountDiskImageResult = Lower
+
+export interface EnsureMountDiskUpperOptions {
+  /** A multiple of 4096. Default 4 GiB, as a hole. */
+  readonly sizeBytes?: number
+}
+
+export interface EnsureMountDiskUpperResult {
+  readonly upperPath: string
+  readonly sizeBytes: number
+}
+
+const withMountdisk = async <A, E>(use: (mountdisk: Mountdisk["Type"]) => Effect.Effect<A, E>): Promise<A> => {
+  const exit = await Effect.runPromiseExit(
+    Effect.provide(Effect.flatMap(Mountdisk, use), layers.layerWithoutReconcile).pipe(Effect.scoped)
+  )
+  if (Exit.isSuccess(exit)) return exit.value
+  throw Cause.originalError(Cause.squash(exit.cause))
+}
+
+/** A host directory as a squashfs image, made unless there is one for what it holds. */
+export const ensureMountDiskImage = (
+  hostAbs: string,
+  options?: EnsureMountDiskImageOptions
+): Promise<EnsureMountDiskImageResult> => withMountdisk((mountdisk) => mountdisk.lower(hostAbs, options))
+
+/** A new empty file system to write to above it, in the directory for temporary files; it is the caller's to remove. */
+export const ensureMountDiskUpper = ({ sizeBytes = defaultMountUpperBytes }: EnsureMountDiskUpperOptions = {}) =>
+  withMountdisk((mountdisk) =>
+    Effect.map(mountdisk.upper(sizeBytes), (upperPath): EnsureMountDiskUpperResult => ({ upperPath, sizeBytes }))
+  )
+
+/** Says of an image that it is whole: one without a mark is made again. No guest can write one, so marks stay. */
+export const markMountDiskImageClean = (imgPath: string): void => writeFileSync(`${imgPath}.ok`, "")
+
+/** Where images of host directories are kept. */
+export const mountdiskImgCacheDir = (): Promise<string> =>
+  withMountdisk((mountdisk) => Effect.succeed(mountdisk.cacheDir))
+
+/** This host's `mksquashfs`. */
+export const resolveMksquashfs = (): Promise<string | undefined> =>
+  withMountdisk((mountdisk) => Effect.map(mountdisk.tool, Option.getOrUndefined))
 
 /** Whether it is one of ours, of that code if one is given. */
 export const isMachinenError = (error: unknown, code?: ErrorCode): error is MachinenError =>

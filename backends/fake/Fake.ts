@@ -165,7 +165,8 @@ export const layer = Layer.unwrapEffect(
           cacheDir: "/mountdisk",
           tool: Effect.succeed(Option.none()),
           lower: () => Effect.succeed({ lowerPath: "/lower", key: "lower" }),
-          upperTemplate: () => Effect.succeed("/upper")
+          upperTemplate: () => Effect.succeed("/upper"),
+          upper: () => Effect.succeed("/upper")
         })
       ),
       Layer.succeed(

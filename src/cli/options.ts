@@ -155,7 +155,8 @@ const hostAndGuest = (
   place = value
 ): Effect.Effect<{ readonly host: string; readonly guest: string }, ParseError> => {
   const at = place.lastIndexOf(":/")
-  return at > 0
+  // a second colon there is a mode that is none
+  return at > 0 && !place.includes(":", at + 1)
     ? Effect.succeed({ host: place.slice(0, at), guest: place.slice(at + 1) })
     : malformed(flag, value, "HOST:/mnt/NAME")
 }

@@ -1,4 +1,4 @@
-import { execFileSync } from "node:child_process"
+import { execFileSync, spawn } from "node:child_process"
 import {
   chmodSync,
   chownSync,
@@ -8,6 +8,7 @@ import {
   readdirSync,
   readFileSync,
   readlinkSync,
+  renameSync,
   rmSync,
   statSync,
   symlinkSync,
@@ -20,9 +21,10 @@ import { Effect, Layer } from "effect"
 import type { BootOptions } from "../../src/domain/BootOptions.ts"
 import type { ForkOptions } from "../../src/fork.ts"
 import { Machinen } from "../../src/Machinen.ts"
+import * as facade from "../../src/promise.ts"
 import type { RestoreOptions } from "../../src/restore.ts"
 import type { Vm } from "../../src/Vm.ts"
-import { environment, live, settled, sh, temporaryDirectory, temporaryHome } from "../fixtures.ts"
+import { cli, environment, live, settled, sh, temporaryDirectory, temporaryHome } from "../fixtures.ts"
 
 const home = temporaryHome()
 const cache = path.join(home, "cache")
@@ -342,4 +344,353 @@ describe.sequential("a live mount", () => {
       yield* sh(copy, "kill -9 $(cat /tmp/holder); until [ -e /mnt/work/tool ]; do sleep 0.05; done; /mnt/work/tool")
     }).pipe(Effect.provide(machine))
   )
+})
+
+/**
+ * What a guest's root tries: for some seconds `d` is by turns a directory and a link that leads out of the share, by every way to swap them,
+ * while every kind of operation is done through `d`. Prints what it got to see of files that are not in the share.
+ */
+const attack = `
+import os, stat, sys, threading, time
+root, seconds = sys.argv[1], float(sys.argv[2])
+os.chdir(root)
+targets = ["../outside", "../../../../../../../../..%s" % os.environ["OUTSIDE"], os.environ["OUTSIDE"], "..", "."]
+end = time.time() + seconds
+os.makedirs("real", exist_ok=True)
+open("real/secret", "w").write("mine")
+for i, target in enumerate(targets):
+    os.symlink(target, "link%d" % i)
+found = set()
+def swap():
+    n = 0
+    while time.time() < end:
+        n += 1
+        for act in (lambda: os.rename("real", "d"), lambda: os.rename("d", "real"),
+                    lambda: os.rename("link%d" % (n % len(targets)), "d"), lambda: os.rename("d", "link%d" % (n % len(targets)))):
+            try: act()
+            except OSError: pass
+def operate():
+    n = 0
+    while time.time() < end:
+        n += 1
+        for path in ("d", "d/outside", "d/deep"):
+            for act in (
+                lambda: found.add(open(path + "/secret").read()),
+                lambda: found.update(os.listdir(path)),
+                lambda: open(path + "/victim", "w").write("owned"),
+                lambda: open(path + "/planted%d" % (n % 7), "w").write("x"),
+                lambda: os.mkdir(path + "/plantedir"),
+                lambda: os.symlink("x", path + "/plantedlink"),
+                lambda: os.link(path + "/secret", "stolen"),
+                lambda: os.link("link0", path + "/planted"),
+                lambda: os.rename(path + "/secret", "stolen"),
+                lambda: os.rename("mine%d" % n, path + "/planted"),
+                lambda: os.unlink(path + "/victim"),
+                lambda: os.rmdir(path + "/empty"),
+                lambda: os.chmod(path + "/victim", 0o777),
+                lambda: os.chown(path + "/victim", 1, 1),
+                lambda: os.truncate(path + "/victim", 0),
+                lambda: os.utime(path + "/victim", (1, 1)),
+                lambda: os.setxattr(path + "/victim", "user.x", b"1"),
+                lambda: os.mknod(path + "/planteddev", stat.S_IFCHR | 0o666, os.makedev(1, 5)),
+            ):
+                try: act()
+                except OSError: pass
+threads = [threading.Thread(target=f) for f in (swap, operate, operate)]
+for t in threads: t.start()
+for t in threads: t.join()
+for root, dirs, files in os.walk("."):
+    for name in files:
+        try: found.add(open(os.path.join(root, name)).read(100))
+        except OSError: pass
+print("\\n".join(sorted(found)))
+`
+
+describe.sequential("a share's root", () => {
+  afterEach(() => settled(home))
+
+  it.scopedLive(
+    "is never left: links swapped in a race, dots, hard links, renames, nodes, the device itself",
+    () =>
+      Effect.gen(function* () {
+        const parent = temporaryDirectory()
+        const [share, ro, outside] = ["share", "ro", "outside"].map((name) => path.join(parent, name))
+        if (share === undefined || ro === undefined || outside === undefined) return
+        for (const dir of [share, ro, outside, path.join(outside, "empty"), path.join(share, "deep")]) mkdirSync(dir)
+        writeFileSync(path.join(outside, "secret"), "host secret")
+        writeFileSync(path.join(outside, "victim"), "intact")
+        writeFileSync(path.join(ro, "kept"), "intact")
+        // links of the host's own, of which a guest could make better use than of its own
+        symlinkSync(outside, path.join(share, "absolute"))
+        symlinkSync("../outside", path.join(share, "relative"))
+        symlinkSync("../outside/victim", path.join(share, "to-a-file"))
+        const outsideBefore = look(outside)
+        const roBefore = look(ro)
+        const besides = readdirSync(parent).sort()
+
+        const vm = yield* boot({
+          image: "debian",
+          liveMounts: [
+            { host: share, guest: "/mnt/share" },
+            { host: ro, guest: "/mnt/ro", mode: "ro" }
+          ]
+        })
+        // what the guest has at these places is its own
+        yield* sh(
+          vm,
+          "cat /mnt/share/absolute/secret /mnt/share/relative/secret /mnt/share/to-a-file 2>/dev/null && exit 1; true"
+        )
+        assert.include(yield* sh(vm, "ls -a /mnt/share/.."), "ro\nshare")
+        yield* sh(
+          vm,
+          "(echo x >/mnt/share/to-a-file) 2>/dev/null; (echo x >/mnt/share/absolute/planted) 2>/dev/null; true"
+        )
+        // from one share into the other
+        yield* sh(
+          vm,
+          "cd /mnt/share; ln /mnt/ro/kept stolen 2>/dev/null && exit 1; mv /mnt/ro/kept . 2>/dev/null; echo x >y; mv y /mnt/ro/ 2>/dev/null; true"
+        )
+
+        // a swapper on the host's side as well
+        const swapper = spawn(
+          "sh",
+          [
+            "-c",
+            "mkdir -p h; ln -s ../outside l; while :; do mv -T h e; mv -T l e2; mv -T e2 d; mv -T d l; mv -T e d; mv -T d h; done 2>/dev/null"
+          ],
+          { cwd: share, stdio: "ignore" }
+        )
+        yield* Effect.addFinalizer(() => Effect.sync(() => swapper.kill("SIGKILL")))
+        yield* vm.writeFile("/tmp/attack.py", attack)
+        const seen = yield* sh(vm, `OUTSIDE=${outside} python3 /tmp/attack.py /mnt/share 8 2>&1`)
+        swapper.kill("SIGKILL")
+        assert.include(seen, "mine")
+        assert.notInclude(seen, "host secret")
+
+        // the device as a whole: unmounted, and mounted by the guest's own hand
+        yield* sh(
+          vm,
+          "cp -a /mnt/ro/kept /tmp/; umount /mnt/share /mnt/ro; mkdir -p /tmp/all; mount -t 9p -o trans=virtio,version=9p2000.L machinen-shares /tmp/all"
+        )
+        assert.strictEqual(
+          yield* sh(vm, "cd /tmp/all; ls -a; cd ..; ls -d all"),
+          ".\n..\nmachinen-lm0\nmachinen-lm1\nall"
+        )
+        for (const change of [
+          "touch /tmp/all/new",
+          "mkdir /tmp/all/new",
+          "rmdir /tmp/all/machinen-lm0",
+          "mv /tmp/all/machinen-lm0 /tmp/all/x",
+          "touch /tmp/all/machinen-lm1/new",
+          "rm /tmp/all/machinen-lm1/kept",
+          "mv /tmp/all/machinen-lm1/kept /tmp/all/machinen-lm0/",
+          "ln /tmp/all/machinen-lm1/kept /tmp/all/machinen-lm0/hard",
+          "mknod /tmp/all/machinen-lm0/node c 1 5"
+        ]) {
+          assert.notStrictEqual((yield* vm.execRaw(change)).exitCode, 0, change)
+        }
+
+        assert.strictEqual(look(outside), outsideBefore)
+        assert.strictEqual(look(ro), roBefore)
+        assert.deepStrictEqual(readdirSync(parent).sort(), besides)
+        const nodes = execFileSync("find", [share, "(", "-type", "c", "-o", "-type", "b", ")"], { encoding: "utf8" })
+        assert.strictEqual(nodes, "")
+      }).pipe(Effect.provide(machine)),
+    90_000
+  )
+
+  it.scoped("may vanish on the host: the guest gets errors, and goes on", () =>
+    Effect.gen(function* () {
+      const [gone, moved] = [tree(), tree()]
+      const vm = yield* boot({
+        liveMounts: [
+          { host: gone, guest: "/mnt/gone" },
+          { host: moved, guest: "/mnt/moved" }
+        ]
+      })
+      rmSync(gone, { recursive: true })
+      renameSync(moved, `${moved}-away`)
+      const { exitCode, stderr } = yield* vm.execRaw("ls /mnt/gone; mkdir /mnt/gone/x")
+      assert.notStrictEqual(exitCode, 0)
+      assert.include(Buffer.from(stderr).toString(), "No such file or directory")
+      assert.strictEqual(
+        yield* sh(vm, "cat /mnt/moved/src/main.c; echo new >/mnt/moved/new; echo alive"),
+        "int main;\nalive"
+      )
+      assert.isTrue(existsSync(path.join(`${moved}-away`, "new")))
+      assert.isFalse(existsSync(gone) || existsSync(moved))
+    }).pipe(Effect.provide(machine))
+  )
+
+  it.scoped("of five, a copy and a network card are one machine", () =>
+    Effect.gen(function* () {
+      const hosts = [1, 2, 3, 4, 5].map(tree)
+      const vm = yield* boot({
+        network: "nat",
+        mount: { host: tree(), guest: "/mnt/copy" },
+        liveMounts: hosts.map((host, i) => ({ host, guest: `/mnt/live${i}` }))
+      })
+      assert.strictEqual(
+        yield* sh(
+          vm,
+          "cd /mnt; for d in copy live0 live1 live2 live3 live4; do echo $d >$d/name; cat $d/src/main.c; done | wc -l"
+        ),
+        "6"
+      )
+      assert.deepStrictEqual(
+        hosts.map((host) => readFileSync(path.join(host, "name"), "utf8").trim()),
+        ["live0", "live1", "live2", "live3", "live4"]
+      )
+      const machinen = yield* Machinen
+      const dir = fresh()
+      yield* machinen.snapshot(vm, { outDir: dir })
+      const { vm: copy } = yield* machinen.restore({ snapDir: dir })
+      assert.strictEqual(yield* sh(copy, "cat /mnt/copy/name /mnt/live4/name"), "copy\nlive4")
+    }).pipe(Effect.provide(machine))
+  )
+
+  it.scopedLive("is there for processes that the engine criu brings back, with the files they had open", () =>
+    Effect.gen(function* () {
+      const [host, copied] = [tree(), tree()]
+      const vm = yield* boot({
+        image: "debian",
+        mount: { host: copied, guest: "/mnt/copy" },
+        liveMounts: [{ host, guest: "/mnt/live" }]
+      })
+      const script =
+        "exec 3>>/mnt/live/out 4>>/mnt/copy/out; cd /mnt/live/src; while :; do echo x >&3; echo y >&4; sleep 0.1; done"
+      yield* sh(vm, `setsid sh -c '${script}' </dev/null >/dev/null 2>&1 & sleep 0.5; echo $! >/tmp/pid`)
+      const machinen = yield* Machinen
+      const dir = fresh()
+      yield* machinen.snapshot(vm, { outDir: dir, engine: "criu" })
+      const { vm: copy } = yield* machinen.restore({ snapDir: dir })
+      const grows = (file: string) =>
+        sh(copy, `n=$(wc -c <${file}); until [ $(wc -c <${file}) -gt $n ]; do sleep 0.1; done`)
+      yield* grows("/mnt/live/out")
+      yield* grows("/mnt/copy/out")
+      assert.isAbove(statSync(path.join(host, "out")).size, 2)
+      assert.isFalse(existsSync(path.join(copied, "out")))
+    }).pipe(Effect.provide(machine))
+  )
+})
+
+describe.sequential("the CLI", () => {
+  afterEach(() => settled(home))
+
+  it.live("mounts copies and shares, shows them, and gives copies other ones", () =>
+    Effect.gen(function* () {
+      const [copied, shared, other] = [tree(), tree(), tree()]
+      const run = (...args: ReadonlyArray<string>) => cli(home, args)
+      const script = "echo c >/mnt/c/f; cat /mnt/s/src/main.c; touch /mnt/s/x 2>/dev/null || echo refused"
+      const once = yield* run(
+        ...["run", "--image", "micro", "-v", `${copied}:/mnt/c`, "--mount-live", `${shared}:/mnt/s:ro`],
+        ...["--", "sh", "-c", script]
+      )
+      assert.deepStrictEqual([once.code, once.stdout], [0, "int main;\nrefused\n"], once.stderr)
+      assert.isFalse(existsSync(path.join(copied, "f")))
+
+      const up = yield* run(
+        "boot",
+        "-d",
+        "--image",
+        "micro",
+        "--name",
+        "m",
+        "-v",
+        `${copied}:/mnt/c`,
+        "--mount-live",
+        `${shared}:/mnt/s`
+      )
+      assert.strictEqual(up.code, 0, up.stderr)
+      const shown = JSON.parse((yield* run("inspect", "m")).stdout)
+      assert.deepStrictEqual(
+        [shown.mount, shown.liveMounts],
+        [{ guest: "/mnt/c", host: copied }, [{ guest: "/mnt/s", host: shared, mode: "rw" }]]
+      )
+      yield* run("exec", "m", "--", "sh", "-c", "(exec sleep 1000 </mnt/s/tool >/dev/null 2>&1 &)")
+      const dir = fresh()
+      const busy = yield* run("snapshot", "m", dir, "--keep-alive")
+      assert.strictEqual(busy.code, 1)
+      assert.match(busy.stderr, /SNAPSHOT_MOUNT_BUSY.*\d+ \(sleep\) \/mnt\/s\/tool[\s\S]*--lazy-umount/)
+      assert.strictEqual((yield* run("fork", "m", "-d")).code, 1)
+      assert.strictEqual((yield* run("fork", "m", "-d", "--new-name", "f", "--lazy-umount")).code, 0)
+      assert.strictEqual((yield* run("snapshot", "m", dir, "--lazy-umount")).code, 0)
+      const again = yield* run("restore", dir, "-d", "--name", "r", "--mount-live", `${other}:/mnt/s:ro`)
+      assert.strictEqual(again.code, 0, again.stderr)
+      assert.deepStrictEqual(JSON.parse((yield* run("inspect", "r")).stdout).liveMounts, [
+        { guest: "/mnt/s", host: other, mode: "ro" }
+      ])
+      for (const name of ["f", "r"]) yield* run("stop", "--force", name)
+    })
+  )
+
+  const refused: ReadonlyArray<readonly [what: string, args: ReadonlyArray<string>, code: string]> = [
+    ["a place outside /mnt", ["-v", "/srv:/srv"], "BOOT_MOUNT_INVALID"],
+    ["a place that leads out", ["--mount-live", "/srv:/mnt/../srv"], "BOOT_MOUNT_INVALID"],
+    ["two at one place", ["-v", "/srv:/mnt/a", "--mount-live", "/srv:/mnt/a"], "BOOT_MOUNT_INVALID"],
+    ["one in another", ["--mount-live", "/srv:/mnt/a", "--mount-live", "/srv:/mnt/a/b:ro"], "BOOT_MOUNT_INVALID"],
+    ["a directory that is not there", ["-v", "/no/such:/mnt/a"], "BOOT_MOUNT_HOST_NOT_FOUND"],
+    ["a share that is not there", ["--mount-live", "/no/such:/mnt/a"], "BOOT_MOUNT_HOST_NOT_FOUND"],
+    ["a file", ["-v", "/etc/passwd:/mnt/a"], "BOOT_MOUNT_INVALID"],
+    ["a file as a share", ["--mount-live", "/etc/passwd:/mnt/a"], "BOOT_MOUNT_INVALID"],
+    ["six shares", [..."abcdef"].flatMap((name) => ["--mount-live", `/srv:/mnt/${name}`]), "BOOT_MOUNT_INVALID"],
+    ["two copies", ["-v", "/srv:/mnt/a", "-v", "/srv:/mnt/b"], "PARSE_FLAG_DUPLICATE"],
+    ["no place", ["-v", "/srv"], "PARSE_FLAG_MALFORMED"],
+    ["an unknown mode", ["--mount-live", "/srv:/mnt/a:rx"], "PARSE_FLAG_MALFORMED"]
+  ]
+  for (const [what, args, code] of refused) {
+    it.live(`refuses ${what}`, () =>
+      Effect.gen(function* () {
+        const { code: exit, stderr } = yield* cli(home, ["run", "--image", "micro", ...args, "--", "true"])
+        assert.notStrictEqual(exit, 0)
+        assert.include(stderr, `(${code})`)
+        assert.include(stderr, "hint: ")
+      })
+    )
+  }
+})
+
+describe.sequential("the Promise API", () => {
+  const { boot, list, restore } = facade.make(live(home))
+  afterEach(() => settled(home))
+
+  it("mounts, shares, and shows both; its images are those of the library", async () => {
+    const [copied, shared, other] = [tree(), tree(), tree()]
+    const vm = await boot({
+      image: "micro",
+      cmd: ["sleep", "infinity"],
+      mount: { host: copied, guest: "/mnt/c" },
+      mountDiskUpperSizeBytes: 256 * 2 ** 20,
+      liveMounts: [{ host: shared, guest: "/mnt/s", mode: "ro" }]
+    })
+    const { stdout } = await vm.exec(
+      "cd /mnt; cat c/src/main.c s/src/main.c; df c | awk 'NR == 2 { print $2 < 262144 }'"
+    )
+    assert.strictEqual(stdout, "int main;\nint main;\n1\n")
+    const [row] = await list()
+    assert.deepStrictEqual(row?.liveMounts, [{ guest: "/mnt/s", host: shared, mode: "ro" }])
+    assert.strictEqual(row?.mountDisk?.guest, "/mnt/c")
+    assert.isTrue(existsSync(row?.mountDisk?.lowerPath ?? "") && existsSync(row?.mountDisk?.upperPath ?? ""))
+    const { snapDir } = await vm.snapshot({ outDir: fresh() })
+    const copy = await restore({ snapDir, liveMounts: [{ host: other, guest: "/mnt/s", mode: "rw" }] })
+    await copy.exec("echo x >/mnt/s/made")
+    await copy.kill()
+    assert.isTrue(existsSync(path.join(other, "made")))
+  })
+
+  it("makes the disks for other machines", async () => {
+    const cacheDir = path.join(temporaryDirectory(), "cache")
+    const image = await facade.ensureMountDiskImage(tree(), { cacheDir })
+    assert.strictEqual(image.lowerPath, path.join(cacheDir, `${image.key}.sqfs`))
+    rmSync(`${image.lowerPath}.ok`)
+    facade.markMountDiskImageClean(image.lowerPath)
+    assert.isTrue(existsSync(`${image.lowerPath}.ok`))
+    const upper = await facade.ensureMountDiskUpper({ sizeBytes: 64 * 2 ** 20 })
+    assert.strictEqual(statSync(upper.upperPath).size, upper.sizeBytes)
+    rmSync(upper.upperPath)
+    assert.match((await facade.resolveMksquashfs()) ?? "", /\/mksquashfs$/)
+    assert.match(await facade.mountdiskImgCacheDir(), /\/mountdisk$/)
+    const refused = await facade.ensureMountDiskUpper({ sizeBytes: 1 }).catch((error: unknown) => error)
+    assert.isTrue(facade.isMachinenError(refused, "BOOT_MOUNT_INVALID"))
+  })
 })
