@@ -280,7 +280,7 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
               names.length === 0 && vms.length === 0 && bundles.length === 0 && lastUsedAt <= before
           )
           if (dryRun) return due
-          return yield* Effect.filter(due, ({ id }) =>
+          const removed = yield* Effect.filter(due, ({ id }) =>
             removeImage(id).pipe(
               Effect.as(true),
               // somebody has begun to use it
@@ -290,6 +290,8 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
               )
             )
           )
+          yield* images.collectLayers
+          return removed
         })
       })
     })

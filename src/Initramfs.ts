@@ -25,14 +25,15 @@ const header = (entry: CpioEntry, inode: number): Buffer => {
   return Buffer.concat([head, padding(head.length)])
 }
 
+/** One entry as it stands in an archive: header with name, data, padding. */
+export const cpioPieces = (entry: CpioEntry, inode: number): ReadonlyArray<Uint8Array> => {
+  const data = entry.data ?? new Uint8Array(0)
+  return [header(entry, inode), data, padding(data.length)]
+}
+
 /** An archive of these entries, in this order; parents must come before what they hold. The same entries give the same bytes. */
 export const cpio = (entries: ReadonlyArray<CpioEntry>): Buffer =>
-  Buffer.concat(
-    [...entries, { name: "TRAILER!!!", mode: 0 }].flatMap((entry, index) => {
-      const data = entry.data ?? new Uint8Array(0)
-      return [header(entry, index + 1), data, padding(data.length)]
-    })
-  )
+  Buffer.concat([...entries, { name: "TRAILER!!!", mode: 0 }].flatMap((entry, index) => cpioPieces(entry, index + 1)))
 
 const directory = 0o040000
 const file = 0o100000

@@ -72,8 +72,16 @@ export interface OciImage {
 
 type Tool = (argv: readonly [string, ...ReadonlyArray<string>]) => Effect.Effect<string, ProvisionError>
 
-/** Finds the image a reference means; brings it into `own`, the layout of this host, unless it lies in one. */
-export const locate = Effect.fn("Oci.locate")(function* (reference: string, own: string, tool: Tool) {
+/**
+ * Finds the image a reference means and uses it; brings it into `own`, the layout of this host, unless it lies in one. While it is used nobody
+ * collects its layers.
+ */
+export const withImage = Effect.fn("Oci.withImage")(function* <A, E, R>(
+  reference: string,
+  own: string,
+  tool: Tool,
+  use: (image: OciImage) => Effect.Effect<A, E, R>
+) {
   const local = /^oci:(.+?)(?::([A-Za-z0-9._-]+))?$/.exec(reference)
   if (local !== null) {
     const [, dir = "", tag] = local
@@ -81,7 +89,7 @@ export const locate = Effect.fn("Oci.locate")(function* (reference: string, own:
     const found = yield* tagged(reference, yield* readIndex(reference, layout), tag)
     // an index of images for several machines has to be chosen from, which skopeo does
     if (found.mediaType === manifestType && found.annotations?.[refName] !== undefined) {
-      return yield* read(reference, layout, found.annotations[refName], found)
+      return yield* Effect.flatMap(read(reference, layout, found.annotations[refName], found), use)
     }
   }
   const tag = `m-${createHash("sha256").update(reference).digest("hex").slice(0, 24)}`
@@ -89,7 +97,7 @@ export const locate = Effect.fn("Oci.locate")(function* (reference: string, own:
     Effect.gen(function* () {
       yield* bring(reference, own, tag, tool)
       const index = yield* readIndex(reference, own)
-      return yield* read(reference, own, tag, yield* tagged(reference, index, tag))
+      return yield* Effect.flatMap(read(reference, own, tag, yield* tagged(reference, index, tag)), use)
     })
   )
 })
@@ -155,6 +163,28 @@ export const unpack = Effect.fn("Oci.unpack")(function* (
         ? invalid(id.slice(0, 12), "its layers cannot be applied", cause)
         : cause
     )
+  )
+})
+
+/** Forgets the images in this host's layout that are not kept, and removes the layers that no image has any more. */
+export const collect = Effect.fn("Oci.collect")(function* (own: string, keep: ReadonlySet<string>, tool: Tool) {
+  const fs = yield* FileSystem.FileSystem
+  yield* HostLock.withLock(`oci:${own}`)(
+    Effect.gen(function* () {
+      if (!(yield* Effect.orElseSucceed(fs.exists(path.join(own, "index.json")), () => false))) return
+      const { manifests } = yield* readIndex(own, own)
+      for (const { annotations, digest } of manifests) {
+        const tag = annotations?.[refName]
+        if (tag !== undefined && !keep.has(digest.slice("sha256:".length))) {
+          yield* tool(["umoci", "rm", "--image", `${own}:${tag}`])
+        }
+      }
+      yield* tool(["umoci", "gc", "--layout", own])
+      // what a skopeo that was killed was writing; none is at work while we hold the lock
+      for (const file of yield* Effect.orElseSucceed(fs.readDirectory(own), () => [])) {
+        if (file.startsWith("oci-put-blob")) yield* Effect.ignore(fs.remove(path.join(own, file), { force: true }))
+      }
+    })
   )
 })
 
@@ -278,7 +308,7 @@ const invalid = (reference: string, why: string, cause?: unknown) =>
 
 const firstLine = (text: string) => text.split("\n", 1)[0]?.slice(0, 300) ?? ""
 
-const unreadable = (reference: string, file: string, cause: unknown) =>
+export const unreadable = (reference: string, file: string, cause: unknown) =>
   new ProvisionError({
     code: "IMAGE_NOT_FOUND",
     message: `there is no image ${reference}: ${file} cannot be read`,

@@ -42,6 +42,8 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
     readonly named: (name: string) => Effect.Effect<Option.Option<ImageId>>
     /** Makes a name stand for an image, or for nothing. */
     readonly setName: (name: string, id: Option.Option<ImageId>) => Effect.Effect<void, ProvisionError>
+    /** Removes layers of container images that are not in the store any more. */
+    readonly collectLayers: Effect.Effect<void, ProvisionError>
     /** A bundle that can be restored only with this image is at `dir`, or will be. */
     readonly noteBundle: (image: string, dir: string) => Effect.Effect<void>
     /** An empty upper of that size, to be copied for a VM: almost all hole, so the copy is quick. */
@@ -124,11 +126,13 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         kind: "digests" | "image-config",
         file: string,
         schema: Schema.Schema<A, string>,
-        find: Effect.Effect<A, E, R>
+        find: Effect.Effect<A, E, R>,
+        what = ""
       ) =>
         Effect.gen(function* () {
           const info = yield* fs.stat(file)
-          const stamp = [file, info.size, Option.map(info.mtime, Number), info.ino, info.dev].map(String).join("\n")
+          const stamp =
+            [file, info.size, Option.map(info.mtime, Number), info.ino, info.dev].map(String).join("\n") + what
           const key = createHash("sha256").update(stamp).digest("hex").slice(0, 32)
           const note = path.join(settings.cacheDir, kind === "digests" ? "rootfs/digests" : kind, key)
           const known = yield* Effect.option(Effect.flatMap(fs.readFileString(note), Schema.decode(schema)))
@@ -248,16 +252,33 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       const ociLayout = path.join(settings.cacheDir, "oci")
 
       const ensureOci = Effect.fn("RootfsImage.ensureOci")(function* (reference: string) {
-        const found = yield* Oci.locate(reference, ociLayout, tool).pipe(
-          Effect.provideService(FileSystem.FileSystem, fs)
-        )
-        const made = yield* ensureImage(found.id, reference, (staging) =>
-          Effect.gen(function* () {
-            const tree = path.join(staging, "tree")
-            yield* Oci.unpack(found, tree, settings.imageLimitBytes, tool)
-            yield* writeConfig(tree, found.config)
-            yield* imageFromTree(tree, staging, found.id)
-          })
+        const archive = /^docker-archive:([^:]+)/.exec(reference)?.[1]
+        if (archive === undefined) return yield* ensureOciFrom(reference)
+        // an archive says what is in it only when all of it is read: that is remembered
+        const made = yield* remembered(
+          "digests",
+          path.resolve(archive),
+          ImageId,
+          Effect.map(ensureOciFrom(reference), ({ id }) => id),
+          reference
+        ).pipe(Effect.mapError((e) => (e._tag === "ProvisionError" ? e : Oci.unreadable(reference, archive, e))))
+        return (yield* withFs(completeFile.isSettled(imageOf(made))))
+          ? { id: made, path: imageOf(made) }
+          : yield* ensureOciFrom(reference)
+      })
+
+      const ensureOciFrom = Effect.fnUntraced(function* (reference: string) {
+        const made = yield* withFs(
+          Oci.withImage(reference, ociLayout, tool, (found) =>
+            ensureImage(found.id, reference, (staging) =>
+              Effect.gen(function* () {
+                const tree = path.join(staging, "tree")
+                yield* Oci.unpack(found, tree, settings.imageLimitBytes, tool)
+                yield* writeConfig(tree, found.config)
+                yield* imageFromTree(tree, staging, found.id)
+              })
+            )
+          )
         )
         // what is fetched once is there; what lies in a file or directory is looked at each time
         if (reference.startsWith("docker://")) yield* setName(reference, Option.some(made.id))
@@ -440,6 +461,11 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           if (Oci.isReference(image)) return (yield* ensureOci(image)).id
           const { ext4, file } = yield* inspect(image)
           return (yield* ext4 ? ensureCopy(file) : ensureTarball(file)).id
+        }),
+        collectLayers: Effect.gen(function* () {
+          const files = yield* Effect.orElseSucceed(fs.readDirectory(cacheDir), () => [])
+          const keep = new Set(files.flatMap((file) => (file.endsWith(".img") ? [file.slice(0, -4)] : [])))
+          yield* withFs(Oci.collect(ociLayout, keep, tool))
         }),
         noteBundle: (image, dir) =>
           path.dirname(image) === cacheDir

@@ -17,6 +17,7 @@ import type { NetworkMode, PortForwardOption } from "./domain/Network.ts"
 import type { Disk } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import * as execPty from "./execPty.ts"
+import * as InitramfsPackers from "./InitramfsPackers.ts"
 import { Machinen } from "./Machinen.ts"
 import { type Lower, type LowerOptions, Mountdisk } from "./Mountdisk.ts"
 import * as memory from "./platform/memory.ts"
@@ -795,6 +796,29 @@ const unusable = (cause: unknown) =>
       })
 
 /** On this host's real services. */
+/**
+ * Packers of initramfs archives (src/InitramfsPackers.ts). Without `initPath`, `/init` is the guest program set-up builds.
+ */
+const pack =
+  <O>(packer: (options: O) => Effect.Effect<void, MachinenError, InitramfsPackers.Services>) =>
+  async (options: O): Promise<void> => {
+    const exit = await Effect.runPromiseExit(Effect.provide(packer(options), layers.packing))
+    if (Exit.isFailure(exit)) throw Cause.originalError(Cause.squash(exit.cause))
+  }
+export const mkinitramfsBundle = pack(InitramfsPackers.bundle)
+export const mkinitramfsTinyBundle = pack(InitramfsPackers.tinyBundle)
+export const mkinitramfsRootfs = pack(InitramfsPackers.rootfs)
+export const mkinitramfsMinimal = pack(InitramfsPackers.minimal)
+export const mkinitramfsWorkspace = pack(InitramfsPackers.workspace)
+export const mkinitramfsCli = pack(InitramfsPackers.cli)
+export type {
+  BundleOptions as PackBundleOptions,
+  MinimalOptions as PackMinimalOptions,
+  RootfsOptions as PackRootfsOptions,
+  TinyBundleOptions as PackTinyBundleOptions,
+  WorkspaceOptions as PackWorkspaceOptions
+} from "./InitramfsPackers.ts"
+
 export const { attach, boot, list, provision, restore, runGc } = make(layers.layer)
 
 export type EnsureMountDiskImageOptions = LowerOptions

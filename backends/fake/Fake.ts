@@ -150,6 +150,7 @@ export const layer = Layer.unwrapEffect(
           add: () => Effect.die("a fake has no store"),
           named: () => Effect.succeedNone,
           setName: () => Effect.void,
+          collectLayers: Effect.void,
           noteBundle: () => Effect.void,
           checkDisk: (image) => Effect.succeed(image),
           ensure: () => Effect.succeed("/base"),

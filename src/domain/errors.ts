@@ -178,6 +178,22 @@ export class SandboxError extends Schema.TaggedError<SandboxError>()(
   }
 }
 
+/** An initramfs could not be packed; what was at its place is as it was. */
+export class MkinitramfsError extends Schema.TaggedError<MkinitramfsError>()(
+  "MkinitramfsError",
+  fields(
+    "MKINITRAMFS_BUNDLE_INVALID",
+    "MKINITRAMFS_WORKSPACE_INVALID",
+    "MKINITRAMFS_WORKSPACE_TOO_LARGE",
+    "MKINITRAMFS_BASE_EXTRACT_FAILED",
+    "MKINITRAMFS_INIT_MISSING"
+  )
+) {
+  get retryable() {
+    return false
+  }
+}
+
 /** The CLI could not make sense of its arguments. Raised before any side effect. */
 export class ParseError extends Schema.TaggedError<ParseError>()(
   "ParseError",
@@ -228,6 +244,7 @@ export const MachinenError = Schema.Union(
   FilesError,
   RegistryError,
   ProvisionError,
+  MkinitramfsError,
   ParseError,
   AssetError,
   SandboxError,

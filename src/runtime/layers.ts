@@ -26,6 +26,9 @@ const foundation = Layer.mergeAll(Assets.layer, Registry.layer, Shim.layer, Vsoc
   Layer.provideMerge(NodeContext.layer)
 )
 
+/** For who only packs files. */
+export const packing = Assets.layer.pipe(Layer.provideMerge(Settings.layer), Layer.provideMerge(NodeContext.layer))
+
 type Engine<R> = Layer.Layer<SnapshotEngine, never, R>
 
 /** The engines there are, by name; the first is the default. */

@@ -441,7 +441,15 @@ layer(live(home, cache), { excludeTestServices: true })("the image store", (it) 
         )
       }
       yield* Fiber.interrupt(collecting)
+      // with an image go the layers that no other has
+      const archive = path.join(dir, "collected.tar")
+      execFileSync("skopeo", ["copy", "--quiet", `oci:${layout}:v1`, `docker-archive:${archive}:x:1`])
+      yield* store.add(`docker-archive:${archive}`, [])
+      const blobs = path.join(cache.MACHINEN_CACHE_DIR, "oci", "blobs", "sha256")
+      assert.isAbove(readdirSync(blobs).length, 4)
       yield* store.gc({ dryRun: false, unusedForMs: 0 })
+      const kept = (yield* store.list).filter(({ source }) => source.startsWith("docker"))
+      assert.strictEqual(readdirSync(blobs).length === 0, kept.length === 0)
       const left = yield* store.list
       assert.isFalse(left.some((image) => image.id === id))
       assert.isTrue(left.some(({ names }) => names.includes("named:latest")))

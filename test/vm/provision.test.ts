@@ -443,6 +443,9 @@ describe("the Promise API", () => {
       (e) => e
     )
     assert.isTrue(facade.isMachinenError(small, "PROVISION_DISK_TOO_SMALL"))
+    const archive = path.join(path.dirname(out), "init.cpio")
+    await facade.mkinitramfsMinimal({ out: archive })
+    assert.isAbove(statSync(archive).size, 500_000) // the guest program itself
     const nothing = await boot({ image: path.join(path.dirname(out), "..", "none") }).catch((e) => e)
     assert.isTrue(facade.isMachinenError(nothing, "BOOT_IMAGE_NOT_FOUND"))
     assert.strictEqual(built.sizeBytes, statSync(out).size)
