@@ -9,7 +9,7 @@ export type {
   RunningCommand,
   WriteFileOptions
 } from "./Agent.ts"
-export { FileStat, GuestStats, Rejuvenation } from "./AgentProtocol.ts"
+export { FileStat, GuestStats, Rejuvenation, TerminalSession } from "./AgentProtocol.ts"
 export type { Bundle } from "./Bundle.ts"
 export type { Booted } from "./boot.ts"
 export type { BootOptions } from "./domain/BootOptions.ts"
@@ -28,4 +28,5 @@ export type { Restored, RestoreOptions } from "./restore.ts"
 export { layer } from "./runtime/layers.ts"
 export { Settings } from "./Settings.ts"
 export type { Snapshot, SnapshotOptions } from "./snapshot.ts"
+export type { Terminal, TerminalCommand, TerminalOptions, TerminalSize } from "./Terminal.ts"
 export type { MemoryStats, Vm } from "./Vm.ts"

@@ -14,6 +14,7 @@ import { gc, pause, resume, stop } from "./commands/lifecycle.ts"
 import { logs } from "./commands/logs.ts"
 import { ls } from "./commands/ls.ts"
 import { provision } from "./commands/provision.ts"
+import { repl } from "./commands/repl.ts"
 import { fork, restore } from "./commands/restore.ts"
 import { run } from "./commands/run.ts"
 import { bundle, snapshot } from "./commands/snapshot.ts"
@@ -35,6 +36,7 @@ export const cli = (argv: ReadonlyArray<string>) => {
       attach(tail),
       sessions,
       sessionKill,
+      repl,
       ls("ls"),
       ls("list"),
       ls("ps"),

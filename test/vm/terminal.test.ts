@@ -1,10 +1,22 @@
-import { readdirSync, readFileSync } from "node:fs"
+import { existsSync, readdirSync, readFileSync } from "node:fs"
+import * as path from "node:path"
 import { afterAll, assert, layer } from "@effect/vitest"
 import { Effect, Fiber, Stream } from "effect"
 import { Machinen } from "../../src/Machinen.ts"
 import type { Terminal, TerminalCommand, TerminalOptions } from "../../src/Terminal.ts"
 import type { Vm } from "../../src/Vm.ts"
-import { cli, cliPath, eventually, Guest, guest, settled, sh, temporaryHome, text } from "../fixtures.ts"
+import {
+  cli,
+  cliPath,
+  eventually,
+  Guest,
+  guest,
+  settled,
+  sh,
+  temporaryDirectory,
+  temporaryHome,
+  text
+} from "../fixtures.ts"
 import * as tmux from "../tmux.ts"
 
 const home = temporaryHome()
@@ -218,6 +230,26 @@ layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_
     })
   )
 
+  it.effect("there are 64 sessions at most; one that has ended makes room", () =>
+    Effect.gen(function* () {
+      const vm = yield* Guest
+      const session = (n: number) => Effect.scoped(open(vm, { argv: ["cat"] }, { session: `s${n}` }))
+      yield* Effect.forEach(Array.from({ length: 64 }).keys(), session, { concurrency: 8, discard: true })
+      const refused = yield* Effect.flip(Effect.asVoid(session(64)))
+      assert.strictEqual(refused.code, "EXEC_FAILED")
+      assert.include(refused.message, "64 sessions")
+      const list = yield* vm.sessions
+      assert.lengthOf(list, 64)
+      yield* vm.exec(`kill -HUP ${list.find(({ name }) => name === "s7")?.pid}`)
+      yield* Effect.asVoid(session(64)).pipe(Effect.retry({ times: 100 }))
+      const names = (yield* vm.sessions).map(({ name }) => name)
+      assert.lengthOf(names, 64)
+      assert.notInclude(names, "s7")
+      yield* Effect.forEach(names, vm.killSession, { concurrency: 16, discard: true })
+      assert.deepStrictEqual(yield* vm.sessions, [])
+    })
+  )
+
   it.effect("goes on in every copy of its machine, each apart from the others", () =>
     Effect.scoped(
       Effect.gen(function* () {
@@ -330,6 +362,27 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
         yield* window.shows("violets are blue")
         assert.strictEqual(yield* window.screen, screen)
 
+        // and in a fork, apart from this one
+        yield* window.press("C-]", "C-]")
+        yield* window.shows("[detached from session edit of VM tty]")
+        yield* window.type("clear; machinen fork tty --new-name twin -d && machinen attach twin -s edit")
+        yield* window.press("Enter")
+        yield* window.shows("violets are blue")
+        assert.strictEqual(yield* window.screen, screen)
+        yield* window.press("Escape")
+        yield* window.type(":q!")
+        yield* window.press("Enter")
+        yield* window.shows(/vi \/tmp\/poem\nroot@t/)
+        yield* window.type("hostname; exit")
+        yield* window.press("Enter")
+        yield* window.shows(/twin[\s\S]*\n\$$/)
+        yield* window.type("clear; machinen stop twin")
+        yield* window.press("Enter")
+        yield* window.shows(/^twin\n\$$/m)
+        yield* attach
+        yield* window.shows("violets are blue")
+        assert.strictEqual(yield* window.screen, screen)
+
         yield* window.press("Escape")
         yield* window.type(":wq")
         yield* window.press("Enter")
@@ -356,7 +409,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
           yield* window.type(`clear; machinen attach ${option} tty -- sh -c 'sleep 7654 & sleep 7654' & p=$!; fg`)
           yield* window.press("Enter")
           yield* eventuallyRunning("sleep 7654", 2)
-          yield* Effect.sync(() => killClients(home))
+          yield* Effect.sync(() => signalClients(home, "SIGKILL"))
           yield* window.shows("Killed")
           // nobody has put it back
           yield* window.type("stty sane; echo usable")
@@ -371,6 +424,32 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
             assert.strictEqual((yield* cli(home, ["session-kill", "tty", "kept"])).stdout, "kept\n")
           }
           yield* eventuallyRunning("sleep 7654", 0)
+        }
+      })
+    )
+
+    it.scoped("our own terminal is as before when the client is told to end, and when its VM is gone", () =>
+      Effect.gen(function* () {
+        const window = yield* tmux.window(home, cliPath)
+        const line = (text: string) => Effect.zipRight(window.type(text), window.press("Enter"))
+        yield* line("stty -g > before; machinen boot -d --image micro --name victim")
+        yield* window.shows(/^victim\n\$$/m)
+        const ends: ReadonlyArray<readonly [end: Effect.Effect<unknown>, code: number, said: string]> = [
+          [Effect.sync(() => signalClients(home, "SIGTERM")), 130, ""],
+          [cli(home, ["stop", "--force", "victim"]), 125, "EXEC_"]
+        ]
+        for (const [end, code, said] of ends) {
+          yield* line("clear; machinen attach victim -s s")
+          yield* window.shows(/#$/)
+          yield* line("printf '\\033[?25l\\033[?1049hfull%s' screen")
+          yield* window.shows("fullscreen")
+          yield* end
+          yield* window.shows(/\$$/)
+          yield* line("echo code $?; stty -g | cmp - before && echo as before")
+          const shown = yield* window.shows(/code \d+\nas before/)
+          assert.include(shown, `code ${code}`)
+          assert.include(shown, said)
+          assert.notInclude(shown, "fullscreen")
         }
       })
     )
@@ -394,6 +473,85 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
         yield* window.type("this")
         yield* window.press("Enter")
         yield* window.shows(/got this\ncode 6/)
+      })
+    )
+
+    it.effect("repl runs line after line in one shell, which is there for the next one and in every fork", () =>
+      Effect.gen(function* () {
+        const repl = (vm: string, ...lines: ReadonlyArray<string>) =>
+          cli(home, ["repl", vm], { stdin: Buffer.from(lines.map((line) => `${line}\n`).join("")) })
+        const first = yield* repl(
+          "tty",
+          "cd /tmp; X=5",
+          'echo "$X in $PWD"',
+          "if",
+          "cat",
+          ":fork tty/2",
+          ":what",
+          "(exit 6)"
+        )
+        assert.match(first.stdout, /^5 in \/tmp\n.*yntax error.*\ntty\/2 goes on from here\na line runs/s)
+        assert.deepStrictEqual([first.stderr, first.code], ["", 6])
+        const other = yield* repl("tty/2", "echo $X in $PWD; X=6", ":quit", "echo never")
+        assert.deepStrictEqual([other.stdout, other.code], ["5 in /tmp\n", 0])
+        yield* cli(home, ["stop", "tty/2"])
+        const last = yield* repl("tty", "echo $X", "exit 4", "echo never")
+        assert.deepStrictEqual([last.stdout, last.code], ["5\n", 4])
+        const failed = yield* repl("tty", ":snapshot /dev/null/x", "echo on; exit")
+        assert.include(failed.stderr, "SNAPSHOT_")
+        assert.deepStrictEqual([failed.stdout, failed.code], ["on\n", 0])
+      })
+    )
+
+    it.scoped("repl has a prompt, and ctrl-c ends what a line runs, not the shell", () =>
+      Effect.gen(function* () {
+        const window = yield* tmux.window(home, cliPath)
+        yield* window.type("machinen repl tty")
+        yield* window.press("Enter")
+        yield* window.shows(/^>$/m)
+        yield* window.type("Y=still; sleep 777")
+        yield* window.press("Enter")
+        yield* eventuallyRunning("sleep 777", 1)
+        yield* window.press("C-c")
+        yield* eventuallyRunning("sleep 777", 0)
+        yield* window.type("echo $Y here $?")
+        yield* window.press("Enter")
+        yield* window.shows(/^still here \d+$/m)
+        yield* window.type("exit 3")
+        yield* window.press("Enter")
+        yield* window.shows(/\$$/)
+        yield* window.type("echo code $?")
+        yield* window.press("Enter")
+        yield* window.shows("code 3")
+      })
+    )
+
+    it.effect("keeps CRIU from saving processes, by name, until it is closed", () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        const machinen = yield* Machinen
+        const outDir = path.join(temporaryDirectory(), "bundle")
+        const dump = machinen.snapshot(vm, { outDir, engine: "criu", leaveRunning: true })
+        yield* Effect.scoped(open(vm, { argv: ["sh"] }, { session: "open" }))
+        const refused = yield* Effect.flip(Effect.asVoid(dump))
+        assert.strictEqual(refused.code, "SNAPSHOT_DUMP_FAILED")
+        assert.include(`${refused.message} ${refused.cause}`, 'terminal session "open" is open')
+        assert.isFalse(existsSync(outDir))
+        yield* vm.killSession("open")
+        const { bundle } = yield* dump
+        assert.strictEqual(bundle.manifest.engine, "criu")
+      })
+    )
+
+    it.effect("is its user's", () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        const command = {
+          argv: ["sh", "-c", 'id -un; echo "opened again" > $(tty); exec 3<> /dev/tty && echo controls'],
+          user: "nobody"
+        }
+        const { shown } = yield* Effect.scoped(Effect.flatMap(open(vm, command), whole))
+        assert.strictEqual(shown, "nobody\r\nopened again\r\ncontrols\r\n")
       })
     )
 
@@ -423,14 +581,14 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
   }
 )
 
-/** The clients a window runs. */
-const killClients = (home: string) => {
+/** To the clients that windows run. */
+const signalClients = (home: string, signal: NodeJS.Signals) => {
   for (const pid of readdirSync("/proc").filter((entry) => /^[0-9]+$/.test(entry))) {
     try {
       const argv = readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0")
       const env = readFileSync(`/proc/${pid}/environ`, "utf8")
       if (argv[1] === cliPath && argv[2] === "attach" && env.includes(`MACHINEN_HOME=${home}\0`)) {
-        process.kill(Number(pid), "SIGKILL")
+        process.kill(Number(pid), signal)
       }
     } catch {}
   }
