@@ -19,8 +19,20 @@ import { fork } from "./scenarios/fork.ts"
 import { images } from "./scenarios/images.ts"
 import { restore } from "./scenarios/restore.ts"
 import { snapshot } from "./scenarios/snapshot.ts"
+import { terminal } from "./scenarios/terminal.ts"
 
-const scenarios: ReadonlyArray<Scenario> = [coldBoot, exec, cli, restore, snapshot, fork, clones, criu, images]
+const scenarios: ReadonlyArray<Scenario> = [
+  coldBoot,
+  exec,
+  cli,
+  restore,
+  snapshot,
+  fork,
+  clones,
+  criu,
+  images,
+  terminal
+]
 
 interface Choice {
   readonly runs: number | undefined

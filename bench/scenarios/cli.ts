@@ -1,14 +1,10 @@
-import * as path from "node:path"
-import { Command } from "@effect/platform"
 import { Effect } from "effect"
 import { HostProbe } from "../../src/HostProbe.ts"
 import * as command from "../../src/platform/command.ts"
 import { Settings } from "../../src/Settings.ts"
 import { environment } from "../../test/host.ts"
+import { bundle } from "../bundle.ts"
 import { atMost, BenchError, p50, type Scenario, type Variant } from "../harness.ts"
-
-const root = path.resolve(import.meta.dirname, "../..")
-const bundle = path.join(root, "dist", "cli.js")
 
 /** A program's wall time from spawn to the end of its output. Its stdin is a pipe that stays open, as in many a script. */
 const wall = (
@@ -40,21 +36,17 @@ export const cli: Scenario = {
     const { home } = yield* Settings
     const probe = yield* HostProbe
     const image = images[0] ?? "micro"
-    // the checkout's launcher bundles again what is older than its sources
-    const fresh = yield* Command.exitCode(
-      Command.make(process.execPath, path.join(root, "scripts", "machinen.mjs"), "--version")
-    )
-    if (fresh !== 0) return yield* new BenchError({ message: "the CLI cannot be bundled" })
+    const cliPath = yield* bundle
     const node = process.execPath
     return {
       warmup: 2,
       runs,
       variants: [
         wall("node -e 0", [node, "-e", "0"], home),
-        wall("ls", [node, bundle, "ls"], home),
+        wall("ls", [node, cliPath, "ls"], home),
         wall(
           `run --image ${image} -- true`,
-          [node, bundle, "run", "--image", image, "--", "true"],
+          [node, cliPath, "run", "--image", image, "--", "true"],
           home,
           Math.min(runs, 10)
         )

@@ -1,0 +1,14 @@
+import * as path from "node:path"
+import { Command } from "@effect/platform"
+import { Effect } from "effect"
+import { BenchError } from "./harness.ts"
+
+const root = path.resolve(import.meta.dirname, "..")
+
+/** The CLI as users run it. The checkout's launcher bundles again what is older than its sources. */
+export const bundle = Effect.gen(function* () {
+  const launcher = path.join(root, "scripts", "machinen.mjs")
+  const fresh = yield* Command.exitCode(Command.make(process.execPath, launcher, "--version"))
+  if (fresh !== 0) return yield* new BenchError({ message: "the CLI cannot be bundled" })
+  return path.join(root, "dist", "cli.js")
+})
