@@ -8,11 +8,15 @@ use super::Size;
 const LARGEST: (u16, u16) = (512, 256);
 
 /// A terminal emulator without a window.
-pub struct Screen(Parser);
+pub struct Screen {
+    terminal: Parser,
+    /// Nothing has been shown yet.
+    is_new: bool,
+}
 
 impl Screen {
     pub fn new(size: Size) -> Self {
-        Self(Parser::new(size.rows, size.columns, 0))
+        Self { terminal: Parser::new(size.rows, size.columns, 0), is_new: true }
     }
 
     /// The size a terminal may have to be kept.
@@ -22,18 +26,23 @@ impl Screen {
     }
 
     pub fn resize(&mut self, size: Size) {
-        self.0.set_size(size.rows, size.columns);
+        self.terminal.set_size(size.rows, size.columns);
     }
 
     pub fn process(&mut self, output: &[u8]) {
-        self.0.process(output);
+        self.terminal.process(output);
+        self.is_new = false;
     }
 
     /// What makes another terminal of the same size look, and take input, like this one. Both screens: a full-screen program gives the
     /// normal one back when it ends.
     pub fn replay(&self) -> Vec<u8> {
-        let screen = self.0.screen();
+        let screen = self.terminal.screen();
         let mut replay = Vec::new();
+        if self.is_new {
+            // Nobody's window is cleared for that.
+            return replay;
+        }
         if screen.alternate_screen() {
             let (rows, columns) = screen.size();
             let mut normal = Parser::new(rows, columns, 0);
@@ -65,7 +74,7 @@ mod tests {
 
     fn assert_same(screen: &Screen, columns: u16, rows: u16) {
         let copy = shown(&screen.replay(), columns, rows);
-        let (one, other) = (screen.0.screen(), copy.0.screen());
+        let (one, other) = (screen.terminal.screen(), copy.terminal.screen());
         assert_eq!(one.contents_formatted(), other.contents_formatted());
         assert_eq!(one.input_mode_formatted(), other.input_mode_formatted());
         assert_eq!(one.alternate_screen(), other.alternate_screen());
@@ -75,7 +84,7 @@ mod tests {
     fn is_replayed_with_colours_cursor_and_modes() {
         let screen = shown(b"$ ls\r\n\x1b[1;34mdir\x1b[m file\r\n$ \x1b[?2004h", 20, 5);
         assert_same(&screen, 20, 5);
-        assert!(screen.0.screen().contents().starts_with("$ ls\ndir file\n$"));
+        assert!(screen.terminal.screen().contents().starts_with("$ ls\ndir file\n$"));
     }
 
     #[test]
@@ -84,8 +93,14 @@ mod tests {
         assert_same(&screen, 20, 5);
         let mut copy = shown(&screen.replay(), 20, 5);
         copy.process(b"\x1b[?1049l");
-        assert_eq!(copy.0.screen().contents(), "$ vi");
-        assert_eq!(copy.0.screen().cursor_position(), (1, 0));
+        assert_eq!(copy.terminal.screen().contents(), "$ vi");
+        assert_eq!(copy.terminal.screen().cursor_position(), (1, 0));
+    }
+
+    #[test]
+    fn a_new_one_is_not_drawn() {
+        assert!(shown(b"", 20, 5).replay().starts_with(b"\x1b"));
+        assert_eq!(Screen::new(size(20, 5)).replay(), b"");
     }
 
     #[test]
