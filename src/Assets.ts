@@ -57,6 +57,17 @@ export class Assets extends Context.Tag("machinen/Assets")<
     readonly gvproxy: Effect.Effect<string, AssetError>
     /** A base image, read-only ext4. */
     readonly base: (name: "micro" | "debian") => Effect.Effect<string, AssetError>
+    /** The directory of an asset in any store, and what it is built from: the same for the same sources. */
+    readonly identity: (
+      name: AssetName
+    ) => Effect.Effect<{ readonly directory: string; readonly inputs: string }, AssetError>
+    /** The files of a built asset that are not what its manifest says; `deep` reads them, else only their sizes are looked at. */
+    readonly damaged: (
+      name: AssetName,
+      options: { readonly deep: boolean }
+    ) => Effect.Effect<ReadonlyArray<string>, AssetError>
+    /** Has the next build replace an asset. */
+    readonly discard: (name: AssetName) => Effect.Effect<void, AssetError>
     /** What an asset consists of, or nothing when it is not built for the present inputs. */
     readonly find: (name: AssetName) => Effect.Effect<Option.Option<FoundAsset>, AssetError>
     /**
@@ -177,18 +188,45 @@ export class Assets extends Context.Tag("machinen/Assets")<
         )
       })
 
+      const find = Effect.fn("Assets.find")(function* (name) {
+        const dir = yield* directory(name)
+        const text = yield* Effect.option(fs.readFileString(path.join(dir, manifestFile)))
+        const manifest = Option.flatMap(text, Schema.decodeOption(ManifestJson))
+        return Option.map(manifest, (manifest) => ({ dir, manifest }))
+      })
+
       return Assets.of({
         kernel: file("kernel", "vmlinux"),
         init: file("programs", "init"),
         shim: file("programs", "machinen-shim"),
         gvproxy: file("gvproxy", "gvproxy"),
         base: (name) => file(`base-${name}`, "base.ext4"),
-        find: Effect.fn("Assets.find")(function* (name) {
-          const dir = yield* directory(name)
-          const text = yield* Effect.option(fs.readFileString(path.join(dir, manifestFile)))
-          const manifest = Option.flatMap(text, Schema.decodeOption(ManifestJson))
-          return Option.map(manifest, (manifest) => ({ dir, manifest }))
+        identity: (name) =>
+          Effect.map(Effect.all([inputsHash(name), directory(name)]), ([inputs, dir]) => ({
+            directory: path.basename(dir),
+            inputs
+          })),
+        damaged: Effect.fn("Assets.damaged")(function* (name, { deep }) {
+          const found = yield* find(name)
+          if (Option.isNone(found)) return []
+          const { dir, manifest } = found.value
+          const files = Object.entries(manifest.files)
+          const bad = yield* Effect.filter(files, ([file, expected]) =>
+            Effect.gen(function* () {
+              const target = path.join(dir, file)
+              if (Number((yield* fs.stat(target)).size) !== expected.size) return true
+              return deep && (yield* sha256(target)) !== expected.sha256
+            }).pipe(Effect.orElseSucceed(() => true))
+          )
+          return bad.map(([file]) => path.join(dir, file))
         }),
+        discard: (name) =>
+          Effect.flatMap(directory(name), (dir) =>
+            Effect.mapError(fs.remove(path.join(dir, manifestFile), { force: true }), (cause) =>
+              storeUnwritable(assetsDir, cause)
+            )
+          ),
+        find,
         build
       })
     })

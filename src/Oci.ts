@@ -22,7 +22,8 @@ const Descriptor = Schema.Struct({
   annotations: Schema.optional(Schema.Record({ key: Schema.String, value: Schema.String }))
 })
 type Descriptor = typeof Descriptor.Type
-const Index = Schema.parseJson(Schema.Struct({ manifests: Schema.Array(Descriptor) }))
+/** umoci writes null for an empty list. */
+const Index = Schema.parseJson(Schema.Struct({ manifests: Schema.NullOr(Schema.Array(Descriptor)) }))
 const Manifest = Schema.parseJson(Schema.Struct({ config: Descriptor, layers: Schema.Array(Descriptor) }))
 
 /** Containers' own word for "nothing" is null, absent or empty. */
@@ -109,6 +110,13 @@ const bring = Effect.fnUntraced(function* (reference: string, own: string, tag: 
   const host = /^docker:\/\/(\[::1\]|[^/:]+)/.exec(reference)?.[1] ?? ""
   // as docker does: a registry on this very host need not have a certificate
   const loopback = host === "localhost" || host === "[::1]" || /^127\.[0-9.]+$/.test(host)
+  // skopeo would leave what had the tag before in the layout, without a tag and so for ever; its layers stay for this one
+  if (yield* Effect.orElseSucceed(fs.exists(path.join(own, "index.json")), () => false)) {
+    const { manifests } = yield* readIndex(reference, own)
+    if (manifests?.some(({ annotations }) => annotations?.[refName] === tag) === true) {
+      yield* tool(["umoci", "rm", "--image", `${own}:${tag}`])
+    }
+  }
   yield* tool([
     "skopeo",
     ...(hasPolicy ? [] : ["--insecure-policy"]),
@@ -172,7 +180,7 @@ export const collect = Effect.fn("Oci.collect")(function* (own: string, keep: Re
   yield* HostLock.withLock(`oci:${own}`)(
     Effect.gen(function* () {
       if (!(yield* Effect.orElseSucceed(fs.exists(path.join(own, "index.json")), () => false))) return
-      const { manifests } = yield* readIndex(own, own)
+      const manifests = (yield* readIndex(own, own)).manifests ?? []
       for (const { annotations, digest } of manifests) {
         const tag = annotations?.[refName]
         if (tag !== undefined && !keep.has(digest.slice("sha256:".length))) {
@@ -200,10 +208,11 @@ const tagged = (
   { manifests }: typeof Index.Type,
   tag: string | undefined
 ): Effect.Effect<Descriptor, ProvisionError> => {
-  const found = tag === undefined ? manifests : manifests.filter(({ annotations }) => annotations?.[refName] === tag)
+  const all = manifests ?? []
+  const found = tag === undefined ? all : all.filter(({ annotations }) => annotations?.[refName] === tag)
   const [only] = found
   if (only !== undefined && found.length === 1) return Effect.succeed(only)
-  const tags = manifests.flatMap(({ annotations }) => annotations?.[refName] ?? [])
+  const tags = all.flatMap(({ annotations }) => annotations?.[refName] ?? [])
   return new ProvisionError({
     code: "IMAGE_NOT_FOUND",
     message: `${reference} means ${found.length === 0 ? "no image" : "more than one image"}`,

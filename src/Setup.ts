@@ -6,6 +6,7 @@ import { AssetError } from "./domain/errors.ts"
 import { isAtLeast, minimumGo, minimumNode, minimumRust, packages, versionIn } from "./domain/hostRequirements.ts"
 import * as command from "./platform/command.ts"
 import * as longCommand from "./platform/longCommand.ts"
+import * as prebuiltAssets from "./prebuiltAssets.ts"
 import { Settings } from "./Settings.ts"
 import { SourceTree } from "./SourceTree.ts"
 
@@ -25,6 +26,13 @@ interface Step {
   readonly title: string
   readonly check: Effect.Effect<boolean, AssetError>
   readonly run: (onLine: (line: string) => Effect.Effect<void>) => Effect.Effect<void, AssetError>
+}
+
+export interface SetupOptions {
+  /** Another host's asset store, a directory or a web server: what is there for the present sources is not built. */
+  readonly from?: string
+  /** Read all of what is there, and build again what is not as it was; otherwise only sizes are looked at. Default false. */
+  readonly verify?: boolean
 }
 
 /** Who runs the set-up, on what. */
@@ -49,7 +57,10 @@ export class Setup extends Context.Tag("machinen/Setup")<
   Setup,
   {
     /** Fails with the first step that failed, after every step that could still succeed has. */
-    readonly run: (onProgress: (event: Progress) => Effect.Effect<void>) => Effect.Effect<void, AssetError>
+    readonly run: (
+      onProgress: (event: Progress) => Effect.Effect<void>,
+      options?: SetupOptions
+    ) => Effect.Effect<void, AssetError>
   }
 >() {
   static readonly layerFor = (host: SetupHost) =>
@@ -193,6 +204,17 @@ export class Setup extends Context.Tag("machinen/Setup")<
           "base-debian": script("bases/debian.sh")
         }
 
+        /** An asset that is there and damaged is not there any more. */
+        const isSound = (name: AssetName, deep: boolean) =>
+          Effect.gen(function* () {
+            const damaged = yield* assets.damaged(name, { deep })
+            if (damaged.length > 0) {
+              yield* Effect.logWarning(`not what they were when they were built: ${damaged.join(", ")}`)
+              yield* assets.discard(name)
+            }
+            return yield* isBuilt(name)
+          })
+
         const assetStep = (name: AssetName): Step => ({
           id: name,
           title: titles[name],
@@ -200,8 +222,22 @@ export class Setup extends Context.Tag("machinen/Setup")<
           run: (onLine) => assets.build(name, (dirs) => make[name](dirs, onLine))
         })
 
+        const bringStep = (from: string, name: AssetName): Step => ({
+          id: name,
+          title: `${titles[name]} (from ${from})`,
+          check: isBuilt(name),
+          run: (onLine) =>
+            prebuiltAssets.bring(from, name).pipe(
+              Effect.provideService(Assets, assets),
+              Effect.provideService(FileSystem.FileSystem, fs),
+              Effect.flatMap((brought) =>
+                brought ? Effect.void : onLine("it is not there for these sources; it is built here")
+              )
+            )
+        })
+
         return Setup.of({
-          run: Effect.fn("Setup.run")(function* (onProgress) {
+          run: Effect.fn("Setup.run")(function* (onProgress, { from, verify = false } = {}) {
             const perform = ({ id: step, title, check, run }: Step) =>
               Effect.gen(function* () {
                 if (yield* check) return yield* onProgress({ _tag: "Skipped", step, title })
@@ -210,6 +246,9 @@ export class Setup extends Context.Tag("machinen/Setup")<
                 yield* onProgress({ _tag: "Done", step, title, elapsed })
               }).pipe(Effect.tapError((error) => onProgress({ _tag: "Failed", step, title, error })))
 
+            yield* Effect.forEach(assetNames, (name) => isSound(name, verify), { concurrency: 2 })
+            // before the toolchain is looked for: what is brought needs none
+            if (from !== undefined) yield* Effect.forEach(assetNames, (name) => perform(bringStep(from, name)))
             yield* perform(toolchain)
             yield* perform(packagesStep)
             // Together: a base is one thread and a download, the kernel takes what is left. A mirror that is down must not cost the kernel.

@@ -136,6 +136,9 @@ export const layer = Layer.unwrapEffect(
           shim: asset("kernel"),
           gvproxy: asset("kernel"),
           base: () => asset("image"),
+          identity: () => Effect.succeed({ directory: "fake", inputs: "" }),
+          damaged: () => Effect.succeed([]),
+          discard: () => Effect.void,
           find: () => Effect.succeedNone,
           build: () => Effect.void
         })

@@ -216,7 +216,14 @@ export class ParseError extends Schema.TaggedError<ParseError>()(
 /** Something set-up provides (kernel, guest binary, shim, base image) is not there or could not be built. */
 export class AssetError extends Schema.TaggedError<AssetError>()(
   "AssetError",
-  fields("ASSET_MISSING", "ASSET_BUILD_FAILED", "ASSET_SOURCE_MISSING", "SETUP_NOT_ROOT", "SETUP_TOOL_MISSING")
+  fields(
+    "ASSET_MISSING",
+    "ASSET_BUILD_FAILED",
+    "ASSET_PREBUILT_INVALID",
+    "ASSET_SOURCE_MISSING",
+    "SETUP_NOT_ROOT",
+    "SETUP_TOOL_MISSING"
+  )
 ) {
   get retryable() {
     return false

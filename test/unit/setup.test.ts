@@ -1,4 +1,6 @@
-import { existsSync, readFileSync, writeFileSync } from "node:fs"
+import { existsSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs"
+import * as http from "node:http"
+import type { AddressInfo } from "node:net"
 import * as path from "node:path"
 import * as NodeContext from "@effect/platform-node/NodeContext"
 import { assert, describe, it } from "@effect/vitest"
@@ -6,7 +8,7 @@ import { Effect, Layer } from "effect"
 import { Assets } from "../../src/Assets.ts"
 import { isAtLeast, packages, versionIn } from "../../src/domain/hostRequirements.ts"
 import { Settings } from "../../src/Settings.ts"
-import { type Progress, Setup } from "../../src/Setup.ts"
+import { type Progress, Setup, type SetupOptions } from "../../src/Setup.ts"
 import { SourceTree } from "../../src/SourceTree.ts"
 import { type FakeAnswer, fakeCommands } from "../fakeCommands.ts"
 import { temporaryDirectory, write, writeSourceTree } from "../sourceTree.ts"
@@ -61,35 +63,115 @@ const host = Effect.gen(function* () {
     return { stdout: "done\n" }
   }
 
-  const run = Effect.gen(function* () {
-    const events: Array<string> = []
-    const lines: Array<string> = []
-    const record = (event: Progress) =>
-      Effect.sync(() => {
-        if (event._tag === "Line") lines.push(`${event.step}: ${event.line}`)
-        else events.push(`${event._tag} ${event.step}`)
-      })
-    ran.length = 0
-    const result = yield* Effect.flatMap(Setup, (setup) => setup.run(record)).pipe(
-      Effect.either,
-      Effect.provide(
-        Setup.layerFor(it).pipe(
-          Layer.provideMerge(Assets.layerWithoutSource),
-          Layer.provide(SourceTree.layerTest(source)),
-          Layer.provide(Settings.layerTest(state)),
-          Layer.provide(Layer.merge(NodeContext.layer, fakeCommands(answer)))
+  const runWith = (options: SetupOptions) =>
+    Effect.gen(function* () {
+      const events: Array<string> = []
+      const lines: Array<string> = []
+      const record = (event: Progress) =>
+        Effect.sync(() => {
+          if (event._tag === "Line") lines.push(`${event.step}: ${event.line}`)
+          else events.push(`${event._tag} ${event.step}`)
+        })
+      ran.length = 0
+      const result = yield* Effect.flatMap(Setup, (setup) => setup.run(record, options)).pipe(
+        Effect.either,
+        Effect.provide(
+          Setup.layerFor(it).pipe(
+            Layer.provideMerge(Assets.layerWithoutSource),
+            Layer.provide(SourceTree.layerTest(source)),
+            Layer.provide(Settings.layerTest(state)),
+            Layer.provide(Layer.merge(NodeContext.layer, fakeCommands(answer)))
+          )
         )
       )
-    )
-    const error = result._tag === "Left" ? result.left : undefined
-    return { error, events, lines, ran: [...ran].sort() }
-  })
-  return { it, installed, broken, source, state, run }
+      const error = result._tag === "Left" ? result.left : undefined
+      return { error, events, lines, ran: [...ran].sort() }
+    })
+  return { it, installed, broken, source, state, run: runWith({}), runWith }
 })
+
+/** Serves a directory's files on loopback. */
+const serve = (dir: string) =>
+  Effect.acquireRelease(
+    Effect.async<http.Server>((resume) => {
+      const server = http.createServer((request, response) => {
+        const file = path.join(dir, path.normalize(decodeURIComponent(request.url ?? "/")))
+        if (existsSync(file)) response.end(readFileSync(file))
+        else response.writeHead(404).end()
+      })
+      server.listen(0, "127.0.0.1", () => resume(Effect.succeed(server)))
+    }),
+    (server) => Effect.sync(() => void server.close())
+  ).pipe(Effect.map((server) => (server.address() as AddressInfo).port))
 
 const everyStep = ["toolchain", "packages", "programs", "gvproxy", "kernel", "base-micro", "base-debian"]
 
 describe("Setup", () => {
+  for (const how of ["a directory", "a web server"] as const) {
+    it.scoped(`takes assets from ${how} of another host: without a compiler, checked, and none that differ`, () =>
+      Effect.gen(function* () {
+        const one = yield* host
+        yield* one.run
+        const store = path.join(one.state, "assets")
+        const from =
+          how === "a directory" ? store : yield* Effect.map(serve(store), (port) => `http://127.0.0.1:${port}/`)
+
+        const two = yield* host
+        two.it.cargo = undefined
+        two.it.go = undefined
+        const brought = yield* two.runWith({ from })
+        assert.isUndefined(brought.error)
+        assert.deepStrictEqual(brought.ran, [])
+        assert.includeMembers(brought.events, ["Done kernel", "Done programs", "Skipped toolchain"])
+        assert.deepStrictEqual((yield* two.run).error, undefined)
+        const [kernel = ""] = readdirSync(path.join(two.state, "assets")).filter((name) => name.startsWith("kernel-"))
+        assert.strictEqual(readFileSync(path.join(two.state, "assets", kernel, "vmlinux"), "utf8"), "kernel")
+        const [programs = ""] = readdirSync(path.join(two.state, "assets")).filter((name) =>
+          name.startsWith("programs-")
+        )
+        assert.notStrictEqual(statSync(path.join(two.state, "assets", programs, "init")).mode & 0o100, 0)
+
+        // other sources: nothing there is for them
+        const three = yield* host
+        write(three.source, "kernel/config", "another")
+        const other = yield* three.runWith({ from })
+        assert.isUndefined(other.error)
+        assert.deepStrictEqual(other.ran, ["kernel"])
+
+        // a file that is not what its manifest says
+        writeFileSync(path.join(store, kernel, "vmlinux"), "KERNEL")
+        const four = yield* host
+        const damaged = yield* four.runWith({ from })
+        assert.strictEqual(damaged.error?.code, "ASSET_PREBUILT_INVALID")
+        assert.include(damaged.error?.message, "vmlinux")
+        assert.isFalse(existsSync(path.join(four.state, "assets", kernel)))
+        writeFileSync(path.join(store, kernel, "asset.json"), "{}")
+        assert.strictEqual((yield* four.runWith({ from })).error?.code, "ASSET_PREBUILT_INVALID")
+        rmSync(path.join(store, kernel), { recursive: true })
+        assert.deepStrictEqual((yield* four.runWith({ from })).ran, ["kernel"])
+        const nobody = yield* (yield* host).runWith({ from: "http://127.0.0.1:1/" })
+        assert.strictEqual(nobody.error?.code, "ASSET_PREBUILT_INVALID")
+      })
+    )
+  }
+
+  it.scoped("builds again what is damaged: by size at any time, by content if asked", () =>
+    Effect.gen(function* () {
+      const { run, runWith, state } = yield* host
+      yield* run
+      const [kernel = ""] = readdirSync(path.join(state, "assets")).filter((name) => name.startsWith("kernel-"))
+      const file = path.join(state, "assets", kernel, "vmlinux")
+      writeFileSync(file, "KERNEL")
+      assert.deepStrictEqual((yield* run).ran, [])
+      assert.deepStrictEqual((yield* runWith({ verify: true })).ran, ["kernel"])
+      assert.strictEqual(readFileSync(file, "utf8"), "kernel")
+      writeFileSync(file, "cut")
+      assert.deepStrictEqual((yield* run).ran, ["kernel"])
+      rmSync(file)
+      assert.deepStrictEqual((yield* run).ran, ["kernel"])
+    })
+  )
+
   it.scoped("does what is missing, then finds it all there", () =>
     Effect.gen(function* () {
       const { installed, run } = yield* host

@@ -1,7 +1,7 @@
-import { Command } from "@effect/cli"
+import { Command, Options } from "@effect/cli"
 import { Console, Duration, Effect } from "effect"
 import { HostProbe } from "../../HostProbe.ts"
-import { type Progress, Setup } from "../../Setup.ts"
+import { type Progress, Setup, type SetupOptions } from "../../Setup.ts"
 
 /** Progress goes to stderr: stdout is for what a command is asked for. */
 const show = (event: Progress): Effect.Effect<void> => {
@@ -22,16 +22,28 @@ const show = (event: Progress): Effect.Effect<void> => {
 }
 
 /** Everything a VM needs on this host, with what is done shown while it is done; ends by probing the accelerator. */
-export const setUp = Effect.gen(function* () {
+export const setUpWith = Effect.fnUntraced(function* (options: SetupOptions) {
   const setup = yield* Setup
   const probe = yield* HostProbe
-  const [elapsed] = yield* Effect.timed(setup.run(show))
+  const [elapsed] = yield* Effect.timed(setup.run(show, options))
   const { accel, reason } = yield* probe.accelerator
   yield* Console.error(`✔ accelerator: ${accel} (${reason})`)
   yield* Console.error(`set-up took ${(Duration.toMillis(elapsed) / 1000).toFixed(1)} s`)
 })
 
+export const setUp = setUpWith({})
+
 /** `machinen install` (`npm run setup`): idempotent, and goes on where it stopped. */
-export const install = Command.make("install", {}, () => setUp).pipe(
-  Command.withDescription("build and install what VMs need on this host")
-)
+export const install = Command.make(
+  "install",
+  {
+    from: Options.text("from").pipe(
+      Options.optional,
+      Options.withDescription("take what is there from another host's asset store, a directory or a web server")
+    ),
+    verify: Options.boolean("verify").pipe(
+      Options.withDescription("read all of what is there, and build again what is damaged")
+    )
+  },
+  ({ from, verify }) => setUpWith({ verify, ...(from._tag === "Some" ? { from: from.value } : {}) })
+).pipe(Command.withDescription("build and install what VMs need on this host"))

@@ -1,0 +1,33 @@
+import { createReadStream } from "node:fs"
+import { Effect, type Option, Stream } from "effect"
+
+const isUrl = (location: string) => /^https?:\/\//.test(location)
+
+/** A file of a directory or of a server, by its name there. */
+export const join = (base: string, ...parts: ReadonlyArray<string>): string =>
+  [base.replace(/\/+$/, ""), ...parts.map((part) => (isUrl(base) ? encodeURIComponent(part) : part))].join("/")
+
+/** A file's bytes, or none where there is no such file; any other answer than the file fails. */
+export const open = (location: string): Effect.Effect<Option.Option<Stream.Stream<Uint8Array, Error>>, Error> =>
+  isUrl(location)
+    ? Effect.tryPromise({ try: (signal) => fetch(location, { signal }), catch: toError }).pipe(
+        Effect.flatMap((response) => {
+          if (response.status === 404) return Effect.succeedNone
+          const { body } = response
+          if (!response.ok || body === null) return Effect.fail(new Error(`${location}: HTTP ${response.status}`))
+          return Effect.succeedSome(Stream.fromReadableStream({ evaluate: () => body, onError: toError }))
+        })
+      )
+    : Effect.async((resume) => {
+        const file = createReadStream(location, { highWaterMark: 1024 * 1024 })
+        file.once("error", (error: NodeJS.ErrnoException) =>
+          resume(error.code === "ENOENT" || error.code === "ENOTDIR" ? Effect.succeedNone : Effect.fail(error))
+        )
+        file.once("open", () => resume(Effect.succeedSome(Stream.fromAsyncIterable(file, toError))))
+      })
+
+const toError = (cause: unknown) => {
+  if (!(cause instanceof Error)) return new Error(String(cause))
+  // fetch says "fetch failed", and why below it
+  return cause.cause instanceof Error ? new Error(`${cause.message}: ${cause.cause.message}`, { cause }) : cause
+}
