@@ -114,7 +114,8 @@ describe.sequential("a copy of a host directory", () => {
       rmSync(host, { recursive: true })
       rmSync(path.join(cache, "mountdisk"), { recursive: true, force: true })
       const first = fresh()
-      yield* machinen.snapshot(vm, { outDir: first, leaveRunning: true })
+      const { bundle } = yield* machinen.snapshot(vm, { outDir: first, leaveRunning: true })
+      assert.deepStrictEqual(bundle.manifest.mount, { guest: "/mnt/work", host })
       assert.includeMembers(readdirSync(first), ["mountlower.img", "mountupper.img"])
       yield* sh(vm, "echo source >/mnt/work/mine")
       const expect = "one\nint main;\nmore\n../src/main.c"
@@ -249,7 +250,8 @@ describe.sequential("a live mount", () => {
         "(while :; do sleep 0.01; done) >/dev/null 2>&1 & cat /mnt/one/src/main.c >/dev/null; grep 9p /proc/self/mountinfo >/tmp/before"
       )
       const dir = fresh()
-      yield* machinen.snapshot(vm, { outDir: dir, leaveRunning: true })
+      const { bundle } = yield* machinen.snapshot(vm, { outDir: dir, leaveRunning: true })
+      assert.deepStrictEqual(bundle.manifest.liveMounts, vm.entry.liveMounts)
       // never gone: the same mount
       assert.strictEqual(
         yield* sh(
