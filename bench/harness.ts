@@ -3,6 +3,7 @@ import { Console, Effect, Schema, type Scope } from "effect"
 import type { Assets } from "../src/Assets.ts"
 import type { HostProbe } from "../src/HostProbe.ts"
 import type { BootFailure, Machinen, SnapshotFailure } from "../src/Machinen.ts"
+import type { Mountdisk } from "../src/Mountdisk.ts"
 import type { RootfsImage } from "../src/RootfsImage.ts"
 import type { Settings } from "../src/Settings.ts"
 
@@ -19,6 +20,7 @@ export type Services =
   | FileSystem.FileSystem
   | HostProbe
   | Machinen
+  | Mountdisk
   | RootfsImage
   | Settings
 

@@ -17,6 +17,7 @@ import { criu } from "./scenarios/criu.ts"
 import { exec } from "./scenarios/exec.ts"
 import { fork } from "./scenarios/fork.ts"
 import { images } from "./scenarios/images.ts"
+import { mounts } from "./scenarios/mounts.ts"
 import { restore } from "./scenarios/restore.ts"
 import { snapshot } from "./scenarios/snapshot.ts"
 import { terminal } from "./scenarios/terminal.ts"
@@ -31,6 +32,7 @@ const scenarios: ReadonlyArray<Scenario> = [
   clones,
   criu,
   images,
+  mounts,
   terminal
 ]
 
