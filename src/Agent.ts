@@ -23,6 +23,7 @@ import { Tail } from "./platform/Tail.ts"
 import * as tar from "./platform/tar.ts"
 import type { Connection } from "./platform/UnixSocket.ts"
 import * as Terminal from "./Terminal.ts"
+import * as Tunnel from "./Tunnel.ts"
 import { Vsock, VsockUnreachable } from "./Vsock.ts"
 
 /** The guest port the agent serves operations on. */
@@ -107,7 +108,7 @@ export interface Identity {
 }
 
 /** What the agent in one guest can do. */
-export interface AgentClient extends Terminal.TerminalClient {
+export interface AgentClient extends Terminal.TerminalClient, Tunnel.Tunnels {
   readonly start: (command: Commandlike) => Effect.Effect<RunningCommand, ExecError, Scope.Scope>
   /** Runs a command to its end and keeps all it printed. `timeout` kills it and fails EXEC_AGENT_TIMEOUT. */
   readonly execRaw: (command: Commandlike, options?: ExecOptions) => Effect.Effect<ExecResult, ExecError>
@@ -219,7 +220,7 @@ export class Agent extends Context.Tag("machinen/Agent")<
 const decodeHello = Schema.decode(Schema.parseJson(Schema.Struct({ version: Schema.Int })))
 
 /** One operation: the request is sent and accepted; frames follow. */
-interface Operation {
+export interface Operation {
   readonly started: typeof AgentStarted.Type
   /** Everything after `started` up to and without `end`, whose JSON goes to `result`. */
   readonly frames: Stream.Stream<Frame, ExecError | AgentRefusal>
@@ -230,7 +231,7 @@ interface Operation {
 }
 
 /** The agent answered with an error frame. */
-class AgentRefusal extends Schema.TaggedError<AgentRefusal>()("AgentRefusal", { fault: AgentFault }) {
+export class AgentRefusal extends Schema.TaggedError<AgentRefusal>()("AgentRefusal", { fault: AgentFault }) {
   override get message(): string {
     return this.fault.message
   }
@@ -453,6 +454,7 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
         })),
       ask: (request) => Effect.mapError(ask(request), toExecError)
     }),
+    ...Tunnel.make(operate),
     start,
     execRaw: Effect.fn("Agent.execRaw")(function* (command, options) {
       return (yield* collectWithin(command, options)).result

@@ -196,6 +196,10 @@ export const AgentRequest = Schema.Union(
   Schema.Struct({ op: Schema.Literal("dump"), tcpClose: Schema.Boolean, timeoutMs: Schema.optional(Schema.Int) }),
   Schema.Struct({ op: Schema.Literal("revive"), lazy: Schema.Boolean, ...identity }),
   Schema.Struct({ op: Schema.Literal("detach") }),
+  Schema.Struct({
+    op: Schema.Literal("tunnel"),
+    to: Schema.Union(Schema.Struct({ port: Schema.Int }), Schema.Struct({ path: Schema.String }))
+  }),
   Schema.Struct({ op: Schema.Literal("poweroff") })
 )
 export type AgentRequest = typeof AgentRequest.Type

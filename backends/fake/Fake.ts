@@ -1,7 +1,7 @@
 import { Context, Deferred, Effect, FiberId, Layer, Option, Ref, Stream } from "effect"
 import { Agent, type AgentClient } from "../../src/Agent.ts"
 import { Assets } from "../../src/Assets.ts"
-import { AssetError, BootError, ExecError, FilesError, ProvisionError } from "../../src/domain/errors.ts"
+import { AssetError, BootError, ExecError, FilesError, ProvisionError, TunnelError } from "../../src/domain/errors.ts"
 import { ExitRecord } from "../../src/domain/ShimPlan.ts"
 import type { MachineSpec } from "../../src/domain/Vm.ts"
 import { Gvproxy } from "../../src/Gvproxy.ts"
@@ -41,10 +41,15 @@ const ended = (reason: ExitRecord["reason"], consoleTail: string) =>
   })
 
 const nobody = Effect.fail(new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "a fake guest runs nothing" }))
+const untunnelled = Effect.fail(
+  new TunnelError({ code: "TUNNEL_AGENT_UNAVAILABLE", message: "a fake guest serves nobody" })
+)
 const nowhere = Effect.fail(new FilesError({ code: "FILES_AGENT_UNAVAILABLE", message: "a fake guest has no files" }))
 
 /** The agent of a guest that is not there. */
 const silent: AgentClient = {
+  connect: () => untunnelled,
+  tunnel: () => untunnelled,
   start: () => nobody,
   terminal: () => nobody,
   sessions: nobody,

@@ -30,6 +30,7 @@ pub enum Request {
     Dump(Dump),
     Revive(Revive),
     Detach,
+    Tunnel(Tunnel),
     Poweroff,
 }
 
@@ -172,6 +173,21 @@ pub struct Revive {
     pub identity: Rejuvenate,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Tunnel {
+    pub to: Destination,
+}
+
+/// Something that listens in this guest.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Destination {
+    /// On the loopback interface.
+    Port(u16),
+    /// A unix socket.
+    Path(String),
+}
+
 /// Longest host name Linux takes (`__NEW_UTS_LEN`).
 const MAX_HOSTNAME: usize = 64;
 const MAX_SESSION_NAME: usize = 64;
@@ -204,6 +220,7 @@ impl Request {
             "dump" => Self::Dump(from_json(json)?),
             "revive" => Self::Revive(from_json(json)?),
             "detach" => Self::Detach,
+            "tunnel" => Self::Tunnel(from_json(json)?),
             "poweroff" => Self::Poweroff,
             // The name is the peer's: quoted, and not at any length.
             other => {
@@ -234,9 +251,12 @@ impl Request {
             Self::Hostname(Hostname { hostname }) => check_hostname(hostname),
             Self::Rejuvenate(rejuvenate) => rejuvenate.check(),
             Self::Revive(revive) => revive.identity.check(),
+            Self::Tunnel(Tunnel { to: Destination::Port(0) }) => bad("nothing listens on port 0"),
+            Self::Tunnel(Tunnel { to: Destination::Path(path) }) => check_path(path),
             Self::Main(_)
             | Self::Image(_)
             | Self::Sessions
+            | Self::Tunnel(_)
             | Self::Kill(_)
             | Self::Stats
             | Self::Freeze(_)

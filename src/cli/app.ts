@@ -7,6 +7,7 @@ import { cp } from "./commands/cp.ts"
 import { demo } from "./commands/demo.ts"
 import { doctor } from "./commands/doctor.ts"
 import { exec } from "./commands/exec.ts"
+import { forward } from "./commands/forward.ts"
 import { image } from "./commands/image.ts"
 import { inspect } from "./commands/inspect.ts"
 import { install } from "./commands/install.ts"
@@ -43,6 +44,7 @@ export const cli = (argv: ReadonlyArray<string>) => {
       inspect,
       logs,
       cp,
+      forward,
       stop,
       pause,
       resume,

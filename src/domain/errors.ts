@@ -9,7 +9,9 @@ const retryableCodes: ReadonlySet<string> = new Set([
   "EXEC_AGENT_UNAVAILABLE",
   "EXEC_AGENT_TIMEOUT",
   "SNAPSHOT_TIMEOUT",
-  "FILES_AGENT_UNAVAILABLE"
+  "FILES_AGENT_UNAVAILABLE",
+  "TUNNEL_PORT_IN_USE",
+  "TUNNEL_AGENT_UNAVAILABLE"
 ])
 
 /**
@@ -125,6 +127,24 @@ export class FilesError extends Schema.TaggedError<FilesError>()(
     "FILES_NO_SPACE",
     "FILES_PATH_INVALID",
     "FILES_GUEST_IO"
+  )
+) {
+  get retryable() {
+    return retryableCodes.has(this.code)
+  }
+}
+
+/** A port of the host could not be led into a guest, or one connection into it failed. */
+export class TunnelError extends Schema.TaggedError<TunnelError>()(
+  "TunnelError",
+  fields(
+    "TUNNEL_PORT_IN_USE",
+    "TUNNEL_PORT_PRIVILEGED",
+    "TUNNEL_ADDRESS_INVALID",
+    "TUNNEL_TARGET_INVALID",
+    "TUNNEL_REFUSED",
+    "TUNNEL_BROKEN",
+    "TUNNEL_AGENT_UNAVAILABLE"
   )
 ) {
   get retryable() {
@@ -249,6 +269,7 @@ export const MachinenError = Schema.Union(
   SnapshotError,
   ExecError,
   FilesError,
+  TunnelError,
   RegistryError,
   ProvisionError,
   MkinitramfsError,

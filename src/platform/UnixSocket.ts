@@ -19,7 +19,8 @@ export interface Connection {
 
 const destroy = (socket: net.Socket) => Effect.sync(() => socket.destroy())
 
-const fromSocket = (socket: net.Socket): Connection => {
+/** A socket of any kind. */
+export const fromSocket = (socket: net.Socket): Connection => {
   let failure: NodeJS.ErrnoException | undefined
   socket.on("error", (error) => {
     failure = error

@@ -23,6 +23,7 @@ mod stream;
 mod terminal;
 #[cfg(test)]
 mod tests;
+mod tunnel;
 mod user;
 mod vfork;
 

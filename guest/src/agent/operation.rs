@@ -8,7 +8,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::stream::{Abort, FrameReader, FrameWriter, split};
 use super::{
-    Context, archive, command, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, stats, terminal,
+    Context, archive, command, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, stats, terminal, tunnel,
 };
 use crate::frame::{Frame, Kind};
 use crate::init::late;
@@ -105,6 +105,7 @@ where
         Request::Dump(request) => json(&criu::dump(context, &request, exchange).await?),
         Request::Revive(request) => json(&criu::revive(context, request).await?),
         Request::Detach => json(&main_command::detach(context)?),
+        Request::Tunnel(request) => json(&tunnel::tunnel(&request, exchange).await?),
         Request::Poweroff => return Ok(Outcome::Last(json(&Done {}), context.lifecycle.output())),
     };
     Ok(Outcome::Done(result))

@@ -1,0 +1,44 @@
+import { readdirSync, readFileSync, readlinkSync } from "node:fs"
+import { Effect, Option } from "effect"
+
+export interface PortHolder {
+  readonly pid: number
+  readonly command: string
+}
+
+const attempt = <A>(look: () => A): A | undefined => {
+  try {
+    return look()
+  } catch {
+    return undefined
+  }
+}
+
+/** Of one listening socket, as /proc/net/tcp names it: state 0A, the port in hexadecimal behind the address (proc(5)). */
+const inodes = (table: string, port: number): ReadonlyArray<string> =>
+  (attempt(() => readFileSync(table, "utf8")) ?? "").split("\n").flatMap((line) => {
+    const fields = line.trim().split(/\s+/)
+    const [, local = "", , state] = fields
+    const inode = fields[9]
+    return state === "0A" && inode !== undefined && Number.parseInt(local.split(":")[1] ?? "", 16) === port
+      ? [inode]
+      : []
+  })
+
+/** The process that listens on a TCP port of this host; none when there is none, or it is not ours to see. */
+export const portHolder = (port: number): Effect.Effect<Option.Option<PortHolder>> =>
+  Effect.sync(() => {
+    const sockets = new Set(
+      ["/proc/net/tcp", "/proc/net/tcp6"].flatMap((table) => inodes(table, port)).map((inode) => `socket:[${inode}]`)
+    )
+    if (sockets.size === 0) return Option.none()
+    for (const pid of attempt(() => readdirSync("/proc")) ?? []) {
+      if (!/^\d+$/.test(pid)) continue
+      const fds = attempt(() => readdirSync(`/proc/${pid}/fd`)) ?? []
+      if (fds.some((fd) => sockets.has(attempt(() => readlinkSync(`/proc/${pid}/fd/${fd}`)) ?? ""))) {
+        const command = attempt(() => readFileSync(`/proc/${pid}/comm`, "utf8").trim()) ?? ""
+        return Option.some({ pid: Number(pid), command })
+      }
+    }
+    return Option.none()
+  })

@@ -1,0 +1,43 @@
+import { assert, describe, it } from "@effect/vitest"
+import { Effect } from "effect"
+import { parseMapping, type TunnelMapping } from "../../src/domain/TunnelAddress.ts"
+
+describe("tunnel mappings", () => {
+  const good: ReadonlyArray<readonly [text: string, mapping: TunnelMapping]> = [
+    ["80", { guest: { port: 80 } }],
+    ["8080:80", { hostPort: 8080, guest: { port: 80 } }],
+    ["0.0.0.0:8080:80", { hostAddress: "0.0.0.0", hostPort: 8080, guest: { port: 80 } }],
+    ["localhost:8080:80", { hostAddress: "localhost", hostPort: 8080, guest: { port: 80 } }],
+    ["[::1]:8080:80", { hostAddress: "::1", hostPort: 8080, guest: { port: 80 } }],
+    ["unix:/run/a.sock", { guest: { path: "/run/a.sock" } }],
+    ["8080:unix:/run/a:80", { hostPort: 8080, guest: { path: "/run/a:80" } }],
+    ["[fe80::1%eth0]:1:unix:/a", { hostAddress: "fe80::1%eth0", hostPort: 1, guest: { path: "/a" } }]
+  ]
+  for (const [text, mapping] of good) {
+    it.effect(`reads ${text}`, () =>
+      Effect.gen(function* () {
+        assert.deepStrictEqual(yield* parseMapping(text), mapping)
+      })
+    )
+  }
+
+  const bad = ["", ":", "0", "0:80", "80:0", "70000:80", "80:70000", "-1:80", "80:x", "80:8e1", "a:b:c", "::1:8080:80"]
+  const worse = [
+    "[::1]:80",
+    "[]:80:80",
+    "[1::g]:80:80",
+    "a b:80:80",
+    ":80",
+    ":8080:80",
+    "80:unix:",
+    "80:unix:run",
+    "80:"
+  ]
+  for (const text of [...bad, ...worse, "unix:/a\0", "80:80:80:80"]) {
+    it.effect(`refuses ${JSON.stringify(text)}`, () =>
+      Effect.gen(function* () {
+        assert.strictEqual((yield* Effect.flip(parseMapping(text))).code, "PARSE_PORT_INVALID")
+      })
+    )
+  }
+})
