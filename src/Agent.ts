@@ -19,9 +19,11 @@ import {
 import { checkCommand } from "./domain/commandCheck.ts"
 import { ExecError, FilesError } from "./domain/errors.ts"
 import { ExitStatus } from "./domain/Vm.ts"
+import * as FileTree from "./FileTree.ts"
 import { Tail } from "./platform/Tail.ts"
 import * as tar from "./platform/tar.ts"
 import type { Connection } from "./platform/UnixSocket.ts"
+import * as SecretStore from "./SecretStore.ts"
 import * as Terminal from "./Terminal.ts"
 import * as Tunnel from "./Tunnel.ts"
 import { Vsock, VsockUnreachable } from "./Vsock.ts"
@@ -38,6 +40,8 @@ export interface CommandSpec {
   readonly cwd?: string
   /** `user[:group]`, names or numbers of the guest's; the VM's own user when left out. */
   readonly user?: string
+  /** Names of secrets the guest has been given, to be variables of this command. */
+  readonly secrets?: ReadonlyArray<string>
   /** What the command reads; nothing (end of file at once) when left out. */
   readonly stdin?: Stream.Stream<Uint8Array>
 }
@@ -96,6 +100,13 @@ export interface WriteFileOptions {
   readonly append?: boolean
 }
 
+export interface FileRange {
+  /** Default 0. */
+  readonly offset?: number
+  /** Default: to the end. */
+  readonly length?: number
+}
+
 /** What is a restored guest's own. */
 export interface Identity {
   readonly hostname: string
@@ -108,13 +119,17 @@ export interface Identity {
 }
 
 /** What the agent in one guest can do. */
-export interface AgentClient extends Terminal.TerminalClient, Tunnel.Tunnels {
+export interface AgentClient
+  extends Terminal.TerminalClient,
+    Tunnel.Tunnels,
+    SecretStore.SecretStore,
+    FileTree.FileTree {
   readonly start: (command: Commandlike) => Effect.Effect<RunningCommand, ExecError, Scope.Scope>
   /** Runs a command to its end and keeps all it printed. `timeout` kills it and fails EXEC_AGENT_TIMEOUT. */
   readonly execRaw: (command: Commandlike, options?: ExecOptions) => Effect.Effect<ExecResult, ExecError>
   /** The same, but an exit code other than 0 fails EXEC_NONZERO_EXIT, with the end of what it wrote to stderr. */
   readonly exec: (command: Commandlike, options?: ExecOptions) => Effect.Effect<ExecResult, ExecError>
-  /** Starts the VM's main command; the VM powers off when it ends. */
+  /** Starts the VM's main command, with all secrets the guest has by then; the VM powers off when it ends. */
   readonly startMain: (stdin?: Stream.Stream<Uint8Array>) => Effect.Effect<MainCommand, ExecError, Scope.Scope>
   /** The same, with its output left to the shim's log. */
   readonly startMainDetached: Effect.Effect<void, ExecError>
@@ -123,7 +138,8 @@ export interface AgentClient extends Terminal.TerminalClient, Tunnel.Tunnels {
     contents: Stream.Stream<Uint8Array> | Uint8Array | string,
     options?: WriteFileOptions
   ) => Effect.Effect<void, FilesError>
-  readonly readFile: (path: string) => Stream.Stream<Uint8Array, FilesError>
+  /** The file, or `length` bytes of it from `offset` on. Not reading it stops the guest's reads. */
+  readonly readFile: (path: string, range?: FileRange) => Stream.Stream<Uint8Array, FilesError>
   /** Copies the contents of a host directory into a guest directory, made if missing; a host file to that guest path. */
   readonly push: (
     hostPath: string,
@@ -328,7 +344,7 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
     const command = toCommand(commandlike)
     const bad = checkCommand(command)
     if (bad !== undefined) return yield* bad
-    const { argv, cwd, env, stdin, user } = command
+    const { argv, cwd, env, secrets, stdin, user } = command
     return yield* run(
       {
         op: "exec",
@@ -336,7 +352,8 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
         env: { ...env },
         stdin: stdin !== undefined,
         ...(cwd === undefined ? {} : { cwd }),
-        ...(user === undefined ? {} : { user })
+        ...(user === undefined ? {} : { user }),
+        ...(secrets === undefined ? {} : { secrets })
       },
       stdin,
       Effect.succeed(false)
@@ -455,6 +472,8 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
       ask: (request) => Effect.mapError(ask(request), toExecError)
     }),
     ...Tunnel.make(operate),
+    ...SecretStore.make(ask),
+    ...FileTree.make(operate, ask, toFilesError),
     start,
     execRaw: Effect.fn("Agent.execRaw")(function* (command, options) {
       return (yield* collectWithin(command, options)).result
@@ -501,7 +520,8 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
       },
       (effect, path) => Effect.mapError(Effect.scoped(effect), toFilesError(path))
     ),
-    readFile: (path) => receive({ op: "read", path }, path),
+    readFile: (path, range = {}) =>
+      Stream.unwrap(Effect.as(checkRange(range), receive({ op: "read", path, ...range }, path))),
     image: (options) => receive({ op: "image", ...options }, "/"),
     push: Effect.fn("Agent.push")(function* (hostPath, guestPath, options) {
       const info = yield* Effect.mapError(
@@ -607,6 +627,15 @@ const frameReader = Effect.fnUntraced(function* (bytes: Connection["bytes"]) {
   return next
 })
 
+const checkRange = (range: FileRange): Effect.Effect<void, FilesError> =>
+  Object.values(range).every((n) => Number.isSafeInteger(n) && n >= 0)
+    ? Effect.void
+    : new FilesError({
+        code: "FILES_RANGE_INVALID",
+        message: `${JSON.stringify(range)} is not a part of a file`,
+        hint: "offset and length are whole numbers of bytes"
+      })
+
 const toStream = (contents: Stream.Stream<Uint8Array> | Uint8Array | string): Stream.Stream<Uint8Array> =>
   typeof contents === "string"
     ? Stream.make(Buffer.from(contents))
@@ -703,6 +732,13 @@ const toExecError = (error: ExecError | AgentRefusal): ExecError => {
         code: "EXEC_ARGUMENTS_TOO_LARGE",
         message,
         hint: "pass large data on stdin or in a file",
+        cause
+      })
+    case "AGENT_SECRET_UNKNOWN":
+      return new ExecError({
+        code: "EXEC_SECRET_UNKNOWN",
+        message,
+        hint: "give it to the VM first; a copy has none of its source's",
         cause
       })
     case "AGENT_SESSION_NOT_FOUND":

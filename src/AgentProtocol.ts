@@ -149,7 +149,8 @@ export const AgentRequest = Schema.Union(
     env: Schema.optionalWith(Environment, { default: () => ({}) }),
     cwd: Schema.optional(Schema.String),
     user: Schema.optional(Schema.String),
-    stdin: Schema.optionalWith(Schema.Boolean, { default: () => false })
+    stdin: Schema.optionalWith(Schema.Boolean, { default: () => false }),
+    secrets: Schema.optional(Schema.Array(Schema.String))
   }),
   Schema.Struct({
     op: Schema.Literal("pty"),
@@ -158,6 +159,7 @@ export const AgentRequest = Schema.Union(
     env: Schema.optionalWith(Environment, { default: () => ({}) }),
     cwd: Schema.optional(Schema.String),
     user: Schema.optional(Schema.String),
+    secrets: Schema.optional(Schema.Array(Schema.String)),
     columns: Schema.Int,
     rows: Schema.Int,
     session: Schema.optional(Schema.String),
@@ -183,6 +185,16 @@ export const AgentRequest = Schema.Union(
   Schema.Struct({ op: Schema.Literal("pull"), path: Schema.String, excludes: Schema.Array(Schema.String) }),
   Schema.Struct({ op: Schema.Literal("image"), newest: Schema.optional(Schema.Int) }),
   Schema.Struct({ op: Schema.Literal("stat"), path: Schema.String }),
+  Schema.Struct({ op: Schema.Literal("list"), path: Schema.String }),
+  Schema.Struct({
+    op: Schema.Literal("mkdir"),
+    path: Schema.String,
+    mode: Schema.optional(Schema.Int),
+    recursive: Schema.Boolean
+  }),
+  Schema.Struct({ op: Schema.Literal("rename"), from: Schema.String, to: Schema.String }),
+  Schema.Struct({ op: Schema.Literal("remove"), path: Schema.String, recursive: Schema.Boolean }),
+  Schema.Struct({ op: Schema.Literal("secrets"), values: Environment, forget: Schema.Boolean }),
   Schema.Struct({ op: Schema.Literal("stats") }),
   Schema.Struct({ op: Schema.Literal("kill"), pid: Schema.Int }),
   Schema.Struct({ op: Schema.Literal("hostname"), hostname: Schema.String }),
@@ -226,6 +238,7 @@ export const AgentFault = Schema.Struct({
     "AGENT_ARGUMENTS_TOO_LARGE",
     "AGENT_NO_SPACE",
     "AGENT_MOUNT_BUSY",
+    "AGENT_SECRET_UNKNOWN",
     "AGENT_CRIU",
     "AGENT_IO"
   ),
@@ -260,6 +273,8 @@ export class TerminalSession extends Schema.Class<TerminalSession>("TerminalSess
   /** How its command ended, if it has and nobody has seen it yet. */
   ended: Schema.NullOr(ExitStatus)
 }) {}
+/** What is in a directory, by name. */
+export class DirectoryEntry extends FileStat.extend<DirectoryEntry>("DirectoryEntry")({ name: Schema.String }) {}
 
 /** What a restored guest made new before its processes went on, and what stayed as it was in the original. */
 export class Rejuvenation extends Schema.Class<Rejuvenation>("Rejuvenation")({

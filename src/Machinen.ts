@@ -13,6 +13,7 @@ import type {
   GvproxyError,
   ProvisionError,
   RegistryError,
+  SecretsError,
   SnapshotError
 } from "./domain/errors.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
@@ -37,7 +38,14 @@ export interface Inspection {
 }
 
 export type SnapshotFailure = SnapshotError | BootError
-export type BootFailure = BootError | RegistryError | ProvisionError | AssetError | GvproxyError | ExecError
+export type BootFailure =
+  | BootError
+  | RegistryError
+  | ProvisionError
+  | AssetError
+  | GvproxyError
+  | ExecError
+  | SecretsError
 
 type Services =
   | Settings

@@ -15,6 +15,8 @@ export type TerminalCommand =
       readonly cwd?: string
       /** `user[:group]`, names or numbers of the guest's; the VM's own user when left out. */
       readonly user?: string
+      /** Names of secrets the guest has been given, to be variables of this command. */
+      readonly secrets?: ReadonlyArray<string>
     }
 
 export interface TerminalSize {

@@ -3,9 +3,10 @@ import { Duration, Effect } from "effect"
 import { Agent } from "./Agent.ts"
 import { Assets } from "./Assets.ts"
 import { type BootOptions, type BootPlan, validate } from "./domain/BootOptions.ts"
-import { BootError, type ExecError } from "./domain/errors.ts"
+import { BootError, type ExecError, type SecretsError } from "./domain/errors.ts"
 import { applied } from "./domain/ImageConfig.ts"
 import { guestNetwork } from "./domain/Network.ts"
+import { reveal } from "./domain/Secrets.ts"
 import { type Disk, MachineSpec } from "./domain/Vm.ts"
 import { VmEntry } from "./domain/VmEntry.ts"
 import type * as Initramfs from "./Initramfs.ts"
@@ -52,6 +53,7 @@ export const boot = Effect.fn("boot")(
       phase("validate")
     )
     const network = yield* Launch.networkOf(asked.network, asked.portForward)
+    const secrets = yield* reveal(options.secrets ?? {})
     const id = Launch.newId()
     const dir = path.join(settings.vmsDir, id)
     const vsockPath = path.join(dir, "vsock.sock")
@@ -128,8 +130,10 @@ export const boot = Effect.fn("boot")(
       )
       .pipe(Launch.namingPortHolder, phase("vmm-spawn"))
 
-    // 5. The doorbell, raced against the machine's end and the deadline.
-    yield* Launch.untilReady(doorbell, machine, settings.bootTimeout).pipe(
+    // 5. The doorbell, raced against the machine's end and the deadline; what only the guest may know follows at once.
+    const client = agent.client(vsockPath)
+    const ready = Effect.zipRight(doorbell, Launch.entrust(client, secrets))
+    yield* Launch.untilReady(ready, machine, settings.bootTimeout).pipe(
       Effect.mapError((error) => (plan.detached ? notReadyDetached(error) : error)),
       phase("guest-ready")
     )
@@ -137,7 +141,7 @@ export const boot = Effect.fn("boot")(
     const vm = Vm.make(
       new VmEntry({ ...complete, state: "running", shim: machine.shim, vmm: machine.vmm }),
       machine,
-      agent.client(vsockPath)
+      client
     )
     yield* Effect.logDebug("booted", Object.fromEntries(phases()))
     const booted: Booted = { vm, command: plan.command, phases: phases() }
@@ -186,7 +190,7 @@ const guestOf = (plan: BootPlan, entry: VmEntry): Initramfs.GuestConfig => ({
   }
 })
 
-const notReadyDetached = (error: BootError | ExecError) =>
+const notReadyDetached = (error: BootError | ExecError | SecretsError) =>
   new BootError({
     code: "BOOT_DETACHED_READINESS_FAILED",
     message: `the detached VM did not become ready: ${error.message}`,

@@ -5,17 +5,19 @@ export type {
   CommandSpec,
   ExecOptions,
   ExecResult,
+  FileRange,
   MainCommand,
   RunningCommand,
   WriteFileOptions
 } from "./Agent.ts"
-export { FileStat, GuestStats, Rejuvenation, TerminalSession } from "./AgentProtocol.ts"
+export { DirectoryEntry, FileStat, GuestStats, Rejuvenation, TerminalSession } from "./AgentProtocol.ts"
 export type { Bundle } from "./Bundle.ts"
 export type { Booted } from "./boot.ts"
 export type { BootOptions } from "./domain/BootOptions.ts"
 export { BundleManifest, EngineName } from "./domain/BundleManifest.ts"
 export * from "./domain/errors.ts"
 export { ImageConfig } from "./domain/ImageConfig.ts"
+export type { Secrets } from "./domain/Secrets.ts"
 export { ExitRecord } from "./domain/ShimPlan.ts"
 export type { TunnelMapping, TunnelTarget } from "./domain/TunnelAddress.ts"
 export { ExitStatus, VmId, VmName } from "./domain/Vm.ts"
@@ -27,6 +29,7 @@ export type { BuildProgress, Provisioned, ProvisionOptions } from "./provision.t
 export type { Leftover } from "./Registry.ts"
 export type { Restored, RestoreOptions } from "./restore.ts"
 export { layer } from "./runtime/layers.ts"
+export { Entrusted } from "./SecretStore.ts"
 export { Settings } from "./Settings.ts"
 export type { Snapshot, SnapshotOptions } from "./snapshot.ts"
 export type { Terminal, TerminalCommand, TerminalOptions, TerminalSize } from "./Terminal.ts"

@@ -2,9 +2,11 @@ import { randomBytes } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
 import { Duration, Effect, Stream } from "effect"
+import type { AgentClient } from "./Agent.ts"
 import { Assets } from "./Assets.ts"
 import { BootError } from "./domain/errors.ts"
 import { hostSocket, macOf, type NetworkMode, type PortForward } from "./domain/Network.ts"
+import type { Secrets } from "./domain/Secrets.ts"
 import type { ExitRecord } from "./domain/ShimPlan.ts"
 import { type Disk, VmId } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
@@ -78,6 +80,10 @@ export const checkSocketPath = (longest: string, home: string) =>
         message: `the state directory's path is too long for unix sockets (${Buffer.byteLength(longest)} of ${UnixSocket.maxPath} bytes): ${home}`,
         hint: "set MACHINEN_HOME to a shorter path"
       })
+
+/** Gives a guest that is ready its secrets, if it has any. */
+export const entrust = (client: AgentClient, secrets: Secrets) =>
+  Object.keys(secrets).length === 0 ? Effect.void : Effect.asVoid(client.secrets(secrets))
 
 /** A valid host name (RFC 1123: letters, digits, hyphens, at most 63) made of the VM's name, else of its id (spec registry.md §7). */
 export const hostname = (entry: VmEntry): string => {

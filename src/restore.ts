@@ -11,6 +11,7 @@ import type { BundleManifest } from "./domain/BundleManifest.ts"
 import { BootError } from "./domain/errors.ts"
 import { type LiveMount, type LiveMountOption, type Mount, overridden } from "./domain/mounts.ts"
 import { macOf, type NetworkMode, type PortForwardOption, validateForwards } from "./domain/Network.ts"
+import { reveal, type Secrets } from "./domain/Secrets.ts"
 import { type Disk, MachineSpec, VmName } from "./domain/Vm.ts"
 import { VmEntry } from "./domain/VmEntry.ts"
 import * as Launch from "./launch.ts"
@@ -34,6 +35,8 @@ export interface RestoreOptions {
   readonly liveMounts?: ReadonlyArray<LiveMountOption>
   /** Over the environment the source was booted with. */
   readonly env?: Readonly<Record<string, string>>
+  /** A copy has none of its source's. */
+  readonly secrets?: Secrets
   readonly detached?: boolean
   /** Ports of the host that lead to this VM; it has none of its source's. */
   readonly portForward?: ReadonlyArray<PortForwardOption>
@@ -116,6 +119,7 @@ export const revive = Effect.fn("revive")(
     const portForward = yield* validateForwards(seed.network, options.portForward ?? [])
     const network = yield* Launch.networkOf(seed.network, portForward)
     const capabilities = yield* vmm.capabilities
+    const secrets = yield* reveal(options.secrets ?? {})
     const name = options.name === undefined ? undefined : yield* decodeName(options.name)
     const liveMounts = yield* overridden(seed.liveMounts, options.liveMounts ?? [])
     yield* checkLiveHosts(liveMounts)
@@ -210,7 +214,8 @@ export const revive = Effect.fn("revive")(
       ...(seed.network === "nat" ? { mac: macOf(id) } : {}),
       env: { ...(named.name === undefined ? {} : { MACHINEN_VM_NAME: named.name }), ...options.env }
     })
-    const rejuvenation = yield* Launch.untilReady(ready, machine, settings.bootTimeout).pipe(
+    const trusted = Effect.zipLeft(ready, Launch.entrust(client, secrets))
+    const rejuvenation = yield* Launch.untilReady(trusted, machine, settings.bootTimeout).pipe(
       Effect.mapError((error) => (error._tag === "ExecError" ? notRejuvenated(error) : error)),
       phase("guest-ready")
     )

@@ -1,7 +1,15 @@
 import { Context, Deferred, Effect, FiberId, Layer, Option, Ref, Stream } from "effect"
 import { Agent, type AgentClient } from "../../src/Agent.ts"
 import { Assets } from "../../src/Assets.ts"
-import { AssetError, BootError, ExecError, FilesError, ProvisionError, TunnelError } from "../../src/domain/errors.ts"
+import {
+  AssetError,
+  BootError,
+  ExecError,
+  FilesError,
+  ProvisionError,
+  SecretsError,
+  TunnelError
+} from "../../src/domain/errors.ts"
 import { ExitRecord } from "../../src/domain/ShimPlan.ts"
 import type { MachineSpec } from "../../src/domain/Vm.ts"
 import { Gvproxy } from "../../src/Gvproxy.ts"
@@ -41,6 +49,9 @@ const ended = (reason: ExitRecord["reason"], consoleTail: string) =>
   })
 
 const nobody = Effect.fail(new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "a fake guest runs nothing" }))
+const unknown = Effect.fail(
+  new SecretsError({ code: "SECRETS_AGENT_UNAVAILABLE", message: "a fake guest keeps no secret" })
+)
 const untunnelled = Effect.fail(
   new TunnelError({ code: "TUNNEL_AGENT_UNAVAILABLE", message: "a fake guest serves nobody" })
 )
@@ -48,6 +59,12 @@ const nowhere = Effect.fail(new FilesError({ code: "FILES_AGENT_UNAVAILABLE", me
 
 /** The agent of a guest that is not there. */
 const silent: AgentClient = {
+  secrets: () => unknown,
+  forgetSecrets: unknown,
+  list: () => nowhere,
+  makeDirectory: () => nowhere,
+  rename: () => nowhere,
+  remove: () => nowhere,
   connect: () => untunnelled,
   tunnel: () => untunnelled,
   start: () => nobody,

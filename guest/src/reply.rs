@@ -35,6 +35,8 @@ pub enum Code {
     /// Processes hold files on shared directories.
     #[serde(rename = "AGENT_MOUNT_BUSY")]
     MountBusy,
+    #[serde(rename = "AGENT_SECRET_UNKNOWN")]
+    SecretUnknown,
     /// CRIU, or what is known of it, refuses.
     #[serde(rename = "AGENT_CRIU")]
     Criu,

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer};
 
+use zeroize::Zeroizing;
+
 use crate::reply::{Code, ErrorReply};
 
 /// The operation a stream asks for.
@@ -22,6 +24,11 @@ pub enum Request {
     Pull(Pull),
     Image(Image),
     Stat(Stat),
+    List(Stat),
+    Mkdir(Mkdir),
+    Rename(Rename),
+    Remove(Remove),
+    Secrets(Secrets),
     Stats,
     Kill(Kill),
     Hostname(Hostname),
@@ -43,6 +50,9 @@ pub struct Exec {
     pub user: Option<String>,
     #[serde(default)]
     pub stdin: bool,
+    /// Names of secrets that are to be variables.
+    #[serde(default)]
+    pub secrets: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -54,6 +64,9 @@ pub struct Pty {
     pub env: BTreeMap<String, String>,
     pub cwd: Option<String>,
     pub user: Option<String>,
+    /// Names of secrets that are to be variables.
+    #[serde(default)]
+    pub secrets: Vec<String>,
     pub columns: u16,
     pub rows: u16,
     /// It outlives the stream under this name; one that is there is joined.
@@ -116,6 +129,54 @@ pub struct Image {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Stat {
     pub path: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Mkdir {
+    pub path: String,
+    pub mode: Option<u32>,
+    #[serde(default)]
+    pub recursive: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Rename {
+    pub from: String,
+    pub to: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Remove {
+    pub path: String,
+    #[serde(default)]
+    pub recursive: bool,
+}
+
+/// A value that is overwritten when it is dropped, and shown nowhere.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+pub struct Secret(Zeroizing<String>);
+
+impl std::ops::Deref for Secret {
+    type Target = String;
+
+    fn deref(&self) -> &String {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Secrets {
+    #[serde(default)]
+    pub values: BTreeMap<String, Secret>,
+    /// Those there are go first.
+    #[serde(default)]
+    pub forget: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -212,6 +273,12 @@ impl Request {
             "pull" => Self::Pull(from_json(json)?),
             "image" => Self::Image(from_json(json)?),
             "stat" => Self::Stat(from_json(json)?),
+            "list" => Self::List(from_json(json)?),
+            "mkdir" => Self::Mkdir(from_json(json)?),
+            "rename" => Self::Rename(from_json(json)?),
+            "remove" => Self::Remove(from_json(json)?),
+            // What is wrong with it is not told: the parser would quote the value.
+            "secrets" => Self::Secrets(from_json(json).or_else(|_| bad("the secrets are not names and texts"))?),
             "stats" => Self::Stats,
             "kill" => Self::Kill(from_json(json)?),
             "hostname" => Self::Hostname(from_json(json)?),
@@ -237,13 +304,19 @@ impl Request {
             Self::Exec(exec) => exec.check(),
             Self::Pty(pty) => pty.check(),
             Self::SessionKill(SessionKill { session }) => check_session(session),
-            Self::Write(Write { path, mode, .. }) => {
+            Self::Write(Write { path, mode, .. }) | Self::Mkdir(Mkdir { path, mode, .. }) => {
                 if mode.is_some_and(|mode| mode > 0o7777) {
                     return bad("mode has bits beyond 07777");
                 }
                 check_path(path)
             }
-            Self::Read(Read { path, .. }) | Self::Push(Push { path }) | Self::Stat(Stat { path }) => check_path(path),
+            Self::Read(Read { path, .. })
+            | Self::Push(Push { path })
+            | Self::Stat(Stat { path })
+            | Self::List(Stat { path })
+            | Self::Remove(Remove { path, .. }) => check_path(path),
+            Self::Rename(Rename { from, to }) => check_path(from).and_then(|()| check_path(to)),
+            Self::Secrets(Secrets { values, .. }) => values.values().try_for_each(|value| no_nul("a secret", value)),
             Self::Pull(Pull { path, excludes }) => {
                 excludes.iter().try_for_each(|pattern| no_nul("excludes", pattern))?;
                 check_path(path)

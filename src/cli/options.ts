@@ -4,6 +4,7 @@ import type { BootOptions } from "../domain/BootOptions.ts"
 import { ParseError } from "../domain/errors.ts"
 import type { LiveMountOption } from "../domain/mounts.ts"
 import { NetworkMode, type PortForwardOption } from "../domain/Network.ts"
+import { readSecrets, secretOption } from "./secrets.ts"
 
 export const json = Options.boolean("json").pipe(Options.withDescription("print JSON"))
 
@@ -58,6 +59,7 @@ export const bootOptions = {
     Options.withDescription("HOST:/mnt/NAME: a copy of a host directory, which itself is never changed")
   ),
   mountLive,
+  secret: secretOption,
   workdir: Options.text("workdir").pipe(
     Options.withAlias("w"),
     Options.optional,
@@ -82,6 +84,7 @@ export interface BootFlags {
   readonly env: ReadonlyArray<string>
   readonly volume: ReadonlyArray<string>
   readonly mountLive: ReadonlyArray<string>
+  readonly secret: ReadonlyArray<string>
   readonly workdir: Option.Option<string>
   readonly user: Option.Option<string>
 }
@@ -210,7 +213,8 @@ export const toBootOptions = Effect.fnUntraced(function* (flags: BootFlags, comm
     portForward: yield* portForward(flags.publish),
     ...(yield* volume(flags.volume)),
     liveMounts: yield* liveMounts(flags.mountLive),
-    env: yield* environment(flags.env)
+    env: yield* environment(flags.env),
+    secrets: yield* readSecrets(flags.secret)
   }
   return options
 })

@@ -9,6 +9,7 @@ import {
   type PortForwardOption,
   validateForwards
 } from "./Network.ts"
+import type { Secrets } from "./Secrets.ts"
 import { VmName } from "./Vm.ts"
 
 /** What a caller may ask of a boot. Everything has a default; nothing is acquired before all of it is checked. */
@@ -24,6 +25,11 @@ export interface BootOptions extends MountOptions {
   readonly command?: ReadonlyArray<string>
   /** Environment of the main command and of every command run later. */
   readonly env?: Readonly<Record<string, string>>
+  /**
+   * The main command gets them as variables, later commands those that they name. They go over the channel and are in no file, and in no copy
+   * of the VM.
+   */
+  readonly secrets?: Secrets
   /** Working directory of commands in the guest; absolute. Default `/`. */
   readonly cwd?: string
   /** Whom commands run as: `user[:group]`, names or numbers of the image's. Default: the image's user, else root. */

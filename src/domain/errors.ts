@@ -10,6 +10,7 @@ const retryableCodes: ReadonlySet<string> = new Set([
   "EXEC_AGENT_TIMEOUT",
   "SNAPSHOT_TIMEOUT",
   "FILES_AGENT_UNAVAILABLE",
+  "SECRETS_AGENT_UNAVAILABLE",
   "TUNNEL_PORT_IN_USE",
   "TUNNEL_AGENT_UNAVAILABLE"
 ])
@@ -106,6 +107,7 @@ export class ExecError extends Schema.TaggedError<ExecError>()("ExecError", {
     "EXEC_SESSION_IN_USE",
     "EXEC_CANCELLED",
     "EXEC_MOUNT_BUSY",
+    "EXEC_SECRET_UNKNOWN",
     "EXEC_FAILED"
   ),
   /** `EXEC_NONZERO_EXIT`: the command's exit code, 128 + signal when a signal ended it. */
@@ -126,8 +128,19 @@ export class FilesError extends Schema.TaggedError<FilesError>()(
     "FILES_NOT_FOUND",
     "FILES_NO_SPACE",
     "FILES_PATH_INVALID",
+    "FILES_RANGE_INVALID",
     "FILES_GUEST_IO"
   )
+) {
+  get retryable() {
+    return retryableCodes.has(this.code)
+  }
+}
+
+/** Secrets did not reach a guest. No part of this says what they are. */
+export class SecretsError extends Schema.TaggedError<SecretsError>()(
+  "SecretsError",
+  fields("SECRETS_VALUE_INVALID", "SECRETS_AGENT_UNAVAILABLE")
 ) {
   get retryable() {
     return retryableCodes.has(this.code)
@@ -269,6 +282,7 @@ export const MachinenError = Schema.Union(
   SnapshotError,
   ExecError,
   FilesError,
+  SecretsError,
   TunnelError,
   RegistryError,
   ProvisionError,

@@ -15,8 +15,10 @@ use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Resource};
 use tokio::net::unix::pipe;
+use zeroize::Zeroize;
 
 use super::child::Child;
+use super::secrets::Secrets;
 use super::user::User;
 use super::vfork;
 use crate::config::GuestConfig;
@@ -47,14 +49,19 @@ pub struct Running {
     pub stderr: pipe::Receiver,
 }
 
-/// Starts what `request` describes, in the environment of `config`.
-pub fn start(config: &GuestConfig, request: &Exec) -> Result<Running, ErrorReply> {
-    execute(config, request, |image, user| spawn_with_pipes(image, user, request.stdin))
+/// Starts what `request` describes, in the environment of `config`, with those of the `secrets` it names.
+pub fn start(config: &GuestConfig, secrets: &Secrets, request: &Exec) -> Result<Running, ErrorReply> {
+    execute(config, secrets, request, |image, user| spawn_with_pipes(image, user, request.stdin))
 }
 
 /// The same, in a session of its own whose terminal is `terminal`.
-pub fn start_in(terminal: BorrowedFd<'_>, config: &GuestConfig, request: &Exec) -> Result<Process, ErrorReply> {
-    execute(config, request, |image, user| {
+pub fn start_in(
+    terminal: BorrowedFd<'_>,
+    config: &GuestConfig,
+    secrets: &Secrets,
+    request: &Exec,
+) -> Result<Process, ErrorReply> {
+    execute(config, secrets, request, |image, user| {
         user.map_or(Ok(()), |user| user.own(terminal))?;
         spawn(image, user, Stdio::Terminal(terminal))
     })
@@ -62,6 +69,7 @@ pub fn start_in(terminal: BorrowedFd<'_>, config: &GuestConfig, request: &Exec) 
 
 fn execute<T>(
     config: &GuestConfig,
+    secrets: &Secrets,
     request: &Exec,
     spawn: impl FnOnce(&Image, Option<&User>) -> io::Result<T>,
 ) -> Result<T, ErrorReply> {
@@ -74,6 +82,7 @@ fn execute<T>(
     {
         environment.insert("HOME", &user.home);
     }
+    environment.extend(secrets.named(&request.secrets)?);
     let cwd = working_directory(config, request)?;
     let name = request.argv.first().map_or("", String::as_str);
     let program = resolve(name, path_of(&environment), &cwd)?;
@@ -241,7 +250,7 @@ struct Image {
     program: CString,
     cwd: CString,
     /// Owner of what `argv` and `envp` point to.
-    _strings: Vec<CString>,
+    strings: Vec<CString>,
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
 }
@@ -250,7 +259,7 @@ impl Image {
     fn new(argv: &[String], environment: &BTreeMap<&str, &str>, cwd: &Path, program: &Path) -> io::Result<Self> {
         let c_path = |path: &Path| CString::new(path.as_os_str().as_encoded_bytes());
         let arguments = argv.iter().map(|argument| CString::new(argument.as_str()));
-        let variables = environment.iter().map(|(key, value)| CString::new(format!("{key}={value}")));
+        let variables = environment.iter().map(|(key, value)| CString::new(variable(key, value)));
         let strings = arguments.chain(variables).collect::<Result<Vec<_>, _>>()?;
         let (arguments, variables) = strings.split_at(argv.len());
         let pointers = |strings: &[CString]| strings.iter().map(|s| s.as_ptr()).chain([ptr::null()]).collect();
@@ -259,7 +268,7 @@ impl Image {
             cwd: c_path(cwd)?,
             argv: pointers(arguments),
             envp: pointers(variables),
-            _strings: strings,
+            strings,
         })
     }
 
@@ -291,6 +300,22 @@ impl Image {
         unsafe { libc::execve(self.program.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
         Err(io::Error::last_os_error())
     }
+}
+
+/// It may hold secrets.
+impl Drop for Image {
+    fn drop(&mut self) {
+        self.strings.zeroize();
+    }
+}
+
+/// With room for the NUL at its end, so that no copy is left behind when that is added.
+fn variable(key: &str, value: &str) -> Vec<u8> {
+    let mut variable = Vec::with_capacity(key.len() + value.len() + 2);
+    variable.extend_from_slice(key.as_bytes());
+    variable.push(b'=');
+    variable.extend_from_slice(value.as_bytes());
+    variable
 }
 
 /// Writes to a file without allocating.

@@ -31,7 +31,7 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let running = command::start(&context.config(), &request)?;
+    let running = command::start(&context.config(), &context.secrets(), &request)?;
     attend(running, exchange, &AtomicBool::new(false), &mut Nowhere).await
 }
 

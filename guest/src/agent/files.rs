@@ -98,8 +98,8 @@ where
 }
 
 /// Describes what is at `path`.
-pub fn stat(path: &str) -> Result<Stat, ErrorReply> {
-    let failed = |error: io::Error| ErrorReply::io(path, &error);
+pub fn stat(path: &Path) -> Result<Stat, ErrorReply> {
+    let failed = |error: io::Error| ErrorReply::io(&path.to_string_lossy(), &error);
     let found = fs::symlink_metadata(path).map_err(failed)?;
     let kind = match found.file_type() {
         kind if kind.is_file() => FileKind::File,

@@ -22,14 +22,19 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let command =
-        Exec { argv: context.config().cmd.clone(), stdin: request.stdin && !request.detach, ..Exec::default() };
+    let command = Exec {
+        argv: context.config().cmd.clone(),
+        stdin: request.stdin && !request.detach,
+        // Whoever boots a machine with secrets has them for what it is to do.
+        secrets: context.secrets().names(),
+        ..Exec::default()
+    };
     command.check()?;
     // Nothing is awaited from here until it is known to run: it cannot be started twice.
     if context.main().is_some() {
         return Err(Abort::bad("the main command has been started already"));
     }
-    let running = command::start(&context.config(), &command)?;
+    let running = command::start(&context.config(), &context.secrets(), &command)?;
     *context.main() = Some(described(&running).map_err(|error| Abort::io("main", &error))?);
     if request.detach {
         let started = Started { pid: running.process.pid.as_raw_pid().cast_unsigned() };

@@ -17,12 +17,14 @@ mod operation;
 mod papers;
 mod port;
 mod rejuvenate;
+mod secrets;
 mod shares;
 mod stats;
 mod stream;
 mod terminal;
 #[cfg(test)]
 mod tests;
+mod tree;
 mod tunnel;
 mod user;
 mod vfork;
@@ -45,6 +47,7 @@ use criu::{LazyPages, MainCommand};
 use gate::Gate;
 use lifecycle::Lifecycle;
 use papers::Papers;
+use secrets::Secrets;
 use terminal::Terminals;
 
 /// Where operations are served.
@@ -82,11 +85,16 @@ struct Context {
     /// It is to go on when its stream ends.
     main_detached: AtomicBool,
     terminals: Terminals,
+    secrets: Mutex<Secrets>,
 }
 
 impl Context {
     fn config(&self) -> MutexGuard<'_, GuestConfig> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn secrets(&self) -> MutexGuard<'_, Secrets> {
+        self.secrets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn main(&self) -> MutexGuard<'_, Option<MainCommand>> {
@@ -137,6 +145,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
         rejuvenated: Mutex::default(),
         main_detached: AtomicBool::new(false),
         terminals: Terminals::default(),
+        secrets: Mutex::default(),
     });
     let mut unfinished = Some((guest.boot, guest.phases));
     machinen_channel::serve_guest(port, |opener, incoming| {

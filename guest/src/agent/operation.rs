@@ -1,5 +1,6 @@
 //! One stream: its request, the operation, the last frame.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use machinen_channel::Opener;
@@ -8,7 +9,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::stream::{Abort, FrameReader, FrameWriter, split};
 use super::{
-    Context, archive, command, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, stats, terminal, tunnel,
+    Context, archive, command, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
+    terminal, tree, tunnel,
 };
 use crate::frame::{Frame, Kind};
 use crate::init::late;
@@ -67,6 +69,9 @@ where
         Frame { kind: Kind::Request, payload } => Request::parse(&payload)?,
         Frame { kind, .. } => return Err(Abort::bad(format!("the first frame is {kind:?}, not Request"))),
     };
+    if matches!(request, Request::Secrets(_)) {
+        exchange.input.wipe();
+    }
     if waits_at_gate(&request) {
         tokio::select! {
             biased;
@@ -89,7 +94,12 @@ where
         Request::Push(request) => json(&archive::push(&request, exchange).await?),
         Request::Pull(request) => json(&archive::pull(request, exchange).await?),
         Request::Image(request) => json(&archive::image(&request, exchange).await?),
-        Request::Stat(request) => json(&files::stat(&request.path)?),
+        Request::Stat(request) => json(&files::stat(Path::new(&request.path))?),
+        Request::List(request) => json(&tree::list(&request.path, exchange).await?),
+        Request::Mkdir(request) => json(&tree::make(&request)?),
+        Request::Rename(request) => json(&tree::rename(&request)?),
+        Request::Remove(request) => json(&tree::remove(request).await?),
+        Request::Secrets(request) => json(&secrets::take(context, request)?),
         Request::Stats => json(&stats::stats(context)?),
         Request::Kill(request) => {
             command::kill(request.pid);

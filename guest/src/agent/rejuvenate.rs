@@ -46,6 +46,8 @@ pub fn renew(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, Erro
     if let Some(mac) = request.mac {
         done.note("mac", network::set_hardware_address(mac));
     }
+    // They were given to the original; whoever wants them here gives them again.
+    context.secrets().forget();
     context.config().env.extend(request.env);
     *context.rejuvenated() = Some(done.clone());
     Ok(done)

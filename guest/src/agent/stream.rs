@@ -5,6 +5,7 @@ use std::io;
 use bytes::{Bytes, BytesMut};
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use zeroize::Zeroize;
 
 use crate::frame::{self, Frame, FrameError, HEADER, Kind};
 use crate::reply::{Code, ErrorReply};
@@ -88,6 +89,15 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             Frame { kind: Kind::Data, payload } => Ok(Some(payload)),
             Frame { kind: Kind::Eof, .. } => Ok(None),
             Frame { kind, .. } => Err(Abort::bad(format!("unexpected {kind:?} frame"))),
+        }
+    }
+
+    /// Overwrites what has been read and used up, the frames that `next` gave out and that are no longer held among it.
+    pub fn wipe(&mut self) {
+        let spare = self.buffer.capacity() - self.buffer.len();
+        // More room than is left: the part before what is still to be read comes back, if nobody has it any more.
+        if self.buffer.try_reclaim(spare + 1) {
+            self.buffer.spare_capacity_mut().zeroize();
         }
     }
 

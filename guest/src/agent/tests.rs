@@ -44,6 +44,7 @@ fn machine() -> Machine {
         rejuvenated: Mutex::default(),
         main_detached: AtomicBool::new(false),
         terminals: Terminals::default(),
+        secrets: Mutex::default(),
     });
     let served = Arc::clone(&context);
     tokio::spawn(serve_guest(port, move |opener, incoming| {

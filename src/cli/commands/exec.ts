@@ -5,6 +5,7 @@ import { Machinen } from "../../Machinen.ts"
 import { ExitWith } from "../exit.ts"
 import { durationMs, environment, json } from "../options.ts"
 import * as render from "../render.ts"
+import { readSecrets } from "../secrets.ts"
 import * as stdio from "../stdio.ts"
 import * as terminal from "../terminal.ts"
 import { commandArgs, guestCommand, relay, withinLimit } from "./run.ts"
@@ -34,6 +35,10 @@ export const exec = (tail: ReadonlyArray<string>) =>
         Options.withDescription("run it in a terminal, which ours becomes")
       ),
       env: Options.text("env").pipe(Options.withAlias("e"), Options.repeated, Options.withDescription("KEY=VALUE")),
+      secret: Options.text("secret").pipe(
+        Options.repeated,
+        Options.withDescription("NAME of a secret the VM has, or NAME=@FILE to give it that; may be repeated")
+      ),
       workdir: Options.text("workdir").pipe(Options.withAlias("w"), Options.optional),
       timeout: Options.text("timeout").pipe(Options.optional, Options.withDescription("kill it after this long")),
       json,
@@ -55,12 +60,16 @@ export const exec = (tail: ReadonlyArray<string>) =>
           yield* terminal.required
         }
         const env = yield* environment(input.env)
+        const secretNames = input.secret.map((flag) => flag.split("=", 1)[0] ?? "")
+        const secrets = yield* readSecrets(input.secret.filter((flag) => flag.includes("=")))
         const limit = yield* Effect.transposeMapOption(input.timeout, (value) => durationMs("timeout", value))
         const machinen = yield* Machinen
         const vm = yield* machinen.attach(input.vm)
+        if (Object.keys(secrets).length > 0) yield* vm.secrets(secrets)
         const cwd = Option.isSome(input.workdir) ? { cwd: input.workdir.value } : {}
         if (input.tty) {
-          const spec = { argv: [first, ...rest], env: { ...terminal.environment(), ...env }, ...cwd }
+          const named = { ...cwd, ...(secretNames.length === 0 ? {} : { secrets: secretNames }) }
+          const spec = { argv: [first, ...rest], env: { ...terminal.environment(), ...env }, ...named }
           const running = terminal.relay(vm.terminal(spec, terminal.size()), { detachKeys: false })
           return yield* exitWith(yield* withinLimit(running, limit))
         }
@@ -69,6 +78,7 @@ export const exec = (tail: ReadonlyArray<string>) =>
           argv: [first, ...rest] as const,
           env,
           ...cwd,
+          ...(input.secret.length === 0 ? {} : { secrets: secretNames }),
           ...(stdin === undefined ? {} : { stdin })
         }
         if (input.json) {

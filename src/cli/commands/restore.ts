@@ -4,6 +4,7 @@ import { Machinen } from "../../Machinen.ts"
 import type { Restored } from "../../restore.ts"
 import { environment, json, liveMounts, mountLive, portForward, publish, whenGiven } from "../options.ts"
 import * as render from "../render.ts"
+import { readSecrets, secretOption } from "../secrets.ts"
 import { vmArg } from "./exec.ts"
 import { engineOption, lazyUmount } from "./snapshot.ts"
 
@@ -52,6 +53,7 @@ export const restore = Command.make(
     publish,
     env,
     mountLive,
+    secret: secretOption,
     lazy: Options.boolean("lazy").pipe(
       Options.withDescription("criu: memory is read when it is touched, and in the background")
     ),
@@ -68,6 +70,7 @@ export const restore = Command.make(
         portForward: yield* portForward(input.publish),
         env: yield* environment(input.env),
         liveMounts: yield* liveMounts(input.mountLive),
+        secrets: yield* readSecrets(input.secret),
         lazy: input.lazy,
         detached: input.detach
       })
@@ -100,6 +103,7 @@ export const fork = Command.make(
     lazyUmount,
     env,
     mountLive,
+    secret: secretOption,
     detach,
     json,
     vm: vmArg
@@ -116,6 +120,7 @@ export const fork = Command.make(
         lazyUmount: input.lazyUmount,
         env: yield* environment(input.env),
         liveMounts: yield* liveMounts(input.mountLive),
+        secrets: yield* readSecrets(input.secret),
         detached: input.detach
       })
       if (input.json) yield* render.json({ pausedMs, siblings: siblings.map(restoredJson) })

@@ -127,19 +127,19 @@ where
 }
 
 fn start(context: &Arc<Context>, request: Request, size: Size) -> Result<Arc<Session>, Abort> {
-    let Request { argv, cwd, env, session: name, user, .. } = request;
+    let Request { argv, cwd, env, secrets, session: name, user, .. } = request;
     let mut size = size;
     if name.is_some() {
         context.terminals.make_room()?;
         size = Screen::limit(size);
     }
-    let mut command = Exec { argv, env, cwd, user, stdin: true };
+    let mut command = Exec { argv, env, cwd, user, stdin: true, secrets };
     let config = context.config().clone();
     if command.argv.is_empty() {
         command.argv = command::login_shell(&config, &command);
     }
     let pty = Pty::open(size).map_err(|error| Abort::io("terminal", &error))?;
-    let process = command::start_in(pty.slave(), &config, &command)?;
+    let process = command::start_in(pty.slave(), &config, &context.secrets(), &command)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
     let created_ms = u64::try_from(now).unwrap_or(u64::MAX);
     let session = Arc::new(Session::new(name, command.argv, created_ms, size, pty, process));

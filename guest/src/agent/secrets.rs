@@ -1,0 +1,107 @@
+//! Secrets: values that commands get in their environment when they name them. They are kept in memory alone, overwritten when they are
+//! forgotten, and no copy of the machine has them. What has passed through the channel on their way here may lie in freed memory
+//! until that is used again.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::Context;
+use crate::reply::{Code, ErrorReply};
+use crate::request::{self, Secret};
+
+/// Names and values together: what commands can be given at all, and then some.
+const MAX_BYTES: usize = 1 << 20;
+
+/// What the host has entrusted to this guest.
+#[derive(Default)]
+pub struct Secrets(BTreeMap<String, Secret>);
+
+/// Result of `secrets`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Entrusted {
+    /// How many there are now.
+    stored: usize,
+    /// Names that no variable can have.
+    skipped: Vec<String>,
+}
+
+/// Takes secrets in; with `forget`, in place of those there are.
+pub fn take(context: &Context, request: request::Secrets) -> Result<Entrusted, ErrorReply> {
+    let mut secrets = context.secrets();
+    if request.forget {
+        secrets.forget();
+    }
+    let (fine, skipped): (Vec<_>, Vec<_>) = request.values.into_iter().partition(|(name, _)| is_name(name));
+    let size = |(name, value): (&String, &Secret)| name.len() + value.len();
+    let bytes = secrets.0.iter().map(size).chain(fine.iter().map(|(name, value)| size((name, value)))).sum::<usize>();
+    if bytes > MAX_BYTES {
+        return Err(ErrorReply::new(
+            Code::BadRequest,
+            format!("{bytes} bytes of secrets; there is room for {MAX_BYTES}"),
+        ));
+    }
+    secrets.0.extend(fine);
+    Ok(Entrusted { stored: secrets.0.len(), skipped: skipped.into_iter().map(|(name, _)| name).collect() })
+}
+
+impl Secrets {
+    pub fn forget(&mut self) {
+        self.0.clear();
+    }
+
+    /// As variables: those with these names.
+    pub fn named(&self, names: &[String]) -> Result<Vec<(&str, &str)>, ErrorReply> {
+        let named = names.iter().map(|name| {
+            let unknown = || ErrorReply::new(Code::SecretUnknown, format!("this guest has no secret {name:?}"));
+            self.0.get_key_value(name).map(|(name, value)| (name.as_str(), value.as_str())).ok_or_else(unknown)
+        });
+        named.collect()
+    }
+
+    /// All names there are.
+    pub fn names(&self) -> Vec<String> {
+        self.0.keys().cloned().collect()
+    }
+}
+
+/// What a shell can have as a variable.
+fn is_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    name.bytes().all(plain) && name.bytes().next().is_some_and(|first| !first.is_ascii_digit())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_what_a_shell_can_use() {
+        for name in ["A", "_", "a1_B"] {
+            assert!(is_name(name), "{name}");
+        }
+        for name in ["", "1A", "A-B", "A B", "Ä", "A="] {
+            assert!(!is_name(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_asked_for_is_given() {
+        let json = br#"{"op":"secrets","values":{"A":"1","B":"2"}}"#;
+        let request::Request::Secrets(request) = request::Request::parse(json).unwrap() else { panic!() };
+        let secrets = Secrets(request.values);
+        assert_eq!(secrets.named(&["B".into()]).unwrap(), [("B", "2")]);
+        assert_eq!(secrets.named(&[]).unwrap(), []);
+        assert_eq!(secrets.named(&["A".into(), "C".into()]).unwrap_err().code, Code::SecretUnknown);
+    }
+
+    #[test]
+    fn no_message_holds_a_value() {
+        for json in [r#"{"op":"secrets","values":"hunter2"}"#, r#"{"op":"secrets","values":{"A":["hunter2"]}}"#] {
+            let refused = request::Request::parse(json.as_bytes()).unwrap_err();
+            assert!(!refused.message.contains("hunter2"), "{}", refused.message);
+        }
+        let json = br#"{"op":"secrets","values":{"A":"hunter2"}}"#;
+        assert!(!format!("{:?}", request::Request::parse(json).unwrap()).contains("hunter2"));
+    }
+}

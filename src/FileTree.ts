@@ -1,0 +1,53 @@
+import { Chunk, Effect, Option, Schema, type Scope, Stream } from "effect"
+import type { AgentRefusal, Operation } from "./Agent.ts"
+import { type AgentRequest, DirectoryEntry, FrameType } from "./AgentProtocol.ts"
+import type { ExecError, FilesError } from "./domain/errors.ts"
+
+/** Names in a guest: what there is, making, moving and removing it. All paths are absolute. */
+export interface FileTree {
+  /** What is in a directory, in the order of the names. A link is described itself. */
+  readonly list: (path: string) => Effect.Effect<ReadonlyArray<DirectoryEntry>, FilesError>
+  /** With `recursive` (the default) also the directories above it, and one that is there is fine. */
+  readonly makeDirectory: (
+    path: string,
+    options?: { readonly recursive?: boolean; readonly mode?: number }
+  ) => Effect.Effect<void, FilesError>
+  /** Within one filesystem; what has the new name already is replaced. */
+  readonly rename: (from: string, to: string) => Effect.Effect<void, FilesError>
+  /** A file, a link, an empty directory; with `recursive` a directory with all that is in it. */
+  readonly remove: (path: string, options?: { readonly recursive?: boolean }) => Effect.Effect<void, FilesError>
+}
+
+type Failure = ExecError | AgentRefusal
+
+export const make = (
+  operate: (request: AgentRequest) => Effect.Effect<Operation, Failure, Scope.Scope>,
+  ask: (request: AgentRequest) => Effect.Effect<unknown, Failure>,
+  toFilesError: (path: string) => (error: unknown) => FilesError
+): FileTree => ({
+  list: Effect.fn("Agent.list")(function* (path: string) {
+    const lines = Stream.unwrapScoped(Effect.map(operate({ op: "list", path }), ({ frames }) => frames)).pipe(
+      Stream.filterMap(({ payload, type }) => (type === FrameType.data ? Option.some(payload) : Option.none())),
+      Stream.decodeText(),
+      Stream.splitLines
+    )
+    const entries = yield* Stream.runCollect(Stream.mapEffect(lines, decodeEntry)).pipe(
+      Effect.mapError(toFilesError(path))
+    )
+    return Chunk.toReadonlyArray(entries).toSorted((a, b) => (a.name < b.name ? -1 : 1))
+  }),
+  makeDirectory: Effect.fn("Agent.makeDirectory")((path, { mode, recursive = true } = {}) =>
+    Effect.mapError(
+      Effect.asVoid(ask({ op: "mkdir", path, recursive, ...(mode === undefined ? {} : { mode }) })),
+      toFilesError(path)
+    )
+  ),
+  rename: Effect.fn("Agent.rename")((from, to) =>
+    Effect.mapError(Effect.asVoid(ask({ op: "rename", from, to })), toFilesError(from))
+  ),
+  remove: Effect.fn("Agent.remove")((path, { recursive = false } = {}) =>
+    Effect.mapError(Effect.asVoid(ask({ op: "remove", path, recursive })), toFilesError(path))
+  )
+})
+
+const decodeEntry = Schema.decode(Schema.parseJson(DirectoryEntry))

@@ -1,0 +1,44 @@
+import { Options } from "@effect/cli"
+import { FileSystem } from "@effect/platform"
+import { Effect, Redacted } from "effect"
+import { ParseError } from "../domain/errors.ts"
+
+/** Never a value: command lines are for everybody to see. */
+export const secretOption = Options.text("secret").pipe(
+  Options.repeated,
+  Options.withDescription("NAME, whose value is the caller's own variable, or NAME=@FILE; may be repeated")
+)
+
+/** Says nothing of what follows a `=`: it may well be the secret. */
+const malformed = (name: string, why: string) =>
+  new ParseError({
+    code: "PARSE_FLAG_MALFORMED",
+    message: `--secret ${JSON.stringify(name.slice(0, 64))}: ${why}`,
+    hint: "--secret NAME takes the value from this environment, --secret NAME=@FILE from a file (less a newline at its end)"
+  })
+
+export const isName = (name: string): boolean => /^[A-Za-z_][A-Za-z0-9_]*$/.test(name)
+
+/** The secrets that flags name. */
+export const readSecrets = Effect.fnUntraced(function* (flags: ReadonlyArray<string>) {
+  const fs = yield* FileSystem.FileSystem
+  const secrets: Record<string, Redacted.Redacted<string>> = {}
+  for (const flag of flags) {
+    const [name = ""] = flag.split("=", 1)
+    const source = flag.slice(name.length + 1)
+    if (!isName(name))
+      return yield* malformed(name, "a name has letters, digits and _, and does not begin with a digit")
+    if (flag === name) {
+      const value = process.env[name]
+      if (value === undefined) return yield* malformed(name, "this environment has no such variable")
+      secrets[name] = Redacted.make(value)
+      continue
+    }
+    if (!source.startsWith("@")) return yield* malformed(name, "a value does not belong on a command line")
+    const content = yield* Effect.mapError(fs.readFileString(source.slice(1)), () =>
+      malformed(name, "its file cannot be read")
+    )
+    secrets[name] = Redacted.make(content.replace(/\r?\n$/, ""))
+  }
+  return secrets
+})
