@@ -2,7 +2,6 @@ import { randomBytes } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem } from "@effect/platform"
 import { Context, Deferred, Duration, Effect, Layer, Option, Ref, Schedule, Schema, type Scope, Stream } from "effect"
-import picomatch from "picomatch"
 import {
   AgentFault,
   AgentRequest,
@@ -16,6 +15,7 @@ import {
   pieces,
   Rejuvenation
 } from "./AgentProtocol.ts"
+import { Assets } from "./Assets.ts"
 import { checkCommand } from "./domain/commandCheck.ts"
 import { ExecError, FilesError } from "./domain/errors.ts"
 import { ExitStatus } from "./domain/Vm.ts"
@@ -200,6 +200,7 @@ export class Agent extends Context.Tag("machinen/Agent")<
     Effect.gen(function* () {
       const vsock = yield* Vsock
       const fs = yield* FileSystem.FileSystem
+      const { shim } = yield* Assets
 
       const doorbell = Effect.fn("Agent.doorbell")(function* (vsockPath: string) {
         const accept = yield* Effect.mapError(vsock.listen(vsockPath, doorbellPort), unavailable)
@@ -228,7 +229,7 @@ export class Agent extends Context.Tag("machinen/Agent")<
         }).pipe(Effect.scoped)
       })
 
-      return Agent.of({ doorbell, client: (vsockPath) => makeClient(vsock, fs, vsockPath) })
+      return Agent.of({ doorbell, client: (vsockPath) => makeClient(vsock, fs, shim, vsockPath) })
     })
   )
 }
@@ -253,7 +254,12 @@ export class AgentRefusal extends Schema.TaggedError<AgentRefusal>()("AgentRefus
   }
 }
 
-const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: string): AgentClient => {
+const makeClient = (
+  vsock: Vsock["Type"],
+  fs: FileSystem.FileSystem,
+  shim: Assets["Type"]["shim"],
+  vsockPath: string
+): AgentClient => {
   /** A request that is a function is made when the guest is there to hear it: what it says of the time is not late by a machine's start. */
   const operate = Effect.fnUntraced(function* (request: AgentRequest | (() => AgentRequest)) {
     const connection = yield* Effect.mapError(vsock.dial(vsockPath, agentPort), unavailable)
@@ -533,25 +539,24 @@ const makeClient = (vsock: Vsock["Type"], fs: FileSystem.FileSystem, vsockPath: 
             cause
           })
       )
-      const skip = excluder(options?.excludes ?? [])
       const asFile = info.type !== "Directory"
-      const bytes = asFile
-        ? tar.packFile(path.dirname(hostPath), path.basename(hostPath), path.posix.basename(guestPath))
-        : tar.pack(hostPath, skip)
+      const archiver = yield* Effect.mapError(shim, hostIo(hostPath))
+      const bytes = tar.pack(archiver, hostPath, path.posix.basename(guestPath), options?.excludes ?? [])
       yield* pushTar(asFile ? path.posix.dirname(guestPath) : guestPath, Stream.mapError(bytes, hostIo(hostPath)))
     }),
     pull: Effect.fn("Agent.pull")(function* (guestPath, hostPath, options) {
       const { kind } = yield* stat(guestPath)
+      const archiver = yield* Effect.mapError(shim, hostIo(hostPath))
       if (kind === "directory") {
         yield* Effect.mapError(fs.makeDirectory(hostPath, { recursive: true }), hostIo(hostPath))
         const bytes = pullTar(guestPath, options?.excludes ?? [])
-        return yield* Effect.mapError(tar.unpack(hostPath, bytes), hostIo(hostPath))
+        return yield* Effect.mapError(tar.unpack(archiver, hostPath, bytes), hostIo(hostPath))
       }
       yield* Effect.scoped(
         Effect.gen(function* () {
           // beside the target, so that the rename cannot cross filesystems; a failed pull leaves nothing under the target's name
           const staging = yield* fs.makeTempDirectoryScoped({ directory: path.dirname(hostPath), prefix: ".machinen-" })
-          yield* tar.unpack(staging, pullTar(guestPath, []))
+          yield* tar.unpack(archiver, staging, pullTar(guestPath, []))
           yield* fs.rename(path.join(staging, path.posix.basename(guestPath)), hostPath)
         })
       ).pipe(Effect.mapError(hostIo(hostPath)))
@@ -801,10 +806,3 @@ const hostIo = (hostPath: string) => (cause: unknown) =>
         message: `${hostPath} cannot be read or written: ${cause instanceof Error ? cause.message : String(cause)}`,
         cause
       })
-
-/** Shell-style patterns against the path from the copied directory or any single name in it, as tar's --exclude does. */
-const excluder = (patterns: ReadonlyArray<string>): ((relative: string) => boolean) => {
-  if (patterns.length === 0) return () => false
-  const matches = picomatch([...patterns], { dot: true })
-  return (relative) => matches(relative) || matches(path.posix.basename(relative))
-}

@@ -1,7 +1,8 @@
 //! Names of error numbers, as the protocol carries them.
 
-use std::error::Error;
 use std::io;
+
+pub use machinen_archive::errno as number;
 
 macro_rules! names {
     ($($name:ident)*) => {
@@ -20,19 +21,6 @@ names! {
     ENOTDIR EISDIR EINVAL ENFILE EMFILE ENOTTY ETXTBSY EFBIG ENOSPC ESPIPE EROFS EMLINK EPIPE EDOM ERANGE EDEADLK ENAMETOOLONG
     ENOLCK ENOSYS ENOTEMPTY ELOOP ENODATA ETIME EOVERFLOW EILSEQ EUSERS EOPNOTSUPP ECONNRESET ENOBUFS ETIMEDOUT ECONNREFUSED
     EALREADY EINPROGRESS ESTALE EUCLEAN EDQUOT ENOMEDIUM ECANCELED ELIBBAD EREMOTEIO EPROTO EBADMSG
-}
-
-/// The number at the root of an I/O error, which libraries wrap to say what they were about; `None` when it did not come from the
-/// kernel.
-pub fn number(error: &io::Error) -> Option<i32> {
-    let mut next: Option<&(dyn Error + 'static)> = Some(error);
-    while let Some(error) = next {
-        if let Some(errno) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-            return Some(errno);
-        }
-        next = error.source();
-    }
-    None
 }
 
 /// The name of an I/O error's number.

@@ -1,18 +1,87 @@
-import * as fs from "node:fs"
-import * as path from "node:path"
-import { Effect, Stream } from "effect"
+import { spawn } from "node:child_process"
+import * as net from "node:net"
+import { Deferred, Effect, type Scope, Stream } from "effect"
 import * as Tar from "tar"
+import { type Connection, fromSocket } from "./UnixSocket.ts"
 
-/** A directory's contents as a tar stream: modes, mtimes, symlinks and hard links; not owners. `skip` sees paths relative to `dir`. */
-export const pack = (dir: string, skip: (relative: string) => boolean): Stream.Stream<Uint8Array, Error> =>
-  Stream.suspend(() =>
-    Stream.fromAsyncIterable(
-      Tar.create({ cwd: dir, portable: false, noPax: false, filter: (path) => !skip(path.replace(/^\.\//, "")) }, [
-        "."
-      ]),
-      toError
+/**
+ * Trees of this host as tar, by the shim (docs/protocol.md §5): the same code that packs and unpacks in the guest. What is unpacked may come from
+ * a hostile guest; the kernel itself keeps it below its directory, whatever is renamed or linked meanwhile.
+ */
+
+/** A directory's contents, or a file by that name. Patterns are fnmatch's, for the path below the directory or for any name. */
+export const pack = (
+  shim: string,
+  path: string,
+  name: string,
+  excludes: ReadonlyArray<string>
+): Stream.Stream<Uint8Array, Error> =>
+  Stream.unwrapScoped(
+    Effect.map(start([shim, "pack", path, name, ...excludes]), ({ output, succeeded }) =>
+      Stream.concat(output.bytes, Stream.drain(Stream.fromEffect(succeeded)))
     )
   )
+
+/** Files belong to the caller; devices are not made, and no file gets a set-id bit. */
+export const unpack = <E, R>(
+  shim: string,
+  dir: string,
+  bytes: Stream.Stream<Uint8Array, E, R>
+): Effect.Effect<void, E | Error, R> =>
+  Effect.scoped(
+    Effect.gen(function* () {
+      const { input, succeeded } = yield* start([shim, "unpack", dir])
+      // one that takes no more has a reason, and tells it at its end
+      yield* Stream.runForEachWhile(bytes, (piece) => Effect.isSuccess(input.write(piece)))
+      yield* input.end
+      yield* succeeded
+    })
+  )
+
+interface Archiver {
+  readonly input: Connection
+  readonly output: Connection
+  /** It has ended, without a fault or with what it said. */
+  readonly succeeded: Effect.Effect<void, Error>
+}
+
+/** Ends with the scope, at the latest; with this process too: it loses its input, or its reader. */
+const start = (argv: readonly [string, ...ReadonlyArray<string>]): Effect.Effect<Archiver, Error, Scope.Scope> =>
+  Effect.gen(function* () {
+    const [bin, ...args] = argv
+    const ended = yield* Deferred.make<void, Error>()
+    const child = yield* Effect.acquireRelease(
+      Effect.async<ReturnType<typeof begin>, Error>((resume) => {
+        const child = begin(bin, args)
+        const said: Array<Buffer> = []
+        child.stderr.on("data", (chunk: Buffer) => said.push(chunk))
+        child.once("error", (error) => resume(Effect.fail(error)))
+        child.once("spawn", () => resume(Effect.succeed(child)))
+        child.once("close", (code, signal) =>
+          Deferred.unsafeDone(
+            ended,
+            code === 0
+              ? Effect.void
+              : Effect.fail(new Error(Buffer.concat(said).toString().trim() || `it ended with ${signal ?? code}`))
+          )
+        )
+      }),
+      (child) =>
+        Effect.suspend(() => {
+          child.kill("SIGKILL")
+          child.stdin.destroy()
+          child.stdout.destroy()
+          return Effect.exit(Deferred.await(ended))
+        })
+    )
+    const { stdin, stdout } = child
+    if (!(stdin instanceof net.Socket && stdout instanceof net.Socket)) {
+      return yield* Effect.dieMessage("a child's pipes are no sockets")
+    }
+    return { input: fromSocket(stdin), output: fromSocket(stdout), succeeded: Deferred.await(ended) }
+  })
+
+const begin = (bin: string, args: ReadonlyArray<string>) => spawn(bin, args, { stdio: ["pipe", "pipe", "pipe"] })
 
 /** One file's header and content, as they stand in an archive; it is root's, and of no time. */
 export const entry = (name: string, content: Uint8Array): Uint8Array => {
@@ -30,78 +99,3 @@ export const entry = (name: string, content: Uint8Array): Uint8Array => {
   padded.set(content, 512)
   return padded
 }
-
-/** One file as a tar stream, under its own base name. */
-export const packFile = (dir: string, name: string, as: string): Stream.Stream<Uint8Array, Error> =>
-  Stream.suspend(() =>
-    Stream.fromAsyncIterable(
-      Tar.create(
-        {
-          cwd: dir,
-          onWriteEntry: (entry) => {
-            entry.path = as
-          }
-        },
-        [name]
-      ),
-      toError
-    )
-  )
-
-/**
- * Unpacks a tar stream into a directory that exists. The stream may come from a hostile guest: what would leave the directory (absolute,
- * `..`, through a symlink) is a failure. Symlinks are made last, with the target they had, so that nothing is written through one of the
- * archive's own. Files belong to the caller.
- */
-export const unpack = <E, R>(dir: string, bytes: Stream.Stream<Uint8Array, E, R>): Effect.Effect<void, E | Error, R> =>
-  Effect.suspend(() => {
-    let failure: Error | undefined
-    const links: Array<{ readonly path: string; readonly target: string }> = []
-    const unpack = new Tar.Unpack({
-      cwd: dir,
-      preserveOwner: false,
-      strict: false,
-      filter: (path, entry) => {
-        if (!("type" in entry) || entry.type !== "SymbolicLink") return true
-        links.push({ path, target: entry.linkpath ?? "" })
-        return false
-      },
-      onwarn: (code, message) => {
-        failure ??= new Error(`${code}: ${message}`)
-      }
-    })
-    unpack.on("error", (error: Error) => {
-      failure ??= error
-    })
-    const settled = () => (failure === undefined ? Effect.void : Effect.fail(failure))
-    const write = (chunk: Uint8Array) =>
-      Effect.async<void, Error>((resume) => {
-        if (failure !== undefined) return resume(settled())
-        if (unpack.write(Buffer.from(chunk.buffer, chunk.byteOffset, chunk.byteLength))) return resume(Effect.void)
-        unpack.once("drain", () => resume(settled()))
-      })
-    const end = Effect.async<void, Error>((resume) => {
-      unpack.once("close", () => resume(settled()))
-      unpack.end()
-    })
-    const makeLinks = Effect.try({
-      try: () => {
-        for (const { path, target } of links) makeLink(dir, path, target)
-      },
-      catch: toError
-    })
-    return Stream.runForEach(bytes, write).pipe(Effect.zipRight(end), Effect.zipRight(makeLinks))
-  })
-
-/** Makes one symlink, in a directory that is really below `dir`. */
-const makeLink = (dir: string, relative: string, target: string): void => {
-  const root = fs.realpathSync(dir)
-  const at = path.resolve(root, relative)
-  if (!at.startsWith(`${root}/`)) throw new Error(`the symlink ${relative} would be made outside of ${dir}`)
-  const parent = fs.realpathSync(path.dirname(at))
-  if (parent !== root && !parent.startsWith(`${root}/`)) throw new Error(`the symlink ${relative} leads out of ${dir}`)
-  fs.rmSync(at, { force: true })
-  fs.symlinkSync(target, at)
-}
-
-const toError = (cause: unknown) => (cause instanceof Error ? cause : new Error(String(cause)))

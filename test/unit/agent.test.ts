@@ -6,6 +6,7 @@ import { assert, describe, it } from "@effect/vitest"
 import { Effect, Layer } from "effect"
 import { Agent, type AgentClient, type ExecOptions } from "../../src/Agent.ts"
 import { encodeFrame, FrameType } from "../../src/AgentProtocol.ts"
+import { Assets } from "../../src/Assets.ts"
 import { Vsock } from "../../src/Vsock.ts"
 import { temporaryDirectory, text } from "../fixtures.ts"
 
@@ -47,7 +48,9 @@ const withAgent = <A, E>(
     return yield* use(agent.client(vsock), { calls: () => calls, vsock })
   }).pipe(
     Effect.scoped,
-    Effect.provide(Agent.layer.pipe(Layer.provide(Layer.merge(Vsock.layer, NodeFileSystem.layer))))
+    Effect.provide(
+      Agent.layer.pipe(Layer.provide(Layer.mergeAll(Vsock.layer, NodeFileSystem.layer, Layer.mock(Assets, {}))))
+    )
   )
 
 const patient: ExecOptions = { connect: { timeout: "5 seconds", pause: "5 millis" } }

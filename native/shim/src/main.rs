@@ -50,6 +50,7 @@ mod state;
 mod stop;
 mod supervisor;
 mod tail;
+mod trees;
 mod tsc;
 mod undo;
 mod vsock;
@@ -65,10 +66,13 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         [verb, files @ ..] if verb == "digest" && !files.is_empty() => digest::main(files),
+        [verb, arguments @ ..] if verb == "pack" => trees::pack(arguments),
+        [verb, arguments @ ..] if verb == "unpack" => trees::unpack(arguments),
         _ => {
             eprintln!(
                 "usage: machinen-shim            (the plan is read from stdin)\n       machinen-shim tsc-khz\n       \
-                 machinen-shim digest <file>..."
+                 machinen-shim digest <file>...\n       machinen-shim pack <path> <name> <exclude>...\n       \
+                 machinen-shim unpack <directory>"
             );
             ExitCode::from(2)
         }

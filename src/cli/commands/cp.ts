@@ -1,5 +1,5 @@
 import * as path from "node:path"
-import { Args, Command } from "@effect/cli"
+import { Args, Command, Options } from "@effect/cli"
 import { FileSystem } from "@effect/platform"
 import { Effect } from "effect"
 import { ParseError } from "../../domain/errors.ts"
@@ -19,7 +19,7 @@ const parse = (text: string): { readonly vm: string; readonly path: string } | {
 }
 
 /** Copying into an existing directory means below it, under the source's name, as cp does. */
-const toGuest = Effect.fnUntraced(function* (vm: Vm, source: string, target: string) {
+const toGuest = Effect.fnUntraced(function* (vm: Vm, source: string, target: string, excludes: ReadonlyArray<string>) {
   const fs = yield* FileSystem.FileSystem
   const guest = yield* Effect.option(vm.stat(target === "" ? "/" : target))
   const intoDirectory = target.endsWith("/") || (guest._tag === "Some" && guest.value.kind === "directory")
@@ -27,27 +27,35 @@ const toGuest = Effect.fnUntraced(function* (vm: Vm, source: string, target: str
   const contentsOnly =
     source.endsWith("/.") || (info._tag === "Some" && info.value.type === "Directory" && guest._tag === "None")
   const to = intoDirectory && !contentsOnly ? path.posix.join(target, path.basename(path.resolve(source))) : target
-  yield* vm.push(path.resolve(source), path.posix.normalize(to))
+  yield* vm.push(path.resolve(source), path.posix.normalize(to), { excludes })
 })
 
-const toHost = Effect.fnUntraced(function* (vm: Vm, source: string, target: string) {
+const toHost = Effect.fnUntraced(function* (vm: Vm, source: string, target: string, excludes: ReadonlyArray<string>) {
   const fs = yield* FileSystem.FileSystem
   const host = yield* Effect.option(fs.stat(target))
   const intoDirectory = host._tag === "Some" && host.value.type === "Directory" && !source.endsWith("/.")
   yield* vm.pull(
     path.posix.normalize(source),
-    path.resolve(intoDirectory ? path.join(target, path.posix.basename(source)) : target)
+    path.resolve(intoDirectory ? path.join(target, path.posix.basename(source)) : target),
+    { excludes }
   )
 })
 
+const exclude = Options.text("exclude").pipe(
+  Options.repeated,
+  Options.withDescription("a pattern for paths below a directory, or for any name; may be repeated")
+)
+
 /** `machinen cp VM:/path HOST` and back. */
-export const cp = Command.make("cp", { from: place("from"), to: place("to") }, (input) =>
+export const cp = Command.make("cp", { exclude, from: place("from"), to: place("to") }, (input) =>
   Effect.gen(function* () {
     const machinen = yield* Machinen
     const from = parse(input.from)
     const to = parse(input.to)
-    if ("vm" in from && !("vm" in to)) return yield* toHost(yield* machinen.attach(from.vm), from.path, to.path)
-    if ("vm" in to && !("vm" in from)) return yield* toGuest(yield* machinen.attach(to.vm), from.path, to.path)
+    if ("vm" in from && !("vm" in to))
+      return yield* toHost(yield* machinen.attach(from.vm), from.path, to.path, input.exclude)
+    if ("vm" in to && !("vm" in from))
+      return yield* toGuest(yield* machinen.attach(to.vm), from.path, to.path, input.exclude)
     return yield* new ParseError({
       code: "PARSE_FLAG_MALFORMED",
       message: "one of the two places is in a VM, the other on the host",

@@ -12,9 +12,11 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, T
 use rustix::io::Errno;
 use tar::{Entry, EntryType};
 
-use super::CHUNK;
-use crate::errno;
-use crate::reply::{Code, ErrorReply};
+use crate::sparse::{self, Part};
+use crate::{Error, errno, invalid};
+
+/// Written at once.
+const CHUNK: usize = 64 * 1024;
 
 /// What the headers of one entry may take: long names and extended attributes are read into memory as a whole.
 const MAX_HEADERS: u64 = 1 << 20;
@@ -23,6 +25,7 @@ const MAX_HEADERS: u64 = 1 << 20;
 pub struct Target {
     root: OwnedFd,
     resolve: ResolveFlags,
+    keeps_owners: bool,
 }
 
 impl Target {
@@ -33,11 +36,16 @@ impl Target {
         // Nothing leads out of the root directory, so absolute symbolic links are as good as others there.
         let whole = Path::new(path).components().eq([Component::RootDir]);
         let confined = if whole { ResolveFlags::IN_ROOT } else { ResolveFlags::BENEATH };
-        Ok(Self { root, resolve: confined | ResolveFlags::NO_MAGICLINKS })
+        Ok(Self { root, resolve: confined | ResolveFlags::NO_MAGICLINKS, keeps_owners: true })
+    }
+
+    /// Everything belongs to the caller: nothing has a set-id bit that would hand out the caller's rights, and devices are not made.
+    pub fn for_caller(self) -> Self {
+        Self { keeps_owners: false, ..self }
     }
 
     /// Unpacks everything and reads to the end. Returns the number of entries.
-    pub fn unpack(&self, source: impl Read) -> Result<u64, ErrorReply> {
+    pub fn unpack(&self, source: impl Read) -> Result<u64, Error> {
         let left = Rc::new(Cell::new(0));
         let mut archive = tar::Archive::new(Limited { source, left: Rc::clone(&left) });
         let mut entries = archive.entries().map_err(|error| malformed(&error))?;
@@ -50,9 +58,9 @@ impl Target {
             left.set(u64::MAX);
             let shown = String::from_utf8_lossy(&entry.path_bytes()).chars().take(256).collect::<String>();
             let name =
-                inside(&entry.path().map_err(|error| malformed(&error))?).map_err(|error| failed(&shown, &error))?;
+                inside(&entry.path().map_err(|error| malformed(&error))?).map_err(|error| failed(&shown, error))?;
             directories.leave(&name);
-            self.add(&mut entry, &name, &mut directories).map_err(|error| failed(&shown, &error))?;
+            self.add(&mut entry, &name, &mut directories).map_err(|error| failed(&shown, error))?;
             // Whatever of its data has not been used: only headers may be left to the next turn.
             io::copy(&mut entry, &mut io::sink()).map_err(|error| malformed(&error))?;
             count += 1;
@@ -64,7 +72,7 @@ impl Target {
     }
 
     fn add(&self, entry: &mut Entry<impl Read>, name: &Path, directories: &mut Directories) -> io::Result<()> {
-        let attributes = Attributes::of(entry)?;
+        let attributes = Attributes::of(entry, self.keeps_owners)?;
         let kind = entry.header().entry_type();
         let Some(last) = name.file_name() else {
             // The target itself: how it looks is not the archive's business.
@@ -72,8 +80,10 @@ impl Target {
         };
         if kind.is_dir() {
             let directory = self.make_directory(name)?;
-            attributes.set_on(&directory)?;
-            directories.open.push((name.to_owned(), attributes.times));
+            // Until everything in it has been made.
+            attributes.set_owner(&directory)?;
+            rustix::fs::fchmod(&directory, attributes.mode | Mode::RWXU)?;
+            directories.open.push((name.to_owned(), attributes));
             return Ok(());
         }
         let parent = self.make_directory(name.parent().unwrap_or(Path::new("")))?;
@@ -83,7 +93,10 @@ impl Target {
                 remove(parent, last.as_ref())?;
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let file = rustix::fs::openat(parent, last, flags, Mode::RUSR | Mode::WUSR)?;
-                copy(entry, &file)?;
+                match sparse_size(entry)? {
+                    Some(size) => copy_parts(entry, &file, size)?,
+                    None => copy(entry, &file)?,
+                }
                 attributes.set_on(&file)?;
                 rustix::fs::futimens(&file, &attributes.times)?;
             }
@@ -94,6 +107,7 @@ impl Target {
                 rustix::fs::symlinkat(to.as_ref(), parent, last)?;
                 attributes.set_at(parent, last.as_ref(), false)?;
             }
+            EntryType::Char | EntryType::Block if !self.keeps_owners => {}
             EntryType::Fifo | EntryType::Char | EntryType::Block => {
                 remove(parent, last.as_ref())?;
                 let (node, device) = node(entry)?;
@@ -148,20 +162,21 @@ impl Target {
     }
 }
 
-/// Directories get their time when everything in them has been made. One path from the root at a time: an archive that comes back to
+/// Directories get their mode and time when everything in them has been made. One path from the root at a time: an archive that comes back to
 /// a directory later moves its time, and a hostile one fills no memory.
 struct Directories<'a> {
     target: &'a Target,
-    open: Vec<(PathBuf, Timestamps)>,
+    open: Vec<(PathBuf, Attributes)>,
 }
 
 impl Directories<'_> {
     /// The next entry is `name`: finishes the directories it is not in.
     fn leave(&mut self, name: &Path) {
-        while let Some((directory, times)) = self.open.pop_if(|(directory, _)| !is_below(name, directory)) {
-            // What has been renamed since by someone else has no time to set.
+        while let Some((directory, attributes)) = self.open.pop_if(|(directory, _)| !is_below(name, directory)) {
+            // What has been renamed since by someone else has neither to set.
             if let Ok(directory) = self.target.open_directory(&directory) {
-                let _ = rustix::fs::futimens(directory, &times);
+                let _ = rustix::fs::fchmod(&directory, attributes.mode);
+                let _ = rustix::fs::futimens(directory, &attributes.times);
             }
         }
     }
@@ -179,28 +194,34 @@ struct Attributes {
 }
 
 impl Attributes {
-    fn of(entry: &Entry<impl Read>) -> io::Result<Self> {
+    fn of(entry: &Entry<impl Read>, keeps_owners: bool) -> io::Result<Self> {
         let header = entry.header();
         let id =
             |id: u64| u32::try_from(id).ok().filter(|id| *id != u32::MAX).ok_or_else(|| invalid("an impossible owner"));
         let seconds = i64::try_from(header.mtime()?).map_err(|_| invalid("an impossible time"))?;
         let time = Timespec { tv_sec: seconds, tv_nsec: 0 };
         Ok(Self {
-            mode: Mode::from_raw_mode(header.mode()? & 0o7777),
-            uid: Some(Uid::from_raw(id(header.uid()?)?)),
-            gid: Some(Gid::from_raw(id(header.gid()?)?)),
+            mode: Mode::from_raw_mode(header.mode()? & if keeps_owners { 0o7777 } else { 0o1777 }),
+            uid: keeps_owners.then(|| id(header.uid()?).map(Uid::from_raw)).transpose()?,
+            gid: keeps_owners.then(|| id(header.gid()?).map(Gid::from_raw)).transpose()?,
             times: Timestamps { last_access: time, last_modification: time },
         })
     }
 
     /// Owner first: changing it takes set-id bits away.
     fn set_on(&self, file: impl AsFd) -> rustix::io::Result<()> {
-        rustix::fs::fchown(&file, self.uid, self.gid)?;
+        self.set_owner(&file)?;
         rustix::fs::fchmod(&file, self.mode)
     }
 
+    fn set_owner(&self, file: impl AsFd) -> rustix::io::Result<()> {
+        if self.uid.is_some() { rustix::fs::fchown(&file, self.uid, self.gid) } else { Ok(()) }
+    }
+
     fn set_at(&self, parent: BorrowedFd, name: &Path, has_mode: bool) -> rustix::io::Result<()> {
-        rustix::fs::chownat(parent, name, self.uid, self.gid, AtFlags::SYMLINK_NOFOLLOW)?;
+        if self.uid.is_some() {
+            rustix::fs::chownat(parent, name, self.uid, self.gid, AtFlags::SYMLINK_NOFOLLOW)?;
+        }
         if has_mode {
             rustix::fs::chmodat(parent, name, self.mode, AtFlags::empty())?;
         }
@@ -225,6 +246,52 @@ fn remove(parent: BorrowedFd, name: &Path) -> rustix::io::Result<()> {
         Err(Errno::NOENT) => Ok(()),
         done => done,
     }
+}
+
+/// Of a file with holes: its real size. The name it has beside that is the entry's own.
+fn sparse_size(entry: &mut Entry<impl Read>) -> io::Result<Option<u64>> {
+    let Some(extensions) = entry.pax_extensions()? else { return Ok(None) };
+    let (mut form, mut size) = ([None, None], None);
+    for extension in extensions {
+        let extension = extension?;
+        let number = || extension.value().ok().and_then(|digits| digits.parse::<u64>().ok());
+        match extension.key() {
+            Ok(sparse::MAJOR) => form[0] = number(),
+            Ok(sparse::MINOR) => form[1] = number(),
+            Ok(sparse::SIZE) => size = number(),
+            _ => {}
+        }
+    }
+    match (form, size) {
+        ([None, None], None) => Ok(None),
+        ([Some(1), Some(0)], Some(size)) => Ok(Some(size)),
+        _ => Err(invalid("a file with holes in another form than PAX 1.0")),
+    }
+}
+
+/// Writes what there is of a file with holes.
+fn copy_parts(entry: &mut Entry<impl Read>, file: &OwnedFd, size: u64) -> io::Result<()> {
+    let left = entry.size();
+    let parts = sparse::read_map(entry, left, size)?;
+    rustix::fs::ftruncate(file, size)?;
+    let mut buffer = vec![0; CHUNK];
+    for Part { mut offset, length } in parts {
+        let end = offset + length;
+        while offset < end {
+            let wanted = usize::try_from(end - offset).unwrap_or(CHUNK).min(CHUNK);
+            let n = entry.read(&mut buffer[..wanted])?;
+            if n == 0 {
+                return Err(invalid("the archive ends within it"));
+            }
+            let mut piece = &buffer[..n];
+            while !piece.is_empty() {
+                let written = rustix::io::pwrite(file, piece, offset)?;
+                offset += written as u64;
+                piece = &piece[written..];
+            }
+        }
+    }
+    Ok(())
 }
 
 fn copy(entry: &mut Entry<impl Read>, file: &OwnedFd) -> io::Result<()> {
@@ -256,22 +323,18 @@ fn inside(path: &Path) -> io::Result<PathBuf> {
     Ok(inside)
 }
 
-fn invalid(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what)
-}
-
 /// The bytes are no archive.
-fn malformed(error: &io::Error) -> ErrorReply {
-    ErrorReply::new(Code::BadRequest, format!("archive: {error}"))
+fn malformed(error: &io::Error) -> Error {
+    Error::Refused(error.to_string())
 }
 
 /// One entry could not be unpacked: the kernel's reason, or the archive's fault.
-fn failed(name: &str, error: &io::Error) -> ErrorReply {
-    match errno::number(error) {
+fn failed(name: &str, error: io::Error) -> Error {
+    match errno(&error) {
         // How the kernel says that a symbolic link leads out of the target.
-        Some(libc::EXDEV) => ErrorReply::new(Code::BadRequest, format!("archive: {name:?}: leads out of the target")),
-        Some(_) => ErrorReply::io(name, error),
-        None => ErrorReply::new(Code::BadRequest, format!("archive: {name:?}: {error}")),
+        Some(libc::EXDEV) => Error::Refused(format!("{name:?}: leads out of the target")),
+        Some(_) => Error::Io { path: name.to_owned(), error },
+        None => Error::Refused(format!("{name:?}: {error}")),
     }
 }
 

@@ -12,7 +12,8 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use tar::{Builder, EntryType, Header, HeaderMode};
 
-use crate::reply::ErrorReply;
+use crate::Error;
+use crate::sparse::{self, Parts};
 
 /// Filesystems the kernel makes up: their files have no end or no meaning elsewhere. Magic numbers of proc, sysfs, cgroup2 and devpts.
 const MADE_UP: [u64; 4] = [0x9fa0, 0x6265_6572, 0x6367_7270, 0x1cd1];
@@ -23,6 +24,7 @@ pub struct Source {
     metadata: Metadata,
     excludes: Vec<CString>,
     whole: Option<Whole>,
+    name: Option<PathBuf>,
 }
 
 /// Of a filesystem that is packed as a whole.
@@ -39,19 +41,24 @@ impl Source {
     /// Looks at `path`, following it if it is a symbolic link.
     pub fn open(path: &str, excludes: &[String]) -> io::Result<Self> {
         let excludes = excludes.iter().map(|pattern| CString::new(pattern.as_str())).collect::<Result<_, _>>()?;
-        Ok(Self { path: path.into(), metadata: fs::metadata(path)?, excludes, whole: None })
+        Ok(Self { path: path.into(), metadata: fs::metadata(path)?, excludes, whole: None, name: None })
+    }
+
+    /// What a single file is called in the archive, if not as it is.
+    pub fn named(self, name: &str) -> Self {
+        Self { name: Some(name.into()), ..self }
     }
 
     /// The filesystem mounted at `path`, with everything a file has: also extended attributes, and with them capabilities and ACLs.
     pub fn filesystem(path: impl AsRef<Path>, newest: Option<u64>) -> io::Result<Self> {
         let (path, metadata) = (path.as_ref().to_owned(), fs::metadata(path)?);
         let whole = Some(Whole { device: metadata.dev(), newest });
-        Ok(Self { path, metadata, excludes: Vec::new(), whole })
+        Ok(Self { path, metadata, excludes: Vec::new(), whole, name: None })
     }
 
     /// Writes the archive. Returns the number of its entries.
-    pub fn pack(&self, output: impl Write) -> Result<u64, ErrorReply> {
-        let failed = |path: &Path, error: io::Error| ErrorReply::io(&path.to_string_lossy(), &error);
+    pub fn pack(&self, output: impl Write) -> Result<u64, Error> {
+        let failed = |path: &Path, error: io::Error| Error::Io { path: path.to_string_lossy().into_owned(), error };
         let whole = self.whole.as_ref();
         let buffer = vec![0; if whole.is_some() { MAX_ATTRIBUTE } else { 0 }];
         let mut archive = Archive { builder: Builder::new(output), entries: 0, links: HashMap::new(), whole, buffer };
@@ -71,8 +78,9 @@ impl Source {
                 }
             }
         } else {
-            let name = self.path.file_name().unwrap_or(self.path.as_os_str());
-            archive.append(&self.path, Path::new(name), &self.metadata).map_err(|error| failed(&self.path, error))?;
+            let own = || Path::new(self.path.file_name().unwrap_or(self.path.as_os_str()));
+            let name = self.name.as_deref().unwrap_or_else(own);
+            archive.append(&self.path, name, &self.metadata).map_err(|error| failed(&self.path, error))?;
         }
         let flushed = archive.builder.into_inner().and_then(|mut output| output.flush());
         flushed.map_err(|error| failed(&self.path, error))?;
@@ -121,6 +129,12 @@ fn made_up(directory: &Path) -> bool {
     rustix::fs::statfs(directory).is_ok_and(|found| MADE_UP.contains(&found.f_type.cast_unsigned()))
 }
 
+fn described_by(metadata: &Metadata, mut header: Header) -> Header {
+    header.set_metadata_in_mode(metadata, HeaderMode::Complete);
+    header.set_mtime(metadata.mtime().max(0).unsigned_abs());
+    header
+}
+
 struct Archive<'a, W: Write> {
     builder: Builder<W>,
     entries: u64,
@@ -145,10 +159,10 @@ impl<W: Write> Archive<'_, W> {
             // Nothing but the process that made it can use it.
             return Ok(());
         }
-        let mut header = Header::new_gnu();
-        header.set_metadata_in_mode(metadata, HeaderMode::Complete);
-        let newest = self.whole.and_then(|whole| whole.newest).unwrap_or(u64::MAX);
-        header.set_mtime(metadata.mtime().max(0).unsigned_abs().min(newest));
+        let mut header = described_by(metadata, Header::new_gnu());
+        if let Some(newest) = self.whole.and_then(|whole| whole.newest) {
+            header.set_mtime(metadata.mtime().max(0).unsigned_abs().min(newest));
+        }
         let second_name = self.links.contains_key(&(metadata.dev(), metadata.ino()));
         if self.whole.is_some() && !second_name {
             self.append_attributes(path)?;
@@ -187,8 +201,30 @@ impl<W: Write> Archive<'_, W> {
         }
         // Should it have become a fifo meanwhile, this does not wait for a writer.
         let file = rustix::fs::openat(CWD, path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
-        let content = File::from(file).chain(io::repeat(0)).take(metadata.len());
-        self.builder.append_data(&mut header, name, content)?;
+        let (file, size) = (File::from(file), metadata.len());
+        // Fewer blocks than it is long: it has holes. Images are read by others, who may not know that form.
+        let parts = if self.whole.is_none() && metadata.blocks() < size / 512 {
+            Some(sparse::parts(&file, size)?)
+        } else {
+            None
+        };
+        if let Some(parts) = parts {
+            let (map, data) = (sparse::write_map(&parts), parts.iter().map(|part| part.length).sum::<u64>());
+            let digits = size.to_string();
+            let described = [
+                (sparse::MAJOR, b"1".as_slice()),
+                (sparse::MINOR, b"0"),
+                (sparse::NAME, name.as_os_str().as_encoded_bytes()),
+                (sparse::SIZE, digits.as_bytes()),
+            ];
+            self.builder.append_pax_extensions(described)?;
+            // What other programs read of the extended headers depends on the format of this one.
+            let mut header = described_by(metadata, Header::new_ustar());
+            header.set_size(map.len() as u64 + data);
+            self.builder.append_data(&mut header, name, map.as_slice().chain(Parts::new(&file, &parts)))?;
+        } else {
+            self.builder.append_data(&mut header, name, file.chain(io::repeat(0)).take(size))?;
+        }
         if metadata.nlink() > 1 {
             self.links.insert(identity, name.to_owned());
         }

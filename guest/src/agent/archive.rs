@@ -1,15 +1,11 @@
 //! The operations `push` and `pull`: trees as tar. Packing and unpacking block, so each has a thread of its own; this end of it only
 //! carries bytes between that thread and the stream, a few pieces at a time, so that each holds the other back.
 
-mod pack;
-#[cfg(test)]
-mod tests;
-mod unpack;
-
 use std::fs;
 use std::io::{self, Read, Write};
 
 use bytes::{Buf, Bytes};
+use machinen_archive::{Error, Source, Target};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -17,7 +13,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::operation::Exchange;
 use super::stream::{Abort, CHUNK};
 use crate::frame::Kind;
-use crate::reply::{Archived, Done, ErrorReply};
+use crate::reply::{Archived, Code, Done, ErrorReply};
 use crate::request;
 
 /// Pieces under way between stream and thread.
@@ -26,9 +22,9 @@ const PIECES: usize = 4;
 /// Packs a directory's contents into a file.
 pub async fn save(directory: &'static str, file: &'static str) -> Result<(), Abort> {
     let packing = spawn_blocking(move || {
-        let source = pack::Source::open(directory, &[]).map_err(|error| ErrorReply::io(directory, &error))?;
+        let source = Source::open(directory, &[]).map_err(|error| ErrorReply::io(directory, &error))?;
         let archive = fs::File::create(file).map_err(|error| ErrorReply::io(file, &error))?;
-        source.pack(io::BufWriter::with_capacity(CHUNK, archive))
+        Ok(source.pack(io::BufWriter::with_capacity(CHUNK, archive))?)
     });
     entries(packing).await.map(drop)
 }
@@ -36,9 +32,9 @@ pub async fn save(directory: &'static str, file: &'static str) -> Result<(), Abo
 /// Unpacks such a file.
 pub async fn load(file: &'static str, directory: &'static str) -> Result<(), Abort> {
     let unpacking = spawn_blocking(move || {
-        let target = unpack::Target::open(directory).map_err(|error| ErrorReply::io(directory, &error))?;
+        let target = Target::open(directory).map_err(|error| ErrorReply::io(directory, &error))?;
         let archive = fs::File::open(file).map_err(|error| ErrorReply::io(file, &error))?;
-        target.unpack(io::BufReader::with_capacity(CHUNK, archive))
+        Ok(target.unpack(io::BufReader::with_capacity(CHUNK, archive))?)
     });
     entries(unpacking).await.map(drop)
 }
@@ -49,9 +45,9 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let target = unpack::Target::open(&request.path).map_err(|error| Abort::io(&request.path, &error))?;
+    let target = Target::open(&request.path).map_err(|error| Abort::io(&request.path, &error))?;
     let (pieces, arriving) = mpsc::channel(PIECES);
-    let unpacking = spawn_blocking(move || target.unpack(Arriving { pieces: arriving, piece: Bytes::new() }));
+    let unpacking = spawn_blocking(move || Ok(target.unpack(Arriving { pieces: arriving, piece: Bytes::new() })?));
     exchange.output.send_json(Kind::Started, &Done {}).await?;
     loop {
         let piece = tokio::select! {
@@ -73,7 +69,7 @@ where
     W: AsyncWrite + Unpin,
 {
     let request::Pull { path, excludes } = request;
-    let source = pack::Source::open(&path, &excludes).map_err(|error| Abort::io(&path, &error))?;
+    let source = Source::open(&path, &excludes).map_err(|error| Abort::io(&path, &error))?;
     send(source, exchange).await
 }
 
@@ -82,23 +78,32 @@ pub async fn image<R, W>(request: &request::Image, exchange: &mut Exchange<R, W>
 where
     W: AsyncWrite + Unpin,
 {
-    let source = pack::Source::filesystem("/", request.newest).map_err(|error| Abort::io("/", &error))?;
+    let source = Source::filesystem("/", request.newest).map_err(|error| Abort::io("/", &error))?;
     send(source, exchange).await
 }
 
-async fn send<R, W>(source: pack::Source, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
+async fn send<R, W>(source: Source, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
 where
     W: AsyncWrite + Unpin,
 {
     exchange.output.send_json(Kind::Started, &Done {}).await?;
     let (pieces, mut leaving) = mpsc::channel(PIECES);
-    let packing = spawn_blocking(move || source.pack(io::BufWriter::with_capacity(CHUNK, Leaving(pieces))));
+    let packing = spawn_blocking(move || Ok(source.pack(io::BufWriter::with_capacity(CHUNK, Leaving(pieces)))?));
     while let Some(piece) = leaving.recv().await {
         exchange.output.send(Kind::Data, &piece).await?;
     }
     let archived = entries(packing).await?;
     exchange.output.send(Kind::Eof, &[]).await?;
     Ok(archived)
+}
+
+impl From<Error> for ErrorReply {
+    fn from(failed: Error) -> Self {
+        match failed {
+            Error::Refused(_) => Self::new(Code::BadRequest, failed.to_string()),
+            Error::Io { path, error } => Self::io(&path, &error),
+        }
+    }
 }
 
 async fn entries(thread: JoinHandle<Result<u64, ErrorReply>>) -> Result<Archived, Abort> {

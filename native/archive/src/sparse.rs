@@ -1,0 +1,201 @@
+//! Files with holes, in the form GNU tar calls PAX 1.0: extended headers with the real name and size, and a map of the parts there are as
+//! the first blocks of the entry's data, followed by the parts.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::SeekFrom;
+
+use crate::invalid;
+
+/// A part of a file that is no hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    pub offset: u64,
+    pub length: u64,
+}
+
+const BLOCK: usize = 512;
+/// So many parts make a map of less than a MiB, which is what a reader takes; of a file with more, small holes travel as zeros.
+const MAX_PARTS: usize = 20_000;
+const MAX_MAP: usize = 1 << 20;
+
+pub const MAJOR: &str = "GNU.sparse.major";
+pub const MINOR: &str = "GNU.sparse.minor";
+pub const NAME: &str = "GNU.sparse.name";
+pub const SIZE: &str = "GNU.sparse.realsize";
+
+/// Where a file of this size has data. It may change meanwhile: then it is a little more or less.
+pub fn parts(file: &File, size: u64) -> io::Result<Vec<Part>> {
+    let mut parts: Vec<Part> = Vec::new();
+    let mut smallest_hole = 1;
+    let mut at = 0;
+    while at < size {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // Nothing but a hole follows.
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let end = rustix::fs::seek(file, SeekFrom::Hole(start))?.clamp(start, size);
+        if start >= size || end == start {
+            break;
+        }
+        add(&mut parts, Part { offset: start, length: end - start }, smallest_hole);
+        while parts.len() > MAX_PARTS {
+            smallest_hole *= 2;
+            let all = std::mem::take(&mut parts);
+            all.into_iter().for_each(|part| add(&mut parts, part, smallest_hole));
+        }
+        at = end;
+    }
+    // By convention the end of a hole at the end is marked.
+    if parts.last().is_none_or(|last| last.offset + last.length < size) {
+        parts.push(Part { offset: size, length: 0 });
+    }
+    Ok(parts)
+}
+
+fn add(parts: &mut Vec<Part>, next: Part, smallest_hole: u64) {
+    match parts.last_mut() {
+        Some(last) if next.offset - (last.offset + last.length) < smallest_hole => {
+            last.length = next.offset + next.length - last.offset;
+        }
+        _ => parts.push(next),
+    }
+}
+
+/// The map as it stands before the parts.
+pub fn write_map(parts: &[Part]) -> Vec<u8> {
+    let mut map = format!("{}\n", parts.len());
+    for Part { offset, length } in parts {
+        // Writing to a string cannot fail.
+        let _ = write!(map, "{offset}\n{length}\n");
+    }
+    let mut map = map.into_bytes();
+    map.resize(map.len().next_multiple_of(BLOCK), 0);
+    map
+}
+
+/// Reads a map off `source`. The parts are in order, apart, within `size`, and as long together as `left` is after the map, given how
+/// long it is with it.
+pub fn read_map(source: &mut impl Read, mut left: u64, size: u64) -> io::Result<Vec<Part>> {
+    let (mut map, mut at) = (Vec::new(), 0);
+    let mut number = || loop {
+        if let Some(length) = map[at..].iter().position(|&byte| byte == b'\n') {
+            let digits = str::from_utf8(&map[at..at + length]).ok().filter(|digits| digits.len() <= 19);
+            at += length + 1;
+            let plain = digits.filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
+            break plain.and_then(|digits| digits.parse::<u64>().ok()).ok_or_else(|| invalid("a map of no numbers"));
+        }
+        if map.len() >= MAX_MAP || left < BLOCK as u64 {
+            break Err(invalid("a map without an end"));
+        }
+        let mut block = [0; BLOCK];
+        source.read_exact(&mut block)?;
+        left -= BLOCK as u64;
+        map.extend_from_slice(&block);
+    };
+    let count = number()?;
+    let mut parts = Vec::new();
+    let (mut end, mut data) = (0_u64, 0_u64);
+    for _ in 0..count {
+        let part = Part { offset: number()?, length: number()? };
+        let next = part.offset.checked_add(part.length).filter(|next| part.offset >= end && *next <= size);
+        end = next.ok_or_else(|| invalid("a map of parts that are not apart"))?;
+        data += part.length;
+        parts.push(part);
+    }
+    if data == left { Ok(parts) } else { Err(invalid("a map of other parts than there are")) }
+}
+
+/// The parts of a file one after the other; zeros where it has become shorter.
+pub struct Parts<'a> {
+    file: &'a File,
+    parts: &'a [Part],
+    /// Of the first of them.
+    done: u64,
+}
+
+impl<'a> Parts<'a> {
+    pub fn new(file: &'a File, parts: &'a [Part]) -> Self {
+        Self { file, parts, done: 0 }
+    }
+}
+
+impl Read for Parts<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let Some((part, rest)) = self.parts.split_first() else { return Ok(0) };
+            let left = part.length - self.done;
+            if left == 0 {
+                (self.parts, self.done) = (rest, 0);
+                continue;
+            }
+            let length = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            let read = match self.file.read_at(&mut buffer[..length], part.offset + self.done) {
+                Ok(0) => {
+                    buffer[..length].fill(0);
+                    length
+                }
+                read => read?,
+            };
+            self.done += read as u64;
+            return Ok(read);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn part(offset: u64, length: u64) -> Part {
+        Part { offset, length }
+    }
+
+    #[test]
+    fn a_map_is_read_as_it_was_written() {
+        for parts in [vec![], vec![part(0, 1)], vec![part(4096, 4096), part(1 << 40, 5)], vec![part(0, 9); 1]] {
+            let data = parts.iter().map(|part| part.length).sum::<u64>();
+            let map = write_map(&parts);
+            assert_eq!(map.len() % BLOCK, 0);
+            let read = read_map(&mut map.as_slice(), map.len() as u64 + data, 1 << 41).unwrap();
+            assert_eq!(read, parts);
+        }
+    }
+
+    #[test]
+    fn a_hostile_map_is_refused() {
+        let maps = [
+            "",
+            "x\n",
+            "1\n0\n",
+            "1\n-1\n5\n",
+            "2\n5\n5\n0\n5\n",
+            "1\n0\n99999999999999999999\n",
+            "1\n18446744073709551615\n1\n",
+        ];
+        for text in maps {
+            let mut map = text.as_bytes().to_vec();
+            map.resize(BLOCK, 0);
+            assert!(read_map(&mut map.as_slice(), 1024, 512).is_err(), "{text:?}");
+        }
+        // More data than the parts have, parts beyond the size, a count without an end.
+        assert!(read_map(&mut write_map(&[part(0, 4)]).as_slice(), 512 + 5, 512).is_err());
+        assert!(read_map(&mut write_map(&[part(510, 4)]).as_slice(), 512 + 4, 512).is_err());
+        assert!(read_map(&mut io::repeat(b'1'), u64::MAX, 512).is_err());
+        assert!(read_map(&mut "9\n".repeat(1 << 20).as_bytes(), u64::MAX, u64::MAX).is_err());
+    }
+
+    #[test]
+    fn small_holes_count_for_little_where_there_are_many() {
+        let mut parts = Vec::new();
+        add(&mut parts, part(0, 10), 8);
+        add(&mut parts, part(15, 5), 8);
+        add(&mut parts, part(28, 2), 8);
+        assert_eq!(parts, [part(0, 20), part(28, 2)]);
+    }
+}

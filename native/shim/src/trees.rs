@@ -1,0 +1,46 @@
+//! The host's end of copies to and from a guest: trees of this host as tar on stdout and from stdin.
+
+use std::ffi::OsString;
+use std::io::{self, BufReader, BufWriter};
+use std::process::ExitCode;
+
+use machinen_archive::{Error, Source, Target};
+
+/// Read and written at once.
+const BUFFER: usize = 256 * 1024;
+
+/// `pack <path> <name> <exclude>...`: a directory's contents, or a file by that name.
+pub fn pack(arguments: &[OsString]) -> ExitCode {
+    report(texts(arguments).and_then(|texts| {
+        let [path, name, excludes @ ..] = texts.as_slice() else { return Err(usage()) };
+        let source = Source::open(path, excludes).map_err(|error| Error::Io { path: path.clone(), error })?;
+        source.named(name).pack(BufWriter::with_capacity(BUFFER, io::stdout().lock()))
+    }))
+}
+
+/// `unpack <directory>`: what comes is not trusted, and belongs to who calls this.
+pub fn unpack(arguments: &[OsString]) -> ExitCode {
+    report(texts(arguments).and_then(|texts| {
+        let [directory] = texts.as_slice() else { return Err(usage()) };
+        let target = Target::open(directory).map_err(|error| Error::Io { path: directory.clone(), error })?;
+        target.for_caller().unpack(BufReader::with_capacity(BUFFER, io::stdin().lock()))
+    }))
+}
+
+fn texts(arguments: &[OsString]) -> Result<Vec<String>, Error> {
+    arguments.iter().map(|argument| argument.clone().into_string().map_err(|_| usage())).collect()
+}
+
+fn usage() -> Error {
+    Error::Refused("these are not the arguments of pack or unpack".into())
+}
+
+fn report(done: Result<u64, Error>) -> ExitCode {
+    match done {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(failed) => {
+            eprintln!("{failed}");
+            ExitCode::FAILURE
+        }
+    }
+}
