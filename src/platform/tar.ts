@@ -78,6 +78,8 @@ const start = (argv: readonly [string, ...ReadonlyArray<string>]): Effect.Effect
     if (!(stdin instanceof net.Socket && stdout instanceof net.Socket)) {
       return yield* Effect.dieMessage("a child's pipes are no sockets")
     }
+    // When a child has ended, Node lets what nobody listens for run out of its pipe; between two of our reads nobody would.
+    stdout.on("readable", () => {})
     return { input: fromSocket(stdin), output: fromSocket(stdout), succeeded: Deferred.await(ended) }
   })
 

@@ -6,7 +6,7 @@ import { Chunk, Effect, Fiber, Stream } from "effect"
 import { Assets } from "../../src/Assets.ts"
 import type { FilesError } from "../../src/domain/errors.ts"
 import * as tar from "../../src/platform/tar.ts"
-import { cli, Guest, guest, settled, sh, sha256, smallDisk, temporaryHome, text } from "../fixtures.ts"
+import { cli, eventually, Guest, guest, settled, sh, sha256, smallDisk, temporaryHome, text } from "../fixtures.ts"
 
 const home = temporaryHome()
 afterAll(() => settled(home))
@@ -252,11 +252,29 @@ archive.close()
       })
     )
 
+    it.effect("are packed whole for a reader that comes late, when the packer has ended", () =>
+      Effect.gen(function* () {
+        const shim = yield* (yield* Assets).shim
+        const source = fresh()
+        fs.writeFileSync(path.join(source, "file"), Buffer.alloc(90_000, 1))
+        const whole = execFileSync(shim, ["pack", source, "-"])
+        const ended = () =>
+          !execFileSync("ps", ["-eo", "stat,args"], { encoding: "utf8" })
+            .split("\n")
+            .some((line) => /^[^Z]/.test(line) && line.includes(`pack ${source}`))
+        const packed = yield* tar.pack(shim, source, "-", []).pipe(
+          Stream.tap(() => eventually("the packer's end", ended)),
+          Stream.tap(() => Effect.sleep("20 millis")),
+          Stream.runCollect
+        )
+        assert.strictEqual(sha256(Buffer.concat(Chunk.toReadonlyArray(packed))), sha256(whole))
+      })
+    )
+
     it.effect("under way when the caller is interrupted leave no process", () =>
       Effect.gen(function* () {
         const vm = yield* Guest
         const source = fresh()
-        execFileSync("mkfifo", [path.join(home, "never")])
         fs.writeFileSync(path.join(source, "file"), Buffer.alloc(64 * mib, 1))
         const fiber = yield* Effect.fork(vm.push(source, "/srv/interrupted"))
         yield* vm.exec("until test -e /srv/interrupted/file; do sleep 0.01; done", { timeout: "20 seconds" })
