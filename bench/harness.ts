@@ -1,6 +1,7 @@
 import type { CommandExecutor, FileSystem, Error as PlatformErrors } from "@effect/platform"
 import { Console, Effect, Schema, type Scope } from "effect"
 import type { Assets } from "../src/Assets.ts"
+import type { FilesError, TunnelError } from "../src/domain/errors.ts"
 import type { HostProbe } from "../src/HostProbe.ts"
 import type { BootFailure, Machinen, SnapshotFailure } from "../src/Machinen.ts"
 import type { Mountdisk } from "../src/Mountdisk.ts"
@@ -13,7 +14,13 @@ export class BenchError extends Schema.TaggedError<BenchError>()("BenchError", {
   cause: Schema.optional(Schema.Defect)
 }) {}
 
-export type Failure = BenchError | BootFailure | SnapshotFailure | PlatformErrors.PlatformError
+export type Failure =
+  | BenchError
+  | BootFailure
+  | SnapshotFailure
+  | FilesError
+  | TunnelError
+  | PlatformErrors.PlatformError
 export type Services =
   | Assets
   | CommandExecutor.CommandExecutor

@@ -13,11 +13,13 @@ import * as report from "./report.ts"
 import { cli } from "./scenarios/cli.ts"
 import { clones } from "./scenarios/clones.ts"
 import { coldBoot } from "./scenarios/coldBoot.ts"
+import { copy } from "./scenarios/copy.ts"
 import { criu } from "./scenarios/criu.ts"
 import { exec } from "./scenarios/exec.ts"
 import { fork } from "./scenarios/fork.ts"
 import { images } from "./scenarios/images.ts"
 import { mounts } from "./scenarios/mounts.ts"
+import { network } from "./scenarios/network.ts"
 import { restore } from "./scenarios/restore.ts"
 import { snapshot } from "./scenarios/snapshot.ts"
 import { terminal } from "./scenarios/terminal.ts"
@@ -33,7 +35,9 @@ const scenarios: ReadonlyArray<Scenario> = [
   criu,
   images,
   mounts,
-  terminal
+  terminal,
+  copy,
+  network
 ]
 
 interface Choice {

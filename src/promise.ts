@@ -3,14 +3,21 @@
  * `code`, and a `hint` where there is something to be done; what an AbortSignal ended rejects with its reason. Options of the reference
  * that this version cannot honour are refused (`BOOT_OPTION_INVALID`), never ignored.
  */
-import { writeFileSync } from "node:fs"
+import { statSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
 import type { Readable, Writable } from "node:stream"
-import { Cause, Duration, Effect, Exit, Layer, Option, RcRef, Scope, Stream } from "effect"
-import type { ExecOptions } from "./Agent.ts"
+import { Cause, Duration, Effect, Exit, Fiber, Layer, Option, RcRef, Schedule, Scope, Stream } from "effect"
+import { Agent, type AgentClient, type ExecOptions } from "./Agent.ts"
 import { autoMemoryMib } from "./domain/BootOptions.ts"
 import type { EngineName } from "./domain/BundleManifest.ts"
-import { BootError, isMachinenError as isOurs, type MachinenError, RegistryError } from "./domain/errors.ts"
+import {
+  BootError,
+  FilesError,
+  isMachinenError as isOurs,
+  type MachinenError,
+  RegistryError,
+  type SecretsError
+} from "./domain/errors.ts"
 import { defaultFreeMemoryThreshold, refusal } from "./domain/forkBackpressure.ts"
 import { defaultMountUpperBytes, type LiveMountOption } from "./domain/mounts.ts"
 import type { NetworkMode, PortForwardOption } from "./domain/Network.ts"
@@ -795,7 +802,6 @@ const unusable = (cause: unknown) =>
         cause
       })
 
-/** On this host's real services. */
 /**
  * Packers of initramfs archives (src/InitramfsPackers.ts). Without `initPath`, `/init` is the guest program set-up builds.
  */
@@ -819,6 +825,7 @@ export type {
   WorkspaceOptions as PackWorkspaceOptions
 } from "./InitramfsPackers.ts"
 
+/** On this host's real services. */
 export const { attach, boot, list, provision, restore, runGc } = make(layers.layer)
 
 export type EnsureMountDiskImageOptions = LowerOptions
@@ -864,6 +871,79 @@ export const mountdiskImgCacheDir = (): Promise<string> =>
 /** This host's `mksquashfs`. */
 export const resolveMksquashfs = (): Promise<string | undefined> =>
   withMountdisk((mountdisk) => Effect.map(mountdisk.tool, Option.getOrUndefined))
+
+export interface VsockSecretsOptions {
+  /** How long an agent that cannot be reached is tried. Default 10 000. */
+  readonly timeoutMs?: number
+  /** The pause between two tries. Default 250. */
+  readonly retryMs?: number
+}
+
+export interface VsockFilesOptions {
+  /** How long an agent that cannot be reached is tried. Default 5000. */
+  readonly timeoutMs?: number
+  /** The pause between two tries. Default 250. */
+  readonly retryMs?: number
+  /** fnmatch(3) patterns, for the path below the directory or for any name. */
+  readonly excludes?: ReadonlyArray<string>
+}
+
+/** Runs an effect on the agent behind a VM's socket, and again as long as that may help. */
+const onAgent = async <A, E extends FilesError | SecretsError>(
+  udsPath: string,
+  { retryMs = 250, timeoutMs }: { readonly retryMs?: number | undefined; readonly timeoutMs: number },
+  use: (client: AgentClient) => Effect.Effect<A, E>
+): Promise<A> => {
+  const lastly = Effect.delay(Effect.succeed("late" as const), timeoutMs)
+  const program = Effect.gen(function* () {
+    const client = (yield* Agent).client(udsPath)
+    const deadline = yield* Effect.fork(lastly)
+    const isLate = Effect.map(Fiber.poll(deadline), Option.isSome)
+    return yield* Effect.retry(use(client), {
+      while: (error) => Effect.map(isLate, (late) => error.retryable && !late),
+      schedule: Schedule.spaced(retryMs)
+    })
+  })
+  const exit = await Effect.runPromiseExit(Effect.provide(program, layers.agent))
+  if (Exit.isSuccess(exit)) return exit.value
+  throw Cause.originalError(Cause.squash(exit.cause))
+}
+
+const isDirectory = (hostDir: string): Effect.Effect<void, FilesError> =>
+  statSync(hostDir, { throwIfNoEntry: false })?.isDirectory() === true
+    ? Effect.void
+    : new FilesError({
+        code: "FILES_HOST_DIR_NOT_FOUND",
+        message: `${hostDir} is not a directory of this host`,
+        hint: "name one that is there"
+      })
+
+const filesDefaults = ({ retryMs, timeoutMs = 5000 }: VsockFilesOptions) => ({ retryMs, timeoutMs })
+
+/** Trees into and out of a guest, by the VM's socket (`vsock.sock` in its directory). */
+export const VsockFiles = {
+  /** A directory's contents into a guest directory, made if missing; existing files are replaced. */
+  push: (udsPath: string, hostDir: string, guestPath: string, options: VsockFilesOptions = {}): Promise<void> =>
+    onAgent(udsPath, filesDefaults(options), (client) =>
+      Effect.suspend(() => isDirectory(hostDir)).pipe(
+        Effect.zipRight(client.push(hostDir, guestPath, { excludes: options.excludes ?? [] }))
+      )
+    ),
+  /** The other way round. */
+  pull: (udsPath: string, guestPath: string, hostDir: string, options: VsockFilesOptions = {}): Promise<void> =>
+    onAgent(udsPath, filesDefaults(options), (client) =>
+      client.pull(guestPath, hostDir, { excludes: options.excludes ?? [] })
+    )
+}
+
+export const VsockSecrets = {
+  /** Gives a guest secrets, which commands get that name them. A value with a newline: SECRETS_VALUE_INVALID, and nothing is sent. */
+  send: (
+    udsPath: string,
+    secrets: Readonly<Record<string, string>>,
+    { retryMs, timeoutMs = 10_000 }: VsockSecretsOptions = {}
+  ): Promise<void> => onAgent(udsPath, { retryMs, timeoutMs }, (client) => Effect.asVoid(client.secrets(secrets)))
+}
 
 /** Whether it is one of ours, of that code if one is given. */
 export const isMachinenError = (error: unknown, code?: ErrorCode): error is MachinenError =>

@@ -41,6 +41,9 @@ const byName = <R>(engines: ReadonlyArray<Engine<R>>) =>
     })
   )
 
+/** For who knows a VM by its socket alone. */
+export const agent = Layer.provide(Agent.layer, foundation)
+
 /** What an earlier process left when it was killed is gone before anything new is made. */
 const reconcileAtStart = Layer.effectDiscard(
   Effect.flatMap(Registry, (registry) => registry.reconcile()).pipe(

@@ -1,5 +1,6 @@
 import { spawn } from "node:child_process"
 import { once } from "node:events"
+import { mkdirSync, readFileSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
 import { PassThrough } from "node:stream"
 import { pathToFileURL } from "node:url"
@@ -392,3 +393,43 @@ const collected = (stream: PassThrough) => {
     Effect.runPromise(eventually(`${wanted} in the stream`, () => text().includes(wanted)))
   return { text, has }
 }
+
+describe("by its socket alone", () => {
+  it("a guest takes trees, gives them, and takes secrets", async () => {
+    const vm = await boot(idle)
+    const socket = path.join(home, "vms", vm.id, "vsock.sock")
+    const [source, back] = [path.join(home, "source"), path.join(home, "back")]
+    mkdirSync(source)
+    writeFileSync(path.join(source, "kept"), "kept")
+    writeFileSync(path.join(source, "left.log"), "left")
+    await facade.VsockFiles.push(socket, source, "/srv/pushed", { excludes: ["*.log"] })
+    assert.strictEqual((await vm.exec("ls /srv/pushed")).stdout, "kept\n")
+    await facade.VsockFiles.pull(socket, "/srv/pushed", back)
+    assert.strictEqual(readFileSync(path.join(back, "kept"), "utf8"), "kept")
+    await facade.VsockSecrets.send(socket, { TOKEN: "value" })
+    assert.strictEqual(
+      (await rejection(facade.VsockSecrets.send(socket, { TOKEN: "a\nb" }))).code,
+      "SECRETS_VALUE_INVALID"
+    )
+    const none = path.join(home, "none")
+    assert.strictEqual(
+      (await rejection(facade.VsockFiles.push(socket, none, "/srv/x"))).code,
+      "FILES_HOST_DIR_NOT_FOUND"
+    )
+    await vm.kill()
+
+    const soon = { timeoutMs: 300, retryMs: 20 }
+    assert.strictEqual(
+      (await rejection(facade.VsockFiles.push(socket, source, "/srv/x", soon))).code,
+      "FILES_AGENT_UNAVAILABLE"
+    )
+    assert.strictEqual(
+      (await rejection(facade.VsockFiles.pull(socket, "/srv/x", back, soon))).code,
+      "FILES_AGENT_UNAVAILABLE"
+    )
+    assert.strictEqual(
+      (await rejection(facade.VsockSecrets.send(socket, { A: "b" }, soon))).code,
+      "SECRETS_AGENT_UNAVAILABLE"
+    )
+  })
+})

@@ -17,7 +17,7 @@ use crate::reply::{Archived, Code, Done, ErrorReply};
 use crate::request;
 
 /// Pieces under way between stream and thread.
-const PIECES: usize = 4;
+const PIECES: usize = 16;
 
 /// Packs a directory's contents into a file.
 pub async fn save(directory: &'static str, file: &'static str) -> Result<(), Abort> {

@@ -18,6 +18,11 @@ use crate::sparse::{self, Parts};
 /// Filesystems the kernel makes up: their files have no end or no meaning elsewhere. Magic numbers of proc, sysfs, cgroup2 and devpts.
 const MADE_UP: [u64; 4] = [0x9fa0, 0x6265_6572, 0x6367_7270, 0x1cd1];
 
+/// Of a tar.
+const BLOCK: usize = 512;
+/// Read from a file at once; more than the 64 KiB an attribute, or a list of their names, can have.
+const BUFFER: usize = 256 * 1024;
+
 /// What is to be packed.
 pub struct Source {
     path: PathBuf,
@@ -60,7 +65,7 @@ impl Source {
     pub fn pack(&self, output: impl Write) -> Result<u64, Error> {
         let failed = |path: &Path, error: io::Error| Error::Io { path: path.to_string_lossy().into_owned(), error };
         let whole = self.whole.as_ref();
-        let buffer = vec![0; if whole.is_some() { MAX_ATTRIBUTE } else { 0 }];
+        let buffer = vec![0; BUFFER];
         let mut archive = Archive { builder: Builder::new(output), entries: 0, links: HashMap::new(), whole, buffer };
         if self.metadata.is_dir() {
             let mut pending = self.children(Path::new("")).map_err(|error| failed(&self.path, error))?;
@@ -141,7 +146,7 @@ struct Archive<'a, W: Write> {
     /// Where files with several names were put: their other names become hard links to that.
     links: HashMap<(u64, u64), PathBuf>,
     whole: Option<&'a Whole>,
-    /// For attributes.
+    /// For contents and attributes.
     buffer: Vec<u8>,
 }
 
@@ -221,19 +226,33 @@ impl<W: Write> Archive<'_, W> {
             // What other programs read of the extended headers depends on the format of this one.
             let mut header = described_by(metadata, Header::new_ustar());
             header.set_size(map.len() as u64 + data);
-            self.builder.append_data(&mut header, name, map.as_slice().chain(Parts::new(&file, &parts)))?;
+            self.append_content(&mut header, name, map.as_slice().chain(Parts::new(&file, &parts)))?;
         } else {
-            self.builder.append_data(&mut header, name, file.chain(io::repeat(0)).take(size))?;
+            self.append_content(&mut header, name, file.chain(io::repeat(0)).take(size))?;
         }
         if metadata.nlink() > 1 {
             self.links.insert(identity, name.to_owned());
         }
         Ok(())
     }
-}
 
-/// No list of attributes is longer, nor any value (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
-const MAX_ATTRIBUTE: usize = 65_536;
+    /// The builder's own way reads 8 KiB at a time, and in an emulated machine it is the number of system calls that counts.
+    fn append_content(&mut self, header: &mut Header, name: &Path, mut content: impl Read) -> io::Result<()> {
+        self.builder.append_data(header, name, io::empty())?;
+        let output = self.builder.get_mut();
+        let mut written = 0;
+        loop {
+            let n = match content.read(&mut self.buffer) {
+                Ok(0) => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                n => n?,
+            };
+            output.write_all(&self.buffer[..n])?;
+            written += n;
+        }
+        output.write_all(&[0; BLOCK][..written.next_multiple_of(BLOCK) - written])
+    }
+}
 
 /// The extended attributes of what is at `path` as records of a pax header, in order. A filesystem that has none of them has none.
 fn attributes(path: &Path, buffer: &mut [u8]) -> io::Result<Vec<(String, Vec<u8>)>> {
