@@ -1,7 +1,7 @@
 import { randomBytes } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
-import { Duration, Effect, Stream } from "effect"
+import { Duration, Effect, Option, Stream } from "effect"
 import type { AgentClient } from "./Agent.ts"
 import { Assets } from "./Assets.ts"
 import { BootError } from "./domain/errors.ts"
@@ -12,6 +12,7 @@ import { type Disk, VmId } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import { Gvproxy } from "./Gvproxy.ts"
 import * as Initramfs from "./Initramfs.ts"
+import { portHolder } from "./platform/portHolder.ts"
 import * as UnixSocket from "./platform/UnixSocket.ts"
 import { Registry } from "./Registry.ts"
 import type { VmmHandle } from "./Vmm.ts"
@@ -31,7 +32,7 @@ export const networkOf = Effect.fnUntraced(function* (mode: NetworkMode, forward
   return { network: { gvproxy: yield* (yield* Gvproxy).command, forwards } }
 })
 
-/** A port that is taken, told with the VM that has it. */
+/** A port that is taken, told with who has it: a VM of ours, or a process. */
 export const namingPortHolder = <A, E, R>(launched: Effect.Effect<A, E | BootError, R>) =>
   Effect.catchIf(
     launched,
@@ -42,7 +43,14 @@ export const namingPortHolder = <A, E, R>(launched: Effect.Effect<A, E | BootErr
         const holder = vms.find(({ portForward = [] }) =>
           portForward.some((forward) => error.message.includes(hostSocket(forward)))
         )
-        if (holder === undefined) return yield* error
+        if (holder === undefined) {
+          const port = Number(/:(\d+) is taken/.exec(error.message)?.[1])
+          return yield* Option.match(yield* portHolder(port), {
+            onNone: () => error,
+            onSome: ({ command, pid }) =>
+              new BootError({ ...error, message: `${error.message}, by ${command} (pid ${pid})` })
+          })
+        }
         return yield* new BootError({
           ...error,
           message: `${error.message}, by VM "${holder.label}"`,

@@ -223,7 +223,8 @@ print(json.dumps([open_, sorted(set(map(str, said)))]))
         const forward = (hostPort: number) => ({ portForward: [{ hostPort, guestPort: 80 }] })
         const foreign = yield* Effect.flip(Effect.asVoid(boot(forward(taken))))
         assert.strictEqual(foreign.code, "BOOT_PORT_FORWARD_IN_USE")
-        assert.include(foreign.message, `127.0.0.1:${taken}`)
+        assert.include(foreign.message, `127.0.0.1:${taken} is taken, by `)
+        assert.include(foreign.message, `(pid ${process.pid})`)
         assert.deepStrictEqual(leftovers(home), nothing)
 
         const port = yield* freePort
