@@ -173,18 +173,17 @@ export const layer = Layer.effect(
       return panicked && exit.value.vmm.code === 0
         ? { works: true, reason: `${kvmDevice} works: our kernel booted on it` }
         : { works: false, reason: `${kvmDevice} is there, but QEMU cannot use it: ${lastLine(exit.value.vmmLogTail)}` }
-    }).pipe(
-      Effect.scoped,
-      Effect.catchAll((error) => Effect.succeed({ works: false, reason: `KVM could not be probed: ${error.message}` }))
-    )
+    }).pipe(Effect.scoped)
 
     const probeKvm = Effect.gen(function* () {
       const subject = `${binary} ${yield* Effect.orElseSucceed(assets.kernel, () => "")}`
       const known = (yield* read).kvm
       if (known?.subject === subject) return known
-      const found = { subject, ...(yield* bootOnKvm) }
-      yield* remember({ kvm: found })
-      return found
+      const found = yield* Effect.either(bootOnKvm)
+      // what could not be tried is no finding: it is tried again
+      if (found._tag === "Left") return { works: false, reason: `KVM could not be probed: ${found.left.message}` }
+      yield* remember({ kvm: { subject, ...found.right } })
+      return found.right
     })
 
     const accelerator = Effect.gen(function* () {
