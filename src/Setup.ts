@@ -5,6 +5,7 @@ import { type AssetName, Assets, assetNames, type BuildDirectories } from "./Ass
 import { AssetError } from "./domain/errors.ts"
 import { isAtLeast, minimumGo, minimumNode, minimumRust, packages, versionIn } from "./domain/hostRequirements.ts"
 import * as command from "./platform/command.ts"
+import * as HostLock from "./platform/HostLock.ts"
 import * as longCommand from "./platform/longCommand.ts"
 import * as prebuiltAssets from "./prebuiltAssets.ts"
 import { Settings } from "./Settings.ts"
@@ -186,7 +187,8 @@ export class Setup extends Context.Tag("machinen/Setup")<
                   fs.chmod(path.join(out, to), 0o755)
                 )
             ).pipe(Effect.mapError((cause) => buildFailed(what, cause)))
-          })
+            // every checkout compiles there, and each leaves its own under the same name
+          }).pipe(HostLock.withLock(`compile:${settings.cacheDir}`))
 
         /** Pure Go, static: a resolver of its own and no libraries of the host's. */
         const gvproxy = ({ out }: BuildDirectories, onLine: (line: string) => Effect.Effect<void>) =>
