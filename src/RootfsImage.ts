@@ -341,7 +341,14 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         const state = path.join(staging, "owners")
         const [first = "true", ...rest] = argv
         if (process.getuid?.() === 0) return [first, ...rest]
-        return ["sh", "-c", ': >>"$1"; exec fakeroot -i "$1" -s "$1" -- "$@"', "sh", state, ...argv]
+        return [
+          "sh",
+          "-c",
+          'state=$1; shift; : >>"$state"; exec fakeroot -i "$state" -s "$state" -- "$@"',
+          "sh",
+          state,
+          ...argv
+        ]
       }
 
       /**
@@ -358,9 +365,8 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
             "--extract",
             "--numeric-owner",
             "--same-owner",
-            "--xattrs",
-            // capabilities and ACLs, not only user attributes
-            "--xattrs-include=*",
+            // capabilities and ACLs, not only user attributes; fakeroot loses the kind of a file that has any
+            ...(process.getuid?.() === 0 ? ["--xattrs", "--xattrs-include=*"] : ["--no-xattrs"]),
             "--preserve-permissions",
             `--checkpoint=${Math.ceil(settings.imageLimitBytes / tarRecord)}`,
             "--checkpoint-action=exec=kill -KILL $PPID",

@@ -16,6 +16,7 @@ const raw = Config.nested(
     mke2fs: Config.option(Config.string("MKE2FS")),
     gvproxy: Config.option(Config.string("GVPROXY")),
     mksquashfs: Config.option(Config.string("MKSQUASHFS")),
+    baseAssetsDir: Config.option(Config.string("ASSETS_DIR")),
     imageLimitMib: Config.integer("IMAGE_LIMIT_MIB").pipe(Config.withDefault(16 * 1024)),
     bootTimeout: Config.duration("BOOT_TIMEOUT").pipe(Config.withDefault(Duration.seconds(60))),
     stopGrace: Config.duration("STOP_GRACE").pipe(Config.withDefault(Duration.seconds(5))),
@@ -43,6 +44,8 @@ export interface SettingsValues {
   /** The program behind guests' network cards to use instead of the one set-up builds. */
   readonly gvproxy: Option.Option<string>
   readonly mksquashfs: Option.Option<string>
+  /** A directory of the user's with a kernel and a root filesystem to build upon, instead of those of set-up. */
+  readonly baseAssetsDir: Option.Option<string>
   /** What a tarball may hold, and a build may come to. */
   readonly imageLimitBytes: number
   /** From the VMM's start to the agent's doorbell. */
@@ -66,7 +69,7 @@ const derive = (c: Config.Config.Success<typeof raw>): SettingsValues => {
 
 /**
  * Host-wide settings, read once: MACHINEN_HOME, MACHINEN_CACHE_DIR, MACHINEN_ASSETS_STORE, MACHINEN_REGISTRY_DIR, MACHINEN_BACKEND,
- * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_MKSQUASHFS, MACHINEN_GVPROXY, MACHINEN_IMAGE_LIMIT_MIB, MACHINEN_BOOT_TIMEOUT and
+ * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_MKSQUASHFS, MACHINEN_GVPROXY, MACHINEN_ASSETS_DIR, MACHINEN_IMAGE_LIMIT_MIB, MACHINEN_BOOT_TIMEOUT and
  * MACHINEN_STOP_GRACE (as "5 seconds"), MACHINEN_SNAPSHOT_ENGINE.
  */
 export class Settings extends Context.Tag("machinen/Settings")<Settings, SettingsValues>() {
@@ -86,6 +89,7 @@ export class Settings extends Context.Tag("machinen/Settings")<Settings, Setting
       mke2fs: Option.none(),
       gvproxy: Option.none(),
       mksquashfs: Option.none(),
+      baseAssetsDir: Option.none(),
       imageLimitBytes: 16 * 1024 ** 3,
       bootTimeout: Duration.seconds(60),
       stopGrace: Duration.seconds(5),

@@ -8,6 +8,7 @@ import * as path from "node:path"
 import type { Readable, Writable } from "node:stream"
 import { Cause, Duration, Effect, Exit, Fiber, Layer, Option, RcRef, Schedule, Scope, Stream } from "effect"
 import { Agent, type AgentClient, type ExecOptions } from "./Agent.ts"
+import * as baseAssets from "./baseAssets.ts"
 import { autoMemoryMib } from "./domain/BootOptions.ts"
 import type { EngineName } from "./domain/BundleManifest.ts"
 import {
@@ -33,6 +34,7 @@ import type { Leftover } from "./Registry.ts"
 import { baseNames } from "./RootfsImage.ts"
 import * as debugLogger from "./runtime/debugLogger.ts"
 import * as layers from "./runtime/layers.ts"
+import type { Settings } from "./Settings.ts"
 import type { Vm } from "./Vm.ts"
 import * as VmControl from "./VmControl.ts"
 
@@ -806,11 +808,20 @@ const unusable = (cause: unknown) =>
  * Packers of initramfs archives (src/InitramfsPackers.ts). Without `initPath`, `/init` is the guest program set-up builds.
  */
 const pack =
-  <O>(packer: (options: O) => Effect.Effect<void, MachinenError, InitramfsPackers.Services>) =>
-  async (options: O): Promise<void> => {
+  <O, A>(packer: (options: O) => Effect.Effect<A, MachinenError, InitramfsPackers.Services | Settings>) =>
+  async (options: O): Promise<A> => {
     const exit = await Effect.runPromiseExit(Effect.provide(packer(options), layers.packing))
     if (Exit.isFailure(exit)) throw Cause.originalError(Cause.squash(exit.cause))
+    return exit.value
   }
+const resolveBase =
+  (kind: baseAssets.BaseAsset) =>
+  (explicit?: string, cwd?: string): Promise<string> =>
+    pack((_: undefined) => baseAssets.resolve(kind, explicit, cwd))(undefined)
+/** A path given, else the one of MACHINEN_ASSETS_DIR, else what set-up made. */
+export const resolveBaseRootfs = resolveBase("rootfs")
+export const resolveBaseKernel = resolveBase("kernel")
+export const resolveBaseDtb = resolveBase("dtb")
 export const mkinitramfsBundle = pack(InitramfsPackers.bundle)
 export const mkinitramfsTinyBundle = pack(InitramfsPackers.tinyBundle)
 export const mkinitramfsRootfs = pack(InitramfsPackers.rootfs)

@@ -2,6 +2,7 @@ import { randomUUID } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem } from "@effect/platform"
 import { Cause, Duration, Effect, Option, Schema, Stream } from "effect"
+import * as baseAssets from "./baseAssets.ts"
 import { type Booted, boot } from "./boot.ts"
 import { type BootOptions, defaultImage } from "./domain/BootOptions.ts"
 import { ProvisionError } from "./domain/errors.ts"
@@ -22,7 +23,7 @@ export type BuildProgress =
   | { readonly _tag: "Archived"; readonly bytes: number }
 
 export interface ProvisionOptions<E = unknown, R = never> {
-  /** As `image` of a boot: what is built upon. Default `debian`. */
+  /** As `image` of a boot: what is built upon. Default: the rootfs of MACHINEN_ASSETS_DIR, else `debian`. */
   readonly base?: string
   /** Turns the base into what is wanted. Commands run as root. */
   readonly install: (vm: Vm) => Effect.Effect<void, E, R>
@@ -84,7 +85,8 @@ export const provision = Effect.fn("provision")(
     const written = yield* Effect.scoped(
       Effect.gen(function* () {
         const draft = yield* draftOf(out)
-        const base = options.base ?? defaultImage
+        const own = Option.isSome(settings.baseAssetsDir) ? baseAssets.resolve("rootfs") : Effect.succeed(defaultImage)
+        const base = options.base ?? (yield* own)
         const built = Effect.scoped(
           Effect.gen(function* () {
             yield* enter("boot")

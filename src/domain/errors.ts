@@ -180,6 +180,9 @@ export class ProvisionError extends Schema.TaggedError<ProvisionError>()(
   "ProvisionError",
   fields(
     "PROVISION_BASE_NOT_FOUND",
+    "PROVISION_KERNEL_NOT_FOUND",
+    "PROVISION_DTB_NOT_FOUND",
+    "PROVISION_ASSETS_DIR_INVALID",
     "PROVISION_INSTALL_HOOK_FAILED",
     "PROVISION_DISK_TOO_SMALL",
     "PROVISION_TIMEOUT",

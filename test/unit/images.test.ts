@@ -158,6 +158,35 @@ describe("a tarball's image", () => {
     }).pipe(Effect.provide(store(dir, counting)))
   })
 
+  it.effect("has the tarball's owners and devices whoever makes it", () => {
+    const dir = temporaryHome()
+    return Effect.gen(function* () {
+      const tree = path.join(dir, "content")
+      mkdirSync(path.join(tree, "dev"), { recursive: true })
+      writeFileSync(path.join(tree, "owned"), "x")
+      execFileSync("chown", ["33:34", path.join(tree, "owned")])
+      execFileSync("chmod", ["4750", path.join(tree, "owned")])
+      execFileSync("mknod", [path.join(tree, "dev", "null"), "c", "1", "3"])
+      const file = path.join(dir, "owned.tar")
+      execFileSync("tar", ["-cf", file, "-C", tree, "."])
+      execFileSync("rm", ["-rf", tree])
+      // as for anybody but root
+      const getuid = process.getuid
+      process.getuid = () => 65534
+      const image = yield* Effect.flatMap(RootfsImage, (images) => images.ensure(file)).pipe(
+        Effect.ensuring(
+          Effect.sync(() => {
+            if (getuid !== undefined) process.getuid = getuid
+          })
+        )
+      )
+      const look = (command: string) =>
+        execFileSync("debugfs", ["-R", command, image], { encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] })
+      assert.match(look("ls -l /"), /104750 \(\d+\) +33 +34 +1 .* owned/)
+      assert.match(look("ls -l /dev"), /20[0-7]{3} .* null/)
+    }).pipe(Effect.provide(store(dir)))
+  })
+
   for (const [what, script, code] of [
     ["is missing", undefined, "ROOTFS_IMG_TOOL_MISSING"],
     ["fails", "echo broken >&2; exit 1", "PROVISION_INSTALL_HOOK_FAILED"],

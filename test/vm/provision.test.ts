@@ -1,5 +1,14 @@
 import { execFileSync } from "node:child_process"
-import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs"
+import {
+  chmodSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  statSync,
+  writeFileSync
+} from "node:fs"
 import * as path from "node:path"
 import { gunzipSync } from "node:zlib"
 import { afterEach, assert, describe, layer, it as plain } from "@effect/vitest"
@@ -11,6 +20,7 @@ import type { BuildProgress } from "../../src/provision.ts"
 import { RootfsImage } from "../../src/RootfsImage.ts"
 import {
   assertNothingLeft,
+  busyboxTarball,
   cli,
   executable,
   leftovers,
@@ -393,6 +403,19 @@ layer(live(home, cache), { excludeTestServices: true })("machinen provision", (i
       assert.deepStrictEqual([other.code, other.stdout], [0, "b /srv\n"])
       assert.isTrue(gunzipSync(readFileSync(out)).includes("machinen-config.json"))
 
+      // a base of one's own, where none is named
+      const own = temporaryDirectory()
+      renameSync(busyboxTarball(own, "own"), path.join(own, "rootfs-debian-amd64.tar.gz"))
+      const upon = yield* cli(
+        home,
+        ["provision", "--run", "cat /etc/mark", "--out", path.join(own, "out.tar"), "--no-prebake"],
+        {
+          env: { ...cache, MACHINEN_ASSETS_DIR: own }
+        }
+      )
+      assert.strictEqual(upon.code, 0, upon.stderr)
+      assert.match(upon.stderr, /^own$/m)
+
       const bake = yield* cli(home, ["bake", "--base", "micro", "--run", "false", "--out", out, "--json"], {
         env: cache
       })
@@ -445,6 +468,7 @@ describe("the Promise API", () => {
     assert.isTrue(facade.isMachinenError(small, "PROVISION_DISK_TOO_SMALL"))
     const archive = path.join(path.dirname(out), "init.cpio")
     await facade.mkinitramfsMinimal({ out: archive })
+    assert.isTrue(existsSync(await facade.resolveBaseRootfs()) && existsSync(await facade.resolveBaseKernel()))
     assert.isAbove(statSync(archive).size, 500_000) // the guest program itself
     const nothing = await boot({ image: path.join(path.dirname(out), "..", "none") }).catch((e) => e)
     assert.isTrue(facade.isMachinenError(nothing, "BOOT_IMAGE_NOT_FOUND"))
