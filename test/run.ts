@@ -106,7 +106,7 @@ record(
 )
 record("Rust", cargoTest())
 record("Go", goTest())
-if (ready) record("real guests", vitest("vm", 25))
+if (ready) record("real guests", vitest("vm", 40))
 else record("real guests", { passed: 0, failed: 1, skipped: 0 })
 
 rmSync(scratch, { recursive: true, force: true })
