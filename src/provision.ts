@@ -206,7 +206,9 @@ const runHook = <E, R>(vm: Vm, install: (vm: Vm) => Effect.Effect<void, E, R>) =
     Effect.sandbox,
     // an interruption is not the hook's failure
     Effect.catchAll((cause) =>
-      Cause.isInterruptedOnly(cause) ? Effect.failCause(cause as Cause.Cause<never>) : Effect.fail(Cause.squash(cause))
+      Cause.isInterruptedOnly(cause)
+        ? Effect.failCause(cause as Cause.Cause<never>)
+        : Effect.fail(Cause.originalError(Cause.squash(cause)))
     ),
     Effect.catchAll((error) => Effect.flatMap(hookFailed(vm, error), Effect.fail)),
     whileRunning(vm)

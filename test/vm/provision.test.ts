@@ -423,7 +423,7 @@ layer(live(home, cache), { excludeTestServices: true })("machinen provision", (i
       assert.include(bake.stderr, "(PROVISION_INSTALL_HOOK_FAILED)")
       for (const wrong of [["--cmd", "[1]"], ["--copy", "nowhere"], ["--disk", "many"], ["/nowhere/recipe"]]) {
         const refused = yield* cli(home, ["provision", "--base", "micro", "--out", out, ...wrong], { env: cache })
-        assert.strictEqual(refused.code, 1)
+        assert.strictEqual(refused.code, 2)
         assert.include(refused.stderr, "(PARSE_")
       }
       assertNothingLeft(home)
