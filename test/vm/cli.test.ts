@@ -268,6 +268,12 @@ describe("a detached VM", () => {
         for (const verb of ["ls", "list", "ps"])
           assert.match((yield* machinen([verb])).stdout, /^web\s+[0-9a-f]{12}\s+\d+\s+running/m)
 
+        const other = yield* machinen(["exec", "web", "--user", "1234:5678", "--", "sh", "-c", "id -u; id -g"])
+        assert.deepStrictEqual(other, { code: 0, signal: null, stdout: "1234\n5678\n", stderr: "" })
+        const nobody = yield* machinen(["exec", "web", "-u", "no-such-user", "--", "true"])
+        assert.strictEqual(nobody.code, 125)
+        assert.include(nobody.stderr, "no-such-user")
+
         const inspected = json((yield* machinen(["inspect", "--json", "web"])).stdout)
         assert.deepInclude(inspected, { name: "web", pid: listed[0]?.["pid"] })
         assert.isObject(inspected["guest"])

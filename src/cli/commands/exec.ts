@@ -3,7 +3,7 @@ import { Effect, Option } from "effect"
 import { ParseError } from "../../domain/errors.ts"
 import { Machinen } from "../../Machinen.ts"
 import { ExitWith } from "../exit.ts"
-import { durationMs, environment, json } from "../options.ts"
+import { bootOptions, durationMs, environment, json, whenGiven } from "../options.ts"
 import * as render from "../render.ts"
 import { readSecrets } from "../secrets.ts"
 import * as stdio from "../stdio.ts"
@@ -40,6 +40,7 @@ export const exec = (tail: ReadonlyArray<string>) =>
         Options.withDescription("NAME of a secret the VM has, or NAME=@FILE to give it that; may be repeated")
       ),
       workdir: Options.text("workdir").pipe(Options.withAlias("w"), Options.optional),
+      user: bootOptions.user,
       timeout: Options.text("timeout").pipe(Options.optional, Options.withDescription("kill it after this long")),
       json,
       vm: vmArg,
@@ -66,10 +67,12 @@ export const exec = (tail: ReadonlyArray<string>) =>
         const machinen = yield* Machinen
         const vm = yield* machinen.attach(input.vm)
         if (Object.keys(secrets).length > 0) yield* vm.secrets(secrets)
-        const cwd = Option.isSome(input.workdir) ? { cwd: input.workdir.value } : {}
+        const place = {
+          ...whenGiven({ cwd: input.workdir, user: input.user }),
+          ...(secretNames.length === 0 ? {} : { secrets: secretNames })
+        }
         if (input.tty) {
-          const named = { ...cwd, ...(secretNames.length === 0 ? {} : { secrets: secretNames }) }
-          const spec = { argv: [first, ...rest], env: { ...terminal.environment(), ...env }, ...named }
+          const spec = { argv: [first, ...rest], env: { ...terminal.environment(), ...env }, ...place }
           const running = terminal.relay(vm.terminal(spec, terminal.size()), { detachKeys: false })
           return yield* exitWith(yield* withinLimit(running, limit))
         }
@@ -77,8 +80,7 @@ export const exec = (tail: ReadonlyArray<string>) =>
         const command = {
           argv: [first, ...rest] as const,
           env,
-          ...cwd,
-          ...(input.secret.length === 0 ? {} : { secrets: secretNames }),
+          ...place,
           ...(stdin === undefined ? {} : { stdin })
         }
         if (input.json) {
