@@ -133,12 +133,12 @@ describe("set-up's assets", () => {
   it.live("missing, all of them", () =>
     Effect.gen(function* () {
       const error = yield* failing({}, { MACHINEN_ASSETS_STORE: path.join(home, "no-assets") })
-      assert.include(["ASSET_MISSING", "BOOT_VMM_FAILED"], error.code)
+      assert.include(["ASSET_MISSING", "BOOT_VMM_FAILED", "GVPROXY_NOT_FOUND"], error.code)
       assert.include(error.hint ?? "", "install")
     })
   )
 
-  for (const missing of ["kernel", "programs", "base-micro"]) {
+  for (const missing of ["kernel", "programs", "gvproxy", "base-micro"]) {
     it.live(`missing: ${missing}`, () =>
       Effect.gen(function* () {
         const store = path.join(home, `assets-without-${missing}`)
@@ -148,7 +148,7 @@ describe("set-up's assets", () => {
           if (!name.startsWith(missing)) symlinkSync(path.join(assets, name), path.join(store, name))
         }
         const error = yield* failing({}, { MACHINEN_ASSETS_STORE: store })
-        assert.strictEqual(error.code, "ASSET_MISSING")
+        assert.strictEqual(error.code, missing === "gvproxy" ? "GVPROXY_NOT_FOUND" : "ASSET_MISSING")
         assert.include(error.message, missing)
         assert.include(error.hint ?? "", "install")
       })
