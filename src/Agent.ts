@@ -20,6 +20,7 @@ import { checkCommand } from "./domain/commandCheck.ts"
 import { ExecError, FilesError } from "./domain/errors.ts"
 import { ExitStatus } from "./domain/Vm.ts"
 import * as FileTree from "./FileTree.ts"
+import type { GuestConfig } from "./Initramfs.ts"
 import { Tail } from "./platform/Tail.ts"
 import * as tar from "./platform/tar.ts"
 import type { Connection } from "./platform/UnixSocket.ts"
@@ -116,6 +117,8 @@ export interface Identity {
   readonly mac?: string
   /** Over the environment the original was booted with. */
   readonly env: Readonly<Record<string, string>>
+  /** In place of everything the original was configured with: it has run nothing, and begins here. */
+  readonly config?: GuestConfig["config"]
 }
 
 /** What the agent in one guest can do. */
@@ -583,14 +586,15 @@ const makeClient = (
 }
 
 /** What must not be the same twice, made at the last moment. */
-const renewed = ({ env, generation, hostname, mac }: Identity) => ({
+const renewed = ({ config, env, generation, hostname, mac }: Identity) => ({
   seed: randomBytes(32).toString("hex"),
   nowMs: Date.now(),
   hostname,
   machineId: randomBytes(16).toString("hex"),
   generation,
   ...(mac === undefined ? {} : { mac }),
-  env
+  env,
+  ...(config === undefined ? {} : { config })
 })
 
 const renew = (asked: Effect.Effect<unknown, ExecError | AgentRefusal>) =>

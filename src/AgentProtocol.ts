@@ -138,7 +138,16 @@ const identity = {
   generation: Schema.String,
   /** Of its network card. */
   mac: Schema.optional(Schema.String),
-  env: Environment
+  env: Environment,
+  /** In place of the whole configuration the original was booted with. */
+  config: Schema.optional(
+    Schema.Struct({
+      cmd: Schema.optional(Schema.Array(Schema.String)),
+      env: Environment,
+      cwd: Schema.optional(Schema.String),
+      user: Schema.optional(Schema.String)
+    })
+  )
 }
 
 /** What the host may ask of the agent; the first frame of every stream. */

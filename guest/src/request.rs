@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer};
 
 use zeroize::Zeroizing;
 
+use crate::config::GuestConfig;
 use crate::reply::{Code, ErrorReply};
 
 /// The operation a stream asks for.
@@ -214,6 +215,8 @@ pub struct Rejuvenate {
     pub mac: Option<[u8; 6]>,
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// In place of what the machine was configured with: it is a copy of one that has run nothing, and begins here.
+    pub config: Option<GuestConfig>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -382,8 +385,16 @@ impl Rejuvenate {
         if self.generation.len() != 36 || !self.generation.bytes().all(plain) {
             return bad("generation must be a UUID");
         }
+        self.config.as_ref().map_or(Ok(()), check_config)?;
         check_env(&self.env)
     }
+}
+
+fn check_config(config: &GuestConfig) -> Result<(), ErrorReply> {
+    config.cmd.iter().try_for_each(|argument| no_nul("config.cmd", argument))?;
+    config.user.iter().try_for_each(|user| no_nul("config.user", user))?;
+    config.cwd.iter().try_for_each(|cwd| check_path(cwd))?;
+    check_env(&config.env)
 }
 
 fn check_env(env: &BTreeMap<String, String>) -> Result<(), ErrorReply> {
@@ -507,6 +518,12 @@ mod tests {
             ("env", serde_json::json!({"": "1"})),
             ("env", serde_json::json!({"A=B": "1"})),
             ("env", serde_json::json!({"A": "\0"})),
+            ("config", 7.into()),
+            ("config", serde_json::json!({"cmd": "true"})),
+            ("config", serde_json::json!({"cmd": ["a\0b"]})),
+            ("config", serde_json::json!({"env": {"A=B": "1"}})),
+            ("config", serde_json::json!({"cwd": "here"})),
+            ("config", serde_json::json!({"user": "\0"})),
         ];
         for (field, value) in wrong {
             let refused = rejuvenate(field, value.clone()).unwrap_err();

@@ -42,14 +42,23 @@ pub fn renew(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, Erro
     let mut done = Rejuvenated { renewed: vec!["random", "clock"], kept: Vec::new(), clock_step_ms };
     done.note("hostname", late::set_hostname(&request.hostname));
     done.note("machine-id", papers.renew_machine_id(&request.machine_id));
-    done.note("generation", papers.renew_generation(&request.generation));
+    // A machine that has run nothing before is a copy to nobody in it.
+    if request.config.is_none() {
+        done.note("generation", papers.renew_generation(&request.generation));
+    }
     if let Some(mac) = request.mac {
         done.note("mac", network::set_hardware_address(mac));
     }
     // They were given to the original; whoever wants them here gives them again.
     context.secrets().forget();
-    context.config().env.extend(request.env);
-    *context.rejuvenated() = Some(done.clone());
+    let begins = request.config.is_some();
+    let mut config = context.config();
+    if let Some(own) = request.config {
+        *config = own;
+    }
+    config.env.extend(request.env);
+    drop(config);
+    *context.rejuvenated() = (!begins).then(|| done.clone());
     Ok(done)
 }
 
