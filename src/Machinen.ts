@@ -20,6 +20,7 @@ import type { VmEntry } from "./domain/VmEntry.ts"
 import { type Forked, type ForkOptions, fork } from "./fork.ts"
 import type { Gvproxy } from "./Gvproxy.ts"
 import type { Mountdisk } from "./Mountdisk.ts"
+import { type Prepared, type PrepareOptions, prepare } from "./prepare.ts"
 import { type Provisioned, type ProvisionOptions, provision } from "./provision.ts"
 import { type Leftover, Registry } from "./Registry.ts"
 import type { RootfsImage } from "./RootfsImage.ts"
@@ -28,6 +29,7 @@ import type { Settings } from "./Settings.ts"
 import { Shim } from "./Shim.ts"
 import type { SnapshotEngines } from "./SnapshotEngine.ts"
 import { checkSnapshot, type Snapshot, type SnapshotOptions, snapshot } from "./snapshot.ts"
+import { collect } from "./templates.ts"
 import * as Vm from "./Vm.ts"
 import { Vmm } from "./Vmm.ts"
 
@@ -69,6 +71,8 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
      * output is lost.
      */
     readonly boot: (options: BootOptions) => Effect.Effect<Booted, BootFailure, Scope.Scope>
+    /** Makes the template of a machine, where there is none: boots of the same shape begin as it. */
+    readonly prepare: (options: PrepareOptions) => Effect.Effect<Prepared, BootFailure | SnapshotError>
     /** Builds an image: boots a base, runs the hook in it, and writes its root filesystem to a tarball. */
     readonly provision: <E, R = never>(options: ProvisionOptions<E, R>) => Effect.Effect<Provisioned, BootFailure, R>
     /** Turns a running VM into a bundle. Unless `leaveRunning`, the VM ends with it. */
@@ -86,7 +90,7 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
     /** A handle on a running VM by pid, name or id. Closing nothing ends it: it belongs to who booted it. */
     readonly attach: (reference: string) => Effect.Effect<Vm.Vm, RegistryError>
     readonly list: Effect.Effect<ReadonlyArray<VmEntry>, RegistryError>
-    /** Removes what dead VMs left; a dry run only tells. */
+    /** Removes what dead VMs left, and templates that nobody can use any more; a dry run only tells. */
     readonly gc: (options?: { readonly dryRun?: boolean }) => Effect.Effect<ReadonlyArray<Leftover>, RegistryError>
   }
 >() {
@@ -104,6 +108,7 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
       const sourceOf = (vm: Vm.Vm) => ({ entry: vm.entry, machine: vm.machine, agent: vm })
       return Machinen.of({
         boot: (options) => providedScoped(boot(options)),
+        prepare: (options) => provided(prepare(options)),
         provision: <E, R>(options: ProvisionOptions<E, R>) =>
           Effect.mapInputContext(provision(options), (own: Context.Context<R>) => Context.merge(services, own)),
         snapshot: (vm, options) => provided(snapshot(sourceOf(vm), options)),
@@ -124,7 +129,10 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
           return Vm.make(entry, vmm.attach(entry, running), agent.client(entry.vsockPath))
         }),
         list: registry.list,
-        gc: registry.reconcile
+        gc: (options) =>
+          provided(
+            Effect.zipWith(registry.reconcile(options), collect(options), (dead, unused) => [...dead, ...unused])
+          )
       })
     })
   )

@@ -20,7 +20,8 @@ const raw = Config.nested(
     imageLimitMib: Config.integer("IMAGE_LIMIT_MIB").pipe(Config.withDefault(16 * 1024)),
     bootTimeout: Config.duration("BOOT_TIMEOUT").pipe(Config.withDefault(Duration.seconds(60))),
     stopGrace: Config.duration("STOP_GRACE").pipe(Config.withDefault(Duration.seconds(5))),
-    snapshotEngine: Config.string("SNAPSHOT_ENGINE").pipe(Config.withDefault(""))
+    snapshotEngine: Config.string("SNAPSHOT_ENGINE").pipe(Config.withDefault("")),
+    prepared: Config.literal("auto", "off")("PREPARED").pipe(Config.withDefault("auto"))
   }),
   "MACHINEN"
 )
@@ -54,6 +55,8 @@ export interface SettingsValues {
   readonly stopGrace: Duration.Duration
   /** As it was given; empty when it was not. Checked by who takes a snapshot. */
   readonly snapshotEngine: string
+  /** Whether a boot begins as a machine that was prepared, where there is one of its shape. */
+  readonly prepared: "auto" | "off"
 }
 
 const derive = (c: Config.Config.Success<typeof raw>): SettingsValues => {
@@ -69,8 +72,13 @@ const derive = (c: Config.Config.Success<typeof raw>): SettingsValues => {
 
 /**
  * Host-wide settings, read once: MACHINEN_HOME, MACHINEN_CACHE_DIR, MACHINEN_ASSETS_STORE, MACHINEN_REGISTRY_DIR, MACHINEN_BACKEND,
+<<<<<<< HEAD
  * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_MKSQUASHFS, MACHINEN_GVPROXY, MACHINEN_ASSETS_DIR, MACHINEN_IMAGE_LIMIT_MIB, MACHINEN_BOOT_TIMEOUT and
  * MACHINEN_STOP_GRACE (as "5 seconds"), MACHINEN_SNAPSHOT_ENGINE.
+=======
+ * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_MKSQUASHFS, MACHINEN_GVPROXY, MACHINEN_IMAGE_LIMIT_MIB, MACHINEN_BOOT_TIMEOUT and
+ * MACHINEN_STOP_GRACE (as "5 seconds"), MACHINEN_SNAPSHOT_ENGINE, MACHINEN_PREPARED.
+>>>>>>> 228e0b7 (boot: begin as a prepared machine, where there is one of its shape)
  */
 export class Settings extends Context.Tag("machinen/Settings")<Settings, SettingsValues>() {
   static readonly layer = Layer.effect(Settings, Effect.map(raw, derive))
@@ -94,6 +102,7 @@ export class Settings extends Context.Tag("machinen/Settings")<Settings, Setting
       bootTimeout: Duration.seconds(60),
       stopGrace: Duration.seconds(5),
       snapshotEngine: "",
+      prepared: "auto",
       ...overrides
     })
 }

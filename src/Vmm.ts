@@ -65,6 +65,8 @@ export class Vmm extends Context.Tag("machinen/Vmm")<
     readonly launch: (spec: MachineSpec, supervision: Supervision) => Effect.Effect<VmmHandle, BootError, Scope.Scope>
     /** What a machine made of this would be here and now. */
     readonly fingerprint: (plugged: Plugged) => Effect.Effect<MachineFingerprint, BootError>
+    /** What a kernel it loads is told, but for what is measured on this host. */
+    readonly kernelArguments: Effect.Effect<string, BootError>
     /** The hypervisor of a VM that runs already. */
     readonly attach: (entry: VmEntry, shim: ShimHandle) => VmmHandle
   }

@@ -1,13 +1,14 @@
+import { randomUUID } from "node:crypto"
 import * as path from "node:path"
-import { Duration, Effect } from "effect"
-import { Agent } from "./Agent.ts"
+import { Data, Duration, Effect, ExecutionStrategy, Exit, Option, Scope } from "effect"
+import { Agent, type AgentClient } from "./Agent.ts"
 import { Assets } from "./Assets.ts"
 import { type BootOptions, type BootPlan, validate } from "./domain/BootOptions.ts"
 import { BootError, type ExecError, type SecretsError } from "./domain/errors.ts"
 import { applied } from "./domain/ImageConfig.ts"
-import { guestNetwork } from "./domain/Network.ts"
-import { reveal } from "./domain/Secrets.ts"
-import { type Disk, MachineSpec } from "./domain/Vm.ts"
+import { guestNetwork, macOf } from "./domain/Network.ts"
+import { reveal, type Secrets } from "./domain/Secrets.ts"
+import { type Disk, MachineSpec, type Start } from "./domain/Vm.ts"
 import { VmEntry } from "./domain/VmEntry.ts"
 import type * as Initramfs from "./Initramfs.ts"
 import * as Launch from "./launch.ts"
@@ -18,8 +19,9 @@ import * as processes from "./platform/processes.ts"
 import { Registry } from "./Registry.ts"
 import { RootfsImage } from "./RootfsImage.ts"
 import { Settings } from "./Settings.ts"
+import * as templates from "./templates.ts"
 import * as Vm from "./Vm.ts"
-import { Vmm } from "./Vmm.ts"
+import { Vmm, type VmmHandle } from "./Vmm.ts"
 
 export interface Booted {
   readonly vm: Vm.Vm
@@ -29,6 +31,17 @@ export interface Booted {
   readonly phases: ReadonlyMap<string, number>
 }
 
+/** Everything that can be refused is, and nothing acquired. */
+export const check = Effect.fn("boot.check")(function* (options: BootOptions) {
+  const vmm = yield* Vmm
+  const plan = yield* validate(options, {
+    memoryBytes: yield* memory.totalBytes,
+    maxVcpus: (yield* vmm.capabilities).maxVcpus
+  })
+  yield* checkHosts(plan.mounts)
+  return plan
+})
+
 /**
  * Boots a VM into the current scope; the steps are those of ARCHITECTURE.md. Closing the scope releases them last first, whether the boot
  * finished, failed half-way or was interrupted. A detached VM is left running once it is ready.
@@ -36,140 +49,259 @@ export interface Booted {
 export const boot = Effect.fn("boot")(
   function* (options: BootOptions) {
     const settings = yield* Settings
-    const registry = yield* Registry
-    const images = yield* RootfsImage
-    const assets = yield* Assets
-    const vmm = yield* Vmm
-    const agent = yield* Agent
-    const { phase, phases } = yield* PhaseTimer.make
+    const timer = yield* PhaseTimer.make
 
     // 1. Check everything that can be refused. Nothing has been acquired yet.
-    const capabilities = yield* vmm.capabilities
-    const asked = yield* validate(options, {
-      memoryBytes: yield* memory.totalBytes,
-      maxVcpus: capabilities.maxVcpus
-    }).pipe(
-      Effect.tap(({ mounts }) => checkHosts(mounts)),
-      phase("validate")
-    )
-    const network = yield* Launch.networkOf(asked.network, asked.portForward)
+    const plan = yield* check(options).pipe(timer.phase("validate"))
     const secrets = yield* reveal(options.secrets ?? {})
-    const id = Launch.newId()
-    const dir = path.join(settings.vmsDir, id)
-    const vsockPath = path.join(dir, "vsock.sock")
-    yield* Launch.checkSocketPath(`${vsockPath}_65535`, settings.home)
-    const controlPath = vmm.controlPath(dir)
-    const entry = new VmEntry({
-      version: 1,
-      id,
-      name: asked.name,
-      state: "booting",
-      bootId: yield* processes.bootId,
-      owner: yield* processes.self,
-      detached: asked.detached,
-      backend: capabilities.backend,
-      accel: capabilities.accel,
-      image: asked.rootDisk ?? asked.image,
-      command: asked.command,
-      memoryMib: asked.memoryMib,
-      vcpus: asked.vcpus,
-      network: asked.network,
-      portForward: asked.portForward,
-      mount: asked.mounts.mount,
-      ...(asked.mounts.liveMounts.length === 0 ? {} : { liveMounts: asked.mounts.liveMounts }),
-      createdAt: Date.now(),
-      vsockPath,
-      controlPath: path.join(dir, "shim.sock"),
-      ...(controlPath === undefined ? {} : { vmmControlPath: controlPath })
-    })
-
-    // 2. The VM's directory and name.
-    const cleanup = yield* registry.claim(entry).pipe(phase("claim"))
-
-    // 3. What the machine is made of, and a place for the guest to ring.
-    const [{ plan, ...root }, mounted] = yield* Effect.all(
-      [
-        rootDisks(asked, dir, images).pipe(phase("rootdisk-materialize")),
-        asked.mounts.mount === undefined
-          ? noDisks
-          : mountDisks(asked.mounts.mount, asked.mounts.mountUpperBytes, dir).pipe(phase("mountdisk-materialize"))
-      ],
-      { concurrency: 2 }
-    )
-    const [kernel, initrd, doorbell] = yield* Effect.all(
-      [
-        assets.kernel,
-        Launch.writeInitramfs(dir, guestOf(plan, entry)).pipe(phase("initramfs-pack")),
-        agent.doorbell(vsockPath)
-      ],
-      { concurrency: "unbounded" }
-    )
-
-    // 4. Shim and VMM. From here on the shim answers for everything in the directory.
-    const disks = [...root.disks, ...mounted.disks]
-    const complete = new VmEntry({ ...entry, command: plan.command, kernel, disks })
-    const machine = yield* vmm
-      .launch(
-        new MachineSpec({
-          id,
-          dir,
-          start: { _tag: "Kernel", kernel, initrd },
-          memoryMib: plan.memoryMib,
-          vcpus: plan.vcpus,
-          disks,
-          shares: sharesOf(entry),
-          ...Launch.cardOf(entry)
-        }),
-        {
-          entry: complete,
-          files: [...root.files, ...mounted.files],
-          ...network,
-          cleanup,
-          graceMs: Duration.toMillis(settings.stopGrace)
-        }
+    if (!plan.prepared || settings.prepared === "off" || !templates.canBePrepared(plan)) {
+      return yield* withKernel(plan, secrets, timer)
+    }
+    // In a scope of its own: what a template that turns out to be none has begun is gone before the kernel's turn.
+    const attempt = yield* Scope.fork(yield* Effect.scope, ExecutionStrategy.sequential)
+    return yield* start(plan, secrets, timer, true).pipe(
+      Scope.extend(attempt),
+      Effect.onError((cause) => Scope.close(attempt, Exit.failCause(cause))),
+      Effect.catchTag("TemplateFailed", ({ cause }) =>
+        Effect.zipRight(
+          Effect.logDebug("the template cannot be used, a kernel is booted", cause),
+          Effect.flatMap(PhaseTimer.make, (again) => withKernel(plan, secrets, again))
+        )
       )
-      .pipe(Launch.namingPortHolder, phase("vmm-spawn"))
-
-    // 5. The doorbell, raced against the machine's end and the deadline; what only the guest may know follows at once.
-    const client = agent.client(vsockPath)
-    const ready = Effect.zipRight(doorbell, Launch.entrust(client, secrets))
-    yield* Launch.untilReady(ready, machine, settings.bootTimeout).pipe(
-      Effect.mapError((error) => (plan.detached ? notReadyDetached(error) : error)),
-      phase("guest-ready")
     )
-
-    const vm = Vm.make(
-      new VmEntry({ ...complete, state: "running", shim: machine.shim, vmm: machine.vmm }),
-      machine,
-      client
-    )
-    yield* Effect.logDebug("booted", Object.fromEntries(phases()))
-    const booted: Booted = { vm, command: plan.command, phases: phases() }
-    return booted
   },
   Effect.annotateLogs({ service: "boot" })
 )
 
+/** A machine that began as a template did not come up. */
+class TemplateFailed extends Data.TaggedError("TemplateFailed")<{ readonly cause: Error }> {}
+
+const withKernel = (plan: BootPlan, secrets: Secrets, timer: PhaseTimer.PhaseTimer) =>
+  Effect.catchTag(start(plan, secrets, timer, false), "TemplateFailed", ({ cause }) => Effect.die(cause))
+
+const start = Effect.fnUntraced(function* (
+  asked: BootPlan,
+  secrets: Secrets,
+  { phase, phases }: PhaseTimer.PhaseTimer,
+  prepared: boolean
+) {
+  const settings = yield* Settings
+  const registry = yield* Registry
+  const images = yield* RootfsImage
+  const assets = yield* Assets
+  const vmm = yield* Vmm
+  const agent = yield* Agent
+  const capabilities = yield* vmm.capabilities
+  const network = yield* Launch.networkOf(asked.network, asked.portForward)
+  const id = Launch.newId()
+  const dir = path.join(settings.vmsDir, id)
+  const vsockPath = path.join(dir, "vsock.sock")
+  yield* Launch.checkSocketPath(`${vsockPath}_65535`, settings.home)
+  const controlPath = vmm.controlPath(dir)
+  const entry = new VmEntry({
+    version: 1,
+    id,
+    name: asked.name,
+    state: "booting",
+    bootId: yield* processes.bootId,
+    owner: yield* processes.self,
+    detached: asked.detached,
+    backend: capabilities.backend,
+    accel: capabilities.accel,
+    image: asked.rootDisk ?? asked.image,
+    command: asked.command,
+    memoryMib: asked.memoryMib,
+    vcpus: asked.vcpus,
+    network: asked.network,
+    portForward: asked.portForward,
+    mount: asked.mounts.mount,
+    ...(asked.mounts.liveMounts.length === 0 ? {} : { liveMounts: asked.mounts.liveMounts }),
+    createdAt: Date.now(),
+    vsockPath,
+    controlPath: path.join(dir, "shim.sock"),
+    ...(controlPath === undefined ? {} : { vmmControlPath: controlPath })
+  })
+
+  // 2. The VM's directory and name.
+  const cleanup = yield* registry.claim(entry).pipe(phase("claim"))
+
+  // 3. What the machine is made of, and how it begins.
+  const [{ plan, template, ...root }, mounted] = yield* Effect.all(
+    [
+      rootDisks(asked, dir, images, prepared).pipe(phase("rootdisk-materialize")),
+      asked.mounts.mount === undefined
+        ? noDisks
+        : mountDisks(asked.mounts.mount, asked.mounts.mountUpperBytes, dir).pipe(phase("mountdisk-materialize"))
+    ],
+    { concurrency: 2 }
+  )
+  const kernel = yield* assets.kernel
+  const disks = [...root.disks, ...mounted.disks]
+  const complete = new VmEntry({
+    ...entry,
+    command: plan.command,
+    kernel,
+    disks,
+    // until the guest is one of its own: a copy whose maker dies before would stand frozen for good
+    ...(template === undefined ? {} : { prepared: true, detached: false })
+  })
+  const guest = guestOf(plan, complete)
+  const beginning =
+    template === undefined
+      ? yield* fromKernel(kernel, vsockPath, Launch.writeInitramfs(dir, guest).pipe(phase("initramfs-pack")))
+      : yield* fromTemplate(template, dir, complete, guest)
+
+  // 4. Shim and VMM. From here on the shim answers for everything in the directory.
+  const machine = yield* vmm
+    .launch(
+      new MachineSpec({
+        id,
+        dir,
+        start: beginning.start,
+        memoryMib: plan.memoryMib,
+        vcpus: plan.vcpus,
+        disks,
+        shares: sharesOf(entry),
+        ...Launch.cardOf(entry)
+      }),
+      {
+        entry: complete,
+        files: [...root.files, ...mounted.files],
+        ...network,
+        cleanup,
+        graceMs: Duration.toMillis(settings.stopGrace)
+      }
+    )
+    .pipe(
+      Launch.namingPortHolder,
+      phase("vmm-spawn"),
+      Effect.mapError((error) => (template === undefined || innocent.has(error.code) ? error : blaming(error)))
+    )
+
+  // 5. The guest's word, raced against the machine's end and the deadline; what only the guest may know follows at once.
+  const client = agent.client(vsockPath)
+  const ready = Effect.zipRight(beginning.ready(client), Launch.entrust(client, secrets))
+  yield* Launch.untilReady(
+    template === undefined ? ready : afterTheEnd(ready, machine),
+    machine,
+    settings.bootTimeout
+  ).pipe(
+    Effect.catchAll((error) =>
+      Effect.gen(function* () {
+        if (template !== undefined && (yield* isTemplates(error, machine))) return yield* blaming(error)
+        return yield* plan.detached ? notReadyDetached(error) : error
+      })
+    ),
+    phase("guest-ready")
+  )
+  if (template !== undefined && plan.detached) yield* machine.detach
+
+  const vm = Vm.make(
+    new VmEntry({ ...complete, detached: plan.detached, state: "running", shim: machine.shim, vmm: machine.vmm }),
+    machine,
+    client
+  )
+  yield* Effect.logDebug(template === undefined ? "booted" : "booted as a template", Object.fromEntries(phases()))
+  const booted: Booted = { vm, command: plan.command, phases: phases() }
+  return booted
+})
+
+const blaming = (cause: Error) => new TemplateFailed({ cause })
+
+/** Would have failed a boot with a kernel as well. */
+const innocent: ReadonlySet<string> = new Set([
+  "BOOT_NO_SPACE",
+  "BOOT_VMM_MISSING",
+  "BOOT_PORT_FORWARD_IN_USE",
+  "BOOT_PORT_FORWARD_INVALID"
+] satisfies ReadonlyArray<BootError["code"]>)
+
+/** A guest that does not answer because its machine has ended is told by how that ended. */
+const afterTheEnd = <A, E>(ready: Effect.Effect<A, E>, machine: VmmHandle) =>
+  Effect.tapError(ready, () =>
+    machine.exited.pipe(Effect.zipRight(Effect.never), Effect.timeout("1 second"), Effect.ignore)
+  )
+
+/** Whether the template is to blame for a machine that did not come up: it refused, or ended, and nobody had ended it. */
+const isTemplates = (error: BootError | ExecError | SecretsError, machine: VmmHandle) =>
+  error._tag === "ExecError"
+    ? Effect.succeed(true)
+    : error.code === "BOOT_READY_TIMEOUT"
+      ? Effect.succeed(false)
+      : Effect.map(machine.exited, ({ reason, vmm }) => reason === "vmm" && !outsiders.has(vmm.signal))
+
+/** SIGKILL and SIGTERM: no program ends itself by them. */
+const outsiders: ReadonlySet<number | null> = new Set([9, 15])
+
+/** How a machine begins, and when its guest serves. */
+interface Beginning {
+  readonly start: Start
+  readonly ready: (client: AgentClient) => Effect.Effect<unknown, BootError | ExecError>
+}
+
+/** With a kernel, and a place for the guest to ring. */
+const fromKernel = Effect.fnUntraced(function* (
+  kernel: string,
+  vsockPath: string,
+  initramfs: ReturnType<typeof Launch.writeInitramfs>
+) {
+  const [initrd, doorbell] = yield* Effect.all([initramfs, (yield* Agent).doorbell(vsockPath)], { concurrency: 2 })
+  const beginning: Beginning = { start: { _tag: "Kernel", kernel, initrd }, ready: () => doorbell }
+  return beginning
+})
+
+/** Where the template stands: what a kernel's boot would have been told, the guest is told now. */
+const fromTemplate = Effect.fnUntraced(function* (
+  { bundle, engine }: templates.Template,
+  dir: string,
+  entry: VmEntry,
+  { boot, config }: Initramfs.GuestConfig
+) {
+  const revival = yield* engine.revive(bundle.dir, { dir, entry, lazy: false })
+  const beginning: Beginning = {
+    start: revival.start,
+    ready: (client) =>
+      revival.ready(client, {
+        hostname: boot.hostname,
+        generation: randomUUID(),
+        ...(entry.network === "nat" ? { mac: macOf(entry.id) } : {}),
+        env: {},
+        config
+      })
+  }
+  return beginning
+})
+
 const noDisks = Effect.succeed({ disks: [], files: [] })
 
-/** The disks of the guest's root, what has to be copied into the VM's directory for them, and the plan with what the image says. */
-const rootDisks = Effect.fnUntraced(function* (plan: BootPlan, dir: string, images: RootfsImage["Type"]) {
+/**
+ * The disks of the guest's root, what has to be copied into the VM's directory for them, the plan with what the image says, and what the
+ * machine can begin as.
+ */
+const rootDisks = Effect.fnUntraced(function* (
+  plan: BootPlan,
+  dir: string,
+  images: RootfsImage["Type"],
+  prepared: boolean
+) {
   if (plan.rootDisk !== undefined) {
     const disk: Disk = { id: "root", path: yield* images.checkDisk(plan.rootDisk), readOnly: false }
-    return { plan, disks: [disk], files: [] }
+    return { plan, disks: [disk], files: [], template: undefined }
   }
-  const [base, template] = yield* Effect.all(
-    [images.resolve(plan.image), images.upperTemplate(plan.rootDiskSizeBytes)],
-    {
-      concurrency: 2
-    }
+  const [base, empty] = yield* Effect.all([images.resolve(plan.image), images.upperTemplate(plan.rootDiskSizeBytes)], {
+    concurrency: 2
+  })
+  const [found, config] = yield* Effect.all(
+    [prepared ? templates.find(plan, base) : Effect.succeedNone, images.config(base)],
+    { concurrency: 2 }
   )
+  const template = Option.getOrUndefined(found)
   const upper = path.join(dir, "upper.img")
   const disks: ReadonlyArray<Disk> = [
     { id: "root", path: base, readOnly: true },
     { id: "upper", path: upper, readOnly: false }
   ]
-  return { plan: yield* applied(plan, yield* images.config(base)), disks, files: [{ from: template, to: upper }] }
+  return { plan: yield* applied(plan, config), disks, files: [{ from: template?.upper ?? empty, to: upper }], template }
 })
 
 /** What the guest is told. */

@@ -185,7 +185,9 @@ const bootBase = <E, R>(base: string, options: ProvisionOptions<E, R>) =>
       rootDiskSizeBytes: options.diskSizeBytes ?? defaultDiskBytes,
       ...(options.network === undefined ? {} : { network: options.network }),
       ...(options.memoryMib === undefined ? {} : { memoryMib: options.memoryMib }),
-      ...(options.vcpus === undefined ? {} : { vcpus: options.vcpus })
+      ...(options.vcpus === undefined ? {} : { vcpus: options.vcpus }),
+      // a machine that was prepared has a machine id and files that are not the image's
+      prepared: false
     })
     return { vm, baked }
   }).pipe(

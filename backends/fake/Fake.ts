@@ -1,6 +1,7 @@
 import { Context, Deferred, Effect, FiberId, Layer, Option, Ref, Stream } from "effect"
 import { Agent, type AgentClient } from "../../src/Agent.ts"
 import { Assets } from "../../src/Assets.ts"
+import { DigestFailed, Digests } from "../../src/Digests.ts"
 import {
   AssetError,
   BootError,
@@ -16,6 +17,7 @@ import { Gvproxy } from "../../src/Gvproxy.ts"
 import { Mountdisk } from "../../src/Mountdisk.ts"
 import { RootfsImage } from "../../src/RootfsImage.ts"
 import { CaptureFailed, type ShimHandle } from "../../src/Shim.ts"
+import { SnapshotEngines } from "../../src/SnapshotEngine.ts"
 import { type Supervision, Vmm, VmmControlFailed, type VmmHandle } from "../../src/Vmm.ts"
 
 /** Steps of a boot that can be made to fail, or never to end. */
@@ -209,6 +211,11 @@ export const layer = Layer.unwrapEffect(
             ).pipe(Effect.as(at("doorbell", new ExecError({ code: "EXEC_PROTOCOL", message: "it rang wrongly" }))))
         })
       ),
+      Layer.succeed(SnapshotEngines, new Map()),
+      Layer.succeed(Digests, {
+        of: () => new DigestFailed({ message: "a fake has no files" }),
+        remembered: () => new DigestFailed({ message: "a fake has no files" })
+      }),
       Layer.succeed(
         Vmm,
         Vmm.of({
@@ -226,6 +233,7 @@ export const layer = Layer.unwrapEffect(
               (exited) => Effect.zipRight(note("launch-"), Deferred.succeed(exited, ended("owner-lost", "")))
             ).pipe(Effect.map(handle)),
           fingerprint: () => Effect.fail(new BootError({ code: "BOOT_VMM_MISSING", message: "a fake is no machine" })),
+          kernelArguments: Effect.succeed(""),
           attach: (_entry, shim) => ({ ...shim, ...unsupported })
         })
       )

@@ -16,6 +16,7 @@ import {
   cpu,
   defaultBinary,
   devices,
+  kernelArguments,
   machine,
   memoryFd,
   netFd,
@@ -144,6 +145,7 @@ export const layer = Layer.effect(
           devices: devices(plugged)
         })
       }),
+      kernelArguments: Effect.map(probe.accelerator, ({ accel }) => kernelArguments(accel, 0)),
       attach: (entry, running) => handle(entry.vmmControlPath ?? controlPath(path.dirname(entry.controlPath)), running)
     })
   })

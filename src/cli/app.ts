@@ -14,6 +14,7 @@ import { install } from "./commands/install.ts"
 import { gc, pause, resume, stop } from "./commands/lifecycle.ts"
 import { logs } from "./commands/logs.ts"
 import { ls } from "./commands/ls.ts"
+import { prepare } from "./commands/prepare.ts"
 import { provision } from "./commands/provision.ts"
 import { repl } from "./commands/repl.ts"
 import { fork, restore } from "./commands/restore.ts"
@@ -52,6 +53,7 @@ export const cli = (argv: ReadonlyArray<string>) => {
       restore,
       fork,
       image,
+      prepare,
       provision("provision"),
       provision("bake"),
       gc,

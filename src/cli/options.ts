@@ -193,22 +193,22 @@ export const whenGiven = <A extends Readonly<Record<string, Option.Option<unknow
 const memory = (value: string): Effect.Effect<number | "auto", ParseError> =>
   value === "auto" ? Effect.succeed("auto") : wholeNumber("memory", value)
 
-/** Flags as boot options; only the shape of each is judged here. */
-export const toBootOptions = Effect.fnUntraced(function* (flags: BootFlags, command: ReadonlyArray<string>) {
-  const given = yield* Effect.all({
+/** The flags that say what the machine is made of. */
+export const toMachineOptions = (flags: Pick<BootFlags, "image" | "memory" | "vcpus" | "disk" | "network">) =>
+  Effect.all({
     image: Effect.succeed(flags.image),
-    rootDisk: Effect.succeed(flags.rootDisk),
-    name: Effect.succeed(flags.name),
-    cwd: Effect.succeed(flags.workdir),
     network: Effect.transposeMapOption(flags.network, network),
-    user: Effect.succeed(flags.user),
     memoryMib: Effect.transposeMapOption(flags.memory, memory),
     vcpus: Effect.transposeMapOption(flags.vcpus, (value) => wholeNumber("vcpus", value)),
     rootDiskSizeBytes: Effect.transposeMapOption(flags.disk, (value) => size("disk", value))
-  })
-  const set: ReadonlyArray<[string, Option.Option<unknown>]> = Object.entries(given)
+  }).pipe(Effect.map((given) => whenGiven(given)))
+
+/** Flags as boot options; only the shape of each is judged here. */
+export const toBootOptions = Effect.fnUntraced(function* (flags: BootFlags, command: ReadonlyArray<string>) {
+  const { name, rootDisk, user, workdir: cwd } = flags
   const options: BootOptions = {
-    ...Object.fromEntries(set.flatMap(([key, value]) => (Option.isSome(value) ? [[key, value.value]] : []))),
+    ...(yield* toMachineOptions(flags)),
+    ...whenGiven({ cwd, name, rootDisk, user }),
     ...(command.length === 0 ? {} : { command }),
     portForward: yield* portForward(flags.publish),
     ...(yield* volume(flags.volume)),

@@ -50,5 +50,6 @@ export const vmJson = (entry: VmEntry) => ({
   backend: entry.backend,
   accel: entry.accel,
   detached: entry.detached,
+  prepared: entry.prepared ?? false,
   createdAt: new Date(entry.createdAt).toISOString()
 })

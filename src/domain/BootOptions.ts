@@ -47,6 +47,8 @@ export interface BootOptions extends MountOptions {
   readonly portForward?: ReadonlyArray<PortForwardOption>
   /** The VM outlives the scope and the process that starts it. */
   readonly detached?: boolean
+  /** False: with a kernel, even where a machine of its shape has been prepared (`Machinen.prepare`). Default: as MACHINEN_PREPARED says. */
+  readonly prepared?: boolean
 }
 
 /** Options after every check and default. */
@@ -65,6 +67,7 @@ export interface BootPlan {
   readonly portForward: ReadonlyArray<PortForward>
   readonly mounts: MountPlan
   readonly detached: boolean
+  readonly prepared: boolean
 }
 
 export const defaultImage = "debian"
@@ -139,7 +142,8 @@ export const validate = Effect.fnUntraced(function* (options: BootOptions, host:
     network,
     portForward: yield* validateForwards(network, options.portForward ?? []),
     mounts: yield* validateMounts(options),
-    detached: options.detached ?? false
+    detached: options.detached ?? false,
+    prepared: options.prepared ?? true
   }
   return plan
 })

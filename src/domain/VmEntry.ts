@@ -37,6 +37,8 @@ export class VmEntry extends Schema.Class<VmEntry>("VmEntry")({
   liveMounts: Schema.optional(Schema.Array(LiveMount)),
   /** The bundle it was restored from, or the id of the VM it was forked from. */
   forkedFrom: Schema.optional(Schema.String),
+  /** It began as a template, not with a kernel: what its kernel printed at boot is on no console log of its own. */
+  prepared: Schema.optional(Schema.Boolean),
   /** Its processes were restored without their memory, which comes as it is touched. */
   lazy: Schema.optional(Schema.Boolean),
   /** Unix milliseconds. */

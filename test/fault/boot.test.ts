@@ -21,8 +21,8 @@ import {
 const home = temporaryHome()
 afterEach(() => settled(home))
 
-/** Without the probe for KVM, which would run the VMMs of these tests. */
-const tcg = { MACHINEN_ACCEL: "tcg" }
+/** Without the probe for KVM, which would run the VMMs of these tests; and with a kernel, whose steps these are. */
+const tcg = { MACHINEN_ACCEL: "tcg", MACHINEN_PREPARED: "off" }
 
 /** Boots with the settings given, which must fail, and gives the error. */
 const failing = (

@@ -19,6 +19,8 @@ const ranks: ReadonlyArray<readonly [prefix: string, rank: number]> = [
   ["src/bootPty.ts", 7],
   ["src/execPty.ts", 4],
   ["src/boot.ts", 3],
+  ["src/templates.ts", 3],
+  ["src/prepare.ts", 3],
   ["src/provision.ts", 3],
   ["src/restore.ts", 3],
   ["src/fork.ts", 3],

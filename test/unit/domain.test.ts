@@ -75,7 +75,8 @@ describe("boot options", () => {
         portForward: [],
         rootDiskSizeBytes: 2 * GiB,
         mounts: { mount: undefined, mountUpperBytes: 4 * GiB, liveMounts: [] },
-        detached: false
+        detached: false,
+        prepared: true
       })
     })
   )

@@ -70,9 +70,11 @@ describe("a main command", () => {
     assert.strictEqual(await vm.errorOutput(), "oops\n")
     assert.deepStrictEqual(leftovers(home), nothing)
     assert.include(log.of("guest-console"), "reboot: Restarting system")
-    assert.deepStrictEqual(log.phases(), [
-      "boot: validate claim rootdisk-materialize initramfs-pack vmm-spawn guest-ready"
-    ])
+    // initramfs-pack: with a kernel, where no machine of this shape is prepared
+    assert.deepStrictEqual(
+      log.phases().map((phases) => phases.replace(" initramfs-pack", "")),
+      ["boot: validate claim rootdisk-materialize vmm-spawn guest-ready"]
+    )
     assert.deepStrictEqual(await vm.wait(), { code: 7, signal: null })
     assert.strictEqual((await rejection(vm.exec("true"))).code, "EXEC_AGENT_UNAVAILABLE")
   })

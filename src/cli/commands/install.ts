@@ -1,7 +1,11 @@
 import { Command, Options } from "@effect/cli"
 import { Console, Duration, Effect } from "effect"
 import { HostProbe } from "../../HostProbe.ts"
+import { Machinen } from "../../Machinen.ts"
+import { baseNames } from "../../RootfsImage.ts"
+import { Settings } from "../../Settings.ts"
 import { type Progress, Setup, type SetupOptions } from "../../Setup.ts"
+import * as render from "../render.ts"
 
 /** Progress goes to stderr: stdout is for what a command is asked for. */
 const show = (event: Progress): Effect.Effect<void> => {
@@ -21,13 +25,38 @@ const show = (event: Progress): Effect.Effect<void> => {
   }
 }
 
+/** So that a boot of a base as it is begins where the kernel's boot has ended. Without, boots take a kernel, and nothing else is amiss. */
+const prepareBases = Effect.gen(function* () {
+  const machinen = yield* Machinen
+  const { prepared } = yield* Settings
+  if (prepared === "off") return
+  for (const image of baseNames) {
+    const title = `prepared machine ${image}`
+    yield* Effect.timed(machinen.prepare({ image })).pipe(
+      Effect.flatMap(([elapsed, { dataBytes, made }]) =>
+        Console.error(
+          made
+            ? `✔ ${title} (${Duration.format(Duration.millis(Math.round(Duration.toMillis(elapsed))))}, ${render.bytes(dataBytes)})`
+            : `✔ ${title} (there already)`
+        )
+      ),
+      Effect.catchAll((error) => Console.error(`✘ ${title}: ${error.message}; its boots will take a kernel`))
+    )
+  }
+})
+
 /** Everything a VM needs on this host, with what is done shown while it is done; ends by probing the accelerator. */
 export const setUpWith = Effect.fnUntraced(function* (options: SetupOptions) {
   const setup = yield* Setup
   const probe = yield* HostProbe
-  const [elapsed] = yield* Effect.timed(setup.run(show, options))
-  const { accel, reason } = yield* probe.accelerator
-  yield* Console.error(`✔ accelerator: ${accel} (${reason})`)
+  const [elapsed] = yield* Effect.timed(
+    Effect.gen(function* () {
+      yield* setup.run(show, options)
+      const { accel, reason } = yield* probe.accelerator
+      yield* Console.error(`✔ accelerator: ${accel} (${reason})`)
+      yield* prepareBases
+    })
+  )
   yield* Console.error(`set-up took ${(Duration.toMillis(elapsed) / 1000).toFixed(1)} s`)
 })
 
