@@ -14,13 +14,16 @@ const slackMs = 60
 
 type Image = keyof typeof factors
 
-const cold = (image: Image): Variant => ({
-  name: image,
+const boot = (image: Image, prepared: boolean): Variant => ({
+  name: prepared ? `${image} prepared` : image,
   released: true,
   run: ({ elapsed, mark, record }) =>
     Effect.gen(function* () {
       const machinen = yield* Machinen
-      const { phases, vm } = yield* machinen.boot({ image, ...machine })
+      const { phases, vm } = yield* machinen.boot({ image, ...machine, prepared })
+      if (prepared !== (vm.entry.prepared ?? false)) {
+        return yield* new BenchError({ message: `it began ${prepared ? "with a kernel" : "as a template"}` })
+      }
       const ready = yield* elapsed
       // the wait for the guest is the boot's last phase: it began when shim and VMM were there
       yield* mark("vmm-spawned", ready - (phases.get("guest-ready") ?? Number.NaN))
@@ -34,25 +37,30 @@ const cold = (image: Image): Variant => ({
 
 export const coldBoot: Scenario = {
   name: "cold-boot",
-  description: "a boot from nothing to the first command's answer and back to nothing, beside QEMU alone",
+  description:
+    "a boot to the first command's answer and back to nothing, with a kernel and as a prepared machine, beside QEMU alone",
   setup: Effect.fn("coldBoot.setup")(function* ({ images, runs = 10 }) {
     const assets = yield* Assets
     const probe = yield* HostProbe
     const raw = yield* rawQemu.make(machine)
     const built = yield* Effect.filter(images, (image) => Effect.map(assets.find(`base-${image}`), Option.isSome))
+    const machinen = yield* Machinen
+    yield* Effect.forEach(built, (image) => machinen.prepare({ image, ...machine }))
     return {
       warmup: 2,
       runs,
-      variants: [raw.variant, ...built.map(cold)],
+      variants: [raw.variant, ...built.flatMap((image) => [boot(image, false), boot(image, true)])],
       settings: { ...machine, accelerator: yield* probe.accelerator, kernel: yield* assets.kernel, raw: raw.argv },
       skipped: images.filter((image) => !built.includes(image)).map((image) => `${image}: its base image is not built`),
       verdicts: (results) =>
-        built.map((image) =>
-          atMost(
-            `${image}: first-exec <= ${factors[image]} x raw marker + ${slackMs} ms (medians)`,
-            "ms",
-            p50(results, image, "first-exec"),
-            factors[image] * p50(results, "raw", "marker") + slackMs
+        built.flatMap((image) =>
+          [image, `${image} prepared`].map((name) =>
+            atMost(
+              `${name}: first-exec <= ${factors[image]} x raw marker + ${slackMs} ms (medians)`,
+              "ms",
+              p50(results, name, "first-exec"),
+              factors[image] * p50(results, "raw", "marker") + slackMs
+            )
           )
         )
     }
