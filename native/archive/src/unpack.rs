@@ -15,8 +15,8 @@ use tar::{Entry, EntryType};
 use crate::sparse::{self, Part};
 use crate::{Error, errno, invalid};
 
-/// Written at once.
-const CHUNK: usize = 64 * 1024;
+/// Written at once: in an emulated machine it is the number of system calls that counts.
+const CHUNK: usize = 256 * 1024;
 
 /// What the headers of one entry may take: long names and extended attributes are read into memory as a whole.
 const MAX_HEADERS: u64 = 1 << 20;
@@ -50,6 +50,7 @@ impl Target {
         let mut archive = tar::Archive::new(Limited { source, left: Rc::clone(&left) });
         let mut entries = archive.entries().map_err(|error| malformed(&error))?;
         let mut directories = Directories { target: self, open: Vec::new() };
+        let mut buffer = vec![0; CHUNK];
         let mut count = 0;
         loop {
             left.set(MAX_HEADERS);
@@ -60,7 +61,7 @@ impl Target {
             let name =
                 inside(&entry.path().map_err(|error| malformed(&error))?).map_err(|error| failed(&shown, error))?;
             directories.leave(&name);
-            self.add(&mut entry, &name, &mut directories).map_err(|error| failed(&shown, error))?;
+            self.add(&mut entry, &name, &mut directories, &mut buffer).map_err(|error| failed(&shown, error))?;
             // Whatever of its data has not been used: only headers may be left to the next turn.
             io::copy(&mut entry, &mut io::sink()).map_err(|error| malformed(&error))?;
             count += 1;
@@ -71,7 +72,13 @@ impl Target {
         Ok(count)
     }
 
-    fn add(&self, entry: &mut Entry<impl Read>, name: &Path, directories: &mut Directories) -> io::Result<()> {
+    fn add(
+        &self,
+        entry: &mut Entry<impl Read>,
+        name: &Path,
+        directories: &mut Directories,
+        buffer: &mut [u8],
+    ) -> io::Result<()> {
         let attributes = Attributes::of(entry, self.keeps_owners)?;
         let kind = entry.header().entry_type();
         let Some(last) = name.file_name() else {
@@ -94,8 +101,8 @@ impl Target {
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let file = rustix::fs::openat(parent, last, flags, Mode::RUSR | Mode::WUSR)?;
                 match sparse_size(entry)? {
-                    Some(size) => copy_parts(entry, &file, size)?,
-                    None => copy(entry, &file)?,
+                    Some(size) => copy_parts(entry, &file, size, buffer)?,
+                    None => copy(entry, &file, buffer)?,
                 }
                 attributes.set_on(&file)?;
                 rustix::fs::futimens(&file, &attributes.times)?;
@@ -270,15 +277,14 @@ fn sparse_size(entry: &mut Entry<impl Read>) -> io::Result<Option<u64>> {
 }
 
 /// Writes what there is of a file with holes.
-fn copy_parts(entry: &mut Entry<impl Read>, file: &OwnedFd, size: u64) -> io::Result<()> {
+fn copy_parts(entry: &mut Entry<impl Read>, file: &OwnedFd, size: u64, buffer: &mut [u8]) -> io::Result<()> {
     let left = entry.size();
     let parts = sparse::read_map(entry, left, size)?;
     rustix::fs::ftruncate(file, size)?;
-    let mut buffer = vec![0; CHUNK];
     for Part { mut offset, length } in parts {
         let end = offset + length;
         while offset < end {
-            let wanted = usize::try_from(end - offset).unwrap_or(CHUNK).min(CHUNK);
+            let wanted = usize::try_from(end - offset).unwrap_or(usize::MAX).min(buffer.len());
             let n = entry.read(&mut buffer[..wanted])?;
             if n == 0 {
                 return Err(invalid("the archive ends within it"));
@@ -294,11 +300,10 @@ fn copy_parts(entry: &mut Entry<impl Read>, file: &OwnedFd, size: u64) -> io::Re
     Ok(())
 }
 
-fn copy(entry: &mut Entry<impl Read>, file: &OwnedFd) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK];
+fn copy(entry: &mut Entry<impl Read>, file: &OwnedFd, buffer: &mut [u8]) -> io::Result<()> {
     let mut copied = 0;
     loop {
-        let mut piece = match entry.read(&mut buffer)? {
+        let mut piece = match entry.read(buffer)? {
             0 => break,
             n => &buffer[..n],
         };
