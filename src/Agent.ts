@@ -237,6 +237,8 @@ export class Agent extends Context.Tag("machinen/Agent")<
   )
 }
 
+const encodeRequest = (request: AgentRequest) => JSON.stringify(Schema.encodeSync(AgentRequest)(request))
+
 const decodeHello = Schema.decode(Schema.parseJson(Schema.Struct({ version: Schema.Int })))
 
 /** One operation: the request is sent and accepted; frames follow. */
@@ -266,11 +268,13 @@ const makeClient = (
   /** A request that is a function is made when the guest is there to hear it: what it says of the time is not late by a machine's start. */
   const operate = Effect.fnUntraced(function* (request: AgentRequest | (() => AgentRequest)) {
     const connection = yield* Effect.mapError(vsock.dial(vsockPath, agentPort), unavailable)
-    const body = Buffer.from(
-      JSON.stringify(Schema.encodeSync(AgentRequest)(typeof request === "function" ? request() : request))
-    )
+    const body = Buffer.from(encodeRequest(typeof request === "function" ? request() : request))
     yield* Effect.mapError(connection.write(encodeFrame(FrameType.request, body)), unavailable)
+    return yield* begun(connection)
+  })
 
+  /** An operation that has been asked for on this connection. */
+  const begun = Effect.fnUntraced(function* (connection: Pick<Connection, "bytes" | "end" | "write">) {
     const next = yield* frameReader(connection.bytes)
     const first = yield* next
     const alreadyEnded = first.type === FrameType.end
@@ -441,18 +445,30 @@ const makeClient = (
     return started
   })
 
-  const pushTar = (guestPath: string, bytes: Stream.Stream<Uint8Array, FilesError>) =>
+  /** A tree between host and guest: a child has the connection, and its data do not pass through here. */
+  const copy = (
+    request: AgentRequest,
+    guestPath: string,
+    hostPath: string,
+    start: (connection: Connection, request: string) => Effect.Effect<tar.Courier, Error, Scope.Scope>
+  ) =>
     Effect.scoped(
       Effect.gen(function* () {
-        const { frames, result, send } = yield* Effect.mapError(
-          operate({ op: "push", path: guestPath }),
-          toFilesError(guestPath)
+        const connection = yield* Effect.mapError(vsock.dial(vsockPath, agentPort), toFilesError(guestPath))
+        const { answers, succeeded } = yield* Effect.mapError(
+          start(connection, encodeRequest(request)),
+          hostIo(hostPath)
         )
-        // the agent may refuse half-way: its error must not wait for us to have sent everything
-        const sending = sendAll(send, bytes)
-        const receiving = Effect.mapError(Stream.runDrain(frames), toFilesError(guestPath))
-        yield* Effect.all([sending, receiving], { concurrency: 2, discard: true })
-        yield* Effect.mapError(result, toFilesError(guestPath))
+        const answered = yield* Effect.exit(
+          Effect.gen(function* () {
+            const { frames, result } = yield* begun({ bytes: answers, write: connection.write, end: Effect.void })
+            yield* Stream.runDrain(frames)
+            yield* result
+          })
+        )
+        // what went wrong at this end first: the guest's answer is missing then
+        yield* Effect.mapError(succeeded, hostIo(hostPath))
+        yield* Effect.mapError(answered, toFilesError(guestPath))
       })
     )
 
@@ -461,8 +477,10 @@ const makeClient = (
       Stream.mapError(toFilesError(guestPath))
     )
 
-  const pullTar = (guestPath: string, excludes: ReadonlyArray<string>) =>
-    receive({ op: "pull", path: guestPath, excludes }, guestPath)
+  const pullInto = (shim: string, guestPath: string, excludes: ReadonlyArray<string>, dir: string) =>
+    copy({ op: "pull", path: guestPath, excludes }, guestPath, dir, (connection, request) =>
+      tar.pull(shim, connection, request, dir)
+    )
 
   const stat = Effect.fn("Agent.stat")(function* (path: string) {
     const json = yield* Effect.mapError(ask({ op: "stat", path }), toFilesError(path))
@@ -544,22 +562,23 @@ const makeClient = (
       )
       const asFile = info.type !== "Directory"
       const archiver = yield* Effect.mapError(shim, hostIo(hostPath))
-      const bytes = tar.pack(archiver, hostPath, path.posix.basename(guestPath), options?.excludes ?? [])
-      yield* pushTar(asFile ? path.posix.dirname(guestPath) : guestPath, Stream.mapError(bytes, hostIo(hostPath)))
+      const target = asFile ? path.posix.dirname(guestPath) : guestPath
+      yield* copy({ op: "push", path: target }, target, hostPath, (connection, request) =>
+        tar.push(archiver, connection, request, hostPath, path.posix.basename(guestPath), options?.excludes ?? [])
+      )
     }),
     pull: Effect.fn("Agent.pull")(function* (guestPath, hostPath, options) {
       const { kind } = yield* stat(guestPath)
       const archiver = yield* Effect.mapError(shim, hostIo(hostPath))
       if (kind === "directory") {
         yield* Effect.mapError(fs.makeDirectory(hostPath, { recursive: true }), hostIo(hostPath))
-        const bytes = pullTar(guestPath, options?.excludes ?? [])
-        return yield* Effect.mapError(tar.unpack(archiver, hostPath, bytes), hostIo(hostPath))
+        return yield* pullInto(archiver, guestPath, options?.excludes ?? [], hostPath)
       }
       yield* Effect.scoped(
         Effect.gen(function* () {
           // beside the target, so that the rename cannot cross filesystems; a failed pull leaves nothing under the target's name
           const staging = yield* fs.makeTempDirectoryScoped({ directory: path.dirname(hostPath), prefix: ".machinen-" })
-          yield* tar.unpack(archiver, staging, pullTar(guestPath, []))
+          yield* pullInto(archiver, guestPath, [], staging)
           yield* fs.rename(path.join(staging, path.posix.basename(guestPath)), hostPath)
         })
       ).pipe(Effect.mapError(hostIo(hostPath)))

@@ -15,6 +15,8 @@ export interface Connection {
   readonly write: (bytes: Uint8Array) => Effect.Effect<void, NodeJS.ErrnoException>
   /** Half-close: the peer reads to the end, we still read. */
   readonly end: Effect.Effect<void>
+  /** For a child process to have instead: it goes on where this process has stopped reading and writing. */
+  readonly socket: net.Socket
 }
 
 const destroy = (socket: net.Socket) => Effect.sync(() => socket.destroy())
@@ -40,7 +42,8 @@ export const fromSocket = (socket: net.Socket): Connection => {
         socket.on("drain", settle).on("close", settle)
         return Effect.sync(() => socket.off("drain", settle).off("close", settle))
       }),
-    end: Effect.sync(() => void socket.end())
+    end: Effect.sync(() => void socket.end()),
+    socket
   }
 }
 

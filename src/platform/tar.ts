@@ -38,23 +38,56 @@ export const unpack = <E, R>(
     })
   )
 
-interface Archiver {
-  readonly input: Connection
-  readonly output: Connection
-  /** It has ended, without a fault or with what it said. */
+/** The child that has a connection to a guest's agent instead of this process, and sends or takes the data of one operation there. */
+export interface Courier {
+  /** What the agent says beside the data. */
+  readonly answers: Connection["bytes"]
+  /** It has ended, and all was well at this end. */
   readonly succeeded: Effect.Effect<void, Error>
 }
 
-/** Ends with the scope, at the latest; with this process too: it loses its input, or its reader. */
-const start = (argv: readonly [string, ...ReadonlyArray<string>]): Effect.Effect<Archiver, Error, Scope.Scope> =>
+/** A tree as `pack` has it, into the `push` of this request. */
+export const push = (
+  shim: string,
+  connection: Connection,
+  request: string,
+  path: string,
+  name: string,
+  excludes: ReadonlyArray<string>
+) => courier([shim, "push", request, path, name, ...excludes], connection)
+
+/** A tree as `unpack` has it, out of the `pull` of this request. */
+export const pull = (shim: string, connection: Connection, request: string, dir: string) =>
+  courier([shim, "pull", request, dir], connection)
+
+type Argv = readonly [string, ...ReadonlyArray<string>]
+
+const courier = (argv: Argv, connection: Connection): Effect.Effect<Courier, Error, Scope.Scope> =>
+  Effect.map(run(argv, connection.socket), ({ output, succeeded }) => ({
+    answers: output.bytes,
+    // it is over when its output is
+    succeeded: Effect.zipRight(Effect.ignore(Stream.runDrain(output.bytes)), succeeded)
+  }))
+
+const start = (argv: Argv) =>
+  Effect.flatMap(run(argv, "pipe"), ({ child, output, succeeded }) =>
+    child.stdin instanceof net.Socket
+      ? Effect.succeed({ input: fromSocket(child.stdin), output, succeeded })
+      : Effect.dieMessage("a child's pipe is no socket")
+  )
+
+/** Ends with the scope, at the latest; with this process too: it loses its input, or its reader, or is killed. */
+const run = (argv: Argv, stdin: "pipe" | net.Socket) =>
   Effect.gen(function* () {
     const [bin, ...args] = argv
     const ended = yield* Deferred.make<void, Error>()
     const child = yield* Effect.acquireRelease(
       Effect.async<ReturnType<typeof begin>, Error>((resume) => {
-        const child = begin(bin, args)
+        const child = begin(bin, args, stdin)
+        // in the same turn: not a byte of what comes to the child is read here
+        if (stdin !== "pipe") stdin.destroy()
         const said: Array<Buffer> = []
-        child.stderr.on("data", (chunk: Buffer) => said.push(chunk))
+        child.stderr?.on("data", (chunk: Buffer) => said.push(chunk))
         child.once("error", (error) => resume(Effect.fail(error)))
         child.once("spawn", () => resume(Effect.succeed(child)))
         child.once("close", (code, signal) =>
@@ -69,21 +102,20 @@ const start = (argv: readonly [string, ...ReadonlyArray<string>]): Effect.Effect
       (child) =>
         Effect.suspend(() => {
           child.kill("SIGKILL")
-          child.stdin.destroy()
-          child.stdout.destroy()
+          child.stdin?.destroy()
+          child.stdout?.destroy()
           return Effect.exit(Deferred.await(ended))
         })
     )
-    const { stdin, stdout } = child
-    if (!(stdin instanceof net.Socket && stdout instanceof net.Socket)) {
-      return yield* Effect.dieMessage("a child's pipes are no sockets")
-    }
+    const { stdout } = child
+    if (!(stdout instanceof net.Socket)) return yield* Effect.dieMessage("a child's pipe is no socket")
     // When a child has ended, Node lets what nobody listens for run out of its pipe; between two of our reads nobody would.
     stdout.on("readable", () => {})
-    return { input: fromSocket(stdin), output: fromSocket(stdout), succeeded: Deferred.await(ended) }
+    return { child, output: fromSocket(stdout), succeeded: Deferred.await(ended) }
   })
 
-const begin = (bin: string, args: ReadonlyArray<string>) => spawn(bin, args, { stdio: ["pipe", "pipe", "pipe"] })
+const begin = (bin: string, args: ReadonlyArray<string>, stdin: "pipe" | net.Socket) =>
+  spawn(bin, args, { stdio: [stdin, "pipe", "pipe"] })
 
 /** One file's header and content, as they stand in an archive; it is root's, and of no time. */
 export const entry = (name: string, content: Uint8Array): Uint8Array => {

@@ -4,12 +4,17 @@ use std::io::{self, ErrorKind};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 pub const REQUEST: u8 = 1;
+pub const DATA: u8 = 2;
+pub const EOF: u8 = 3;
+pub const STARTED: u8 = 16;
 pub const STDOUT: u8 = 17;
 pub const STDERR: u8 = 18;
 pub const END: u8 = 19;
 pub const ERROR: u8 = 20;
+/// Bytes before a payload.
+pub const HEAD: usize = 5;
 /// Longest payload of what a guest sends.
-const MAX: u32 = 1 << 20;
+pub const MAX: u32 = 1 << 20;
 
 /// What comes next.
 pub struct Head {
@@ -27,8 +32,13 @@ pub async fn head(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Head
     if length > MAX { Err(ErrorKind::InvalidData.into()) } else { Ok(Some(Head { kind: first[0], length })) }
 }
 
+/// The bytes of a head.
+pub fn encode_head(kind: u8, length: u32) -> [u8; HEAD] {
+    let [a, b, c, d] = length.to_be_bytes();
+    [kind, a, b, c, d]
+}
+
 /// A request; short ones only, their length fits.
 pub fn request(payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-    [&[REQUEST], &length.to_be_bytes()[..], payload].concat()
+    [&encode_head(REQUEST, u32::try_from(payload.len()).unwrap_or(u32::MAX))[..], payload].concat()
 }

@@ -37,6 +37,7 @@ mod line;
 mod log;
 mod memory;
 mod network;
+mod operation;
 mod owner;
 mod pieces;
 mod plan;
@@ -68,11 +69,14 @@ fn main() -> ExitCode {
         [verb, files @ ..] if verb == "digest" && !files.is_empty() => digest::main(files),
         [verb, arguments @ ..] if verb == "pack" => trees::pack(arguments),
         [verb, arguments @ ..] if verb == "unpack" => trees::unpack(arguments),
+        [verb, arguments @ ..] if verb == "push" => trees::push(arguments),
+        [verb, arguments @ ..] if verb == "pull" => trees::pull(arguments),
         _ => {
             eprintln!(
                 "usage: machinen-shim            (the plan is read from stdin)\n       machinen-shim tsc-khz\n       \
                  machinen-shim digest <file>...\n       machinen-shim pack <path> <name> <exclude>...\n       \
-                 machinen-shim unpack <directory>"
+                 machinen-shim unpack <directory>\n       machinen-shim push <request> <path> <name> <exclude>...\n       \
+                 machinen-shim pull <request> <directory>"
             );
             ExitCode::from(2)
         }

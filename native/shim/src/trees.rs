@@ -1,10 +1,12 @@
-//! The host's end of copies to and from a guest: trees of this host as tar on stdout and from stdin.
+//! The host's end of copies to and from a guest: trees of this host as tar, on stdout and from stdin or in the data frames of a stream.
 
 use std::ffi::OsString;
 use std::io::{self, BufReader, BufWriter};
 use std::process::ExitCode;
 
 use machinen_archive::{Error, Source, Target};
+
+use crate::operation;
 
 /// Read and written at once.
 const BUFFER: usize = 256 * 1024;
@@ -27,12 +29,30 @@ pub fn unpack(arguments: &[OsString]) -> ExitCode {
     }))
 }
 
+/// `push <request> <path> <name> <exclude>...`: what `pack` writes, sent to a guest.
+pub fn push(arguments: &[OsString]) -> ExitCode {
+    report(texts(arguments).and_then(|texts| {
+        let [request, path, name, excludes @ ..] = texts.as_slice() else { return Err(usage()) };
+        let source = Source::open(path, excludes).map_err(|error| Error::Io { path: path.clone(), error })?;
+        operation::send(request, |data| source.named(name).pack(data))
+    }))
+}
+
+/// `pull <request> <directory>`: what `unpack` reads, sent by a guest.
+pub fn pull(arguments: &[OsString]) -> ExitCode {
+    report(texts(arguments).and_then(|texts| {
+        let [request, directory] = texts.as_slice() else { return Err(usage()) };
+        let target = Target::open(directory).map_err(|error| Error::Io { path: directory.clone(), error })?;
+        operation::receive(request, |data| target.for_caller().unpack(data))
+    }))
+}
+
 fn texts(arguments: &[OsString]) -> Result<Vec<String>, Error> {
     arguments.iter().map(|argument| argument.clone().into_string().map_err(|_| usage())).collect()
 }
 
 fn usage() -> Error {
-    Error::Refused("these are not the arguments of pack or unpack".into())
+    Error::Refused("these are not the arguments of a copy".into())
 }
 
 fn report(done: Result<u64, Error>) -> ExitCode {

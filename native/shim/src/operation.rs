@@ -1,0 +1,159 @@
+//! One operation of the agent whose data this process sends or takes, for a caller who handles everything else: stdin is the stream,
+//! both ways, and every frame that carries no data goes to stdout as it is. The caller judges those, and sees it when the last is missing:
+//! here a stream that breaks is no failure. The data never pass through the caller.
+
+use std::io::{self, BufReader, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use machinen_archive::Error;
+use nix::sys::signal::Signal;
+
+use crate::frame::{self, DATA, EOF, ERROR, HEAD, MAX, STARTED};
+
+/// Payload of the frames that carry data: a guest wakes its archiver once for each.
+const FRAME: usize = 256 * 1024;
+
+/// Begins the operation and sends what `pack` writes.
+pub fn send(request: &str, pack: impl FnOnce(&mut dyn Write) -> Result<u64, Error>) -> Result<u64, Error> {
+    let Ok(Some(stream)) = begin(request) else { return Ok(0) };
+    let Ok(mut answers) = stream.try_clone() else { return Ok(0) };
+    // It may say half-way why it takes no more.
+    let listening = thread::spawn(move || relay(&mut answers));
+    let mut data = Sending { stream, frame: Vec::with_capacity(HEAD + FRAME), refused: false };
+    let packed = pack(&mut data);
+    if !data.refused {
+        packed?;
+        let _ = data.stream.write_all(&frame::encode_head(EOF, 0));
+    }
+    let _ = listening.join();
+    Ok(0)
+}
+
+/// Begins the operation and gives `unpack` its data to read.
+pub fn receive(request: &str, unpack: impl FnOnce(&mut dyn Read) -> Result<u64, Error>) -> Result<u64, Error> {
+    let Ok(Some(stream)) = begin(request) else { return Ok(0) };
+    let mut data = BufReader::with_capacity(FRAME, Receiving { stream, left: 0, end: None });
+    let unpacked = unpack(&mut data);
+    let mut data = data.into_inner();
+    match data.end {
+        // The guest has given up, or is gone: the caller knows why.
+        Some(kind) if kind != EOF => return Ok(0),
+        _ => unpacked?,
+    };
+    let _ = relay(&mut data.stream);
+    Ok(0)
+}
+
+/// Sends the request and passes the answer on. `None`: it was another than `started`, or none.
+fn begin(request: &str) -> io::Result<Option<UnixStream>> {
+    // Should the caller be gone already, what is passed on finds no reader.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    let mut stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    // As the caller had it, it was not.
+    stream.set_nonblocking(false)?;
+    stream.write_all(&frame::request(request.as_bytes()))?;
+    Ok((relay(&mut stream)? == Some(STARTED)).then_some(stream))
+}
+
+/// Passes a frame on and says what it is. `None`: the stream has ended, or what came is no frame.
+fn relay(stream: &mut UnixStream) -> io::Result<Option<u8>> {
+    match read_head(stream)? {
+        Some((kind, length)) => Ok(pass_on(stream, kind, length)?.then_some(kind)),
+        None => Ok(None),
+    }
+}
+
+/// The kind and length of the frame that comes. `None`: the stream has ended.
+fn read_head(stream: &mut UnixStream) -> io::Result<Option<(u8, u32)>> {
+    let mut head = [0; HEAD];
+    match stream.read_exact(&mut head) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(None),
+        read => {
+            read?;
+            let [kind, length @ ..] = head;
+            Ok(Some((kind, u32::from_be_bytes(length))))
+        }
+    }
+}
+
+/// Passes on a frame whose head has been read. One that is too long is passed on without its payload, and nothing after it: `false`.
+fn pass_on(stream: &mut UnixStream, kind: u8, length: u32) -> io::Result<bool> {
+    let mut caller = io::stdout().lock();
+    caller.write_all(&frame::encode_head(kind, length))?;
+    let fits = length <= MAX;
+    if fits {
+        io::copy(&mut stream.take(length.into()), &mut caller)?;
+    }
+    caller.flush()?;
+    Ok(fits)
+}
+
+/// Data on their way to the guest.
+struct Sending {
+    stream: UnixStream,
+    /// The frame that is being filled, with room for its head.
+    frame: Vec<u8>,
+    refused: bool,
+}
+
+impl Write for Sending {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.frame.is_empty() {
+            self.frame.extend_from_slice(&[0; HEAD]);
+        }
+        let length = bytes.len().min(HEAD + FRAME - self.frame.len());
+        self.frame.extend_from_slice(&bytes[..length]);
+        if self.frame.len() == HEAD + FRAME {
+            self.flush()?;
+        }
+        Ok(length)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if let Some(length) = self.frame.len().checked_sub(HEAD).filter(|length| *length > 0) {
+            let length = u32::try_from(length).unwrap_or(u32::MAX);
+            self.frame[..HEAD].copy_from_slice(&frame::encode_head(DATA, length));
+            let sent = self.stream.write_all(&self.frame);
+            self.refused = sent.is_err();
+            self.frame.clear();
+            sent?;
+        }
+        Ok(())
+    }
+}
+
+/// Data as they come from the guest, up to the first frame that is none of them.
+struct Receiving {
+    stream: UnixStream,
+    /// Of the frame that is being read.
+    left: u32,
+    /// What came instead of data; of a stream that broke off, or of what is no frame, that is an error.
+    end: Option<u8>,
+}
+
+impl Read for Receiving {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.left == 0 {
+            if self.end.is_some() {
+                return Ok(0);
+            }
+            match read_head(&mut self.stream) {
+                Ok(Some((DATA, length))) if length <= MAX => self.left = length,
+                Ok(Some((kind, length))) => {
+                    let whole = pass_on(&mut self.stream, kind, length).unwrap_or(false);
+                    self.end = Some(if whole { kind } else { ERROR });
+                }
+                Ok(None) | Err(_) => self.end = Some(ERROR),
+            }
+        }
+        let length = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        let read = self.stream.read(&mut buffer[..length]).unwrap_or(0);
+        if read == 0 {
+            (self.left, self.end) = (0, Some(ERROR));
+        }
+        self.left = self.left.saturating_sub(u32::try_from(read).unwrap_or(u32::MAX));
+        Ok(read)
+    }
+}
