@@ -18,7 +18,7 @@ export const Blob = Schema.Struct({
   dataBytes: Schema.Number,
   /** Over the data (docs/protocol.md §5, digest). */
   sha256: Schema.String,
-  /** Over the ends of the file, for a look that costs nothing (src/platform/probeHash.ts). */
+  /** Over the ends and the middle of the file, for a look that costs nothing (src/platform/probeHash.ts). */
   probe: Schema.String
 })
 export type Blob = typeof Blob.Type

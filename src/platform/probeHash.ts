@@ -6,8 +6,9 @@ const blockSize = 4096
 const probeBytes = 1024 * 1024
 
 /**
- * sha256 over the blocks that are not all zero in a file's first and last MiB, each with its offset; reads at most 2 MiB of however large a
- * file. Small files are covered whole. Guest memory and disks change at both ends all the time, so it tells one snapshot from another.
+ * sha256 over the blocks that are not all zero in a file's first, middle and last MiB, each with its offset; reads at most 3 MiB of however
+ * large a file. Small files are covered whole. Guest memory changes at both ends all the time, a disk where its journal is, which ext4 has in
+ * the middle; so it tells one snapshot from another.
  */
 export const probeHash = Effect.fnUntraced(function* (file: string) {
   const fs = yield* FileSystem.FileSystem
@@ -16,9 +17,12 @@ export const probeHash = Effect.fnUntraced(function* (file: string) {
     Effect.gen(function* () {
       const handle = yield* fs.open(file, { flag: "r" })
       const size = Number((yield* handle.stat).size)
-      const tail = Math.max(probeBytes, Math.floor((size - probeBytes) / blockSize) * blockSize)
+      const block = (at: number) => Math.floor(at / blockSize) * blockSize
+      const middle = Math.max(probeBytes, block(size / 2))
+      const tail = Math.max(middle + probeBytes, block(size - probeBytes))
       for (const [from, to] of [
         [0, Math.min(size, probeBytes)],
+        [middle, Math.min(size, middle + probeBytes)],
         [tail, size]
       ] as const) {
         if (to <= from) continue
