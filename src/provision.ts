@@ -208,9 +208,7 @@ const runHook = <E, R>(vm: Vm, install: (vm: Vm) => Effect.Effect<void, E, R>) =
     Effect.sandbox,
     // an interruption is not the hook's failure
     Effect.catchAll((cause) =>
-      Cause.isInterruptedOnly(cause)
-        ? Effect.failCause(cause as Cause.Cause<never>)
-        : Effect.fail(Cause.originalError(Cause.squash(cause)))
+      Cause.isInterruptedOnly(cause) ? Effect.failCause(cause as Cause.Cause<never>) : Effect.fail(Cause.squash(cause))
     ),
     Effect.catchAll((error) => Effect.flatMap(hookFailed(vm, error), Effect.fail)),
     whileRunning(vm)
@@ -233,7 +231,9 @@ const vmEnded = (exit: ExitRecord) =>
     ...shown(exit.consoleTail)
   })
 
-const hookFailed = Effect.fnUntraced(function* (vm: Vm, error: unknown) {
+const hookFailed = Effect.fnUntraced(function* (vm: Vm, failure: unknown) {
+  // what fails within a span is Effect's copy of it
+  const error = Cause.originalError(failure)
   // the end of the connection is noticed before the end of the machine, which says why
   const code = error instanceof Error && "code" in error ? error.code : undefined
   if (["EXEC_AGENT_UNAVAILABLE", "EXEC_PROTOCOL", "FILES_AGENT_UNAVAILABLE"].includes(String(code))) {
