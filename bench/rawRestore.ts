@@ -14,6 +14,9 @@ import type { Vm } from "../src/Vm.ts"
 import { copy, newDirectory } from "./files.ts"
 import { BenchError } from "./harness.ts"
 
+/** How a VM is booted that raw QEMU is to go on with: what it starts has disks and a channel, and no card. */
+export const asRaw = { network: "none", prepared: false } as const
+
 /** A saved machine as plain files. */
 export interface Saved {
   readonly state: string

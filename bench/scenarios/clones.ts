@@ -61,7 +61,7 @@ export const clones: Scenario = {
     const probe = yield* HostProbe
     const image = images[0] ?? "micro"
     const outDir = yield* newPath("bundle")
-    const { vm } = yield* machinen.boot({ image, memoryMib: defaultMemoryMib })
+    const { vm } = yield* machinen.boot({ image, memoryMib: defaultMemoryMib, ...rawRestore.asRaw })
     yield* vm.execRaw({ argv: ["true"] })
     const { bundle } = yield* machinen.snapshot(vm, { outDir })
     return {

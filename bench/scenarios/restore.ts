@@ -81,7 +81,7 @@ const bundleOf = Effect.fn("bundleOf")(function* (image: string, memoryMib: numb
   const outDir = yield* newPath(`bundle-${memoryMib}`)
   return yield* Effect.scoped(
     Effect.gen(function* () {
-      const { vm } = yield* machinen.boot({ image, memoryMib })
+      const { vm } = yield* machinen.boot({ image, memoryMib, ...rawRestore.asRaw })
       yield* vm.execRaw({ argv: ["true"] })
       return (yield* machinen.snapshot(vm, { outDir })).bundle
     })

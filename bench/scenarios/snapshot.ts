@@ -45,7 +45,7 @@ const ends = (image: string, runs: number): Variant => ({
     Effect.gen(function* () {
       const machinen = yield* Machinen
       const outDir = yield* newPath("bundle")
-      const { vm } = yield* machinen.boot({ image, memoryMib: defaultMemoryMib })
+      const { vm } = yield* machinen.boot({ image, memoryMib: defaultMemoryMib, ...rawRestore.asRaw })
       yield* record("resident", yield* memory.fill(vm, residentMib), "MiB")
       const { elapsedMs } = yield* machinen.snapshot(vm, { outDir })
       yield* record("elapsed", elapsedMs, "ms")
@@ -59,7 +59,7 @@ export const snapshot: Scenario = {
     const machinen = yield* Machinen
     const probe = yield* HostProbe
     const image = images[0] ?? "micro"
-    const { vm } = yield* machinen.boot({ image, memoryMib: defaultMemoryMib })
+    const { vm } = yield* machinen.boot({ image, memoryMib: defaultMemoryMib, ...rawRestore.asRaw })
     const resident = yield* memory.fill(vm, residentMib)
     const { siblings } = yield* machinen.fork(vm)
     return {
