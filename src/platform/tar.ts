@@ -1,42 +1,13 @@
 import { spawn } from "node:child_process"
 import * as net from "node:net"
-import { Deferred, Effect, type Scope, Stream } from "effect"
+import { Deferred, Effect, Stream } from "effect"
 import * as Tar from "tar"
 import { type Connection, fromSocket } from "./UnixSocket.ts"
 
 /**
- * Trees of this host as tar, by the shim (docs/protocol.md §5): the same code that packs and unpacks in the guest. What is unpacked may come from
- * a hostile guest; the kernel itself keeps it below its directory, whatever is renamed or linked meanwhile.
+ * Trees of this host to and from a guest, by the shim (docs/protocol.md §5): the same code that packs and unpacks in the guest. What is unpacked
+ * may come from a hostile one; the kernel itself keeps it below its directory, whatever is renamed or linked meanwhile.
  */
-
-/** A directory's contents, or a file by that name. Patterns are fnmatch's, for the path below the directory or for any name. */
-export const pack = (
-  shim: string,
-  path: string,
-  name: string,
-  excludes: ReadonlyArray<string>
-): Stream.Stream<Uint8Array, Error> =>
-  Stream.unwrapScoped(
-    Effect.map(start([shim, "pack", path, name, ...excludes]), ({ output, succeeded }) =>
-      Stream.concat(output.bytes, Stream.drain(Stream.fromEffect(succeeded)))
-    )
-  )
-
-/** Files belong to the caller; devices are not made, and no file gets a set-id bit. */
-export const unpack = <E, R>(
-  shim: string,
-  dir: string,
-  bytes: Stream.Stream<Uint8Array, E, R>
-): Effect.Effect<void, E | Error, R> =>
-  Effect.scoped(
-    Effect.gen(function* () {
-      const { input, succeeded } = yield* start([shim, "unpack", dir])
-      // one that takes no more has a reason, and tells it at its end
-      yield* Stream.runForEachWhile(bytes, (piece) => Effect.isSuccess(input.write(piece)))
-      yield* input.end
-      yield* succeeded
-    })
-  )
 
 /** The child that has a connection to a guest's agent instead of this process, and sends or takes the data of one operation there. */
 export interface Courier {
@@ -46,7 +17,7 @@ export interface Courier {
   readonly succeeded: Effect.Effect<void, Error>
 }
 
-/** A tree as `pack` has it, into the `push` of this request. */
+/** A directory's contents, or a file by that name, for this request; patterns are fnmatch's, for the path below the directory or for any name. */
 export const push = (
   shim: string,
   connection: Connection,
@@ -56,36 +27,19 @@ export const push = (
   excludes: ReadonlyArray<string>
 ) => courier([shim, "push", request, path, name, ...excludes], connection)
 
-/** A tree as `unpack` has it, out of the `pull` of this request. */
+/** What this request brings. Files belong to the caller; devices are not made, and no file gets a set-id bit. */
 export const pull = (shim: string, connection: Connection, request: string, dir: string) =>
   courier([shim, "pull", request, dir], connection)
 
-type Argv = readonly [string, ...ReadonlyArray<string>]
-
-const courier = (argv: Argv, connection: Connection): Effect.Effect<Courier, Error, Scope.Scope> =>
-  Effect.map(run(argv, connection.socket), ({ output, succeeded }) => ({
-    answers: output.bytes,
-    // it is over when its output is
-    succeeded: Effect.zipRight(Effect.ignore(Stream.runDrain(output.bytes)), succeeded)
-  }))
-
-const start = (argv: Argv) =>
-  Effect.flatMap(run(argv, "pipe"), ({ child, output, succeeded }) =>
-    child.stdin instanceof net.Socket
-      ? Effect.succeed({ input: fromSocket(child.stdin), output, succeeded })
-      : Effect.dieMessage("a child's pipe is no socket")
-  )
-
-/** Ends with the scope, at the latest; with this process too: it loses its input, or its reader, or is killed. */
-const run = (argv: Argv, stdin: "pipe" | net.Socket) =>
+/** Ends with the scope, at the latest; with this process too, by a signal. */
+const courier = ([bin, ...args]: readonly [string, ...ReadonlyArray<string>], { socket }: Connection) =>
   Effect.gen(function* () {
-    const [bin, ...args] = argv
     const ended = yield* Deferred.make<void, Error>()
     const child = yield* Effect.acquireRelease(
       Effect.async<ReturnType<typeof begin>, Error>((resume) => {
-        const child = begin(bin, args, stdin)
+        const child = begin(bin, args, socket)
         // in the same turn: not a byte of what comes to the child is read here
-        if (stdin !== "pipe") stdin.destroy()
+        socket.destroy()
         const said: Array<Buffer> = []
         child.stderr?.on("data", (chunk: Buffer) => said.push(chunk))
         child.once("error", (error) => resume(Effect.fail(error)))
@@ -102,7 +56,6 @@ const run = (argv: Argv, stdin: "pipe" | net.Socket) =>
       (child) =>
         Effect.suspend(() => {
           child.kill("SIGKILL")
-          child.stdin?.destroy()
           child.stdout?.destroy()
           return Effect.exit(Deferred.await(ended))
         })
@@ -111,10 +64,16 @@ const run = (argv: Argv, stdin: "pipe" | net.Socket) =>
     if (!(stdout instanceof net.Socket)) return yield* Effect.dieMessage("a child's pipe is no socket")
     // When a child has ended, Node lets what nobody listens for run out of its pipe; between two of our reads nobody would.
     stdout.on("readable", () => {})
-    return { child, output: fromSocket(stdout), succeeded: Deferred.await(ended) }
+    const answers = fromSocket(stdout).bytes
+    const courier: Courier = {
+      answers,
+      // it is over when its output is
+      succeeded: Effect.zipRight(Effect.ignore(Stream.runDrain(answers)), Deferred.await(ended))
+    }
+    return courier
   })
 
-const begin = (bin: string, args: ReadonlyArray<string>, stdin: "pipe" | net.Socket) =>
+const begin = (bin: string, args: ReadonlyArray<string>, stdin: net.Socket) =>
   spawn(bin, args, { stdio: [stdin, "pipe", "pipe"] })
 
 /** One file's header and content, as they stand in an archive; it is root's, and of no time. */

@@ -3,10 +3,23 @@ import * as fs from "node:fs"
 import * as path from "node:path"
 import { afterAll, assert, layer } from "@effect/vitest"
 import { Chunk, Effect, Fiber, Stream } from "effect"
-import { Assets } from "../../src/Assets.ts"
+import { Agent } from "../../src/Agent.ts"
+import { encodeFrame, FrameType } from "../../src/AgentProtocol.ts"
 import type { FilesError } from "../../src/domain/errors.ts"
-import * as tar from "../../src/platform/tar.ts"
-import { cli, eventually, Guest, guest, settled, sh, sha256, smallDisk, temporaryHome, text } from "../fixtures.ts"
+import {
+  cli,
+  eventually,
+  Guest,
+  guest,
+  settled,
+  sh,
+  sha256,
+  smallDisk,
+  startCli,
+  temporaryHome,
+  text
+} from "../fixtures.ts"
+import { archive, hostileAgent, type Pulled } from "../hostileAgent.ts"
 
 const home = temporaryHome()
 afterAll(() => settled(home))
@@ -18,6 +31,17 @@ const fresh = (): string => {
   fs.mkdirSync(dir)
   return dir
 }
+
+/** Sockets have short paths. */
+const socketPath = () => path.join(home, `s${made++}`)
+
+const started = encodeFrame(FrameType.started, Buffer.from("{}"))
+
+/** Processes that have a copy's connection. */
+const couriers = () =>
+  execFileSync("ps", ["-eo", "stat,args"], { encoding: "utf8" })
+    .split("\n")
+    .filter((line) => /machinen-shim (push|pull) /.test(line) && line.includes(home) && !line.startsWith("Z"))
 
 /** Everything below a directory: kind, mode, time, target or contents; who shares an inode. */
 const described = (dir: string): ReadonlyArray<string> => {
@@ -171,7 +195,7 @@ layer(guest(home, { image: "debian", rootDiskSizeBytes: 4 * 2 ** 30 }), { exclud
       ["a sparse map without an end", `sparse("file", "9" * 400, 10)`]
     ]
     for (const [what, entries] of hostile) {
-      it.effect(`an archive made by a guest is refused: ${what}`, () =>
+      it.scoped(`an archive made by a guest is refused: ${what}`, () =>
         Effect.gen(function* () {
           const vm = yield* Guest
           const [target, outside] = [fresh(), path.join(home, "outside")]
@@ -193,8 +217,10 @@ ${entries}
 archive.close()
 `
           yield* vm.exec({ argv: ["python3", "-c", script] })
-          const shim = yield* (yield* Assets).shim
-          const refused = yield* Effect.flip(tar.unpack(shim, target, vm.readFile("/tmp/hostile.tar")))
+          const tar = Buffer.concat(Chunk.toReadonlyArray(yield* Stream.runCollect(vm.readFile("/tmp/hostile.tar"))))
+          const pretender = (yield* Agent).client(yield* hostileAgent(socketPath(), archive(tar)))
+          const refused = yield* Effect.flip(pretender.pull("/srv", target))
+          assert.strictEqual(refused.code, "FILES_HOST_IO")
           assert.match(refused.message, /archive: |No such file|not permitted/)
           assert.deepStrictEqual(fs.readdirSync(outside), ["kept"])
           assert.deepStrictEqual(
@@ -252,22 +278,42 @@ archive.close()
       })
     )
 
-    it.effect("are packed whole for a reader that comes late, when the packer has ended", () =>
+    const nonsense: ReadonlyArray<readonly [what: string, said: Pulled]> = [
+      ["nothing", () => {}],
+      ["no frame", (send) => send(Buffer.alloc(64, 0xff))],
+      ["data before it has begun", (send) => send(encodeFrame(FrameType.data, Buffer.alloc(100)))],
+      ["a frame without an end", (send) => send(Buffer.from([...started, FrameType.data, 0, 1, 0, 0, 1, 2, 3]))],
+      ["a frame of 4 GiB", (send) => send(Buffer.from([...started, FrameType.data, 255, 255, 255, 255, 0]))],
+      ["half an archive", (send) => send(Buffer.concat([started, encodeFrame(FrameType.data, Buffer.alloc(300, 65))]))],
+      [
+        "an end without its eof",
+        (send) => send(Buffer.concat([started, encodeFrame(FrameType.end, Buffer.from("{}"))]))
+      ]
+    ]
+    for (const [what, said] of nonsense) {
+      it.scoped(`an agent that says ${what} is an error, and leaves nothing running`, () =>
+        Effect.gen(function* () {
+          const target = fresh()
+          const pretender = (yield* Agent).client(yield* hostileAgent(socketPath(), said))
+          const error = yield* Effect.flip(Effect.timeout(pretender.pull("/srv", target), "20 seconds"))
+          assert.strictEqual(error._tag, "FilesError")
+          assert.deepStrictEqual(fs.readdirSync(target), [])
+          assert.deepStrictEqual(couriers(), [])
+        })
+      )
+    }
+
+    it.scoped("under way when the caller is killed leave no process", () =>
       Effect.gen(function* () {
-        const shim = yield* (yield* Assets).shim
+        const vm = yield* Guest
         const source = fresh()
-        fs.writeFileSync(path.join(source, "file"), Buffer.alloc(90_000, 1))
-        const whole = execFileSync(shim, ["pack", source, "-"])
-        const ended = () =>
-          !execFileSync("ps", ["-eo", "stat,args"], { encoding: "utf8" })
-            .split("\n")
-            .some((line) => /^[^Z]/.test(line) && line.includes(`pack ${source}`))
-        const packed = yield* tar.pack(shim, source, "-", []).pipe(
-          Stream.tap(() => eventually("the packer's end", ended)),
-          Stream.tap(() => Effect.sleep("20 millis")),
-          Stream.runCollect
-        )
-        assert.strictEqual(sha256(Buffer.concat(Chunk.toReadonlyArray(packed))), sha256(whole))
+        fs.writeFileSync(path.join(source, "file"), Buffer.alloc(256 * mib, 1))
+        const copying = yield* startCli(home, ["cp", source, `${vm.id}:/srv/killed`])
+        yield* vm.exec("until test -e /srv/killed/file; do sleep 0.01; done", { timeout: "20 seconds" })
+        assert.lengthOf(couriers(), 1)
+        yield* copying.kill("SIGKILL")
+        yield* eventually("its end", () => couriers().length === 0)
+        assert.strictEqual(yield* sh(vm, "rm -r /srv/killed; echo fine"), "fine")
       })
     )
 
@@ -278,11 +324,9 @@ archive.close()
         fs.writeFileSync(path.join(source, "file"), Buffer.alloc(64 * mib, 1))
         const fiber = yield* Effect.fork(vm.push(source, "/srv/interrupted"))
         yield* vm.exec("until test -e /srv/interrupted/file; do sleep 0.01; done", { timeout: "20 seconds" })
+        assert.lengthOf(couriers(), 1)
         yield* Fiber.interrupt(fiber)
-        const archivers = execFileSync("ps", ["-eo", "args"], { encoding: "utf8" })
-          .split("\n")
-          .filter((line) => line.includes("machinen-shim pack") && line.includes(home))
-        assert.deepStrictEqual(archivers, [])
+        assert.deepStrictEqual(couriers(), [])
         assert.strictEqual(yield* sh(vm, "echo fine"), "fine")
       })
     )

@@ -67,15 +67,12 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         [verb, files @ ..] if verb == "digest" && !files.is_empty() => digest::main(files),
-        [verb, arguments @ ..] if verb == "pack" => trees::pack(arguments),
-        [verb, arguments @ ..] if verb == "unpack" => trees::unpack(arguments),
         [verb, arguments @ ..] if verb == "push" => trees::push(arguments),
         [verb, arguments @ ..] if verb == "pull" => trees::pull(arguments),
         _ => {
             eprintln!(
                 "usage: machinen-shim            (the plan is read from stdin)\n       machinen-shim tsc-khz\n       \
-                 machinen-shim digest <file>...\n       machinen-shim pack <path> <name> <exclude>...\n       \
-                 machinen-shim unpack <directory>\n       machinen-shim push <request> <path> <name> <exclude>...\n       \
+                 machinen-shim digest <file>...\n       machinen-shim push <request> <path> <name> <exclude>...\n       \
                  machinen-shim pull <request> <directory>"
             );
             ExitCode::from(2)

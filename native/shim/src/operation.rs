@@ -39,8 +39,9 @@ pub fn receive(request: &str, unpack: impl FnOnce(&mut dyn Read) -> Result<u64, 
     let mut data = data.into_inner();
     match data.end {
         // The guest has given up, or is gone: the caller knows why.
-        Some(kind) if kind != EOF => return Ok(0),
-        _ => unpacked?,
+        Some(ERROR) => return Ok(0),
+        Some(EOF) | None => unpacked?,
+        Some(_) => return Err(Error::Refused("the guest said its last word before the end of its data".into())),
     };
     let _ = relay(&mut data.stream);
     Ok(0)

@@ -1,35 +1,13 @@
-//! The host's end of copies to and from a guest: trees of this host as tar, on stdout and from stdin or in the data frames of a stream.
+//! The host's end of copies to and from a guest: trees of this host as tar, in the data frames of a stream.
 
 use std::ffi::OsString;
-use std::io::{self, BufReader, BufWriter};
 use std::process::ExitCode;
 
 use machinen_archive::{Error, Source, Target};
 
 use crate::operation;
 
-/// Read and written at once.
-const BUFFER: usize = 256 * 1024;
-
-/// `pack <path> <name> <exclude>...`: a directory's contents, or a file by that name.
-pub fn pack(arguments: &[OsString]) -> ExitCode {
-    report(texts(arguments).and_then(|texts| {
-        let [path, name, excludes @ ..] = texts.as_slice() else { return Err(usage()) };
-        let source = Source::open(path, excludes).map_err(|error| Error::Io { path: path.clone(), error })?;
-        source.named(name).pack(BufWriter::with_capacity(BUFFER, io::stdout().lock()))
-    }))
-}
-
-/// `unpack <directory>`: what comes is not trusted, and belongs to who calls this.
-pub fn unpack(arguments: &[OsString]) -> ExitCode {
-    report(texts(arguments).and_then(|texts| {
-        let [directory] = texts.as_slice() else { return Err(usage()) };
-        let target = Target::open(directory).map_err(|error| Error::Io { path: directory.clone(), error })?;
-        target.for_caller().unpack(BufReader::with_capacity(BUFFER, io::stdin().lock()))
-    }))
-}
-
-/// `push <request> <path> <name> <exclude>...`: what `pack` writes, sent to a guest.
+/// `push <request> <path> <name> <exclude>...`: a directory's contents, or a file by that name, sent to a guest.
 pub fn push(arguments: &[OsString]) -> ExitCode {
     report(texts(arguments).and_then(|texts| {
         let [request, path, name, excludes @ ..] = texts.as_slice() else { return Err(usage()) };
@@ -38,7 +16,7 @@ pub fn push(arguments: &[OsString]) -> ExitCode {
     }))
 }
 
-/// `pull <request> <directory>`: what `unpack` reads, sent by a guest.
+/// `pull <request> <directory>`: what a guest sends is not trusted, and belongs to who calls this.
 pub fn pull(arguments: &[OsString]) -> ExitCode {
     report(texts(arguments).and_then(|texts| {
         let [request, directory] = texts.as_slice() else { return Err(usage()) };
