@@ -4,6 +4,7 @@ import type { BootOptions } from "../domain/BootOptions.ts"
 import { ParseError } from "../domain/errors.ts"
 import type { LiveMountOption } from "../domain/mounts.ts"
 import { NetworkMode, type PortForwardOption } from "../domain/Network.ts"
+import { parseMapping } from "../domain/TunnelAddress.ts"
 import { readSecrets, secretOption } from "./secrets.ts"
 
 export const json = Options.boolean("json").pipe(Options.withDescription("print JSON"))
@@ -100,26 +101,23 @@ const malformed = (flag: string, value: string, expected: string) =>
 export const wholeNumber = (flag: string, value: string) =>
   /^-?[0-9]+(e[0-9]+)?$/i.test(value) ? Effect.succeed(Number(value)) : malformed(flag, value, "a whole number")
 
-/** `8080:80`, `0.0.0.0:8080:80`, `[::1]:8080:80`. The address is the boot's to judge. */
+/** `[ADDRESS:]HOSTPORT:GUESTPORT`. Whether the address is one is the boot's to judge. */
 export const portForward = (values: ReadonlyArray<string>) =>
-  Effect.forEach(values, (value) => {
-    const match = /^(?:(?:\[([^\]]*)\]|([^:[\]]*)):)?(-?[0-9]+):(-?[0-9]+)$/.exec(value)
-    const ports = [Number(match?.[3]), Number(match?.[4])]
-    if (match === null || !ports.every((port) => port >= 1 && port <= 65535)) {
-      return new ParseError({
-        code: "PARSE_PORT_INVALID",
-        message: `--publish ${JSON.stringify(value)} is not [ADDRESS:]HOSTPORT:GUESTPORT with ports from 1 to 65535`,
-        hint: "8080:80, 0.0.0.0:8080:80, or [::1]:8080:80"
-      })
-    }
-    const hostAddr = match[1] ?? match[2]
-    const forward: PortForwardOption = {
-      ...(hostAddr === undefined ? {} : { hostAddr }),
-      hostPort: Number(match[3]),
-      guestPort: Number(match[4])
-    }
-    return Effect.succeed(forward)
-  })
+  Effect.forEach(values, (value) =>
+    Effect.flatMap(parseMapping(value), ({ guest, hostAddress, hostPort }) =>
+      hostPort === undefined || !("port" in guest)
+        ? new ParseError({
+            code: "PARSE_PORT_INVALID",
+            message: `--publish ${JSON.stringify(value)} is not [ADDRESS:]HOSTPORT:GUESTPORT`,
+            hint: "8080:80, 0.0.0.0:8080:80, or [::1]:8080:80; `machinen forward` takes any free port, and a unix socket of the guest"
+          })
+        : Effect.succeed<PortForwardOption>({
+            ...(hostAddress === undefined ? {} : { hostAddr: hostAddress }),
+            hostPort,
+            guestPort: guest.port
+          })
+    )
+  )
 
 const network = (value: string): Effect.Effect<NetworkMode, ParseError> =>
   Schema.is(NetworkMode)(value) ? Effect.succeed(value) : malformed("network", value, "nat or none")

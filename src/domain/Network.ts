@@ -1,5 +1,6 @@
 import { Effect, Schema } from "effect"
 import { BootError } from "./errors.ts"
+import { showAddress } from "./TunnelAddress.ts"
 import type { VmId } from "./Vm.ts"
 
 /** `nat`: a card behind a gateway of its own (gvproxy), which reaches what the host reaches. `none`: no card at all. */
@@ -44,9 +45,7 @@ export const macOf = (id: VmId): string => {
   return [first, ...octets.slice(1)].map((octet) => octet.toString(16).padStart(2, "0")).join(":")
 }
 
-/** As the host's sockets are written: IPv6 in brackets. */
-export const hostSocket = ({ hostAddr, hostPort }: PortForward): string =>
-  hostAddr.includes(":") ? `[${hostAddr}]:${hostPort}` : `${hostAddr}:${hostPort}`
+export const hostSocket = ({ hostAddr, hostPort }: PortForward): string => showAddress(hostAddr, hostPort)
 
 const maxForwards = 128
 
