@@ -2,6 +2,7 @@ import { defineConfig, type UserConfig } from "tsdown"
 
 const bundled: UserConfig = {
   format: "esm",
+  minify: { compress: false, mangle: false, codegen: { removeWhitespace: true } },
   platform: "node",
   target: "node20",
   outDir: "dist",
