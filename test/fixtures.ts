@@ -3,7 +3,7 @@ import { createHash } from "node:crypto"
 import { chmodSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
 import { assert } from "@effect/vitest"
-import { Context, Effect, Layer, Schedule, type Scope } from "effect"
+import { Cause, Context, Effect, Layer, Schedule, type Scope } from "effect"
 import type { BootOptions } from "../src/domain/BootOptions.ts"
 import { Machinen } from "../src/Machinen.ts"
 import type { Vm } from "../src/Vm.ts"
@@ -148,6 +148,8 @@ export interface CliProcess {
   /** Completes when its output so far contains the text. */
   readonly printed: (text: string) => Effect.Effect<void>
   readonly result: Effect.Effect<CliResult>
+  /** What it has printed until now. */
+  readonly sofar: () => string
 }
 
 /** The bundle (`npm run build`). */
@@ -194,12 +196,13 @@ export const startCli = (
           attempt()
           return Effect.sync(() => listeners.delete(attempt))
         })
+      const all = () => `${text("stdout")}${text("stderr")}`
       const process_: CliProcess = {
+        sofar: all,
         pid: child.pid ?? 0,
         kill: (signal) => Effect.sync(() => void child.kill(signal)),
         printed: (wanted) =>
           Effect.gen(function* () {
-            const all = () => `${text("stdout")}${text("stderr")}`
             yield* when(() => (all().includes(wanted) || result !== undefined ? true : undefined))
             if (!all().includes(wanted)) yield* Effect.dieMessage(`it ended without printing ${wanted}: ${all()}`)
           }),
@@ -210,6 +213,21 @@ export const startCli = (
     ({ child }) => Effect.sync(() => void child.kill("SIGKILL"))
   ).pipe(Effect.map(({ process }) => process))
 
-/** Runs the CLI to its end. */
+/** Runs the CLI to its end. One that hangs is a defect that tells what it knows, before the test's own limit hides it. */
 export const cli = (home: string, args: ReadonlyArray<string>, options: CliOptions = {}): Effect.Effect<CliResult> =>
-  Effect.scoped(Effect.flatMap(startCli(home, args, options), (started) => started.result))
+  Effect.gen(function* () {
+    const started = yield* startCli(home, args, options)
+    return yield* Effect.timeoutFailCause(started.result, {
+      duration: "45 seconds",
+      onTimeout: () =>
+        Cause.die(
+          new Error([`${args.join(" ")} hangs, having printed: ${started.sofar()}`, ...consolesOf(home)].join("\n"))
+        )
+    })
+  }).pipe(Effect.scoped)
+
+const consolesOf = (home: string): ReadonlyArray<string> =>
+  leftovers(home).vms.map((name) => {
+    const file = path.join(home, "vms", name, "console.log")
+    return `${file}: ${existsSync(file) ? readFileSync(file, "utf8").slice(-1500) : "none"}`
+  })

@@ -8,7 +8,9 @@ import * as layers from "../src/runtime/layers.ts"
 export const environment = (home: string): Record<string, string> => ({
   MACHINEN_HOME: home,
   MACHINEN_ASSETS_STORE: process.env["MACHINEN_ASSETS_STORE"] ?? path.join(os.homedir(), ".machinen", "assets"),
-  MACHINEN_CACHE_DIR: process.env["MACHINEN_CACHE_DIR"] ?? path.join(os.homedir(), ".cache", "machinen")
+  MACHINEN_CACHE_DIR: process.env["MACHINEN_CACHE_DIR"] ?? path.join(os.homedir(), ".cache", "machinen"),
+  // Before the limit of a test, which would not show the console.
+  MACHINEN_BOOT_TIMEOUT: "40 seconds"
 })
 
 /** A new directory with a short path, below the test run's own. */
