@@ -2,29 +2,29 @@
 //! carries bytes between that thread and the stream, a few pieces at a time, so that each holds the other back.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Write as _};
 
 use bytes::{Buf, Bytes};
-use machinen_archive::{Error, Source, Target};
+use machinen_archive::{Error, Pieces, Source, Target};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::operation::Exchange;
 use super::stream::{Abort, CHUNK};
-use crate::frame::Kind;
+use crate::frame::{HEADER, Kind};
 use crate::reply::{Archived, Code, Done, ErrorReply};
 use crate::request;
 
 /// Pieces under way between stream and thread.
-const PIECES: usize = 16;
+const PIECES: usize = 4;
 
 /// Packs a directory's contents into a file.
 pub async fn save(directory: &'static str, file: &'static str) -> Result<(), Abort> {
     let packing = spawn_blocking(move || {
         let source = Source::open(directory, &[]).map_err(|error| ErrorReply::io(directory, &error))?;
-        let archive = fs::File::create(file).map_err(|error| ErrorReply::io(file, &error))?;
-        Ok(source.pack(io::BufWriter::with_capacity(CHUNK, archive))?)
+        let mut archive = fs::File::create(file).map_err(|error| ErrorReply::io(file, &error))?;
+        Ok(source.pack(Pieces::new(0, |piece| archive.write_all(&piece).map(|()| piece)))?)
     });
     entries(packing).await.map(drop)
 }
@@ -88,9 +88,18 @@ where
 {
     exchange.output.send_json(Kind::Started, &Done {}).await?;
     let (pieces, mut leaving) = mpsc::channel(PIECES);
-    let packing = spawn_blocking(move || Ok(source.pack(io::BufWriter::with_capacity(CHUNK, Leaving(pieces)))?));
-    while let Some(piece) = leaving.recv().await {
-        exchange.output.send(Kind::Data, &piece).await?;
+    let (used, mut spare) = mpsc::channel(PIECES);
+    let packing = spawn_blocking(move || {
+        let hand_on = |piece| {
+            pieces.blocking_send(piece).map_err(|_| io::ErrorKind::BrokenPipe)?;
+            Ok(spare.try_recv().unwrap_or_default())
+        };
+        Ok(source.pack(Pieces::new(HEADER, hand_on))?)
+    });
+    while let Some(mut piece) = leaving.recv().await {
+        exchange.output.send_frame(Kind::Data, &mut piece).await?;
+        // None is missed: then the packer makes another.
+        let _ = used.try_send(piece);
     }
     let archived = entries(packing).await?;
     exchange.output.send(Kind::Eof, &[]).await?;
@@ -129,20 +138,5 @@ impl Read for Arriving {
         let length = buffer.len().min(self.piece.len());
         self.piece.copy_to_slice(&mut buffer[..length]);
         Ok(length)
-    }
-}
-
-/// The stream's data, as the thread writes it.
-struct Leaving(mpsc::Sender<Vec<u8>>);
-
-impl Write for Leaving {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let length = bytes.len().min(CHUNK);
-        self.0.blocking_send(bytes[..length].to_vec()).map_err(|_| io::ErrorKind::BrokenPipe)?;
-        Ok(length)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }

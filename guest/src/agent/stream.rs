@@ -156,8 +156,14 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
 
     /// Sends the frame in `chunk`.
     pub async fn send_chunk(&mut self, chunk: &mut Chunk, kind: Kind, length: usize) -> Result<(), Abort> {
-        chunk.0[..HEADER].copy_from_slice(&frame::header(kind, length)?);
-        self.write(&chunk.0[..HEADER + length]).await
+        self.send_frame(kind, &mut chunk.0[..HEADER + length]).await
+    }
+
+    /// Sends a payload that stands behind room for its header.
+    pub async fn send_frame(&mut self, kind: Kind, frame: &mut [u8]) -> Result<(), Abort> {
+        let header = frame::header(kind, frame.len() - HEADER)?;
+        frame[..HEADER].copy_from_slice(&header);
+        self.write(frame).await
     }
 
     /// Says that no more frames follow.

@@ -2,12 +2,14 @@
 //! sends.
 
 mod pack;
+mod pieces;
 mod sparse;
 #[cfg(test)]
 mod tests;
 mod unpack;
 
 pub use pack::Source;
+pub use pieces::Pieces;
 pub use unpack::Target;
 
 use std::fmt;

@@ -12,16 +12,16 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use tar::{Builder, EntryType, Header, HeaderMode};
 
-use crate::Error;
 use crate::sparse::{self, Parts};
+use crate::{Error, Pieces};
 
 /// Filesystems the kernel makes up: their files have no end or no meaning elsewhere. Magic numbers of proc, sysfs, cgroup2 and devpts.
 const MADE_UP: [u64; 4] = [0x9fa0, 0x6265_6572, 0x6367_7270, 0x1cd1];
 
 /// Of a tar.
 const BLOCK: usize = 512;
-/// Read from a file at once; more than the 64 KiB an attribute, or a list of their names, can have.
-const BUFFER: usize = 256 * 1024;
+/// An attribute, or the list of their names, has no more (XATTR_SIZE_MAX and XATTR_LIST_MAX, linux/limits.h).
+const ATTRIBUTE: usize = 64 * 1024;
 
 /// What is to be packed.
 pub struct Source {
@@ -62,11 +62,10 @@ impl Source {
     }
 
     /// Writes the archive. Returns the number of its entries.
-    pub fn pack(&self, output: impl Write) -> Result<u64, Error> {
+    pub fn pack(&self, pieces: Pieces) -> Result<u64, Error> {
         let failed = |path: &Path, error: io::Error| Error::Io { path: path.to_string_lossy().into_owned(), error };
         let whole = self.whole.as_ref();
-        let buffer = vec![0; BUFFER];
-        let mut archive = Archive { builder: Builder::new(output), entries: 0, links: HashMap::new(), whole, buffer };
+        let mut archive = Archive { builder: Builder::new(pieces), entries: 0, links: HashMap::new(), whole };
         if self.metadata.is_dir() {
             let mut pending = self.children(Path::new("")).map_err(|error| failed(&self.path, error))?;
             while let Some(relative) = pending.pop() {
@@ -87,7 +86,7 @@ impl Source {
             let name = self.name.as_deref().unwrap_or_else(own);
             archive.append(&self.path, name, &self.metadata).map_err(|error| failed(&self.path, error))?;
         }
-        let flushed = archive.builder.into_inner().and_then(|mut output| output.flush());
+        let flushed = archive.builder.into_inner().and_then(|mut pieces| pieces.flush());
         flushed.map_err(|error| failed(&self.path, error))?;
         Ok(archive.entries)
     }
@@ -140,17 +139,15 @@ fn described_by(metadata: &Metadata, mut header: Header) -> Header {
     header
 }
 
-struct Archive<'a, W: Write> {
-    builder: Builder<W>,
+struct Archive<'a, 'p> {
+    builder: Builder<Pieces<'p>>,
     entries: u64,
     /// Where files with several names were put: their other names become hard links to that.
     links: HashMap<(u64, u64), PathBuf>,
     whole: Option<&'a Whole>,
-    /// For contents and attributes.
-    buffer: Vec<u8>,
 }
 
-impl<W: Write> Archive<'_, W> {
+impl Archive<'_, '_> {
     /// Appends what is at `path`; says whether it is a directory.
     fn add(&mut self, path: &Path, name: &Path) -> io::Result<bool> {
         let metadata = fs::symlink_metadata(path)?;
@@ -192,7 +189,7 @@ impl<W: Write> Archive<'_, W> {
 
     /// Extended attributes, for the entry that comes next, the way GNU tar and libarchive write them.
     fn append_attributes(&mut self, path: &Path) -> io::Result<()> {
-        let attributes = attributes(path, &mut self.buffer)?;
+        let attributes = attributes(path)?;
         let records = attributes.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
         if attributes.is_empty() { Ok(()) } else { self.builder.append_pax_extensions(records) }
     }
@@ -239,23 +236,24 @@ impl<W: Write> Archive<'_, W> {
     /// The builder's own way reads 8 KiB at a time, and in an emulated machine it is the number of system calls that counts.
     fn append_content(&mut self, header: &mut Header, name: &Path, mut content: impl Read) -> io::Result<()> {
         self.builder.append_data(header, name, io::empty())?;
-        let output = self.builder.get_mut();
+        let pieces = self.builder.get_mut();
         let mut written = 0;
         loop {
-            let n = match content.read(&mut self.buffer) {
+            let n = match content.read(pieces.spare()?) {
                 Ok(0) => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 n => n?,
             };
-            output.write_all(&self.buffer[..n])?;
+            pieces.advance(n);
             written += n;
         }
-        output.write_all(&[0; BLOCK][..written.next_multiple_of(BLOCK) - written])
+        pieces.write_all(&[0; BLOCK][..written.next_multiple_of(BLOCK) - written])
     }
 }
 
 /// The extended attributes of what is at `path` as records of a pax header, in order. A filesystem that has none of them has none.
-fn attributes(path: &Path, buffer: &mut [u8]) -> io::Result<Vec<(String, Vec<u8>)>> {
+fn attributes(path: &Path) -> io::Result<Vec<(String, Vec<u8>)>> {
+    let mut buffer = vec![0; ATTRIBUTE];
     let length = match rustix::fs::llistxattr(path, &mut *buffer) {
         Err(Errno::OPNOTSUPP) => 0,
         length => length?,

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use tar::{Builder, EntryType, Header};
 use tempfile::TempDir;
 
-use super::{Source, Target};
+use super::{Pieces, Source, Target};
 use crate::Error;
 
 fn unpack(target: &Path, archive: impl Read) -> Result<u64, Error> {
@@ -17,8 +17,16 @@ fn unpack(target: &Path, archive: impl Read) -> Result<u64, Error> {
 }
 
 fn pack(path: &Path, excludes: &[String]) -> (u64, Vec<u8>) {
+    collect(&Source::open(path.to_str().unwrap(), excludes).unwrap())
+}
+
+fn collect(source: &Source) -> (u64, Vec<u8>) {
     let mut bytes = Vec::new();
-    let entries = Source::open(path.to_str().unwrap(), excludes).unwrap().pack(&mut bytes).unwrap();
+    let pieces = Pieces::new(0, |piece| {
+        bytes.extend_from_slice(&piece);
+        Ok(piece)
+    });
+    let entries = source.pack(pieces).unwrap();
     (entries, bytes)
 }
 
@@ -221,8 +229,7 @@ fn a_whole_filesystem_keeps_attributes_and_devices_and_has_no_older_configuratio
     mark(&format!("{long}/marked"), b"\0\xff=");
     mark("sub", b"on a directory");
 
-    let mut bytes = Vec::new();
-    Source::filesystem(from.path(), Some(1000)).unwrap().pack(&mut bytes).unwrap();
+    let (_, bytes) = collect(&Source::filesystem(from.path(), Some(1000)).unwrap());
     let mut archive = tar::Archive::new(bytes.as_slice());
     let mut found = std::collections::BTreeMap::new();
     for entry in archive.entries().unwrap() {

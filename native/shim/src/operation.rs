@@ -7,25 +7,31 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
-use machinen_archive::Error;
+use machinen_archive::{Error, Pieces};
 use nix::sys::signal::Signal;
 
 use crate::frame::{self, DATA, EOF, ERROR, HEAD, MAX, STARTED};
 
-/// Payload of the frames that carry data: a guest wakes its archiver once for each.
-const FRAME: usize = 256 * 1024;
+/// Read from the stream at once.
+const BUFFER: usize = 256 * 1024;
 
-/// Begins the operation and sends what `pack` writes.
-pub fn send(request: &str, pack: impl FnOnce(&mut dyn Write) -> Result<u64, Error>) -> Result<u64, Error> {
-    let Ok(Some(stream)) = begin(request) else { return Ok(0) };
+/// Begins the operation and sends what `pack` writes, each piece as a frame.
+pub fn send(request: &str, pack: impl FnOnce(Pieces) -> Result<u64, Error>) -> Result<u64, Error> {
+    let Ok(Some(mut stream)) = begin(request) else { return Ok(0) };
     let Ok(mut answers) = stream.try_clone() else { return Ok(0) };
     // It may say half-way why it takes no more.
     let listening = thread::spawn(move || relay(&mut answers));
-    let mut data = Sending { stream, frame: Vec::with_capacity(HEAD + FRAME), refused: false };
-    let packed = pack(&mut data);
-    if !data.refused {
+    let mut refused = false;
+    let packed = pack(Pieces::new(HEAD, |mut piece| {
+        let length = u32::try_from(piece.len() - HEAD).unwrap_or(u32::MAX);
+        piece[..HEAD].copy_from_slice(&frame::encode_head(DATA, length));
+        let sent = stream.write_all(&piece);
+        refused = sent.is_err();
+        sent.map(|()| piece)
+    }));
+    if !refused {
         packed?;
-        let _ = data.stream.write_all(&frame::encode_head(EOF, 0));
+        let _ = stream.write_all(&frame::encode_head(EOF, 0));
     }
     let _ = listening.join();
     Ok(0)
@@ -34,7 +40,7 @@ pub fn send(request: &str, pack: impl FnOnce(&mut dyn Write) -> Result<u64, Erro
 /// Begins the operation and gives `unpack` its data to read.
 pub fn receive(request: &str, unpack: impl FnOnce(&mut dyn Read) -> Result<u64, Error>) -> Result<u64, Error> {
     let Ok(Some(stream)) = begin(request) else { return Ok(0) };
-    let mut data = BufReader::with_capacity(FRAME, Receiving { stream, left: 0, end: None });
+    let mut data = BufReader::with_capacity(BUFFER, Receiving { stream, left: 0, end: None });
     let unpacked = unpack(&mut data);
     let mut data = data.into_inner();
     match data.end {
@@ -89,40 +95,6 @@ fn pass_on(stream: &mut UnixStream, kind: u8, length: u32) -> io::Result<bool> {
     }
     caller.flush()?;
     Ok(fits)
-}
-
-/// Data on their way to the guest.
-struct Sending {
-    stream: UnixStream,
-    /// The frame that is being filled, with room for its head.
-    frame: Vec<u8>,
-    refused: bool,
-}
-
-impl Write for Sending {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.frame.is_empty() {
-            self.frame.extend_from_slice(&[0; HEAD]);
-        }
-        let length = bytes.len().min(HEAD + FRAME - self.frame.len());
-        self.frame.extend_from_slice(&bytes[..length]);
-        if self.frame.len() == HEAD + FRAME {
-            self.flush()?;
-        }
-        Ok(length)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        if let Some(length) = self.frame.len().checked_sub(HEAD).filter(|length| *length > 0) {
-            let length = u32::try_from(length).unwrap_or(u32::MAX);
-            self.frame[..HEAD].copy_from_slice(&frame::encode_head(DATA, length));
-            let sent = self.stream.write_all(&self.frame);
-            self.refused = sent.is_err();
-            self.frame.clear();
-            sent?;
-        }
-        Ok(())
-    }
 }
 
 /// Data as they come from the guest, up to the first frame that is none of them.

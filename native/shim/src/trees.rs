@@ -12,7 +12,7 @@ pub fn push(arguments: &[OsString]) -> ExitCode {
     report(texts(arguments).and_then(|texts| {
         let [request, path, name, excludes @ ..] = texts.as_slice() else { return Err(usage()) };
         let source = Source::open(path, excludes).map_err(|error| Error::Io { path: path.clone(), error })?;
-        operation::send(request, |data| source.named(name).pack(data))
+        operation::send(request, |pieces| source.named(name).pack(pieces))
     }))
 }
 
