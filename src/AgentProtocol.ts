@@ -207,6 +207,7 @@ export const AgentRequest = Schema.Union(
   Schema.Struct({ op: Schema.Literal("stats") }),
   Schema.Struct({ op: Schema.Literal("kill"), pid: Schema.Int }),
   Schema.Struct({ op: Schema.Literal("hostname"), hostname: Schema.String }),
+  Schema.Struct({ op: Schema.Literal("clock"), nowMs: Schema.Int }),
   Schema.Struct({
     op: Schema.Literal("freeze"),
     sync: Schema.Boolean,

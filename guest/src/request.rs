@@ -33,6 +33,7 @@ pub enum Request {
     Stats,
     Kill(Kill),
     Hostname(Hostname),
+    Clock(Clock),
     Freeze(Freeze),
     Rejuvenate(Rejuvenate),
     Dump(Dump),
@@ -190,6 +191,12 @@ pub struct Hostname {
     pub hostname: String,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Clock {
+    pub now_ms: u64,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Freeze {
@@ -285,6 +292,7 @@ impl Request {
             "stats" => Self::Stats,
             "kill" => Self::Kill(from_json(json)?),
             "hostname" => Self::Hostname(from_json(json)?),
+            "clock" => Self::Clock(from_json(json)?),
             "freeze" => Self::Freeze(from_json(json)?),
             "rejuvenate" => Self::Rejuvenate(from_json(json)?),
             "dump" => Self::Dump(from_json(json)?),
@@ -335,6 +343,7 @@ impl Request {
             | Self::Tunnel(_)
             | Self::Kill(_)
             | Self::Stats
+            | Self::Clock(_)
             | Self::Freeze(_)
             | Self::Dump(_)
             | Self::Detach

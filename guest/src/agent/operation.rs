@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::stream::{Abort, FrameReader, FrameWriter, split};
 use super::{
-    Context, archive, command, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
+    Context, archive, clock, command, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
     terminal, tree, tunnel,
 };
 use crate::frame::{Frame, Kind};
@@ -108,6 +108,10 @@ where
         Request::Hostname(request) => {
             let name = request.hostname;
             late::set_hostname(&name).map_err(|error| ErrorReply::io("hostname", &error))?;
+            json(&Done {})
+        }
+        Request::Clock(request) => {
+            clock::set(request.now_ms).map_err(|error| ErrorReply::io("clock", &error))?;
             json(&Done {})
         }
         Request::Freeze(request) => json(&freeze::freeze(context, &request, exchange).await?),
