@@ -1,4 +1,4 @@
-import { Context, Effect, Layer, Schema, type Scope, Stream } from "effect"
+import { Context, Effect, Layer, Option, Schema, type Scope } from "effect"
 import * as UnixSocket from "./platform/UnixSocket.ts"
 
 /** A guest port could not be reached: no VM behind the socket, nobody listening, or the VM went away in between. */
@@ -18,10 +18,11 @@ export class VsockUnreachable extends Schema.TaggedError<VsockUnreachable>()("Vs
 export class Vsock extends Context.Tag("machinen/Vsock")<
   Vsock,
   {
-    /** Connects to a port in the guest. */
+    /** Connects to a port in the guest. What is to be said `first` travels with the request, and is lost if that is refused. */
     readonly dial: (
       vsockPath: string,
-      port: number
+      port: number,
+      first?: Uint8Array
     ) => Effect.Effect<UnixSocket.Connection, VsockUnreachable, Scope.Scope>
     /** Waits where the guest will call: returns once listening; the inner effect is the guest's first call. */
     readonly listen: (
@@ -36,11 +37,10 @@ export class Vsock extends Context.Tag("machinen/Vsock")<
 >() {
   static readonly layer = Layer.succeed(Vsock, {
     dial: Effect.fn("Vsock.dial")(
-      function* (vsockPath, port) {
+      function* (vsockPath, port, first = new Uint8Array(0)) {
         const connection = yield* UnixSocket.connect(vsockPath)
-        yield* connection.write(Buffer.from(`CONNECT ${port}\n`))
-        const rest = yield* readGreeting(connection.bytes)
-        return { ...connection, bytes: rest }
+        yield* connection.write(Buffer.concat([Buffer.from(`CONNECT ${port}\n`), first]))
+        return UnixSocket.unread(connection, yield* readGreeting(connection))
       },
       (effect, path, port) => Effect.mapError(effect, (cause) => new VsockUnreachable({ path, port, cause }))
     ),
@@ -56,22 +56,21 @@ export class Vsock extends Context.Tag("machinen/Vsock")<
 
 const maxGreeting = 32
 
-/** Reads `OK <n>\n` and gives the stream that follows it, which may have begun in the same piece. */
-const readGreeting = (bytes: UnixSocket.Connection["bytes"]) =>
-  Effect.gen(function* () {
-    const pull = yield* Stream.toPull(bytes)
-    let line = Buffer.alloc(0)
-    while (!line.includes("\n")) {
-      if (line.length > maxGreeting) return yield* Effect.fail(refused("no greeting"))
-      const pieces = yield* Effect.mapError(pull, (end) => (end._tag === "Some" ? end.value : refused("refused")))
-      line = Buffer.concat([line, ...pieces])
-    }
-    const at = line.indexOf("\n")
-    if (!/^OK \d+$/.test(line.subarray(0, at).toString("latin1"))) return yield* Effect.fail(refused("no greeting"))
-    const rest = line.subarray(at + 1)
-    const more = Stream.fromPull(Effect.succeed(pull))
-    return rest.length === 0 ? more : Stream.concat(Stream.make<[Uint8Array]>(rest), more)
-  })
+/** Reads `OK <n>\n` and gives what follows it in the same piece. */
+const readGreeting = Effect.fnUntraced(function* ({ read }: UnixSocket.Connection) {
+  let line = Buffer.alloc(0)
+  while (!line.includes("\n")) {
+    if (line.length > maxGreeting) return yield* Effect.fail(refused("no greeting"))
+    const piece = yield* Effect.mapError(
+      read,
+      Option.getOrElse(() => refused("refused"))
+    )
+    line = Buffer.concat([line, piece])
+  }
+  const at = line.indexOf("\n")
+  if (!/^OK \d+$/.test(line.subarray(0, at).toString("latin1"))) return yield* Effect.fail(refused("no greeting"))
+  return line.subarray(at + 1)
+})
 
 const refused = (why: string) =>
   Object.assign(new Error(why === "refused" ? "nobody listens on that guest port" : "not a vsock socket"), {

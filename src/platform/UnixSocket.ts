@@ -9,7 +9,9 @@ export const maxPath = 107
  * EPIPE, ...): who dials knows what they mean.
  */
 export interface Connection {
-  /** What the peer sends, in the pieces it arrives in; ends when the peer ends. May be run once. */
+  /** The next piece of what the peer sends, as it arrives; `None` when the peer has ended. Nothing is read ahead while nobody asks. */
+  readonly read: Effect.Effect<Uint8Array, Option.Option<NodeJS.ErrnoException>>
+  /** All pieces. */
   readonly bytes: Stream.Stream<Uint8Array, NodeJS.ErrnoException>
   /** Completes when the kernel or the queue has room for more. */
   readonly write: (bytes: Uint8Array) => Effect.Effect<void, NodeJS.ErrnoException>
@@ -27,8 +29,10 @@ export const fromSocket = (socket: net.Socket): Connection => {
   socket.on("error", (error) => {
     failure = error
   })
+  const next = read(socket, () => failure)
   return {
-    bytes: Stream.repeatEffectOption(read(socket, () => failure)),
+    read: next,
+    bytes: Stream.repeatEffectOption(next),
     write: (bytes) =>
       Effect.async((resume) => {
         if (failure !== undefined || socket.destroyed || socket.writableEnded) {
@@ -49,7 +53,19 @@ export const fromSocket = (socket: net.Socket): Connection => {
 
 const closed = () => Object.assign(new Error("the connection is closed"), { code: "EPIPE" })
 
-/** One read: bytes already here, or the next that arrive. Nothing is read ahead while nobody asks. */
+/** The same connection from behind the bytes that were read too far. */
+export const unread = (connection: Connection, bytes: Uint8Array): Connection => {
+  let rest = bytes
+  const read = Effect.suspend(() => {
+    if (rest.length === 0) return connection.read
+    const first = rest
+    rest = new Uint8Array(0)
+    return Effect.succeed(first)
+  })
+  return { ...connection, read, bytes: Stream.repeatEffectOption(read) }
+}
+
+/** One read: bytes already here, or the next that arrive. */
 const read = (socket: net.Socket, failure: () => NodeJS.ErrnoException | undefined) =>
   Effect.async<Uint8Array, Option.Option<NodeJS.ErrnoException>>((resume) => {
     const attempt = () => {

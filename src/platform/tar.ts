@@ -1,6 +1,6 @@
 import { spawn } from "node:child_process"
 import * as net from "node:net"
-import { Deferred, Effect, Stream } from "effect"
+import { Deferred, Effect } from "effect"
 import * as Tar from "tar"
 import { type Connection, fromSocket } from "./UnixSocket.ts"
 
@@ -12,7 +12,7 @@ import { type Connection, fromSocket } from "./UnixSocket.ts"
 /** The child that has a connection to a guest's agent instead of this process, and sends or takes the data of one operation there. */
 export interface Courier {
   /** What the agent says beside the data. */
-  readonly answers: Connection["bytes"]
+  readonly answers: Connection["read"]
   /** It has ended, and all was well at this end. */
   readonly succeeded: Effect.Effect<void, Error>
 }
@@ -64,11 +64,11 @@ const courier = ([bin, ...args]: readonly [string, ...ReadonlyArray<string>], { 
     if (!(stdout instanceof net.Socket)) return yield* Effect.dieMessage("a child's pipe is no socket")
     // When a child has ended, Node lets what nobody listens for run out of its pipe; between two of our reads nobody would.
     stdout.on("readable", () => {})
-    const answers = fromSocket(stdout).bytes
+    const { read } = fromSocket(stdout)
     const courier: Courier = {
-      answers,
+      answers: read,
       // it is over when its output is
-      succeeded: Effect.zipRight(Effect.ignore(Stream.runDrain(answers)), Deferred.await(ended))
+      succeeded: Effect.zipRight(Effect.ignore(Effect.forever(read)), Deferred.await(ended))
     }
     return courier
   })

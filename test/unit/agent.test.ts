@@ -16,28 +16,43 @@ const err = (line: string) => encodeFrame(FrameType.stderr, Buffer.from(line))
 const exit = (code: number) => encodeFrame(FrameType.end, json({ code, signal: null }))
 
 /** What the guest does with each connection in turn; the last is done again. */
-type Answer = "hang up" | "say nothing" | ReadonlyArray<Uint8Array>
+type Answer = "hang up" | "say nothing" | ReadonlyArray<Uint8Array> | { readonly late: ReadonlyArray<Uint8Array> }
+
+interface Server {
+  readonly calls: () => number
+  readonly requests: ReadonlyArray<{ readonly op: string; readonly nowMs?: number }>
+  readonly vsock: string
+}
 
 /** An agent at the end of a hybrid vsock, without a guest. */
 const withAgent = <A, E>(
   answers: ReadonlyArray<Answer>,
-  use: (client: AgentClient, server: { readonly calls: () => number; readonly vsock: string }) => Effect.Effect<A, E>
+  use: (client: AgentClient, server: Server) => Effect.Effect<A, E>
 ) =>
   Effect.gen(function* () {
     const vsock = path.join(temporaryDirectory(), "v.sock")
     let calls = 0
+    const requests: Array<Server["requests"][number]> = []
     yield* Effect.acquireRelease(
       Effect.async<net.Server>((resume) => {
         const server = net.createServer((socket) => {
           const answer = answers[Math.min(calls++, answers.length - 1)] ?? "hang up"
           socket.on("error", () => {})
           if (answer === "hang up") return socket.destroy()
-          socket.once("data", () => {
+          socket.once("data", (greeting) => {
             socket.write("OK 1\n")
             if (answer === "say nothing") return
-            socket.once("data", () => {
-              for (const frame of [encodeFrame(FrameType.started, json({ pid: 7 })), ...answer]) socket.write(frame)
-            })
+            const heard = (request: Uint8Array) => {
+              requests.push(JSON.parse(text(request.subarray(5))))
+              const say = (frames: ReadonlyArray<Uint8Array>) => {
+                for (const frame of [encodeFrame(FrameType.started, json({ pid: 7 })), ...frames]) socket.write(frame)
+              }
+              if ("late" in answer) setTimeout(() => say(answer.late), 150)
+              else say(answer)
+            }
+            const first = greeting.subarray(greeting.indexOf("\n") + 1)
+            if (first.length > 0) heard(first)
+            else socket.once("data", heard)
           })
         })
         server.listen(vsock, () => resume(Effect.succeed(server)))
@@ -45,7 +60,7 @@ const withAgent = <A, E>(
       (server) => Effect.sync(() => server.close())
     )
     const agent = yield* Agent
-    return yield* use(agent.client(vsock), { calls: () => calls, vsock })
+    return yield* use(agent.client(vsock), { calls: () => calls, requests, vsock })
   }).pipe(
     Effect.scoped,
     Effect.provide(
@@ -124,6 +139,34 @@ describe("execRaw", () => {
         const error = yield* Effect.flip(client.execRaw("x", patient))
         assert.strictEqual(error.code, "EXEC_AGENT_UNAVAILABLE")
         assert.isBelow(performance.now() - began, 2000)
+      })
+    )
+  )
+})
+
+describe("a copy's clock", () => {
+  const done = [encodeFrame(FrameType.end, json({ renewed: ["random", "clock"], kept: [], clockStepMs: 5 }))]
+  const identity = { hostname: "copy", generation: "1", env: {} }
+
+  it.live("is set again when the time was long under way", () =>
+    withAgent([{ late: done }, done], (client, { requests }) =>
+      Effect.gen(function* () {
+        assert.strictEqual((yield* client.rejuvenate(identity)).clockStepMs, 5)
+        const [first, second] = requests
+        assert.deepStrictEqual([first?.op, second?.op], ["rejuvenate", "clock"])
+        assert.isAtLeast((second?.nowMs ?? 0) - (first?.nowMs ?? 0), 140)
+      })
+    )
+  )
+
+  it.live("is not set for ever on a host that is never quick", () =>
+    withAgent([{ late: done }], (client, { requests }) =>
+      Effect.gen(function* () {
+        yield* client.rejuvenate(identity)
+        assert.deepStrictEqual(
+          requests.map(({ op }) => op),
+          ["rejuvenate", "clock", "clock", "clock"]
+        )
       })
     )
   )

@@ -99,16 +99,25 @@ impl Opener {
     /// Opens a stream to `port` of the other end and waits until it was accepted.
     ///
     /// # Errors
+    /// Those of [`Opener::open_with`].
+    pub async fn open(&self, port: u32) -> io::Result<Stream> {
+        self.open_with(port, &[]).await
+    }
+
+    /// The same, with `first` on its way behind the request: nobody waits for a round trip. Who refuses the stream does not read it. It
+    /// has to fit the window a stream begins with, 256 KiB: who answers it is not heard before all of it has left.
+    ///
+    /// # Errors
     /// `ConnectionRefused` when the other end does not want it, `ResourceBusy` at the limit of streams, `ConnectionReset` when
     /// the session ended meanwhile, `BrokenPipe` when there will not be another.
-    pub async fn open(&self, port: u32) -> io::Result<Stream> {
+    pub async fn open_with(&self, port: u32, first: &[u8]) -> io::Result<Stream> {
         let session = self.session.clone().wait_for(Option::is_some).await.ok().and_then(|session| session.clone());
         let session = session.ok_or(io::ErrorKind::BrokenPipe)?;
         let (reply, opened) = oneshot::channel();
         let gone = |()| io::Error::from(io::ErrorKind::ConnectionReset);
         session.opens.send(reply).map_err(|_| gone(()))?;
         let mut stream = Stream::new(opened.await.map_err(|_| gone(()))??);
-        stream.write_all(&port.to_be_bytes()).await?;
+        stream.write_all(&[&port.to_be_bytes()[..], first].concat()).await?;
         match stream.read_u8().await {
             Ok(ACCEPTED) => Ok(stream),
             Ok(REFUSED) => Err(io::ErrorKind::ConnectionRefused.into()),

@@ -147,6 +147,29 @@ async fn refused_ports() {
 }
 
 #[tokio::test]
+async fn what_is_said_first_travels_with_the_request() {
+    bounded(async {
+        let (mut host, mut guest) = pair();
+        let first = pattern(3, 200_000);
+        let mut stream = host.opener.open_with(ECHO, &first).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut heard = Vec::new();
+        stream.read_to_end(&mut heard).await.unwrap();
+        assert!(heard == first);
+
+        let refused = host.opener.open_with(CLOSED, b"unheard").await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+        let opener = guest.sessions.recv().await.unwrap();
+        let _stream = opener.open_with(1979, b"ding").await.unwrap();
+        let (_, mut accepted) = host.streams.recv().await.unwrap();
+        let mut heard = [0; 4];
+        accepted.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"ding");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn half_close_leaves_the_other_direction_open() {
     bounded(async {
         let (host, mut guest) = pair();

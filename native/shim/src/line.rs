@@ -6,6 +6,8 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// How long a peer may take for its first line.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Read at once: the line, and most often all that is said behind it.
+const BUFFER: usize = 16 * 1024;
 
 /// A line without its end, and what came behind it.
 #[derive(Debug)]
@@ -19,7 +21,7 @@ pub struct Line {
 /// # Errors
 /// `InvalidData` when it is longer, `UnexpectedEof` when it has no end, `TimedOut` when it takes too long.
 pub async fn read(from: &mut (impl AsyncRead + Unpin), max: usize) -> io::Result<Line> {
-    let mut rest = Vec::new();
+    let mut rest = Vec::with_capacity(BUFFER);
     let text = tokio::time::timeout(PATIENCE, next(from, &mut rest, max)).await??;
     Ok(Line { text, rest })
 }

@@ -37,13 +37,12 @@ async fn serve_client(mut client: UnixStream, opener: Opener) -> io::Result<()> 
     let line = line::read(&mut client, MAX_LINE).await?;
     let port = port(&line.text).ok_or(ErrorKind::InvalidData)?;
     let gone = hung_up(&client)?;
-    let mut stream = tokio::select! {
-        stream = opener.open(port) => stream?,
+    let stream = tokio::select! {
+        stream = opener.open_with(port, &line.rest) => stream?,
         // A guest that boots may keep us waiting for longer than the client waits.
         () = gone => return Ok(()),
     };
     client.write_all(format!("OK {port}\n").as_bytes()).await?;
-    stream.write_all(&line.rest).await?;
     drop(line);
     proxy::run(client, stream).await
 }
