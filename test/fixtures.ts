@@ -143,6 +143,7 @@ export interface CliOptions {
 }
 
 export interface CliProcess {
+  readonly args: ReadonlyArray<string>
   readonly pid: number
   readonly kill: (signal: NodeJS.Signals) => Effect.Effect<void>
   /** Completes when its output so far contains the text. */
@@ -198,6 +199,7 @@ export const startCli = (
         })
       const all = () => `${text("stdout")}${text("stderr")}`
       const process_: CliProcess = {
+        args,
         sofar: all,
         pid: child.pid ?? 0,
         kill: (signal) => Effect.sync(() => void child.kill(signal)),
@@ -213,18 +215,24 @@ export const startCli = (
     ({ child }) => Effect.sync(() => void child.kill("SIGKILL"))
   ).pipe(Effect.map(({ process }) => process))
 
-/** Runs the CLI to its end. One that hangs is a defect that tells what it knows, before the test's own limit hides it. */
+/** Runs the CLI to its end. */
 export const cli = (home: string, args: ReadonlyArray<string>, options: CliOptions = {}): Effect.Effect<CliResult> =>
-  Effect.gen(function* () {
-    const started = yield* startCli(home, args, options)
-    return yield* Effect.timeoutFailCause(started.result, {
-      duration: "45 seconds",
-      onTimeout: () =>
-        Cause.die(
-          new Error([`${args.join(" ")} hangs, having printed: ${started.sofar()}`, ...consolesOf(home)].join("\n"))
+  startCli(home, args, options).pipe(
+    Effect.flatMap((started) => inTime(home, started, started.result)),
+    Effect.scoped
+  )
+
+/** What is waited for while the CLI runs. One that hangs is a defect that tells what it knows, before the test's own limit hides it. */
+export const inTime = <A>(home: string, started: CliProcess, awaited: Effect.Effect<A>): Effect.Effect<A> =>
+  Effect.timeoutFailCause(awaited, {
+    duration: "45 seconds",
+    onTimeout: () =>
+      Cause.die(
+        new Error(
+          [`${started.args.join(" ")} hangs, having printed: ${started.sofar()}`, ...consolesOf(home)].join("\n")
         )
-    })
-  }).pipe(Effect.scoped)
+      )
+  })
 
 const consolesOf = (home: string): ReadonlyArray<string> =>
   leftovers(home).vms.map((name) => {

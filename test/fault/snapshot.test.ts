@@ -14,6 +14,7 @@ import {
   type CliProcess,
   cli,
   eventually,
+  inTime,
   leftovers,
   live,
   processesOf,
@@ -315,9 +316,9 @@ const srcGoesOn = Effect.gen(function* () {
 })
 const killed = (starter: CliProcess, when: Effect.Effect<unknown>) =>
   Effect.gen(function* () {
-    yield* Effect.raceFirst(when, starter.result)
+    yield* inTime(home, starter, Effect.raceFirst(when, starter.result))
     yield* starter.kill("SIGKILL")
-    return yield* starter.result
+    return yield* inTime(home, starter, starter.result)
   })
 
 const claimOnly = (dir: string) => fs.existsSync(dir) && fs.readdirSync(dir).every((file) => file === "claim")
