@@ -846,6 +846,13 @@ const toFilesError =
             hint: "boot with a larger root disk (`--disk`, rootDiskSizeBytes)",
             cause
           })
+        case "AGENT_WATCH_LIMIT":
+          return new FilesError({
+            code: "FILES_WATCH_LIMIT",
+            message,
+            hint: "raise that limit in the guest (sysctl), or watch less",
+            cause
+          })
         case "AGENT_BAD_REQUEST":
           return new FilesError({ code: "FILES_PATH_INVALID", message, cause })
         default:

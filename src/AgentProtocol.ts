@@ -222,6 +222,7 @@ export const AgentRequest = Schema.Union(
     op: Schema.Literal("tunnel"),
     to: Schema.Union(Schema.Struct({ port: Schema.Int }), Schema.Struct({ path: Schema.String }))
   }),
+  Schema.Struct({ op: Schema.Literal("watch"), path: Schema.String, recursive: Schema.Boolean }),
   Schema.Struct({ op: Schema.Literal("poweroff") })
 )
 export type AgentRequest = typeof AgentRequest.Type
@@ -247,6 +248,7 @@ export const AgentFault = Schema.Struct({
     "AGENT_TIMEOUT",
     "AGENT_ARGUMENTS_TOO_LARGE",
     "AGENT_NO_SPACE",
+    "AGENT_WATCH_LIMIT",
     "AGENT_MOUNT_BUSY",
     "AGENT_SECRET_UNKNOWN",
     "AGENT_CRIU",
@@ -283,8 +285,23 @@ export class TerminalSession extends Schema.Class<TerminalSession>("TerminalSess
   /** How its command ended, if it has and nobody has seen it yet. */
   ended: Schema.NullOr(ExitStatus)
 }) {}
+
 /** What is in a directory, by name. */
 export class DirectoryEntry extends FileStat.extend<DirectoryEntry>("DirectoryEntry")({ name: Schema.String }) {}
+
+/** What happened below a watched directory; paths are relative to it. */
+export const FileChange = Schema.Union(
+  Schema.Struct({
+    /** `modified`: closed by somebody who could write to it, or its attributes changed. */
+    kind: Schema.Literal("created", "modified", "removed"),
+    path: Schema.String
+  }),
+  /** Within what is watched; into it is `created`, out of it `removed`. */
+  Schema.Struct({ kind: Schema.Literal("moved"), from: Schema.String, path: Schema.String }),
+  /** There were more changes than the guest could keep: look for yourself. What comes after this is known again. */
+  Schema.Struct({ kind: Schema.Literal("lost") })
+)
+export type FileChange = typeof FileChange.Type
 
 /** What a restored guest made new before its processes went on, and what stayed as it was in the original. */
 export class Rejuvenation extends Schema.Class<Rejuvenation>("Rejuvenation")({

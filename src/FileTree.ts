@@ -1,6 +1,6 @@
 import { Chunk, Effect, Option, Schema, type Scope, Stream } from "effect"
 import type { AgentRefusal, Operation } from "./Agent.ts"
-import { type AgentRequest, DirectoryEntry, FrameType } from "./AgentProtocol.ts"
+import { type AgentRequest, DirectoryEntry, FileChange, FrameType } from "./AgentProtocol.ts"
 import type { ExecError, FilesError } from "./domain/errors.ts"
 
 /** Names in a guest: what there is, making, moving and removing it. All paths are absolute. */
@@ -16,6 +16,14 @@ export interface FileTree {
   readonly rename: (from: string, to: string) => Effect.Effect<void, FilesError>
   /** A file, a link, an empty directory; with `recursive` a directory with all that is in it. */
   readonly remove: (path: string, options?: { readonly recursive?: boolean }) => Effect.Effect<void, FilesError>
+  /**
+   * What changes in a directory from now on, with `recursive` also in those below it, on its filesystem; until it is removed or renamed, or the
+   * scope closes. Run once. Something may be told twice, nothing is left out but where a change says so (`lost`).
+   */
+  readonly watch: (
+    path: string,
+    options?: { readonly recursive?: boolean }
+  ) => Effect.Effect<Stream.Stream<FileChange, FilesError>, FilesError, Scope.Scope>
 }
 
 type Failure = ExecError | AgentRefusal
@@ -26,12 +34,8 @@ export const make = (
   toFilesError: (path: string) => (error: unknown) => FilesError
 ): FileTree => ({
   list: Effect.fn("Agent.list")(function* (path: string) {
-    const lines = Stream.unwrapScoped(Effect.map(operate({ op: "list", path }), ({ frames }) => frames)).pipe(
-      Stream.filterMap(({ payload, type }) => (type === FrameType.data ? Option.some(payload) : Option.none())),
-      Stream.decodeText(),
-      Stream.splitLines
-    )
-    const entries = yield* Stream.runCollect(Stream.mapEffect(lines, decodeEntry)).pipe(
+    const listed = Stream.unwrapScoped(Effect.map(operate({ op: "list", path }), lines))
+    const entries = yield* Stream.runCollect(Stream.mapEffect(listed, decodeEntry)).pipe(
       Effect.mapError(toFilesError(path))
     )
     return Chunk.toReadonlyArray(entries).toSorted((a, b) => (a.name < b.name ? -1 : 1))
@@ -47,7 +51,22 @@ export const make = (
   ),
   remove: Effect.fn("Agent.remove")((path, { recursive = false } = {}) =>
     Effect.mapError(Effect.asVoid(ask({ op: "remove", path, recursive })), toFilesError(path))
+  ),
+  watch: Effect.fn("Agent.watch")((path, { recursive = false } = {}) =>
+    operate({ op: "watch", path, recursive }).pipe(
+      Effect.map((operation) => Stream.mapError(Stream.mapEffect(lines(operation), decodeChange), toFilesError(path))),
+      Effect.mapError(toFilesError(path))
+    )
   )
 })
 
+/** What an operation sends as text. */
+const lines = ({ frames }: Operation) =>
+  frames.pipe(
+    Stream.filterMap(({ payload, type }) => (type === FrameType.data ? Option.some(payload) : Option.none())),
+    Stream.decodeText(),
+    Stream.splitLines
+  )
+
 const decodeEntry = Schema.decode(Schema.parseJson(DirectoryEntry))
+const decodeChange = Schema.decode(Schema.parseJson(FileChange))

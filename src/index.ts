@@ -10,7 +10,7 @@ export type {
   RunningCommand,
   WriteFileOptions
 } from "./Agent.ts"
-export { DirectoryEntry, FileStat, GuestStats, Rejuvenation, TerminalSession } from "./AgentProtocol.ts"
+export { DirectoryEntry, FileChange, FileStat, GuestStats, Rejuvenation, TerminalSession } from "./AgentProtocol.ts"
 export type { Bundle } from "./Bundle.ts"
 export type { Booted } from "./boot.ts"
 export type { BootOptions } from "./domain/BootOptions.ts"

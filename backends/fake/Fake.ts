@@ -67,6 +67,7 @@ const silent: AgentClient = {
   makeDirectory: () => nowhere,
   rename: () => nowhere,
   remove: () => nowhere,
+  watch: () => nowhere,
   connect: () => untunnelled,
   tunnel: () => untunnelled,
   start: () => nobody,

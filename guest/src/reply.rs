@@ -32,6 +32,9 @@ pub enum Code {
     ArgumentsTooLarge,
     #[serde(rename = "AGENT_NO_SPACE")]
     NoSpace,
+    /// Of inotify.
+    #[serde(rename = "AGENT_WATCH_LIMIT")]
+    WatchLimit,
     /// Processes hold files on shared directories.
     #[serde(rename = "AGENT_MOUNT_BUSY")]
     MountBusy,

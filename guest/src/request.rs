@@ -40,6 +40,7 @@ pub enum Request {
     Revive(Revive),
     Detach,
     Tunnel(Tunnel),
+    Watch(Watch),
     Poweroff,
 }
 
@@ -259,6 +260,14 @@ pub enum Destination {
     Path(String),
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Watch {
+    /// A directory.
+    pub path: String,
+    #[serde(default)]
+    pub recursive: bool,
+}
+
 /// Longest host name Linux takes (`__NEW_UTS_LEN`).
 const MAX_HOSTNAME: usize = 64;
 const MAX_SESSION_NAME: usize = 64;
@@ -299,6 +308,7 @@ impl Request {
             "revive" => Self::Revive(from_json(json)?),
             "detach" => Self::Detach,
             "tunnel" => Self::Tunnel(from_json(json)?),
+            "watch" => Self::Watch(from_json(json)?),
             "poweroff" => Self::Poweroff,
             // The name is the peer's: quoted, and not at any length.
             other => {
@@ -325,7 +335,8 @@ impl Request {
             | Self::Push(Push { path })
             | Self::Stat(Stat { path })
             | Self::List(Stat { path })
-            | Self::Remove(Remove { path, .. }) => check_path(path),
+            | Self::Remove(Remove { path, .. })
+            | Self::Watch(Watch { path, .. }) => check_path(path),
             Self::Rename(Rename { from, to }) => check_path(from).and_then(|()| check_path(to)),
             Self::Secrets(Secrets { values, .. }) => values.values().try_for_each(|value| no_nul("a secret", value)),
             Self::Pull(Pull { path, excludes }) => {

@@ -129,6 +129,7 @@ export class FilesError extends Schema.TaggedError<FilesError>()(
     "FILES_NO_SPACE",
     "FILES_PATH_INVALID",
     "FILES_RANGE_INVALID",
+    "FILES_WATCH_LIMIT",
     "FILES_GUEST_IO"
   )
 ) {

@@ -4,6 +4,7 @@ import { FastCheck as fc, Schema } from "effect"
 import {
   AgentRequest,
   encodeFrame,
+  FileChange,
   type Frame,
   FrameDecoder,
   FrameType,
@@ -69,6 +70,13 @@ describe("agent frames", () => {
       assert.strictEqual(encodeFrame(expectedType, payload).toString("hex"), hex)
     })
   }
+
+  it("golden: a guest's changes", () => {
+    const { bytes = "" } = golden.valid.find(({ name }) => name === "data, changes") ?? {}
+    const lines = Buffer.from(bytes, "hex").toString().trimEnd().split("\n")
+    const kinds = lines.map((line) => Schema.decodeSync(Schema.parseJson(FileChange))(line).kind)
+    assert.deepStrictEqual(kinds, ["created", "modified", "moved", "removed", "lost"])
+  })
 
   for (const { hex, name, reason } of golden.invalid) {
     it(`golden, refused: ${name} (${reason})`, () => {

@@ -1,7 +1,8 @@
-//! The agent: serves the host's operations over the channel, one stream each. Single-threaded; only archives and writing
-//! everything out use threads, because they block for long.
+//! The agent: serves the host's operations over the channel, one stream each. Single-threaded; only archives, watches
+//! and writing everything out use threads, because they block for long.
 
 mod archive;
+mod changes;
 mod child;
 mod clock;
 mod command;

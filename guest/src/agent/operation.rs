@@ -9,8 +9,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::stream::{Abort, FrameReader, FrameWriter, split};
 use super::{
-    Context, archive, clock, command, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
-    terminal, tree, tunnel,
+    Context, archive, changes, clock, command, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets,
+    stats, terminal, tree, tunnel,
 };
 use crate::frame::{Frame, Kind};
 use crate::init::late;
@@ -120,6 +120,7 @@ where
         Request::Revive(request) => json(&criu::revive(context, request).await?),
         Request::Detach => json(&main_command::detach(context)?),
         Request::Tunnel(request) => json(&tunnel::tunnel(&request, exchange).await?),
+        Request::Watch(request) => json(&changes::watch(request, exchange).await?),
         Request::Poweroff => return Ok(Outcome::Last(json(&Done {}), context.lifecycle.output())),
     };
     Ok(Outcome::Done(result))
