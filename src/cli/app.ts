@@ -20,6 +20,7 @@ import { repl } from "./commands/repl.ts"
 import { fork, restore } from "./commands/restore.ts"
 import { run } from "./commands/run.ts"
 import { bundle, snapshot } from "./commands/snapshot.ts"
+import { watch } from "./commands/watch.ts"
 import * as usage from "./usage.ts"
 
 /**
@@ -45,6 +46,7 @@ export const cli = (argv: ReadonlyArray<string>) => {
       inspect,
       logs,
       cp,
+      watch,
       forward,
       stop,
       pause,

@@ -237,6 +237,7 @@ describe("usage", () => {
     ["stop", "nobody"],
     ["inspect", "nobody"],
     ["logs", "nobody"],
+    ["watch", "nobody", "/srv"],
     ["cp", "nobody:/etc/passwd", home]
   ]) {
     it.live(`does not know the VM of \`${args.slice(0, 2).join(" ")}\``, () =>

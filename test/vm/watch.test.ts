@@ -5,7 +5,7 @@ import { Chunk, Effect, Fiber, Stream } from "effect"
 import type { FileChange } from "../../src/AgentProtocol.ts"
 import { Machinen } from "../../src/Machinen.ts"
 import type { Vm } from "../../src/Vm.ts"
-import { Guest, guest, live, settled, sh, temporaryDirectory, temporaryHome } from "../fixtures.ts"
+import { Guest, guest, live, settled, sh, startCli, temporaryDirectory, temporaryHome } from "../fixtures.ts"
 
 const home = temporaryHome()
 afterAll(() => settled(home))
@@ -223,6 +223,31 @@ layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_
         })
       )
       yield* noneLeft(vm)
+    })
+  )
+
+  it.scoped("is shown by the CLI, as lines or JSON, until it is interrupted or over", () =>
+    Effect.gen(function* () {
+      const vm = yield* Guest
+      yield* sh(vm, "mkdir -p /srv/shown/sub")
+      const ended = yield* startCli(home, ["watch", "--recursive", vm.id, "/srv/shown"])
+      const interrupted = yield* startCli(home, ["watch", vm.id, "/srv/shown", "--json"])
+      yield* ended.printed("watching")
+      yield* interrupted.printed("watching")
+      yield* sh(vm, `cd /srv/shown; mkdir "$(printf 'a\\033[31m')"; mv a* b; mkdir b/c; rmdir sub`)
+      yield* interrupted.printed(`{"kind":"removed","path":"sub"}\n`)
+      yield* interrupted.kill("SIGINT")
+      const json = yield* interrupted.result
+      assert.strictEqual(json.code, 130)
+      assert.deepStrictEqual(JSON.parse(json.stdout.split("\n")[1] ?? ""), {
+        kind: "moved",
+        from: "a\u001b[31m",
+        path: "b"
+      })
+      yield* sh(vm, "rm -r /srv/shown")
+      const { code, stdout } = yield* ended.result
+      assert.strictEqual(code, 0)
+      assert.include(stdout, `created "a\\u001b[31m"\nmoved "a\\u001b[31m" -> b\ncreated b/c\nremoved sub\n`)
     })
   )
 })
