@@ -166,16 +166,22 @@ export class Setup extends Context.Tag("machinen/Setup")<
           Effect.gen(function* () {
             const target = path.join(settings.cacheDir, "cargo-target")
             const what = "compile the guest init and the shim"
+            const options = {
+              onLine,
+              cwd: yield* root,
+              env: { CARGO_TARGET_DIR: target, CARGO_TERM_COLOR: "never", CARGO_TERM_PROGRESS_WHEN: "never" }
+            }
+            // Cargo names a workspace's own packages without the path of the workspace and tells by their files' times what is fresh: here it
+            // would take another checkout's for ours.
+            const own = ["archive", "channel", "guest", "shim"].flatMap((name) => ["--package", `machinen-${name}`])
             yield* long(
-              what,
-              ["cargo", "build", "--release", "--locked", "--package", "machinen-guest", "--package", "machinen-shim"],
-              {
-                onLine,
-                cwd: yield* root,
-                env: { CARGO_TARGET_DIR: target, CARGO_TERM_COLOR: "never", CARGO_TERM_PROGRESS_WHEN: "never" }
-              }
+              "forget another checkout's programs",
+              ["cargo", "clean", "--release", "--locked", ...own],
+              options
             )
-            const built = path.join(target, "x86_64-unknown-linux-gnu", "release")
+            const wanted = ["guest", "shim"].flatMap((name) => ["--package", `machinen-${name}`])
+            yield* long(what, ["cargo", "build", "--release", "--locked", ...wanted], options)
+            const built = path.join(target, triple, "release")
             yield* Effect.forEach(
               [
                 ["machinen-guest", "init"],
@@ -268,6 +274,9 @@ export class Setup extends Context.Tag("machinen/Setup")<
     (): SetupHost => ({ uid: process.getuid?.() ?? -1, nodeVersion: process.versions.node })
   ).pipe(Effect.map(Setup.layerFor), Layer.unwrapEffect, Layer.provide(SourceTree.layer))
 }
+
+/** That of `.cargo/config.toml`; `cargo clean` does not look there. */
+const triple = "x86_64-unknown-linux-gnu"
 
 const aptInstall = ["apt-get", "install", "--yes", "--no-install-recommends"] as const
 
