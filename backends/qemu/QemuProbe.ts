@@ -19,15 +19,20 @@ const kvmDevice = "/dev/kvm"
 /** A kernel without a root panics and resets in well under a second on a KVM that works, in about 1.3 s on one nested in TCG. */
 const kvmDeadline = "6 seconds"
 
-/** What was found on this boot of the host; `kvm` holds for one kernel and one VMM binary. */
-const Findings = Schema.parseJson(
-  Schema.Struct({
-    tscKhz: Schema.optional(Schema.Int),
-    vmm: Schema.optional(Schema.Struct({ subject: Schema.String, version: Schema.String })),
-    kvm: Schema.optional(Schema.Struct({ subject: Schema.String, works: Schema.Boolean, reason: Schema.String }))
-  })
-)
+const emptyRecord = () => ({})
+
+/** What was found on this boot of the host: versions by the state of a VMM's file, and whether KVM works by VMM and kernel. */
+const Findings = Schema.Struct({
+  tscKhz: Schema.optional(Schema.Int),
+  versions: Schema.optionalWith(Schema.Record({ key: Schema.String, value: Schema.String }), { default: emptyRecord }),
+  kvm: Schema.optionalWith(
+    Schema.Record({ key: Schema.String, value: Schema.Struct({ works: Schema.Boolean, reason: Schema.String }) }),
+    { default: emptyRecord }
+  )
+})
 type Findings = typeof Findings.Type
+const nothing: Findings = { versions: {}, kvm: {} }
+const FindingsJson = Schema.parseJson(Findings)
 
 /** Probes the host with QEMU and remembers the answers for the host's boot, in `<cacheDir>/host-<boot id>.json`. */
 export const layer = Layer.effect(
@@ -43,17 +48,18 @@ export const layer = Layer.effect(
     const binary = Option.getOrElse(settings.vmm, () => defaultBinary)
 
     const read: Effect.Effect<Findings> = fs.readFileString(findingsPath).pipe(
-      Effect.flatMap(Schema.decode(Findings)),
-      Effect.orElseSucceed(() => ({}))
+      Effect.flatMap(Schema.decode(FindingsJson)),
+      Effect.orElseSucceed(() => nothing)
     )
 
     /** Losing a finding costs a probe, never a boot. */
-    const remember = (found: Findings) =>
+    const remember = (and: (known: Findings) => Findings) =>
       Effect.gen(function* () {
-        const text = yield* Schema.encode(Findings)({ ...(yield* read), ...found })
+        const text = yield* Schema.encode(FindingsJson)(and(yield* read))
         yield* fs.makeDirectory(settings.cacheDir, { recursive: true })
-        yield* fs.writeFileString(`${findingsPath}.tmp`, text)
-        yield* fs.rename(`${findingsPath}.tmp`, findingsPath)
+        const own = `${findingsPath}.${process.pid}`
+        yield* fs.writeFileString(own, text)
+        yield* fs.rename(own, findingsPath)
       }).pipe(Effect.ignore)
 
     const measureTsc = Effect.gen(function* () {
@@ -81,7 +87,7 @@ export const layer = Layer.effect(
       const known = (yield* read).tscKhz
       if (known !== undefined) return known
       const measured = yield* measureTsc
-      yield* remember({ tscKhz: measured })
+      yield* remember((known) => ({ ...known, tscKhz: measured }))
       return measured
     })
 
@@ -90,14 +96,16 @@ export const layer = Layer.effect(
       const dirs = (process.env["PATH"] ?? "").split(path.delimiter)
       const places = binary.includes("/") ? [binary] : dirs.map((dir) => path.join(dir, binary))
       const info = yield* Effect.firstSuccessOf(places.map((place) => fs.stat(place)))
-      const subject = [binary, info.size, Option.map(info.mtime, Number), info.ino].map(String).join(" ")
-      const known = (yield* read).vmm
-      if (known?.subject === subject) return known.version
+      const subject = [binary, info.size, ...Option.toArray(info.mtime).map(Number), ...Option.toArray(info.ino)].join(
+        " "
+      )
+      const known = (yield* read).versions[subject]
+      if (known !== undefined) return known
       const { stdout } = yield* command.run([binary, "--version"])
       const version = /version (\S+)/.exec(stdout)?.[1]
       if (version === undefined)
         return yield* Effect.fail(new Error(`it answered ${JSON.stringify(stdout.slice(0, 80))}`))
-      yield* remember({ vmm: { subject, version } })
+      yield* remember((known) => ({ ...known, versions: { ...known.versions, [subject]: version } }))
       return version
     }).pipe(
       Effect.provideService(CommandExecutor.CommandExecutor, executor),
@@ -177,12 +185,12 @@ export const layer = Layer.effect(
 
     const probeKvm = Effect.gen(function* () {
       const subject = `${binary} ${yield* Effect.orElseSucceed(assets.kernel, () => "")}`
-      const known = (yield* read).kvm
-      if (known?.subject === subject) return known
+      const known = (yield* read).kvm[subject]
+      if (known !== undefined) return known
       const found = yield* Effect.either(bootOnKvm)
       // what could not be tried is no finding: it is tried again
       if (found._tag === "Left") return { works: false, reason: `KVM could not be probed: ${found.left.message}` }
-      yield* remember({ kvm: { subject, ...found.right } })
+      yield* remember((known) => ({ ...known, kvm: { ...known.kvm, [subject]: found.right } }))
       return found.right
     })
 

@@ -192,6 +192,22 @@ describe("a VMM", () => {
     })
   )
 
+  it.live("does not make forgotten what is known of another", () =>
+    Effect.gen(function* () {
+      const { MACHINEN_CACHE_DIR: cache = "" } = environment(home)
+      const bootId = readFileSync("/proc/sys/kernel/random/boot_id", "utf8").trim()
+      const known = () => JSON.parse(readFileSync(path.join(cache, `host-${bootId}.json`), "utf8"))
+      const before = known()
+      const vmm = fakeVmm(home, "other", '[ "$1" = --version ] && exec echo "QEMU emulator version 9.9"; exit 3')
+      // its version tells whether there is a prepared machine
+      yield* failing({}, { MACHINEN_VMM: vmm, MACHINEN_PREPARED: "auto" })
+      const { kvm, tscKhz, versions } = known()
+      assert.deepStrictEqual({ kvm, tscKhz }, { kvm: before.kvm, tscKhz: before.tscKhz })
+      assert.include(versions, before.versions)
+      assert.isTrue(Object.keys(versions).some((subject) => subject.startsWith(vmm)))
+    })
+  )
+
   for (const detached of [false, true]) {
     it.live(`that hangs silently is given up at the deadline${detached ? ", detached too" : ""}`, () =>
       Effect.gen(function* () {
