@@ -176,7 +176,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
             const own = ["archive", "channel", "guest", "shim"].flatMap((name) => ["--package", `machinen-${name}`])
             yield* long(
               "forget another checkout's programs",
-              ["cargo", "clean", "--release", "--locked", ...own],
+              ["cargo", "clean", "--release", "--locked", "--target", triple, ...own],
               options
             )
             const wanted = ["guest", "shim"].flatMap((name) => ["--package", `machinen-${name}`])

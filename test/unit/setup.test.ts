@@ -43,9 +43,21 @@ const host = Effect.gen(function* () {
     }
     if (bin === "cargo" && args[0] === "--version") return it.cargo === undefined ? undefined : { stdout: it.cargo }
     if (bin === "cargo") {
+      const release = path.join(state, "cache/cargo-target/x86_64-unknown-linux-gnu/release")
+      if (args[0] === "clean") {
+        if (!args.includes("--target")) return {}
+        for (const [at, arg] of args.entries()) {
+          if (arg === "--package") rmSync(path.join(release, args[at + 1] ?? ""), { force: true })
+        }
+        return {}
+      }
       ran.push("cargo build")
-      for (const name of ["machinen-guest", "machinen-shim"]) {
-        write(state, `cache/cargo-target/x86_64-unknown-linux-gnu/release/${name}`, name)
+      // what another checkout has built is as good as new to cargo
+      for (const [name, main] of [
+        ["machinen-guest", "guest/src/main.rs"],
+        ["machinen-shim", "native/shim/src/main.rs"]
+      ] as const) {
+        if (!existsSync(path.join(release, name))) write(release, name, readFileSync(path.join(source, main), "utf8"))
       }
       return { stdout: "   Compiling machinen-guest\n" }
     }
@@ -232,10 +244,13 @@ describe("Setup", () => {
 
   it.scoped("only the changed asset is built again", () =>
     Effect.gen(function* () {
-      const { run, source } = yield* host
+      const { run, source, state } = yield* host
       yield* run
       write(source, "guest/src/main.rs", "fn main() { loop {} }\n")
       assert.deepStrictEqual((yield* run).ran, ["cargo build"])
+      const built = readdirSync(path.join(state, "assets")).filter((name) => name.startsWith("programs-"))
+      const inits = built.map((name) => readFileSync(path.join(state, "assets", name, "init"), "utf8"))
+      assert.lengthOf(new Set(inits), 2)
     })
   )
 
