@@ -1,9 +1,10 @@
-import { createHash, randomUUID } from "node:crypto"
+import { createHash } from "node:crypto"
 import * as path from "node:path"
 import { CommandExecutor, FileSystem } from "@effect/platform"
 import { Context, Effect, Layer, Option, Schema } from "effect"
 import { Assets } from "./Assets.ts"
 import * as command from "./platform/command.ts"
+import { writeNote } from "./platform/note.ts"
 import { Settings } from "./Settings.ts"
 
 /** What a file holds, holes and zeros being the same (docs/protocol.md §5, digest). */
@@ -61,15 +62,7 @@ export class Digests extends Context.Tag("machinen/Digests")<
             const known = yield* Effect.option(Effect.flatMap(fs.readFileString(note), Schema.decode(Sha256)))
             if (Option.isSome(known)) return known.value
             const sha = (yield* of([file]))[0]?.sha256 ?? ""
-            // losing a note costs reading the file again; a name of its own: others may be noting the same
-            const draft = `${note}.${randomUUID()}`
-            yield* fs
-              .makeDirectory(path.dirname(note), { recursive: true })
-              .pipe(
-                Effect.zipRight(fs.writeFileString(draft, sha)),
-                Effect.zipRight(fs.rename(draft, note)),
-                Effect.ignore
-              )
+            yield* writeNote(fs, note, sha)
             return sha
           },
           Effect.catchIf(

@@ -10,6 +10,7 @@ import { configFile, ImageConfig, ImageConfigJson, isEmpty } from "./domain/Imag
 import * as Oci from "./Oci.ts"
 import * as command from "./platform/command.ts"
 import * as completeFile from "./platform/completeFile.ts"
+import { writeNote } from "./platform/note.ts"
 import { Settings } from "./Settings.ts"
 
 /** Base images that set-up provides, by the name a user gives. */
@@ -138,15 +139,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           const known = yield* Effect.option(Effect.flatMap(fs.readFileString(note), Schema.decode(schema)))
           if (Option.isSome(known)) return known.value
           const found = yield* find
-          // a name of its own: others may be noting the same at the same time; losing a note costs finding it out again
-          const draft = `${note}.${randomUUID()}`
-          yield* fs
-            .makeDirectory(path.dirname(note), { recursive: true })
-            .pipe(
-              Effect.zipRight(Effect.flatMap(Schema.encode(schema)(found), (text) => fs.writeFileString(draft, text))),
-              Effect.zipRight(fs.rename(draft, note)),
-              Effect.ignore
-            )
+          yield* Effect.ignore(Effect.flatMap(Schema.encode(schema)(found), (text) => writeNote(fs, note, text)))
           return found
         })
 

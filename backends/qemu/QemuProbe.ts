@@ -9,6 +9,7 @@ import { VmEntry } from "../../src/domain/VmEntry.ts"
 import { type AcceleratorChoice, HostProbe } from "../../src/HostProbe.ts"
 import * as command from "../../src/platform/command.ts"
 import * as HostLock from "../../src/platform/HostLock.ts"
+import { writeNote } from "../../src/platform/note.ts"
 import * as processes from "../../src/platform/processes.ts"
 import { Settings } from "../../src/Settings.ts"
 import { Shim } from "../../src/Shim.ts"
@@ -54,13 +55,11 @@ export const layer = Layer.effect(
 
     /** Losing a finding costs a probe, never a boot. */
     const remember = (and: (known: Findings) => Findings) =>
-      Effect.gen(function* () {
-        const text = yield* Schema.encode(FindingsJson)(and(yield* read))
-        yield* fs.makeDirectory(settings.cacheDir, { recursive: true })
-        const own = `${findingsPath}.${process.pid}`
-        yield* fs.writeFileString(own, text)
-        yield* fs.rename(own, findingsPath)
-      }).pipe(Effect.ignore)
+      read.pipe(
+        Effect.flatMap((known) => Schema.encode(FindingsJson)(and(known))),
+        Effect.flatMap((text) => writeNote(fs, findingsPath, text)),
+        Effect.ignore
+      )
 
     const measureTsc = Effect.gen(function* () {
       const { code, stdout } = yield* command
