@@ -1,7 +1,20 @@
 import { randomBytes } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem } from "@effect/platform"
-import { Context, Deferred, Duration, Effect, Layer, Option, Ref, Schedule, Schema, type Scope, Stream } from "effect"
+import {
+  Context,
+  Deferred,
+  Duration,
+  Effect,
+  Layer,
+  Option,
+  type ParseResult,
+  Ref,
+  Schedule,
+  Schema,
+  type Scope,
+  Stream
+} from "effect"
 import {
   AgentFault,
   AgentRequest,
@@ -329,24 +342,11 @@ const makeClient = (
   /** Asks what tells the guest the time, which is late there by as long as it was under way: the answer's delay bounds that. */
   const tell = Effect.fnUntraced(function* (request: () => AgentRequest) {
     let sentMs = 0
-    const json = yield* Effect.mapError(
-      ask(() => {
-        sentMs = Date.now()
-        return request()
-      }),
-      toExecError
-    )
+    const json = yield* ask(() => {
+      sentMs = Date.now()
+      return request()
+    })
     return { json, lateMs: Date.now() - sentMs }
-  })
-
-  /** On a host so busy that the copy's clock may be far behind, it is told again, which takes less. */
-  const renew = Effect.fnUntraced(function* (request: () => AgentRequest) {
-    const { json, lateMs } = yield* tell(request)
-    if (lateMs > maxLateMs) {
-      const again = tell(() => ({ op: "clock", nowMs: Date.now() }))
-      yield* Effect.repeat(again, { until: ({ lateMs }) => lateMs <= maxLateMs, times: 2 })
-    }
-    return yield* Effect.mapError(decodeRejuvenation(json), (cause) => protocolError("unreadable answer", cause))
   })
 
   /** Sends bytes as data frames, then eof. A peer that is gone ends it quietly: the other half tells why. */
@@ -632,16 +632,29 @@ const makeClient = (
       const { frozenMs = 0 } = yield* held({ op: "dump", tcpClose, timeoutMs: Duration.toMillis(timeout) })
       return frozenMs
     }),
-    rejuvenate: Effect.fn("Agent.rejuvenate")((identity) => renew(() => ({ op: "rejuvenate", ...renewed(identity) }))),
-    revive: Effect.fn("Agent.revive")((identity, { lazy }) =>
-      renew(() => ({ op: "revive", lazy, ...renewed(identity) }))
+    rejuvenate: Effect.fn("Agent.rejuvenate")(function* (identity) {
+      const { json, lateMs } = yield* tell(() => ({ op: "rejuvenate", ...renewed(identity) }))
+      // on a host so busy that the copy's clock may be far behind, it is told again, which takes less
+      if (lateMs > maxLateMs) {
+        const again = tell(() => ({ op: "clock", nowMs: Date.now() }))
+        yield* Effect.repeat(again, { until: ({ lateMs }) => lateMs <= maxLateMs, times: 2 })
+      }
+      return yield* decodeRejuvenation(json)
+    }, Effect.mapError(toAnswerError)),
+    revive: Effect.fn("Agent.revive")(
+      (identity, { lazy }) =>
+        Effect.flatMap(
+          ask(() => ({ op: "revive", lazy, ...renewed(identity) })),
+          decodeRejuvenation
+        ),
+      Effect.mapError(toAnswerError)
     ),
-    stats: ask({ op: "stats" }).pipe(
-      Effect.flatMap(decodeStats),
-      Effect.mapError((e) => (e._tag === "ParseError" ? protocolError("unreadable statistics", e) : toExecError(e)))
-    )
+    stats: ask({ op: "stats" }).pipe(Effect.flatMap(decodeStats), Effect.mapError(toAnswerError))
   }
 }
+
+const toAnswerError = (error: ExecError | AgentRefusal | ParseResult.ParseError) =>
+  error._tag === "ParseError" ? protocolError("unreadable answer", error) : toExecError(error)
 
 /** More than a copy's first answer takes on a host that has time for it (about 45 ms, TCG). */
 const maxLateMs = 80
