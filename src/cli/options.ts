@@ -103,21 +103,26 @@ export const wholeNumber = (flag: string, value: string) =>
 
 /** `[ADDRESS:]HOSTPORT:GUESTPORT`. Whether the address is one is the boot's to judge. */
 export const portForward = (values: ReadonlyArray<string>) =>
-  Effect.forEach(values, (value) =>
-    Effect.flatMap(parseMapping(value), ({ guest, hostAddress, hostPort }) =>
-      hostPort === undefined || !("port" in guest)
-        ? new ParseError({
-            code: "PARSE_PORT_INVALID",
-            message: `--publish ${JSON.stringify(value)} is not [ADDRESS:]HOSTPORT:GUESTPORT`,
-            hint: "8080:80, 0.0.0.0:8080:80, or [::1]:8080:80; `machinen forward` takes any free port, and a unix socket of the guest"
-          })
-        : Effect.succeed<PortForwardOption>({
-            ...(hostAddress === undefined ? {} : { hostAddr: hostAddress }),
-            hostPort,
-            guestPort: guest.port
-          })
+  Effect.forEach(values, (value) => {
+    const refused = (why: string) =>
+      new ParseError({
+        code: "PARSE_PORT_INVALID",
+        message: `--publish ${why}`,
+        hint: "8080:80, 0.0.0.0:8080:80, or [::1]:8080:80; `machinen forward` takes any free port, and a unix socket of the guest"
+      })
+    return parseMapping(value).pipe(
+      Effect.mapError(({ message }) => refused(message)),
+      Effect.flatMap(({ guest, hostAddress, hostPort }) =>
+        hostPort === undefined || !("port" in guest)
+          ? refused(`${JSON.stringify(value)} is not [ADDRESS:]HOSTPORT:GUESTPORT`)
+          : Effect.succeed<PortForwardOption>({
+              ...(hostAddress === undefined ? {} : { hostAddr: hostAddress }),
+              hostPort,
+              guestPort: guest.port
+            })
+      )
     )
-  )
+  })
 
 const network = (value: string): Effect.Effect<NetworkMode, ParseError> =>
   Schema.is(NetworkMode)(value) ? Effect.succeed(value) : malformed("network", value, "nat or none")
