@@ -65,7 +65,8 @@ impl Source {
     pub fn pack(&self, pieces: Pieces) -> Result<u64, Error> {
         let failed = |path: &Path, error: io::Error| Error::Io { path: path.to_string_lossy().into_owned(), error };
         let whole = self.whole.as_ref();
-        let mut archive = Archive { builder: Builder::new(pieces), entries: 0, links: HashMap::new(), whole };
+        let buffer = vec![0; ATTRIBUTE];
+        let mut archive = Archive { builder: Builder::new(pieces), entries: 0, links: HashMap::new(), whole, buffer };
         if self.metadata.is_dir() {
             let mut pending = self.children(Path::new("")).map_err(|error| failed(&self.path, error))?;
             while let Some(relative) = pending.pop() {
@@ -145,6 +146,8 @@ struct Archive<'a, 'p> {
     /// Where files with several names were put: their other names become hard links to that.
     links: HashMap<(u64, u64), PathBuf>,
     whole: Option<&'a Whole>,
+    /// For extended attributes.
+    buffer: Vec<u8>,
 }
 
 impl Archive<'_, '_> {
@@ -189,7 +192,7 @@ impl Archive<'_, '_> {
 
     /// Extended attributes, for the entry that comes next, the way GNU tar and libarchive write them.
     fn append_attributes(&mut self, path: &Path) -> io::Result<()> {
-        let attributes = attributes(path)?;
+        let attributes = attributes(path, &mut self.buffer)?;
         let records = attributes.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
         if attributes.is_empty() { Ok(()) } else { self.builder.append_pax_extensions(records) }
     }
@@ -252,8 +255,7 @@ impl Archive<'_, '_> {
 }
 
 /// The extended attributes of what is at `path` as records of a pax header, in order. A filesystem that has none of them has none.
-fn attributes(path: &Path) -> io::Result<Vec<(String, Vec<u8>)>> {
-    let mut buffer = vec![0; ATTRIBUTE];
+fn attributes(path: &Path, buffer: &mut [u8]) -> io::Result<Vec<(String, Vec<u8>)>> {
     let length = match rustix::fs::llistxattr(path, &mut *buffer) {
         Err(Errno::OPNOTSUPP) => 0,
         length => length?,
