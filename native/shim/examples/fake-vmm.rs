@@ -2,8 +2,8 @@
 //!
 //! `fake-vmm serve [--deaf] [--main <code>] [--quiet] [--memory shared|private]`, `fake-vmm mute`, `fake-vmm inspect <console>`, `fake-vmm fail <code> <text>`.
 //! Memory: descriptor 5, read once where it is private; port 11 takes a u32 page and a byte to fill it with, and answers that byte.
-//! Ports: 7 echoes, 8 prints what it gets on the console, 10 dials the port it is told and passes everything on, 1978 knows
-//! `poweroff`; all others are refused.
+//! Ports: 7 echoes, 8 prints what it gets on the console, 9 starts the main command, 10 dials the port it is told and passes
+//! everything on, 1978 knows `poweroff`; all others are refused.
 
 use machinen_channel::{Incoming, Opener, Stream, serve_guest};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
@@ -115,13 +115,11 @@ async fn session(
     if !guest.quiet {
         tokio::spawn(ring(opener.clone()));
     }
-    if let Some(code) = guest.main {
-        tokio::spawn(main_command(opener.clone(), code));
-    }
     while let Some(incoming) = arrivals.recv().await {
         match incoming.port {
             7 => drop(tokio::spawn(async move { echo(incoming.accept().await?).await })),
             8 => drop(tokio::spawn(print(incoming, console.try_clone()?))),
+            9 => drop(tokio::spawn(main_command(incoming, opener.clone(), guest.main))),
             10 => drop(tokio::spawn(dial(incoming, opener.clone()))),
             11 => drop(tokio::spawn(fill(incoming, guest.memory.clone()))),
             1978 => drop(tokio::spawn(agent(incoming, opener.clone(), guest.deaf))),
@@ -184,7 +182,9 @@ async fn announce(opener: &Opener, frames: &[u8]) -> io::Result<()> {
     stream.read(&mut [0]).await.map(drop)
 }
 
-async fn main_command(opener: Opener, code: i32) -> io::Result<()> {
+async fn main_command(incoming: Incoming, opener: Opener, code: Option<i32>) -> io::Result<()> {
+    let code = code.ok_or(io::ErrorKind::NotFound)?;
+    let _stream = incoming.accept().await?;
     let end = format!("{{\"code\":{code},\"signal\":null}}");
     announce(&opener, &[frame(17, b"out\n"), frame(18, b"err\n"), frame(19, end.as_bytes())].concat()).await?;
     std::process::exit(0)

@@ -158,10 +158,10 @@ fn followers_see_everything_across_rotations_and_slow_ones_hold_nobody_back() {
 
 #[test]
 fn output_of_a_detached_main_command() {
-    let mut shim = start_with(&["serve", "--main", "0"], |_| ());
-    shim.event();
+    let mut shim = start_ready(&["serve", "--main", "0"]);
     let mut client = shim.control(r#"{"op":"logs","source":"output","follow":true}"#);
     assert_eq!(line(&mut client), ok());
+    shim.dial(9);
     assert_eq!(rest(&mut client), b"out\nerr\n");
     assert_eq!(shim.exited()["main"]["code"], 0);
 }

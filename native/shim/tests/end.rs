@@ -101,7 +101,8 @@ fn a_vmm_that_fails_at_once() {
 
 #[test]
 fn the_main_command_ends() {
-    let mut shim = start(&["serve", "--main", "42"]);
+    let mut shim = start_ready(&["serve", "--main", "42"]);
+    shim.dial(9);
     let exit = shim.exited();
     assert_eq!(exit["main"], json!({"code": 42, "signal": null}));
     assert_eq!((&exit["reason"], &exit["orderly"]), (&json!("guest"), &json!(true)));
