@@ -176,9 +176,8 @@ fn a_vm_without_memory_of_ours() {
 
 #[test]
 fn a_maker_that_is_gone() {
-    let shim = start_shared();
     for steps in [0, 1] {
-        let making = Making::new();
+        let (shim, making) = (start_shared(), Making::new());
         let listener = making.listen();
         let mut maker = shim.control(&making.request().to_string());
         assert_eq!(line(&mut maker), ok());
