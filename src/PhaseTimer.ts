@@ -2,7 +2,7 @@ import { Effect } from "effect"
 
 /** Where the time of one operation went: wall-clock milliseconds by phase name, in the order the phases began. */
 export interface PhaseTimer {
-  /** Measures an effect, also when it fails; it becomes a span of the same name. */
+  /** Measures an effect, also when it fails; it becomes a span `phase.<name>`. */
   readonly phase: (name: string) => <A, E, R>(effect: Effect.Effect<A, E, R>) => Effect.Effect<A, E, R>
   readonly phases: () => ReadonlyMap<string, number>
   /** Since the timer was made. */
@@ -21,7 +21,7 @@ export const make: Effect.Effect<PhaseTimer> = Effect.sync(() => {
           effect,
           Effect.sync(() => measured.set(name, performance.now() - start))
         )
-      }).pipe(Effect.withSpan(name)),
+      }).pipe(Effect.withSpan(`phase.${name}`)),
     phases: () => new Map(measured),
     totalMs: () => performance.now() - began
   }

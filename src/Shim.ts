@@ -162,6 +162,9 @@ const follow = (
       }).pipe(Effect.catchAll((error) => Effect.logWarning("unreadable event from the shim", error)))
     )
     yield* process.ended
+    if (record.vmmLogTail !== "") {
+      yield* Effect.logDebug(record.vmmLogTail).pipe(Effect.annotateLogs({ service: "vmm" }))
+    }
     yield* Deferred.fail(first, undefined)
     yield* Deferred.succeed(exited, record)
   })

@@ -32,7 +32,7 @@ import * as memory from "./platform/memory.ts"
 import * as processes from "./platform/processes.ts"
 import type { Leftover } from "./Registry.ts"
 import { baseNames } from "./RootfsImage.ts"
-import * as debugLogger from "./runtime/debugLogger.ts"
+import * as debug from "./runtime/debug.ts"
 import * as layers from "./runtime/layers.ts"
 import type { Settings } from "./Settings.ts"
 import type { Vm } from "./Vm.ts"
@@ -361,7 +361,7 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
   const shared = Effect.runSync(
     Effect.flatMap(Scope.make(), (forever) =>
       RcRef.make({
-        acquire: Layer.toRuntime(Layer.provideMerge(services, debugLogger.layer)).pipe(Effect.mapError(unusable))
+        acquire: Layer.toRuntime(Layer.provideMerge(services, debug.layer)).pipe(Effect.mapError(unusable))
       }).pipe(Scope.extend(forever))
     )
   )

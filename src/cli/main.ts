@@ -1,7 +1,7 @@
 import * as ValidationError from "@effect/cli/ValidationError"
 import { Cause, Console, Effect, Exit, Fiber, Option } from "effect"
 import { ExecError, isMachinenError, ParseError, render } from "../domain/errors.ts"
-import * as debugLogger from "../runtime/debugLogger.ts"
+import * as debug from "../runtime/debug.ts"
 import * as layers from "../runtime/layers.ts"
 import { cli } from "./app.ts"
 import { startFailure } from "./commands/run.ts"
@@ -46,7 +46,8 @@ const services = process.argv[2] === "gc" ? layers.layerWithoutReconcile : layer
 const fiber = cli(process.argv).pipe(
   Effect.provide(services),
   Effect.tapErrorCause(report), // outside the layers, so that one that fails to build is reported too
-  Effect.provide(debugLogger.layer),
+  Effect.withUnhandledErrorLogLevel(Option.none()),
+  Effect.provide(debug.layer),
   Effect.runFork
 )
 

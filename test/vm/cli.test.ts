@@ -41,6 +41,19 @@ describe("machinen run", () => {
     })
   )
 
+  it.live("tells what happens below it when asked, of what was asked", () =>
+    Effect.gen(function* () {
+      const { code, stderr, stdout } = yield* cli(home, ["run", "--image", "micro", "--", "echo", "done"], {
+        env: { DEBUG: "machinen:boot,machinen:registry" }
+      })
+      assert.deepStrictEqual({ code, stdout }, { code: 0, stdout: "done\n" })
+      const lines = stderr.trimEnd().split("\n")
+      assert.isTrue(lines.some((line) => / machinen:boot boot took [\d.]+ ms/.test(line)))
+      assert.isTrue(lines.some((line) => / machinen:registry Registry\.claim took [\d.]+ ms/.test(line)))
+      for (const line of lines) assert.match(line, / machinen:(boot|registry) /)
+    })
+  )
+
   const codes: ReadonlyArray<readonly [what: string, argv: ReadonlyArray<string>, code: number, stderr: string]> = [
     ["not found", ["no-such-command"], 127, "EXEC_COMMAND_NOT_FOUND"],
     ["not executable", ["/etc/passwd"], 126, "EXEC_NOT_EXECUTABLE"],
