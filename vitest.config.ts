@@ -4,7 +4,16 @@ export default defineConfig({
   test: {
     globalSetup: ["test/globalSetup.ts"],
     projects: [
-      { extends: true, test: { name: "unit", include: ["test/unit/**/*.test.ts"], setupFiles: ["test/setup.ts"] } },
+      {
+        extends: true,
+        test: {
+          name: "unit",
+          include: ["test/unit/**/*.test.ts"],
+          setupFiles: ["test/setup.ts"],
+          // most take milliseconds, and three seconds of a host that is busy with others' work (measured)
+          testTimeout: 30_000
+        }
+      },
       {
         extends: true,
         test: {
