@@ -314,9 +314,12 @@ const srcGoesOn = Effect.gen(function* () {
   const { code, stderr } = yield* cli(home, ["exec", "src", "--", "sh", "-c", pulse])
   assert.deepStrictEqual({ code, stderr }, { code: 0, stderr: "" })
 })
+/** Waits for a moment of what runs, or for its end where that is too fast. */
+const reaches = (starter: CliProcess, moment: Effect.Effect<unknown>) =>
+  inTime(home, starter, Effect.raceFirst(moment, starter.result))
 const killed = (starter: CliProcess, when: Effect.Effect<unknown>) =>
   Effect.gen(function* () {
-    yield* inTime(home, starter, Effect.raceFirst(when, starter.result))
+    yield* reaches(starter, when)
     yield* starter.kill("SIGKILL")
     return yield* inTime(home, starter, starter.result)
   })
@@ -396,12 +399,12 @@ describe("kill -9 during a dump by criu", () => {
         const { pid } = entryOf(id)[part]
         const dir = fresh()
         const starter = yield* startCli(home, ["snapshot", "--engine", "criu", "--keep-alive", "src", dir])
-        yield* Effect.raceFirst(
-          atOnce(() => state(moment)(dir)),
-          starter.result
+        yield* reaches(
+          starter,
+          atOnce(() => state(moment)(dir))
         )
         process.kill(pid, "SIGKILL")
-        const { code, stderr } = yield* starter.result
+        const { code, stderr } = yield* inTime(home, starter, starter.result)
         // a source that dies when all is copied has left a sound bundle
         if (code === 0) yield* run(restorable(dir))
         else {
@@ -442,12 +445,12 @@ describe("kill -9 of the source's", () => {
         const { pid } = entryOf(id)[part]
         const dir = fresh()
         const starter = yield* startCli(home, ["snapshot", "--keep-alive", "src", dir])
-        yield* Effect.raceFirst(
-          atOnce(() => reached(dir)),
-          starter.result
+        yield* reaches(
+          starter,
+          atOnce(() => reached(dir))
         )
         process.kill(pid, "SIGKILL")
-        const { code, stderr } = yield* starter.result
+        const { code, stderr } = yield* inTime(home, starter, starter.result)
         // a source that dies when all is copied has left a sound bundle
         if (code === 0) yield* run(restorable(dir))
         else {
