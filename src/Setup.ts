@@ -6,6 +6,7 @@ import { AssetError } from "./domain/errors.ts"
 import { isAtLeast, minimumGo, minimumNode, minimumRust, packages, versionIn } from "./domain/hostRequirements.ts"
 import * as command from "./platform/command.ts"
 import * as HostLock from "./platform/HostLock.ts"
+import * as lineLog from "./platform/lineLog.ts"
 import * as longCommand from "./platform/longCommand.ts"
 import * as prebuiltAssets from "./prebuiltAssets.ts"
 import { Settings } from "./Settings.ts"
@@ -250,9 +251,15 @@ export class Setup extends Context.Tag("machinen/Setup")<
               Effect.gen(function* () {
                 if (yield* check) return yield* onProgress({ _tag: "Skipped", step, title })
                 yield* onProgress({ _tag: "Started", step, title })
-                const [elapsed] = yield* Effect.timed(run((line) => onProgress({ _tag: "Line", step, line })))
+                const logFile = path.join(settings.cacheDir, "setup", `${step}.log`)
+                const log = yield* lineLog.make(fs, logFile)
+                const onLine = (line: string) => Effect.zipRight(log(line), onProgress({ _tag: "Line", step, line }))
+                const [elapsed] = yield* Effect.timed(Effect.mapError(run(onLine), toldIn(logFile)))
                 yield* onProgress({ _tag: "Done", step, title, elapsed })
-              }).pipe(Effect.tapError((error) => onProgress({ _tag: "Failed", step, title, error })))
+              }).pipe(
+                Effect.scoped,
+                Effect.tapError((error) => onProgress({ _tag: "Failed", step, title, error }))
+              )
 
             yield* Effect.forEach(assetNames, (name) => isSound(name, verify), { concurrency: 2 })
             // before the toolchain is looked for: what is brought needs none
@@ -284,9 +291,15 @@ const buildFailed = (what: string, cause: Error) =>
   new AssetError({
     code: "ASSET_BUILD_FAILED",
     message: `cannot ${what}`,
-    hint: "the lines above say why; what was finished is kept, run it again to go on",
+    hint: "what was finished is kept, run it again to go on",
     cause
   })
+
+const toldIn = (logFile: string) => (error: AssetError) => {
+  const { cause, code, hint, message } = error
+  if (code !== "ASSET_BUILD_FAILED") return error
+  return new AssetError({ code, message, hint: `all that it printed is in ${logFile}; ${hint}`, cause })
+}
 
 const notRoot = (missing: ReadonlyArray<string>) =>
   new AssetError({

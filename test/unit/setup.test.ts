@@ -232,6 +232,9 @@ describe("Setup", () => {
       const first = yield* run
       assert.strictEqual(first.error?.code, "ASSET_BUILD_FAILED")
       assert.include(String(first.error?.cause), "E: mirror is down")
+      const log = path.join(state, "cache", "setup", "base-debian.log")
+      assert.include(first.error?.hint, log)
+      assert.strictEqual(readFileSync(log, "utf8"), "working\nE: mirror is down\n")
       assert.includeMembers(first.events, ["Failed base-debian", "Done kernel", "Done programs", "Done base-micro"])
       assert.isTrue(existsSync(path.join(state, "assets")))
 
@@ -239,6 +242,7 @@ describe("Setup", () => {
       const second = yield* run
       assert.isUndefined(second.error)
       assert.deepStrictEqual(second.ran, ["debian"])
+      assert.strictEqual(readFileSync(log, "utf8"), "done\n")
     })
   )
 
