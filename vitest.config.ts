@@ -22,6 +22,8 @@ export default defineConfig({
           setupFiles: ["test/setup.ts"],
           testTimeout: 60_000,
           hookTimeout: 60_000,
+          // one in some thousand stalls in a way not found yet (an emulated guest, a host with others on it): test/run.ts shows and limits it
+          retry: 1,
           pool: "forks",
           poolOptions: { forks: { singleFork: true } }
         }

@@ -47,6 +47,25 @@ const check = (title: string, command: string, args: ReadonlyArray<string>, minu
 const judged = (ok: boolean, counts: Counts): Counts =>
   (ok || counts.failed > 0) && counts.passed + counts.failed > 0 ? counts : { ...counts, failed: counts.failed + 1 }
 
+/** Tests on real guests that may fail once (vitest.config.ts says why) in one run of all; more is a defect that shows itself often. */
+const maxSecondTries = 2
+
+interface Report {
+  readonly testResults: ReadonlyArray<{
+    readonly assertionResults: ReadonlyArray<{
+      readonly status: string
+      readonly fullName: string
+      readonly failureMessages?: ReadonlyArray<string>
+    }>
+  }>
+}
+
+/** Those that passed and have a failure to tell of. */
+const secondTries = (report: Report) =>
+  report.testResults
+    .flatMap(({ assertionResults }) => assertionResults)
+    .filter(({ failureMessages = [], status }) => status === "passed" && failureMessages.length > 0)
+
 const vitest = (project: string, minutes: number): Counts => {
   const file = path.join(scratch, `${project}.json`)
   const { ok } = execute(
@@ -57,9 +76,12 @@ const vitest = (project: string, minutes: number): Counts => {
   )
   try {
     const report = JSON.parse(readFileSync(file, "utf8"))
+    const unsteady = secondTries(report)
+    for (const { fullName, failureMessages } of unsteady)
+      say(`=== passed on a second try: ${fullName}\n${failureMessages?.join("\n")}`)
     return judged(ok, {
       passed: report.numPassedTests,
-      failed: report.numFailedTests,
+      failed: report.numFailedTests + (unsteady.length > maxSecondTries ? 1 : 0),
       skipped: report.numPendingTests + report.numTodoTests
     })
   } catch {
