@@ -8,6 +8,7 @@ import { validateMounts } from "./domain/mounts.ts"
 import * as command from "./platform/command.ts"
 import * as completeFile from "./platform/completeFile.ts"
 import * as longCommand from "./platform/longCommand.ts"
+import { writeNote } from "./platform/note.ts"
 import * as treeScan from "./platform/treeScan.ts"
 import { RootfsImage } from "./RootfsImage.ts"
 import { Settings } from "./Settings.ts"
@@ -121,13 +122,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
         )
 
       const remember = (memo: string, found: typeof Memo.Type) =>
-        Effect.gen(function* () {
-          // a name of its own: others may be noting the same at the same time
-          const draft = `${memo}.${randomUUID()}`
-          yield* fs.makeDirectory(path.dirname(memo), { recursive: true })
-          yield* fs.writeFileString(draft, yield* Schema.encode(Memo)(found))
-          yield* fs.rename(draft, memo)
-        }).pipe(Effect.ignore)
+        Effect.ignore(Effect.flatMap(Schema.encode(Memo)(found), (text) => writeNote(fs, memo, text)))
 
       const lower = Effect.fn("Mountdisk.lower")(function* (given: string, options: LowerOptions = {}) {
         const { cacheDir: dir = defaultCacheDir, force = false, onPhase } = options

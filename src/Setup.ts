@@ -253,8 +253,14 @@ export class Setup extends Context.Tag("machinen/Setup")<
                 yield* onProgress({ _tag: "Started", step, title })
                 const logFile = path.join(settings.cacheDir, "setup", `${step}.log`)
                 const log = yield* lineLog.make(fs, logFile)
-                const onLine = (line: string) => Effect.zipRight(log(line), onProgress({ _tag: "Line", step, line }))
-                const [elapsed] = yield* Effect.timed(Effect.mapError(run(onLine), toldIn(logFile)))
+                let printed = false
+                const onLine = (line: string) => {
+                  printed = true
+                  return Effect.zipRight(log(line), onProgress({ _tag: "Line", step, line }))
+                }
+                const [elapsed] = yield* Effect.timed(
+                  Effect.mapError(run(onLine), (error) => (printed ? toldIn(logFile, error) : error))
+                )
                 yield* onProgress({ _tag: "Done", step, title, elapsed })
               }).pipe(
                 Effect.scoped,
@@ -295,7 +301,7 @@ const buildFailed = (what: string, cause: Error) =>
     cause
   })
 
-const toldIn = (logFile: string) => (error: AssetError) => {
+const toldIn = (logFile: string, error: AssetError) => {
   const { cause, code, hint, message } = error
   if (code !== "ASSET_BUILD_FAILED") return error
   return new AssetError({ code, message, hint: `all that it printed is in ${logFile}; ${hint}`, cause })

@@ -77,11 +77,14 @@ const vitest = (project: string, minutes: number): Counts => {
   try {
     const report = JSON.parse(readFileSync(file, "utf8"))
     const unsteady = secondTries(report)
-    for (const { fullName, failureMessages } of unsteady)
+    const tooMany = unsteady.length > maxSecondTries
+    for (const { fullName, failureMessages } of unsteady) {
       say(`=== passed on a second try: ${fullName}\n${failureMessages?.join("\n")}`)
+    }
+    if (tooMany) say(`=== failed: ${unsteady.length} tests needed a second try, more than ${maxSecondTries}`)
     return judged(ok, {
       passed: report.numPassedTests,
-      failed: report.numFailedTests + (unsteady.length > maxSecondTries ? 1 : 0),
+      failed: report.numFailedTests + (tooMany ? 1 : 0),
       skipped: report.numPendingTests + report.numTodoTests
     })
   } catch {
