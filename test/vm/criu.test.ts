@@ -37,6 +37,18 @@ const eventuallyIn = (vm: Vm, condition: string) =>
     () => new Error(`waited in vain: ${condition}`)
   )
 
+/** A process that waits in vfork until somebody writes to /run/held, which its child opens before it executes a program; its pid. */
+const vforking = (vm: Vm) =>
+  Effect.gen(function* () {
+    const program = `import os
+child = os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 3, "/run/held", os.O_RDONLY, 0)])
+os.waitpid(child, 0); open("/root/done", "w").close()`
+    const start = `mkfifo /run/held; setsid python3 -c '${program}' </dev/null >/dev/null 2>&1 & echo $!`
+    const pid = (yield* sh(vm, start)).trim()
+    yield* eventuallyIn(vm, `grep -q '^State:.D' /proc/${pid}/status`)
+    return pid
+  })
+
 /**
  * Kinds of things a process may hold, looked at up to twenty times in a second: `python3 kinds.py KIND…` writes a line `<n> ok` or
  * `<n> <what>` to /root/KIND each time.
@@ -330,6 +342,18 @@ describe("the engine criu", { timeout: 240_000 }, () => {
     }).pipe(Effect.provide(machine))
   )
 
+  it.scopedLive("waits for the end of a vfork, in the middle of which CRIU stops nobody", () =>
+    Effect.gen(function* () {
+      const vm = yield* boot()
+      yield* vforking(vm)
+      yield* sh(vm, "setsid sh -c 'sleep 1; : > /run/held' </dev/null >/dev/null 2>&1 &")
+      const { bundle } = yield* snapshot(vm)
+      yield* eventuallyIn(vm, "[ -e /root/done ]")
+      const copy = yield* restore(bundle.dir)
+      yield* eventuallyIn(copy, "[ -e /root/done ]")
+    }).pipe(Effect.provide(machine))
+  )
+
   it.scopedLive("what a dump has taken on the disk is given back", () =>
     Effect.gen(function* () {
       const vm = yield* boot()
@@ -429,6 +453,18 @@ describe("the engine criu", { timeout: 240_000 }, () => {
         const { message } = yield* refusal(vm)
         assert.match(message, /criu dump: Error \(criu\/sk-unix.c:[0-9]+\): unix: External socket/)
         yield* goesOn(vm)
+      }).pipe(Effect.provide(machine))
+    )
+
+    it.scopedLive("a vfork whose child never executes a program, by the pid of who waits for it", () =>
+      Effect.gen(function* () {
+        const vm = yield* boot()
+        const pid = yield* vforking(vm)
+        const failure = yield* refusal(vm, { timeoutMs: 3000 })
+        assert.strictEqual(failure.code, "SNAPSHOT_DUMP_FAILED")
+        assert.include(failure.message, `process ${pid} waits in vfork`)
+        yield* sh(vm, ": > /run/held") // the child goes on, and so does its parent
+        yield* eventuallyIn(vm, "[ -e /root/done ]")
       }).pipe(Effect.provide(machine))
     )
 

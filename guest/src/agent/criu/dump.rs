@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::program::Criu;
 use super::record::{Record, Tree};
-use super::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, images, kdat, remove_images, trees};
+use super::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, images, kdat, remove_images, trees, vfork};
 use crate::agent::operation::Exchange;
 use crate::agent::stream::Abort;
 use crate::agent::{Context, archive, freeze};
@@ -72,7 +72,7 @@ where
     let began = Instant::now();
     // The gate is closed: there will be no more.
     context.terminals.refuse_open()?;
-    freeze::stop_commands(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
+    vfork::stop_commands(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
     // Freezing takes a moment; dumping takes as long as there is memory.
     let limit = request.timeout_ms.map_or(HANGS, Duration::from_millis).min(HANGS);
     let (trees, pipes) = trees::read()?;

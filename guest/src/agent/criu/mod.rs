@@ -12,6 +12,7 @@ mod program;
 mod record;
 mod revive;
 mod trees;
+mod vfork;
 
 use std::fs;
 use std::io;

@@ -1,0 +1,78 @@
+//! Commands in the middle of vfork(2), which CRIU must not meet.
+//!
+//! The parent sleeps until its child executes a program or ends. The freezer counts it as frozen there (Linux, `wait_for_vfork_done`), but
+//! ptrace cannot stop it, so CRIU 3.17 would wait for the parent while it holds the child: until its time is up (measured: one dump in 2 to
+//! 30 of shells that start programs all the time, on a busy host).
+
+use std::fs;
+use std::io;
+use std::time::{Duration, Instant};
+
+use tokio::io::AsyncRead;
+
+use crate::agent::freeze;
+use crate::agent::stream::{Abort, FrameReader};
+use crate::init::cgroup;
+use crate::reply::{Code, ErrorReply};
+
+/// How long commands run on before they are frozen again, at first: an exec takes less than this, and nothing tells of its end.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const LONGEST_PAUSE: Duration = Duration::from_millis(200);
+
+/// Freezes the commands at a moment when none of them is in a vfork, as long as the host wants it.
+pub async fn stop_commands<R: AsyncRead + Unpin>(limit: Duration, input: &mut FrameReader<R>) -> Result<(), Abort> {
+    let end = Instant::now() + limit;
+    let mut pause = FIRST_PAUSE;
+    loop {
+        freeze::stop_commands(end.saturating_duration_since(Instant::now()), input).await?;
+        let parents = parents().map_err(|error| Abort::io("processes", &error))?;
+        let Some(parent) = parents.first() else { return Ok(()) };
+        if Instant::now() + pause >= end {
+            let message = format!(
+                "process {parent} waits in vfork for a child that has not executed a program within {} ms, where CRIU cannot stop it",
+                limit.as_millis()
+            );
+            return Err(ErrorReply::new(Code::Criu, message).into());
+        }
+        cgroup::thaw_workload().map_err(|error| Abort::io("thaw", &error))?;
+        tokio::select! {
+            biased;
+            () = input.lost() => return Err(Abort::Gone),
+            () = tokio::time::sleep(pause) => {}
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// The frozen processes that wait in a vfork. Of all that is frozen they alone sleep uninterruptibly.
+fn parents() -> io::Result<Vec<i32>> {
+    let pids = cgroup::workload_pids()?;
+    Ok(pids.into_iter().filter(|pid| sleeps_uninterruptibly(*pid).unwrap_or(false)).collect())
+}
+
+/// Whether a thread of it does. A process that has just been killed fails here.
+fn sleeps_uninterruptibly(pid: i32) -> io::Result<bool> {
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        if state(&fs::read_to_string(thread?.path().join("stat"))?) == Some('D') {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// From `/proc/PID/task/TID/stat` (proc(5)): the name before it is in parentheses and may hold any.
+fn state(stat: &str) -> Option<char> {
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_state_is_what_follows_the_name() {
+        assert_eq!(state("7 (sh) D 1 7 7"), Some('D'));
+        assert_eq!(state("7 (a) D (b) S 1 7 7"), Some('S'));
+        assert_eq!(state("7 (sh"), None);
+    }
+}
