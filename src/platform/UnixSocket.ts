@@ -65,25 +65,30 @@ export const unread = (connection: Connection, bytes: Uint8Array): Connection =>
   return { ...connection, read, bytes: Stream.repeatEffectOption(read) }
 }
 
-/** One read: bytes already here, or the next that arrive. */
-const read = (socket: net.Socket, failure: () => NodeJS.ErrnoException | undefined) =>
-  Effect.async<Uint8Array, Option.Option<NodeJS.ErrnoException>>((resume) => {
-    const attempt = () => {
-      const chunk: Buffer | null = socket.read()
-      if (chunk !== null) return settle(Effect.succeed(chunk))
-      const error = failure()
-      if (error !== undefined) return settle(Effect.fail(Option.some(error)))
-      if (socket.readableEnded || socket.destroyed) settle(Effect.fail(Option.none()))
-    }
-    const settle = (result: Effect.Effect<Uint8Array, Option.Option<NodeJS.ErrnoException>>) => {
-      off()
-      resume(result)
-    }
-    const off = () => socket.off("readable", attempt).off("end", attempt).off("close", attempt)
-    socket.on("readable", attempt).on("end", attempt).on("close", attempt)
-    attempt()
-    return Effect.sync(off)
+/**
+ * One read at a time: bytes already here, or the next that arrive. The reader's fiber takes them itself, so one that is interrupted loses
+ * none and nothing has to be undone for it. Listeners stay from the first read on: with some for each read, or a finalizer, the garbage of
+ * one read holds that of the next until a full collection (50 MiB for each GiB read, measured with --trace-gc).
+ */
+const read = (socket: net.Socket, failure: () => NodeJS.ErrnoException | undefined) => {
+  let wake: (() => void) | undefined
+  const listen = () => {
+    const call = () => wake?.()
+    socket.on("readable", call).on("end", call).on("close", call)
+  }
+  const take: Connection["read"] = Effect.suspend(() => {
+    const chunk: Buffer | null = socket.read()
+    if (chunk !== null) return Effect.succeed(chunk)
+    const error = failure()
+    if (error !== undefined) return Effect.fail(Option.some(error))
+    return socket.readableEnded || socket.destroyed ? Effect.fail(Option.none()) : next
   })
+  const next: Connection["read"] = Effect.async((resume) => {
+    if (wake === undefined) listen()
+    wake = () => resume(take)
+  })
+  return take
+}
 
 /** Connects to a listening unix socket. */
 export const connect = (path: string): Effect.Effect<Connection, NodeJS.ErrnoException, Scope.Scope> =>

@@ -1,0 +1,56 @@
+import { mkdtempSync } from "node:fs"
+import { tmpdir } from "node:os"
+import * as path from "node:path"
+import { assert, describe, it } from "@effect/vitest"
+import { Chunk, Effect, Fiber, Option, Stream } from "effect"
+import * as UnixSocket from "../../src/platform/UnixSocket.ts"
+
+const text = (bytes: Uint8Array) => Buffer.from(bytes).toString()
+
+/** Both ends of a connection. */
+const pair = Effect.gen(function* () {
+  const file = path.join(mkdtempSync(path.join(tmpdir(), "machinen-socket-")), "s")
+  const accept = yield* UnixSocket.listenOnce(file)
+  const [ours, theirs] = yield* Effect.all([UnixSocket.connect(file), accept], { concurrency: 2 })
+  return { ours, theirs }
+})
+
+describe("a connection", () => {
+  it.scopedLive("gives what the peer sends, then its end, then its end again", () =>
+    Effect.gen(function* () {
+      const { ours, theirs } = yield* pair
+      yield* theirs.write(Buffer.from("a"))
+      assert.strictEqual(text(yield* ours.read), "a")
+      yield* theirs.write(Buffer.from("b"))
+      yield* theirs.end
+      assert.strictEqual(text(Buffer.concat(Chunk.toArray(yield* Stream.runCollect(ours.bytes)))), "b")
+      assert.deepStrictEqual(yield* Effect.flip(ours.read), Option.none())
+    })
+  )
+
+  it.scopedLive("loses nothing to a reader that is interrupted", () =>
+    Effect.gen(function* () {
+      const { ours, theirs } = yield* pair
+      for (let round = 0; round < 50; round++) {
+        const given = yield* Effect.fork(ours.read)
+        yield* Effect.yieldNow()
+        yield* theirs.write(Buffer.from([round]))
+        // some of these find the reader waiting, some with the bytes in its hands
+        if (round % 2 === 1) yield* Effect.async<void>((resume) => void setImmediate(() => resume(Effect.void)))
+        const exit = yield* Fiber.interrupt(given)
+        const bytes = exit._tag === "Success" ? exit.value : yield* ours.read
+        assert.deepStrictEqual([...bytes], [round])
+      }
+    })
+  )
+
+  it.scopedLive("ends for a reader that waits when the peer goes", () =>
+    Effect.gen(function* () {
+      const { ours, theirs } = yield* pair
+      const reading = yield* Effect.fork(ours.read)
+      yield* Effect.yieldNow()
+      theirs.socket.destroy()
+      assert.isTrue(Option.isNone(yield* Effect.flip(Fiber.join(reading))))
+    })
+  )
+})
