@@ -239,6 +239,10 @@ layer(live(home), { excludeTestServices: true })("a VM", (it) => {
       const kib = Number(yield* sh(vm, "df -k / | awk 'END { print $2 }'"))
       assert.isAbove(kib, 7.6 * 2 ** 20)
       assert.isAtMost(kib, 8 * 2 ** 20)
+      // made of holes: nobody has to write zeros over it in the background
+      const threads = yield* sh(vm, "cat /proc/[0-9]*/comm")
+      assert.include(threads, "jbd2/vdb-8")
+      assert.notInclude(threads, "ext4lazyinit")
     })
   )
 

@@ -23,6 +23,10 @@ const OVERLAY_OPTIONS: &CStr = c"lowerdir=/base,upperdir=/upper/upper,workdir=/u
 /// The same for any other overlay.
 pub const OVERLAY_FEATURES: &str = "index=on,nfs_export=on";
 
+/// No thread that writes zeros over inode tables (in a sparse file they are zeros) and reads bitmaps ahead of need, in every machine in its
+/// first seconds and again in every copy that was made before it had come to its end (ext4(5); the kernel's `ext4_lazyinit_thread`).
+const WRITABLE_OPTIONS: &CStr = c"noinit_itable,no_prefetch_block_bitmaps";
+
 /// /dev and /sys: the disks are found through them. They move into the new root later, /proc is mounted only there.
 pub fn mount_kernel_filesystems() -> Result<(), Failed> {
     for (kind, at) in [("devtmpfs", "/dev"), ("sysfs", "/sys")] {
@@ -93,7 +97,7 @@ pub fn free(initramfs: OwnedFd) -> Result<(), Failed> {
 
 /// Mounts an ext4 disk and lets it grow to its size. Returns its root.
 pub fn mount_writable(disk: &Disk, at: &str) -> Result<OwnedFd, Failed> {
-    mount(&disk.node(), at, "ext4", MountFlags::empty(), None)?;
+    mount(&disk.node(), at, "ext4", MountFlags::empty(), Some(WRITABLE_OPTIONS))?;
     let writable = open_directory(at).step(at.to_owned())?;
     grow::to_disk(&writable, disk).step(format!("grow {at}"))?;
     Ok(writable)
