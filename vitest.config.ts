@@ -22,9 +22,6 @@ export default defineConfig({
           setupFiles: ["test/setup.ts"],
           testTimeout: 60_000,
           hookTimeout: 60_000,
-          // CRIU 3.17 stalls in some dumps of a busy guest on a busy host (one in 30 under load, measured), which costs a run one of its tests now
-          // and then; test/run.ts shows and limits it
-          retry: 1,
           pool: "forks",
           poolOptions: { forks: { singleFork: true } }
         }

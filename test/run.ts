@@ -47,25 +47,6 @@ const check = (title: string, command: string, args: ReadonlyArray<string>, minu
 const judged = (ok: boolean, counts: Counts): Counts =>
   (ok || counts.failed > 0) && counts.passed + counts.failed > 0 ? counts : { ...counts, failed: counts.failed + 1 }
 
-/** Tests on real guests that may fail once (vitest.config.ts says why) in one run of all; more is a defect that shows itself often. */
-const maxSecondTries = 2
-
-interface Report {
-  readonly testResults: ReadonlyArray<{
-    readonly assertionResults: ReadonlyArray<{
-      readonly status: string
-      readonly fullName: string
-      readonly failureMessages?: ReadonlyArray<string>
-    }>
-  }>
-}
-
-/** Those that passed and have a failure to tell of. */
-const secondTries = (report: Report) =>
-  report.testResults
-    .flatMap(({ assertionResults }) => assertionResults)
-    .filter(({ failureMessages = [], status }) => status === "passed" && failureMessages.length > 0)
-
 const vitest = (project: string, minutes: number): Counts => {
   const file = path.join(scratch, `${project}.json`)
   const { ok } = execute(
@@ -76,15 +57,9 @@ const vitest = (project: string, minutes: number): Counts => {
   )
   try {
     const report = JSON.parse(readFileSync(file, "utf8"))
-    const unsteady = secondTries(report)
-    const tooMany = unsteady.length > maxSecondTries
-    for (const { fullName, failureMessages } of unsteady) {
-      say(`=== passed on a second try: ${fullName}\n${failureMessages?.join("\n")}`)
-    }
-    if (tooMany) say(`=== failed: ${unsteady.length} tests needed a second try, more than ${maxSecondTries}`)
     return judged(ok, {
       passed: report.numPassedTests,
-      failed: report.numFailedTests + (tooMany ? 1 : 0),
+      failed: report.numFailedTests,
       skipped: report.numPendingTests + report.numTodoTests
     })
   } catch {
