@@ -72,7 +72,7 @@ where
     let began = Instant::now();
     // The gate is closed: there will be no more.
     context.terminals.refuse_open()?;
-    vfork::stop_commands(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
+    let frozen = vfork::stop_commands(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
     // Freezing takes a moment; dumping takes as long as there is memory.
     let limit = request.timeout_ms.map_or(HANGS, Duration::from_millis).min(HANGS);
     let (trees, pipes) = trees::read()?;
@@ -88,7 +88,7 @@ where
     let record = Record::new(context.config().clone(), *context.main(), trees, pipes, request.tcp_close);
     record.write().map_err(|error| Abort::io(DIR, &error))?;
     context.lifecycle.freeze_disks().await.map_err(|error| Abort::io("the disk", &error))?;
-    let frozen_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let frozen_ms = u64::try_from(frozen.elapsed().as_millis()).unwrap_or(u64::MAX);
     exchange.output.send_json(Kind::Started, &Dumped { frozen_ms, processes }).await?;
     match exchange.input.next().await? {
         Frame { kind: Kind::Eof, .. } => Ok(Done {}),

@@ -19,14 +19,18 @@ use crate::reply::{Code, ErrorReply};
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
-/// Freezes the commands at a moment when none of them is in a vfork, as long as the host wants it.
-pub async fn stop_commands<R: AsyncRead + Unpin>(limit: Duration, input: &mut FrameReader<R>) -> Result<(), Abort> {
+/// Freezes the commands at a moment when none of them is in a vfork, as long as the host wants it. Returns that moment.
+pub async fn stop_commands<R: AsyncRead + Unpin>(
+    limit: Duration,
+    input: &mut FrameReader<R>,
+) -> Result<Instant, Abort> {
     let end = Instant::now() + limit;
     let mut pause = FIRST_PAUSE;
     loop {
-        freeze::stop_commands(end.saturating_duration_since(Instant::now()), input).await?;
+        let began = Instant::now();
+        freeze::stop_commands(end.saturating_duration_since(began), input).await?;
         let parents = parents().map_err(|error| Abort::io("processes", &error))?;
-        let Some(parent) = parents.first() else { return Ok(()) };
+        let Some(parent) = parents.first() else { return Ok(began) };
         if Instant::now() + pause >= end {
             let message = format!(
                 "process {parent} waits in vfork for a child that has not executed a program within {} ms, where CRIU cannot stop it",
