@@ -220,7 +220,7 @@ for (const { image, name, program } of engines)
       Effect.gen(function* () {
         const source = yield* boot({
           image,
-          command: ["sh", "-c", "while [ ! -e /go ]; do sleep 0.02; done; exit $(cat /go)"]
+          command: ["sh", "-c", "while [ ! -s /go ]; do sleep 0.02; done; exit $(cat /go)"]
         })
         yield* source.startMainDetached
         const { siblings } = yield* (yield* Machinen).fork(source, { count: 2 })
