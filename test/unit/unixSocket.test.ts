@@ -1,15 +1,14 @@
-import { mkdtempSync } from "node:fs"
-import { tmpdir } from "node:os"
 import * as path from "node:path"
 import { assert, describe, it } from "@effect/vitest"
 import { Chunk, Effect, Fiber, Option, Stream } from "effect"
 import * as UnixSocket from "../../src/platform/UnixSocket.ts"
+import { temporaryDirectory } from "../sourceTree.ts"
 
 const text = (bytes: Uint8Array) => Buffer.from(bytes).toString()
 
 /** Both ends of a connection. */
 const pair = Effect.gen(function* () {
-  const file = path.join(mkdtempSync(path.join(tmpdir(), "machinen-socket-")), "s")
+  const file = path.join(yield* temporaryDirectory, "s")
   const accept = yield* UnixSocket.listenOnce(file)
   const [ours, theirs] = yield* Effect.all([UnixSocket.connect(file), accept], { concurrency: 2 })
   return { ours, theirs }

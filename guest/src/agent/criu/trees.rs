@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::str::SplitAsciiWhitespace;
 
 use super::record::{AgentPipe, Tree};
 use crate::init::cgroup;
@@ -49,11 +50,10 @@ impl Process {
         Ok(Some(process))
     }
 
-    /// From `/proc/PID/stat` (proc(5)): the name is in parentheses and may hold any. `None`: it has ended.
+    /// From `/proc/PID/stat`. `None`: it has ended.
     fn parse(pid: i32, stat: &str) -> Option<Self> {
-        let (head, tail) = stat.rsplit_once(')')?;
-        let name = head.split_once('(').map_or("", |(_, name)| name).to_owned();
-        let mut fields = tail.split_ascii_whitespace();
+        let (name, mut fields) = stat_fields(stat)?;
+        let name = name.to_owned();
         let state = fields.next()?;
         let parent = fields.next()?.parse().ok()?;
         let session = fields.nth(1)?.parse().ok()?;
@@ -71,6 +71,13 @@ impl Process {
         }
         Ok(())
     }
+}
+
+/// The name in `/proc/PID/stat` and what follows it, first the state (proc(5)). It is in parentheses and may hold any.
+pub fn stat_fields(stat: &str) -> Option<(&str, SplitAsciiWhitespace<'_>)> {
+    let (head, tail) = stat.rsplit_once(')')?;
+    let name = head.split_once('(').map_or("", |(_, name)| name);
+    Some((name, tail.split_ascii_whitespace()))
 }
 
 fn group(processes: &BTreeMap<i32, Process>) -> Vec<Tree> {

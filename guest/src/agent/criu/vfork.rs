@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::AsyncRead;
 
+use super::trees::stat_fields;
 use crate::agent::freeze;
 use crate::agent::stream::{Abort, FrameReader};
 use crate::init::cgroup;
@@ -31,7 +32,8 @@ pub async fn stop_commands<R: AsyncRead + Unpin>(
         freeze::stop_commands(end.saturating_duration_since(began), input).await?;
         let parents = parents().map_err(|error| Abort::io("processes", &error))?;
         let Some(parent) = parents.first() else { return Ok(began) };
-        if Instant::now() + pause >= end {
+        // Freezing has as long again.
+        if Instant::now() + 2 * pause >= end {
             let message = format!(
                 "process {parent} waits in vfork for a child that has not executed a program within {} ms, where CRIU cannot stop it",
                 limit.as_millis()
@@ -57,26 +59,10 @@ fn parents() -> io::Result<Vec<i32>> {
 /// Whether a thread of it does. A process that has just been killed fails here.
 fn sleeps_uninterruptibly(pid: i32) -> io::Result<bool> {
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-        if state(&fs::read_to_string(thread?.path().join("stat"))?) == Some('D') {
+        let stat = fs::read_to_string(thread?.path().join("stat"))?;
+        if stat_fields(&stat).is_some_and(|(_, mut fields)| fields.next() == Some("D")) {
             return Ok(true);
         }
     }
     Ok(false)
-}
-
-/// From `/proc/PID/task/TID/stat` (proc(5)): the name before it is in parentheses and may hold any.
-fn state(stat: &str) -> Option<char> {
-    stat.rsplit_once(')')?.1.trim_start().chars().next()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_state_is_what_follows_the_name() {
-        assert_eq!(state("7 (sh) D 1 7 7"), Some('D'));
-        assert_eq!(state("7 (a) D (b) S 1 7 7"), Some('S'));
-        assert_eq!(state("7 (sh"), None);
-    }
 }
