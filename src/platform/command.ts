@@ -1,5 +1,6 @@
 import { Command, type CommandExecutor, type Error as PlatformErrors } from "@effect/platform"
 import { Effect, Stream } from "effect"
+import { searchPath } from "./searchPath.ts"
 
 export interface Finished {
   readonly code: number
@@ -15,7 +16,7 @@ export const run = (
   const [bin, ...args] = argv
   return Effect.scoped(
     Effect.gen(function* () {
-      const child = yield* Command.start(Command.make(bin, ...args).pipe(Command.env(env)))
+      const child = yield* Command.start(Command.make(bin, ...args).pipe(Command.env({ PATH: searchPath(), ...env })))
       const text = (bytes: typeof child.stdout) => bytes.pipe(Stream.decodeText(), Stream.mkString)
       const [stdout, stderr, code] = yield* Effect.all([text(child.stdout), text(child.stderr), child.exitCode], {
         concurrency: 3

@@ -1,5 +1,6 @@
 import { Command, type CommandExecutor, type Error as PlatformErrors } from "@effect/platform"
 import { Effect, Stream } from "effect"
+import { searchPath } from "./searchPath.ts"
 
 /** How a long command ended: its exit code and the last lines it wrote. */
 export interface Ended {
@@ -29,7 +30,9 @@ export const run = (
 ): Effect.Effect<Ended, PlatformErrors.PlatformError, CommandExecutor.CommandExecutor> =>
   Effect.scoped(
     Effect.gen(function* () {
-      const command = Command.make("sh", "-c", tethered, "sh", ...argv).pipe(Command.env(options.env ?? {}))
+      const command = Command.make("sh", "-c", tethered, "sh", ...argv).pipe(
+        Command.env({ PATH: searchPath(), ...options.env })
+      )
       const child = yield* Command.start(
         options.cwd === undefined ? command : Command.workingDirectory(command, options.cwd)
       )
