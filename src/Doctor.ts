@@ -2,7 +2,16 @@ import * as path from "node:path"
 import { CommandExecutor, FileSystem } from "@effect/platform"
 import { Context, Effect, Layer, Option, Schema } from "effect"
 import { type AssetName, Assets, assetNames } from "./Assets.ts"
-import { isAtLeast, minimumGo, minimumNode, minimumRust, versionIn } from "./domain/hostRequirements.ts"
+import {
+  buildPackages,
+  isAtLeast,
+  minimumGo,
+  minimumNode,
+  minimumRust,
+  type Packages,
+  runPackages,
+  versionIn
+} from "./domain/hostRequirements.ts"
 import { HostProbe } from "./HostProbe.ts"
 import * as command from "./platform/command.ts"
 import { Settings } from "./Settings.ts"
@@ -27,23 +36,34 @@ export const DoctorReport = Schema.Struct({
 })
 export type DoctorReport = typeof DoctorReport.Type
 
-/** Host programs, the arguments that make each say its version, and the package each comes with. */
-const tools = [
-  { bin: "qemu-system-x86_64", args: ["--version"], package: "qemu-system-x86" },
-  { bin: "mke2fs", args: ["-V"], package: "e2fsprogs" },
-  { bin: "e2fsck", args: ["-V"], package: "e2fsprogs" },
-  { bin: "resize2fs", args: ["--help"], package: "e2fsprogs" },
-  { bin: "debugfs", args: ["-V"], package: "e2fsprogs" },
-  { bin: "mksquashfs", args: ["-version"], package: "squashfs-tools" },
-  { bin: "tar", args: ["--version"], package: "tar" },
-  { bin: "skopeo", args: ["--version"], package: "skopeo" },
-  { bin: "umoci", args: ["--version"], package: "umoci" },
-  { bin: "fakeroot", args: ["--version"], package: "fakeroot" },
-  { bin: "mmdebstrap", args: ["--version"], package: "mmdebstrap" },
-  { bin: "busybox", args: [], package: "busybox-static" },
-  { bin: "gcc", args: ["--version"], package: "build-essential" },
-  { bin: "make", args: ["--version"], package: "build-essential" }
-] as const
+/** The arguments that make a program say its version, where these are not `--version`. */
+const versionArguments: Readonly<Record<string, ReadonlyArray<string>>> = {
+  busybox: [],
+  debugfs: ["-V"],
+  e2fsck: ["-V"],
+  mke2fs: ["-V"],
+  mksquashfs: ["-version"],
+  resize2fs: ["--help"]
+}
+
+/** A program of a Debian package, and the assets whose building needs it; none when VMs need it. */
+interface Tool {
+  readonly bin: string
+  readonly package: string
+  readonly builds: ReadonlyArray<AssetName>
+}
+
+const programsOf = (packages: Packages) =>
+  Object.entries(packages).flatMap(([name, bins]) => bins.map((bin) => ({ bin, package: name })))
+const runTools: ReadonlyArray<Tool> = programsOf(runPackages).map((tool) => ({ ...tool, builds: [] }))
+const buildTools = new Map<string, Tool>()
+for (const name of assetNames) {
+  for (const { bin, package: from } of programsOf(buildPackages[name])) {
+    if (runTools.some((tool) => tool.bin === bin)) continue
+    buildTools.set(bin, { bin, package: from, builds: [...(buildTools.get(bin)?.builds ?? []), name] })
+  }
+}
+const tools: ReadonlyArray<Tool> = [...runTools, ...buildTools.values()]
 
 /** A program that does not say its version within this does not work. */
 const patience = "10 seconds"
@@ -282,7 +302,11 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
                 go,
                 tools: Effect.forEach(
                   tools,
-                  (tool) => program(tool.bin, tool.args, tool.bin, `apt-get install ${tool.package}`),
+                  ({ bin, builds, package: name }) =>
+                    Effect.map(
+                      program(bin, versionArguments[bin] ?? ["--version"], bin, `apt-get install ${name}`),
+                      (requirement) => ({ requirement, builds })
+                    ),
                   { concurrency: 4 }
                 ),
                 assets: Effect.forEach(assetNames, asset),
@@ -292,12 +316,18 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
               },
               { concurrency: "unbounded" }
             )
+            const built = assetNames.filter((_, at) => found.assets[at]?.status === "found")
+            /** What only builds assets that are all there is optional: this host may have brought them with `install --from`. */
+            const neededToBuild = (requirement: Requirement, assets: ReadonlyArray<AssetName>): Requirement =>
+              requirement.status !== "found" && assets.length > 0 && assets.every((name) => built.includes(name))
+                ? { ...requirement, optional: true, detail: `only builds ${assets.join(", ")}, which is there` }
+                : requirement
             const disk = yield* diskSpace(found.assets.every(({ status }) => status === "found"))
             const requirements: ReadonlyArray<Requirement> = [
               node,
-              found.cargo,
-              found.go,
-              ...found.tools,
+              neededToBuild(found.cargo, ["programs"]),
+              neededToBuild(found.go, ["gvproxy"]),
+              ...found.tools.map(({ builds, requirement }) => neededToBuild(requirement, builds)),
               ...found.assets,
               found.kvm,
               found.accelerator,

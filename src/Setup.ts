@@ -3,7 +3,15 @@ import { CommandExecutor, FileSystem } from "@effect/platform"
 import { Context, type Duration, Effect, Either, Layer, Option } from "effect"
 import { type AssetName, Assets, assetNames, type BuildDirectories } from "./Assets.ts"
 import { AssetError } from "./domain/errors.ts"
-import { isAtLeast, minimumGo, minimumNode, minimumRust, packages, versionIn } from "./domain/hostRequirements.ts"
+import {
+  debianReleases,
+  isAtLeast,
+  minimumGo,
+  minimumNode,
+  minimumRust,
+  packagesFor,
+  versionIn
+} from "./domain/hostRequirements.ts"
 import * as command from "./platform/command.ts"
 import * as HostLock from "./platform/HostLock.ts"
 import * as lineLog from "./platform/lineLog.ts"
@@ -35,12 +43,16 @@ export interface SetupOptions {
   readonly from?: string
   /** Read all of what is there, and build again what is not as it was; otherwise only sizes are looked at. Default false. */
   readonly verify?: boolean
+  /** Install what tests and benches need, too, and all that is needed to build, though every asset may be there. Default false. */
+  readonly withTests?: boolean
 }
 
 /** Who runs the set-up, on what. */
 export interface SetupHost {
   readonly uid: number
   readonly nodeVersion: string
+  /** The code name in /etc/os-release; empty where there is none. */
+  readonly release: string
 }
 
 const titles: Record<AssetName, string> = {
@@ -128,34 +140,51 @@ export class Setup extends Context.Tag("machinen/Setup")<
             })
         }
 
-        const missingPackages = Effect.gen(function* () {
-          // biome-ignore lint/suspicious/noTemplateCurlyInString: dpkg-query's own placeholders
-          const format = "${Package} ${db:Status-Abbrev}\n"
-          const answer = yield* quick(["dpkg-query", "--show", "--showformat", format, ...packages])
-          // Its exit code only says that some package is unknown.
-          if (Option.isNone(answer)) return yield* notDebian
-          const installed = new Set(
-            answer.value.stdout.split("\n").flatMap((line) => {
-              const [name, status] = line.split(" ")
-              return name !== undefined && status === "ii" ? [name] : []
-            })
-          )
-          return packages.filter((name) => !installed.has(name))
-        })
+        /** Of what is needed here: to run VMs, to build the assets that are missing and, when it is asked for, to test. */
+        const missingPackages = (withTests: boolean) =>
+          Effect.gen(function* () {
+            const unbuilt = yield* Effect.filter(assetNames, (name) => isBuilt(name), { negate: true })
+            const needed = packagesFor(unbuilt, { tests: withTests })
+            // biome-ignore lint/suspicious/noTemplateCurlyInString: dpkg-query's own placeholders
+            const format = "${Package} ${db:Status-Abbrev}\n"
+            const answer = yield* quick(["dpkg-query", "--show", "--showformat", format, ...needed])
+            // Its exit code only says that some package is unknown.
+            if (Option.isNone(answer)) return yield* notDebian
+            const installed = new Set(
+              answer.value.stdout.split("\n").flatMap((line) => {
+                const [name, status] = line.split(" ")
+                return name !== undefined && status === "ii" ? [name] : []
+              })
+            )
+            return needed.filter((name) => !installed.has(name))
+          })
 
-        const packagesStep: Step = {
+        /** Those that apt could not install from the sources it has. */
+        const unavailable = (names: ReadonlyArray<string>) =>
+          Effect.gen(function* () {
+            const answer = yield* quick(["apt-cache", "policy", ...names])
+            const text = Option.match(answer, { onNone: () => "", onSome: ({ stdout }) => stdout })
+            const available = new Set(
+              [...text.matchAll(/^(\S+):\n(?: .*\n)*? +Candidate: (?!\(none\))/gm)].map(([, name]) => name)
+            )
+            return names.filter((name) => !available.has(name))
+          })
+
+        const packagesStep = (withTests: boolean): Step => ({
           id: "packages",
-          title: "Debian packages",
-          check: Effect.map(missingPackages, (missing) => missing.length === 0),
+          title: withTests ? "Debian packages, with those of tests" : "Debian packages",
+          check: Effect.map(missingPackages(withTests), (missing) => missing.length === 0),
           run: (onLine) =>
             Effect.gen(function* () {
-              const missing = yield* missingPackages
+              const missing = yield* missingPackages(withTests)
               if (host.uid !== 0) return yield* notRoot(missing)
               const options = { onLine, env: { DEBIAN_FRONTEND: "noninteractive", LC_ALL: "C" } }
               yield* long("update the package lists", ["apt-get", "update"], options)
+              const unknown = yield* unavailable(missing)
+              if (unknown.length > 0) return yield* packageUnavailable(unknown, host.release)
               yield* long("install packages", [...aptInstall, ...missing], options)
             })
-        }
+        })
 
         const script =
           (name: string) =>
@@ -246,7 +275,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
         })
 
         return Setup.of({
-          run: Effect.fn("Setup.run")(function* (onProgress, { from, verify = false } = {}) {
+          run: Effect.fn("Setup.run")(function* (onProgress, { from, verify = false, withTests = false } = {}) {
             const perform = ({ id: step, title, check, run }: Step) =>
               Effect.gen(function* () {
                 if (yield* check) return yield* onProgress({ _tag: "Skipped", step, title })
@@ -271,7 +300,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
             // before the toolchain is looked for: what is brought needs none
             if (from !== undefined) yield* Effect.forEach(assetNames, (name) => perform(bringStep(from, name)))
             yield* perform(toolchain)
-            yield* perform(packagesStep)
+            yield* perform(packagesStep(withTests))
             // Together: a base is one thread and a download, the kernel takes what is left. A mirror that is down must not cost the kernel.
             const ended = yield* Effect.forEach(assetNames, (name) => Effect.either(perform(assetStep(name))), {
               concurrency: "unbounded"
@@ -283,9 +312,15 @@ export class Setup extends Context.Tag("machinen/Setup")<
       })
     )
 
-  static readonly layer = Effect.sync(
-    (): SetupHost => ({ uid: process.getuid?.() ?? -1, nodeVersion: process.versions.node })
-  ).pipe(Effect.map(Setup.layerFor), Layer.unwrapEffect, Layer.provide(SourceTree.layer))
+  static readonly layer = Effect.gen(function* () {
+    const fs = yield* FileSystem.FileSystem
+    const about = yield* Effect.orElseSucceed(fs.readFileString("/etc/os-release"), () => "")
+    return Setup.layerFor({
+      uid: process.getuid?.() ?? -1,
+      nodeVersion: process.versions.node,
+      release: /^VERSION_CODENAME="?([a-z]+)/m.exec(about)?.[1] ?? ""
+    })
+  }).pipe(Layer.unwrapEffect, Layer.provide(SourceTree.layer))
 }
 
 /** That of `.cargo/config.toml`; `cargo clean` does not look there. */
@@ -314,10 +349,26 @@ const notRoot = (missing: ReadonlyArray<string>) =>
     hint: `sudo apt-get update && sudo ${aptInstall.join(" ")} ${missing.join(" ")}`
   })
 
+const supported = Object.entries(debianReleases)
+  .map(([name, { version }]) => `Debian ${version} (${name})`)
+  .join(" and ")
+
+const packageUnavailable = (names: ReadonlyArray<string>, release: string) => {
+  const suites = Object.entries(debianReleases).find(([name]) => name === release)?.[1].suites
+  return new AssetError({
+    code: "SETUP_PACKAGE_UNAVAILABLE",
+    message: `apt has no package ${names.join(", ")}`,
+    hint:
+      suites === undefined
+        ? `set-up builds from packages of ${supported}; run it on one of these or in a container of it`
+        : `add what is missing of the suites ${suites.join(" and ")}, component main, to apt's sources (/etc/apt/sources.list.d); Debian 12 has linux-source-6.12 in bookworm-security only`
+  })
+}
+
 const notDebian = new AssetError({
   code: "SETUP_TOOL_MISSING",
   message: "dpkg-query cannot be run: this host does not look like Debian",
-  hint: "set-up builds from Debian 12 packages; run it on Debian 12 or in a container of it"
+  hint: `set-up builds from packages of ${supported}; run it on one of these or in a container of it`
 })
 
 const nodeTooOld = (version: string) =>

@@ -95,7 +95,10 @@ const record = (title: string, counts: Counts) => {
   return counts.failed === 0
 }
 
-const ready = record("set-up", check("set-up", process.execPath, ["scripts/machinen.mjs", "install"], 45))
+const ready = record(
+  "set-up",
+  check("set-up", process.execPath, ["scripts/machinen.mjs", "install", "--with-tests"], 45)
+)
 record("types", check("types", bin("tsc"), ["--noEmit"]))
 record("lint and format", check("lint and format", bin("biome"), ["check", "."]))
 record("unit", vitest("unit", 5))

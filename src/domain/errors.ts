@@ -259,6 +259,7 @@ export class AssetError extends Schema.TaggedError<AssetError>()(
     "ASSET_PREBUILT_INVALID",
     "ASSET_SOURCE_MISSING",
     "SETUP_NOT_ROOT",
+    "SETUP_PACKAGE_UNAVAILABLE",
     "SETUP_TOOL_MISSING"
   )
 ) {

@@ -1,15 +1,131 @@
 import { Option } from "effect"
 
-/** Debian packages that set-up installs, by what needs them. */
-export const packageGroups = {
-  kernel: ["linux-source-6.12", "build-essential", "bc", "bison", "flex", "libelf-dev", "patch", "xz-utils", "jq"],
-  bases: ["busybox-static", "fakeroot", "mmdebstrap", "util-linux"],
-  runtime: ["e2fsprogs", "qemu-system-x86", "skopeo", "squashfs-tools", "tar", "umoci"],
-  /** What only tests need: clients of a server, a registry, a real terminal. */
-  tests: ["curl", "docker-registry", "tmux"]
+/** Debian packages, each with those of its programs that we start, or that a tool of ours starts. */
+export type Packages = Readonly<Record<string, ReadonlyArray<string>>>
+
+/** On every Debian; set-up does not install them. */
+export const basePackages = {
+  apt: ["apt-cache", "apt-get"],
+  bash: ["bash"],
+  coreutils: [
+    ...[
+      "basename",
+      "cat",
+      "chmod",
+      "chown",
+      "cp",
+      "dd",
+      "df",
+      "dirname",
+      "head",
+      "id",
+      "install",
+      "ln",
+      "mkdir",
+      "mkfifo",
+      "mknod",
+      "mv"
+    ],
+    ...[
+      "nproc",
+      "paste",
+      "realpath",
+      "rm",
+      "seq",
+      "sha256sum",
+      "sleep",
+      "sort",
+      "stat",
+      "tail",
+      "tee",
+      "timeout",
+      "truncate",
+      "wc"
+    ]
+  ],
+  dash: ["sh"],
+  dpkg: ["dpkg-query"],
+  findutils: ["find", "xargs"],
+  grep: ["grep"],
+  gzip: ["gzip"],
+  "libc-bin": ["ldd"],
+  mawk: ["awk"],
+  mount: ["mount", "umount"],
+  sed: ["sed"],
+  tar: ["tar"],
+  "util-linux": ["unshare"]
+} as const satisfies Packages
+
+/** What VMs and images need on a host that has all assets. */
+export const runPackages = {
+  e2fsprogs: ["debugfs", "mke2fs"],
+  fakeroot: ["fakeroot"],
+  "qemu-system-x86": ["qemu-system-x86_64"],
+  skopeo: ["skopeo"],
+  "squashfs-tools": ["mksquashfs"],
+  umoci: ["umoci"]
+} as const satisfies Packages
+
+const imagePackages = {
+  e2fsprogs: ["debugfs", "e2fsck", "mke2fs", "resize2fs"],
+  fakeroot: ["fakeroot"],
+  jq: ["jq"]
 } as const
 
-export const packages: ReadonlyArray<string> = Object.values(packageGroups).flat()
+/** What the building of each asset needs; a host that has the asset does without. */
+export const buildPackages = {
+  // cargo links with `cc`
+  programs: { gcc: ["cc"], "libc6-dev": [] },
+  gvproxy: {},
+  kernel: {
+    bc: ["bc"],
+    binutils: ["ld", "strip"],
+    bison: ["bison"],
+    flex: ["flex"],
+    gcc: ["gcc"],
+    jq: ["jq"],
+    "libc6-dev": [],
+    "libelf-dev": [],
+    "linux-source-6.12": [],
+    make: ["make"],
+    patch: ["patch"],
+    "xz-utils": ["xz"]
+  },
+  "base-micro": { ...imagePackages, "busybox-static": ["busybox"] },
+  "base-debian": { ...imagePackages, "debian-archive-keyring": [], mmdebstrap: ["mmdebstrap"] }
+} as const satisfies Readonly<Record<string, Packages>>
+
+/** What only tests and benches need: another reader of our archives, clients of a server, a registry, a terminal, a repository to copy. */
+export const testPackages = {
+  "busybox-static": ["busybox"],
+  cpio: ["cpio"],
+  curl: ["curl"],
+  "docker-registry": ["docker-registry"],
+  git: ["git"],
+  procps: ["ps"],
+  tmux: ["tmux"]
+} as const satisfies Packages
+
+/** Compilers that come from elsewhere than Debian, whose own are too old; `npm` comes with Node. */
+export const toolchainPrograms = ["cargo", "go", "gofmt", "node", "npm", "rustc"] as const
+
+/** The packages a host needs that builds these assets, each once; with those of tests, all there are. */
+export const packagesFor = (
+  assets: ReadonlyArray<keyof typeof buildPackages>,
+  { tests = false } = {}
+): ReadonlyArray<string> => {
+  const built = tests ? Object.values(buildPackages) : assets.map((name) => buildPackages[name])
+  return [...new Set([runPackages, ...built, ...(tests ? [testPackages] : [])].flatMap(Object.keys))].sort()
+}
+
+/** Every package that set-up may install. */
+export const packages = packagesFor([], { tests: true })
+
+/** The Debian releases that set-up builds on, with the suites of apt it needs. */
+export const debianReleases = {
+  bookworm: { version: "12", suites: ["bookworm", "bookworm-security"] },
+  trixie: { version: "13", suites: ["trixie", "trixie-security"] }
+} as const
 
 export const minimumNode = "20.19"
 

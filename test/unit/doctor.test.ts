@@ -84,6 +84,26 @@ describe("Doctor", () => {
     })
   )
 
+  it.scoped("a host that brought its assets needs no compiler; one that must build does", () =>
+    Effect.gen(function* () {
+      const { buildAll, examine, layer, programs } = yield* host
+      const compilers = ["cargo", "go", "gcc", "make", "mmdebstrap", "busybox", "resize2fs"]
+      for (const bin of compilers) programs.set(bin, undefined)
+      const bare = yield* Effect.provide(examine, layer)
+      for (const bin of compilers) assert.deepInclude(bare.of(bin), { status: "missing", optional: false })
+      const { of, report } = yield* Effect.provide(Effect.zipRight(buildAll, examine), layer)
+      assert.isTrue(report.ok)
+      for (const bin of compilers) assert.deepInclude(of(bin), { status: "missing", optional: true })
+      assert.include(of("gcc")?.detail, "kernel")
+
+      // a VM's own needs are not optional for that
+      programs.set("mke2fs", undefined)
+      const lame = yield* Effect.provide(examine, layer)
+      assert.isFalse(lame.report.ok)
+      assert.deepInclude(lame.of("mke2fs"), { status: "missing", optional: false, fix: "apt-get install e2fsprogs" })
+    })
+  )
+
   it.scoped("an asset whose file is not as it was built is broken", () =>
     Effect.gen(function* () {
       const { buildAll, examine, layer } = yield* host

@@ -5,8 +5,8 @@ import * as path from "node:path"
 import * as NodeContext from "@effect/platform-node/NodeContext"
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Layer } from "effect"
-import { Assets } from "../../src/Assets.ts"
-import { isAtLeast, packages, versionIn } from "../../src/domain/hostRequirements.ts"
+import { Assets, assetNames } from "../../src/Assets.ts"
+import { packages, packagesFor } from "../../src/domain/hostRequirements.ts"
 import { Settings } from "../../src/Settings.ts"
 import { type Progress, Setup, type SetupOptions } from "../../src/Setup.ts"
 import { SourceTree } from "../../src/SourceTree.ts"
@@ -22,10 +22,14 @@ const host = Effect.gen(function* () {
   writeSourceTree(source)
   const installed = new Set(packages)
   const broken = new Set<string>()
+  /** Packages that apt knows only by name, and not at all. */
+  const unknown = new Set<string>()
+  const unheard = new Set<string>()
   const ran: Array<string> = []
   const it = {
     uid: 0,
     nodeVersion: "20.20.2",
+    release: "bookworm",
     cargo: "cargo 1.95.0 (abc 2026-03-21)" as string | undefined,
     go: "go version go1.26.8 linux/amd64" as string | undefined
   }
@@ -36,9 +40,23 @@ const host = Effect.gen(function* () {
       const known = args.filter((arg) => installed.has(arg))
       return { code: known.length === packages.length ? 0 : 1, stdout: known.map((name) => `${name} ii \n`).join("") }
     }
+    if (bin === "apt-cache") {
+      const candidate = (name: string) => (unknown.has(name) ? "(none)" : "1.0-1")
+      const about = (name: string) =>
+        `${name}:\n  Installed: (none)\n  Candidate: ${candidate(name)}\n  Version table:\n`
+      // of what it has never heard apt-cache says nothing
+      return {
+        stdout: args
+          .slice(1)
+          .filter((name) => !unheard.has(name))
+          .map(about)
+          .join("")
+      }
+    }
     if (bin === "apt-get") {
       ran.push(argv.join(" "))
-      if (args[0] === "install") for (const name of args.slice(1)) installed.add(name)
+      if (args[0] === "install")
+        for (const name of args.slice(1).filter((arg) => !arg.startsWith("-"))) installed.add(name)
       return { stdout: "Reading package lists...\n" }
     }
     if (bin === "cargo" && args[0] === "--version") return it.cargo === undefined ? undefined : { stdout: it.cargo }
@@ -99,7 +117,7 @@ const host = Effect.gen(function* () {
       const error = result._tag === "Left" ? result.left : undefined
       return { error, events, lines, ran: [...ran].sort() }
     })
-  return { it, installed, broken, source, state, run: runWith({}), runWith }
+  return { it, installed, broken, unheard, unknown, source, state, run: runWith({}), runWith }
 })
 
 /** Serves a directory's files on loopback. */
@@ -217,6 +235,52 @@ describe("Setup", () => {
     })
   )
 
+  it.scoped("users do not get what only tests need; tests get all there is", () =>
+    Effect.gen(function* () {
+      const { installed, run, runWith } = yield* host
+      installed.clear()
+      const user = yield* run
+      assert.isUndefined(user.error)
+      assert.sameMembers([...installed], [...packagesFor(assetNames)])
+      assert.notInclude([...installed], "tmux")
+
+      // now that every asset is there
+      const tests = yield* runWith({ withTests: true })
+      assert.isUndefined(tests.error)
+      assert.sameMembers([...installed], [...packages])
+      assert.deepStrictEqual((yield* runWith({ withTests: true })).ran, [])
+    })
+  )
+
+  it.scoped("a host that brings its assets gets no compiler", () =>
+    Effect.gen(function* () {
+      const one = yield* host
+      yield* one.run
+      const two = yield* host
+      two.installed.clear()
+      assert.isUndefined((yield* two.runWith({ from: path.join(one.state, "assets") })).error)
+      assert.sameMembers([...two.installed], [...packagesFor([])])
+      assert.notInclude([...two.installed], "gcc")
+    })
+  )
+
+  it.scoped("a package that apt does not have is named, with the suites to add", () =>
+    Effect.gen(function* () {
+      const { installed, it, run, unheard, unknown } = yield* host
+      installed.clear()
+      unknown.add("linux-source-6.12")
+      unheard.add("umoci")
+      const { error, ran } = yield* run
+      assert.strictEqual(error?.code, "SETUP_PACKAGE_UNAVAILABLE")
+      assert.strictEqual(error?.message, "apt has no package linux-source-6.12, umoci")
+      assert.include(error?.hint, "bookworm-security")
+      assert.deepStrictEqual(ran, ["apt-get update"])
+
+      it.release = "noble"
+      assert.include((yield* run).error?.hint, "Debian 12 (bookworm) and Debian 13 (trixie)")
+    })
+  )
+
   it.scoped("root is not asked for when nothing is missing", () =>
     Effect.gen(function* () {
       const { it, run } = yield* host
@@ -304,19 +368,4 @@ describe("Setup", () => {
       assert.include(error?.message, "18.20.4")
     })
   )
-})
-
-describe("host requirements", () => {
-  it("reads and compares versions as numbers", () => {
-    assert.strictEqual(versionIn("mke2fs 1.47.0 (5-Feb-2023)\n Using 9.9")._tag, "Some")
-    assert.strictEqual(versionIn("no version here\n1.2")._tag, "None")
-    assert.isTrue(isAtLeast("20.19.0", "20.19"))
-    assert.isTrue(isAtLeast("22.1.0", "20.19"))
-    assert.isFalse(isAtLeast("20.9.0", "20.19"))
-  })
-
-  it("names the source package of the kernel that is built", () => {
-    const version = readFileSync("kernel/VERSION", "utf8").trim()
-    assert.include(packages, `linux-source-${version}`)
-  })
 })

@@ -72,7 +72,11 @@ export const install = Command.make(
     ),
     verify: Options.boolean("verify").pipe(
       Options.withDescription("read all of what is there, and build again what is damaged")
+    ),
+    withTests: Options.boolean("with-tests").pipe(
+      Options.withDescription("install what the tests and benches of a checkout need, too")
     )
   },
-  ({ from, verify }) => setUpWith({ verify, ...(from._tag === "Some" ? { from: from.value } : {}) })
+  ({ from, verify, withTests }) =>
+    setUpWith({ verify, withTests, ...(from._tag === "Some" ? { from: from.value } : {}) })
 ).pipe(Command.withDescription("build and install what VMs need on this host"))
