@@ -170,7 +170,7 @@ export class Assets extends Context.Tag("machinen/Assets")<
         const hash = yield* inputsHash(name)
         const dir = yield* directory(name)
         const writing = Effect.mapError((cause: PlatformErrors.PlatformError) => storeUnwritable(assetsDir, cause))
-        yield* HostLock.withLock(`asset:${assetsDir}:${name}`)(
+        yield* HostLock.withLock(path.join(assetsDir, `.${name}.lock`), (cause) => storeUnwritable(assetsDir, cause))(
           Effect.gen(function* () {
             if (yield* isBuilt(dir)) return
             yield* writing(fs.makeDirectory(buildingDir, { recursive: true }))

@@ -223,7 +223,10 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
               }
             })
           )
-          .pipe(Effect.provideService(FileSystem.FileSystem, fs))
+          .pipe(
+            Effect.provideService(FileSystem.FileSystem, fs),
+            Effect.catchTag("SystemError", (cause) => notRemoved(imageOf(id), cause))
+          )
 
       return ImageStore.of({
         list,

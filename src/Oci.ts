@@ -94,7 +94,7 @@ export const withImage = Effect.fn("Oci.withImage")(function* <A, E, R>(
     }
   }
   const tag = `m-${createHash("sha256").update(reference).digest("hex").slice(0, 24)}`
-  return yield* HostLock.withLock(`oci:${own}`)(
+  return yield* HostLock.withLock(`${own}.lock`, (cause) => unreadable(reference, own, cause))(
     Effect.gen(function* () {
       yield* bring(reference, own, tag, tool)
       const index = yield* readIndex(reference, own)
@@ -177,7 +177,7 @@ export const unpack = Effect.fn("Oci.unpack")(function* (
 /** Forgets the images in this host's layout that are not kept, and removes the layers that no image has any more. */
 export const collect = Effect.fn("Oci.collect")(function* (own: string, keep: ReadonlySet<string>, tool: Tool) {
   const fs = yield* FileSystem.FileSystem
-  yield* HostLock.withLock(`oci:${own}`)(
+  yield* HostLock.withLock(`${own}.lock`, (cause) => unreadable(own, own, cause))(
     Effect.gen(function* () {
       if (!(yield* Effect.orElseSucceed(fs.exists(path.join(own, "index.json")), () => false))) return
       const manifests = (yield* readIndex(own, own)).manifests ?? []

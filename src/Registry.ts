@@ -1,7 +1,7 @@
 import { randomBytes } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
-import { Context, Effect, Layer, Option, Schema, type Scope } from "effect"
+import { Context, Effect, identity, Layer, Option, Schema, type Scope } from "effect"
 import { RegistryError } from "./domain/errors.ts"
 import type { ProcessIdentity } from "./domain/ProcessIdentity.ts"
 import { VmId, type VmName } from "./domain/Vm.ts"
@@ -102,7 +102,10 @@ export class Registry extends Context.Tag("machinen/Registry")<
         yield* fs.writeFileString(mine, id)
         if (yield* link(mine, pinOf(name))) return
         // A stale pin is replaced under the lock only: of two that find it stale, the slower would remove the faster one's.
-        yield* HostLock.withLock(`names:${namesDir}`)(
+        yield* HostLock.withLock(
+          `${namesDir}.lock`,
+          identity
+        )(
           Effect.gen(function* () {
             yield* checkName(name)
             yield* fs.remove(pinOf(name), { force: true })
@@ -194,7 +197,10 @@ export class Registry extends Context.Tag("machinen/Registry")<
               failedPaths: removed ? [] : [leftover.path]
             }
           })
-          return yield* HostLock.withLock(`names:${namesDir}`)(
+          return yield* HostLock.withLock(
+            `${namesDir}.lock`,
+            identity
+          )(
             Effect.gen(function* () {
               // looked at again under the lock: a pin may have been taken over by a live VM meanwhile
               const stale = pins.length === 0 ? [] : yield* deadPins

@@ -100,7 +100,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
         ) =>
           longCommand.run(argv, options).pipe(
             Effect.provideService(CommandExecutor.CommandExecutor, executor),
-            Effect.mapError((cause) => buildFailed(what, cause)),
+            Effect.mapError((cause) => buildFailed("compile the guest init and the shim", cause)),
             Effect.filterOrFail(
               ({ code }) => code === 0,
               ({ code, tail }) =>
@@ -222,9 +222,13 @@ export class Setup extends Context.Tag("machinen/Setup")<
                   fs.copyFile(path.join(built, from), path.join(out, to)),
                   fs.chmod(path.join(out, to), 0o755)
                 )
-            ).pipe(Effect.mapError((cause) => buildFailed(what, cause)))
+            ).pipe(Effect.mapError((cause) => buildFailed("compile the guest init and the shim", cause)))
             // every checkout compiles there, and each leaves its own under the same name
-          }).pipe(HostLock.withLock(`compile:${settings.cacheDir}`))
+          }).pipe(
+            HostLock.withLock(path.join(settings.cacheDir, "compile.lock"), (cause) =>
+              buildFailed("compile the guest init and the shim", cause)
+            )
+          )
 
         /** Pure Go, static: a resolver of its own and no libraries of the host's. */
         const gvproxy = ({ out }: BuildDirectories, onLine: (line: string) => Effect.Effect<void>) =>

@@ -3,6 +3,7 @@ import { fileURLToPath } from "node:url"
 import { FileSystem } from "@effect/platform"
 import { Context, Effect, Layer } from "effect"
 import { AssetError } from "./domain/errors.ts"
+import { memoizeSuccess } from "./platform/memoizeSuccess.ts"
 
 /** Where the sources of the assets are: the checkout or the installed package this code belongs to. */
 export class SourceTree extends Context.Tag("machinen/SourceTree")<
@@ -25,7 +26,7 @@ export class SourceTree extends Context.Tag("machinen/SourceTree")<
           if (found) return Effect.succeed(dir)
           return path.dirname(dir) === dir ? Effect.fail(sourceMissing(start)) : search(path.dirname(dir))
         })
-      return SourceTree.of({ root: yield* Effect.cached(search(start)) })
+      return SourceTree.of({ root: yield* memoizeSuccess(search(start)) })
     })
   )
 

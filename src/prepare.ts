@@ -56,7 +56,7 @@ export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) 
         error._tag === "BadArgument" || error._tag === "SystemError" ? unwritable(cacheDir, error) : error
       )
     )
-  return yield* templates.exclusively(dir)(
+  return yield* templates.exclusively(dir, (cause) => unwritable(cacheDir, cause))(
     Effect.gen(function* () {
       const fs = yield* FileSystem.FileSystem
       const there = yield* templates.find(plan, base)

@@ -1,6 +1,6 @@
 import * as path from "node:path"
 import { FileSystem } from "@effect/platform"
-import { Effect, Option, Schema } from "effect"
+import { Effect, identity, Option, Schema } from "effect"
 import { Assets } from "./Assets.ts"
 import * as Bundle from "./Bundle.ts"
 import type { BootPlan } from "./domain/BootOptions.ts"
@@ -38,7 +38,8 @@ const RecordJson = Schema.parseJson(TemplateRecord)
 const templatesDir = Effect.map(Settings, ({ cacheDir }) => path.join(cacheDir, "templates"))
 
 /** One maker, and one who clears away, at a time. */
-export const exclusively = (dir: string) => HostLock.withLock(`template:${dir}`)
+export const exclusively = <F>(dir: string, onFailure: (cause: Error) => F) =>
+  HostLock.withLock(HostLock.fileFor(dir), onFailure)
 
 /** Where a template is made, before it has its name. */
 export const makingOf = (dir: string) => `${dir}.making`
@@ -165,7 +166,10 @@ export const collect = Effect.fn("templates.collect")(function* (options: { read
   const found = yield* Effect.forEach(names, (name) => {
     const at = path.join(dir, name)
     const making = name.endsWith(makingOf(""))
-    return exclusively(making ? at.slice(0, -makingOf("").length) : at)(
+    return exclusively(
+      making ? at.slice(0, -makingOf("").length) : at,
+      identity
+    )(
       Effect.gen(function* () {
         // it may have got its name while we waited for its maker
         if (!(yield* fs.exists(at)) || (!making && (yield* isOfUse(at)))) return []

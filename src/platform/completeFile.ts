@@ -1,6 +1,6 @@
 import * as path from "node:path"
 import { FileSystem } from "@effect/platform"
-import { Effect } from "effect"
+import { Effect, identity } from "effect"
 import * as HostLock from "./HostLock.ts"
 
 /**
@@ -31,12 +31,14 @@ export const asideMarker = (target: string) => `${marker(target)}.aside`
 const putBack = (target: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) => Effect.ignore(fs.rename(asideMarker(target), marker(target))))
 
-const locked = (target: string) => HostLock.withLock(`complete:${target}`)
+const locked = (target: string) => HostLock.withLock(HostLock.fileFor(target), identity)
 
 /** Complete, once nobody is looking whether it can be removed. */
 export const isSettled = (target: string) =>
   Effect.flatMap(isComplete(target), (complete) =>
-    complete ? Effect.succeed(true) : Effect.zipRight(locked(target)(putBack(target)), isComplete(target))
+    complete
+      ? Effect.succeed(true)
+      : Effect.zipRight(Effect.ignore(locked(target)(putBack(target))), isComplete(target))
   )
 
 /** Runs an effect, which may remove the file, while it does not count and nobody builds it; where it is still there, it counts again afterwards. */

@@ -5,7 +5,6 @@ import { assert, describe, it } from "@effect/vitest"
 import { Effect, Exit, Layer, Schema, Scope } from "effect"
 import { VmId, VmName } from "../../src/domain/Vm.ts"
 import { VmEntry } from "../../src/domain/VmEntry.ts"
-import * as HostLock from "../../src/platform/HostLock.ts"
 import * as processes from "../../src/platform/processes.ts"
 import { Registry } from "../../src/Registry.ts"
 import { Settings } from "../../src/Settings.ts"
@@ -172,39 +171,6 @@ describe("registry", () => {
       assert.deepStrictEqual(yield* registry.list, [])
     }).pipe(live(home))
   })
-})
-
-describe("host lock", () => {
-  it.live("holders exclude each other, and a waiter is woken by the end of the one before", () =>
-    Effect.gen(function* () {
-      let inside = 0
-      let most = 0
-      const one = HostLock.withLock(`test-${process.pid}`)(
-        Effect.gen(function* () {
-          inside += 1
-          most = Math.max(most, inside)
-          yield* Effect.yieldNow()
-          yield* Effect.promise(() => new Promise((resolve) => setImmediate(resolve)))
-          inside -= 1
-        })
-      )
-      yield* Effect.all(
-        [...Array(10)].map(() => one),
-        { concurrency: "unbounded" }
-      )
-      assert.strictEqual(most, 1)
-      assert.strictEqual(inside, 0)
-    })
-  )
-
-  it.live("is free again after a failure and after an interruption", () =>
-    Effect.gen(function* () {
-      const lock = HostLock.withLock(`test-free-${process.pid}`)
-      assert.isTrue(Exit.isFailure(yield* Effect.exit(lock(Effect.fail("no")))))
-      yield* Effect.exit(Effect.timeout(lock(Effect.never), "20 millis"))
-      assert.strictEqual(yield* lock(Effect.succeed(1)), 1)
-    })
-  )
 })
 
 describe("processes", () => {
