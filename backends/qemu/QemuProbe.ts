@@ -1,6 +1,7 @@
+import * as os from "node:os"
 import * as path from "node:path"
 import { CommandExecutor, FileSystem } from "@effect/platform"
-import { Effect, Layer, Option, Schema } from "effect"
+import { Effect, identity, Layer, Option, Schema } from "effect"
 import { Assets } from "../../src/Assets.ts"
 import { BootError } from "../../src/domain/errors.ts"
 import { ShimPlan } from "../../src/domain/ShimPlan.ts"
@@ -9,8 +10,10 @@ import { VmEntry } from "../../src/domain/VmEntry.ts"
 import { type AcceleratorChoice, HostProbe } from "../../src/HostProbe.ts"
 import * as command from "../../src/platform/command.ts"
 import * as HostLock from "../../src/platform/HostLock.ts"
+import { memoizeSuccess } from "../../src/platform/memoizeSuccess.ts"
 import { writeNote } from "../../src/platform/note.ts"
 import * as processes from "../../src/platform/processes.ts"
+import { Registry } from "../../src/Registry.ts"
 import { Settings } from "../../src/Settings.ts"
 import { Shim } from "../../src/Shim.ts"
 import { bare, consoleFd, defaultBinary, kernelArguments, machine, serialConsole } from "./commandLine.ts"
@@ -20,16 +23,27 @@ const kvmDevice = "/dev/kvm"
 /** A kernel without a root panics and resets in well under a second on a KVM that works, in about 1.3 s on one nested in TCG. */
 const kvmDeadline = "6 seconds"
 
+/**
+ * How long a KVM that could not be used is taken for one that does not work: a slow probe, or a device that another hypervisor holds, says
+ * nothing of the next hour, and a probe that hangs costs its deadline.
+ */
+const retryAfterMs = 10 * 60_000
+
 const emptyRecord = () => ({})
+
+/** Whether KVM works. `untilMs` (since 1970): what was found may be otherwise then; without, it holds for the host's boot. */
+const KvmFinding = Schema.Struct({
+  works: Schema.Boolean,
+  reason: Schema.String,
+  untilMs: Schema.optional(Schema.Int)
+})
+type KvmFinding = typeof KvmFinding.Type
 
 /** What was found on this boot of the host: versions by the state of a VMM's file, and whether KVM works by VMM and kernel. */
 const Findings = Schema.Struct({
   tscKhz: Schema.optional(Schema.Int),
   versions: Schema.optionalWith(Schema.Record({ key: Schema.String, value: Schema.String }), { default: emptyRecord }),
-  kvm: Schema.optionalWith(
-    Schema.Record({ key: Schema.String, value: Schema.Struct({ works: Schema.Boolean, reason: Schema.String }) }),
-    { default: emptyRecord }
-  )
+  kvm: Schema.optionalWith(Schema.Record({ key: Schema.String, value: KvmFinding }), { default: emptyRecord })
 })
 type Findings = typeof Findings.Type
 const nothing: Findings = { versions: {}, kvm: {} }
@@ -44,6 +58,7 @@ export const layer = Layer.effect(
     const settings = yield* Settings
     const assets = yield* Assets
     const shim = yield* Shim
+    const registry = yield* Registry
     const bootId = yield* processes.bootId
     const findingsPath = path.join(settings.cacheDir, `host-${bootId}.json`)
     const binary = Option.getOrElse(settings.vmm, () => defaultBinary)
@@ -122,11 +137,9 @@ export const layer = Layer.effect(
     /** Boots our kernel with nothing to run: on a KVM that works it panics, resets, and QEMU ends with code 0. */
     const bootOnKvm = Effect.gen(function* () {
       const id = VmId.make(`f${Date.now().toString(16).padStart(11, "0").slice(-11)}`)
-      const dir = path.join(settings.cacheDir, "probe", id)
-      // One probe at a time (it runs under a lock): what is there was left by one that was killed.
-      const remove = fs.remove(path.dirname(dir), { recursive: true, force: true })
-      yield* remove
-      yield* Effect.acquireRelease(fs.makeDirectory(dir, { recursive: true, mode: 0o700 }), () => Effect.ignore(remove))
+      // beside the VMs, where paths are short enough for sockets
+      const dir = yield* registry.scratch
+      const controlPath = path.join(dir, "c")
       const running = yield* shim.start(
         yield* assets.shim,
         new ShimPlan({
@@ -148,7 +161,7 @@ export const layer = Layer.effect(
           console: { fd: consoleFd, logPath: path.join(dir, "console.log"), maxBytes: 65536 },
           outputLogPath: path.join(dir, "output.log"),
           vmmLogPath: path.join(dir, "vmm.log"),
-          controlPath: path.join(dir, "shim.sock"),
+          controlPath,
           entryPath: path.join(dir, "entry.json"),
           entry: new VmEntry({
             version: 1,
@@ -163,8 +176,8 @@ export const layer = Layer.effect(
             memoryMib: 128,
             vcpus: 1,
             createdAt: Date.now(),
-            vsockPath: path.join(dir, "vsock.sock"),
-            controlPath: path.join(dir, "shim.sock")
+            vsockPath: path.join(dir, "v"),
+            controlPath
           }),
           cleanup: [],
           detached: false,
@@ -174,49 +187,73 @@ export const layer = Layer.effect(
       const exit = yield* Effect.timeoutOption(running.exited, kvmDeadline)
       if (Option.isNone(exit)) {
         yield* running.kill
-        return { works: false, reason: `${kvmDevice} is there, but our kernel hangs on it (probed for ${kvmDeadline})` }
+        return forNow(`${kvmDevice} is there, but our kernel hangs on it (probed for ${kvmDeadline})`)
       }
-      const panicked = exit.value.consoleTail.includes("Kernel panic")
-      return panicked && exit.value.vmm.code === 0
-        ? { works: true, reason: `${kvmDevice} works: our kernel booted on it` }
-        : { works: false, reason: `${kvmDevice} is there, but QEMU cannot use it: ${lastLine(exit.value.vmmLogTail)}` }
+      const { consoleTail, vmm, vmmLogTail } = exit.value
+      if (consoleTail.includes("Kernel panic") && vmm.code === 0) {
+        return { works: true, reason: `${kvmDevice} works: our kernel booted on it` }
+      }
+      const reason = `${kvmDevice} is there, but QEMU cannot use it: ${lastLine(vmmLogTail)}`
+      // QEMU ends itself by SIGABRT where KVM does not do what it must; other ends may have passing causes
+      return vmm.signal === os.constants.signals.SIGABRT ? { works: false, reason } : forNow(reason)
     }).pipe(Effect.scoped)
+
+    const knownKvm = (subject: string) =>
+      Effect.map(read, ({ kvm }) =>
+        Option.filter(
+          Option.fromNullable(kvm[subject]),
+          ({ untilMs }) => untilMs === undefined || (Date.now() < untilMs && untilMs <= Date.now() + retryAfterMs)
+        )
+      )
 
     const probeKvm = Effect.gen(function* () {
       const subject = `${binary} ${yield* Effect.orElseSucceed(assets.kernel, () => "")}`
-      const known = (yield* read).kvm[subject]
-      if (known !== undefined) return known
-      const found = yield* Effect.either(bootOnKvm)
-      // what could not be tried is no finding: it is tried again
-      if (found._tag === "Left") return { works: false, reason: `KVM could not be probed: ${found.left.message}` }
-      yield* remember((known) => ({ ...known, kvm: { ...known.kvm, [subject]: found.right } }))
-      return found.right
+      const known = yield* knownKvm(subject)
+      if (Option.isSome(known)) return known.value
+      return yield* Effect.gen(function* () {
+        // another process may have probed while this one waited for the lock
+        const known = yield* knownKvm(subject)
+        if (Option.isSome(known)) return known.value
+        const found = yield* bootOnKvm
+        yield* remember((known) => ({ ...known, kvm: { ...known.kvm, [subject]: found } }))
+        return found
+      }).pipe(
+        HostLock.withLock(path.join(settings.cacheDir, "probe.lock"), identity),
+        // what could not be tried is no finding: it is tried again
+        Effect.catchAll((error) => Effect.succeed(forNow(`KVM could not be probed: ${error.message}`)))
+      )
     })
 
     const accelerator = Effect.gen(function* () {
       if (settings.accel !== "auto") {
-        return { accel: settings.accel, reason: `MACHINEN_ACCEL=${settings.accel}` } satisfies AcceleratorChoice
+        return established({ accel: settings.accel, reason: `MACHINEN_ACCEL=${settings.accel}` })
       }
       const usable = yield* Effect.isSuccess(fs.access(kvmDevice, { readable: true, writable: true }))
       if (!usable) {
         const there = yield* Effect.orElseSucceed(fs.exists(kvmDevice), () => false)
         const why = there ? `no permission to open ${kvmDevice}` : `there is no ${kvmDevice}`
-        return { accel: "tcg", reason: `${why}; guests are emulated` } satisfies AcceleratorChoice
+        return established({ accel: "tcg", reason: `${why}; guests are emulated` })
       }
-      const { reason, works } = yield* HostLock.withLock(`probe:${settings.cacheDir}`)(probeKvm)
+      const { reason, untilMs, works } = yield* probeKvm
       const choice: AcceleratorChoice = works
         ? { accel: "kvm", reason }
         : { accel: "tcg", reason: `${reason}; guests are emulated` }
-      return choice
+      return { choice, isEstablished: untilMs === undefined }
     })
 
-    // One answer for each process: the host does not change under it.
     return HostProbe.of({
-      accelerator: yield* Effect.cached(accelerator),
-      tscKhz: yield* Effect.cached(tscKhz),
-      vmmVersion: yield* Effect.cached(vmmVersion)
+      accelerator: Effect.map(
+        yield* memoizeSuccess(accelerator, ({ isEstablished }) => isEstablished),
+        ({ choice }) => choice
+      ),
+      tscKhz: yield* memoizeSuccess(tscKhz),
+      vmmVersion: yield* memoizeSuccess(vmmVersion)
     })
   })
 )
+
+const established = (choice: AcceleratorChoice) => ({ choice, isEstablished: true })
+
+const forNow = (reason: string): KvmFinding => ({ works: false, reason, untilMs: Date.now() + retryAfterMs })
 
 const lastLine = (text: string) => text.trim().split("\n").at(-1) ?? ""
