@@ -1,4 +1,5 @@
-// The CLI in a checkout: bundled again when a source is newer than the bundle, then run in this very process.
+// The CLI in a checkout: bundled again when a source is newer than the bundle, then run in this very process. Start it as
+// `node -- scripts/machinen.mjs`: without `--` Node takes --env-file for itself.
 import { spawnSync } from "node:child_process"
 import { existsSync, readdirSync, statSync } from "node:fs"
 import { dirname, join } from "node:path"
@@ -25,4 +26,10 @@ if (!existsSync(bundle) || statSync(bundle).mtimeMs < newest) {
     process.exit(70)
   }
 }
+// npm runs scripts in the package's directory and tells where it was called: relative paths are relative to that. A program that npm's script
+// has started inherits these variables and has a directory of its own.
+const { INIT_CWD, npm_lifecycle_script: script = "" } = process.env
+if (INIT_CWD !== undefined && process.cwd() === root && /^node -- scripts\/machinen\.mjs/.test(script))
+  process.chdir(INIT_CWD)
+
 await import(bundle)
