@@ -19,13 +19,16 @@ suite=bookworm
 # hash, not by its time, which would no longer match.
 export SOURCE_DATE_EPOCH=1767225600 # 2026-01-01
 
-# The mirrors this host is configured for, official Debian only.
-sources=$(apt-get indextargets --format 'deb $(REPO_URI) $(CODENAME) $(COMPONENT)' 'Created-By: Packages' 'Origin: Debian' |
-  awk -v suite="$suite" '$3 ~ "^" suite "(-updates|-security)?$" && $4 == "main"' | sort --unique)
+# The mirrors of Debian that this host is configured for, asked for this base's suite: the host may be another release.
+sources=$(apt-get indextargets --format '$(REPO_URI) $(CODENAME) $(COMPONENT)' 'Created-By: Packages' 'Origin: Debian' |
+  awk -v suite="$suite" '$3 == "main" && $2 ~ /^[a-z]+(-updates|-security)?$/ { sub(/^[a-z]+/, suite, $2); print "deb", $1, $2, $3 }' |
+  sort --unique)
 if [[ -z $sources ]]; then
-  echo "debian: no Debian $suite mirror in this host's apt sources (did \`apt-get update\` run?)" >&2
+  echo "debian: this host's apt sources have no mirror of Debian (did \`apt-get update\` run?)" >&2
   exit 1
 fi
+# It has the keys of every release; what this host trusts for its own may be one file for each.
+keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 
 packages=$(grep --extended-regexp --only-matching '^[a-z0-9][a-z0-9.+-]*' "$here/debian.packages" | paste --serial --delimiters ,)
 
@@ -37,7 +40,7 @@ fi
 echo "debian: installing $packages"
 # Documentation and translations are left out, now and (the options stay in the image) when a guest installs more; licences stay.
 # merged-usr + usr-is-merged: without them minbase installs usrmerge and with it all of perl (55 MB).
-TMPDIR=$work "${isolated[@]}" mmdebstrap --variant=minbase --include="usr-is-merged,$packages" \
+TMPDIR=$work "${isolated[@]}" mmdebstrap --variant=minbase --keyring="$keyring" --include="usr-is-merged,$packages" \
   --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr \
   --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
   --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/info/*' \
