@@ -13,6 +13,7 @@ export const basePackages = {
       "cat",
       "chmod",
       "chown",
+      "chroot",
       "cp",
       "dd",
       "df",
@@ -24,6 +25,7 @@ export const basePackages = {
       "mkdir",
       "mkfifo",
       "mknod",
+      "mktemp",
       "mv"
     ],
     ...[

@@ -2,7 +2,7 @@ import { existsSync, mkdirSync, readdirSync, rmSync, writeFileSync } from "node:
 import * as path from "node:path"
 import * as NodeContext from "@effect/platform-node/NodeContext"
 import { assert, describe, it } from "@effect/vitest"
-import { Deferred, Effect, Fiber, Layer, Option } from "effect"
+import { Deferred, Effect, Fiber, Layer, Option, TestServices } from "effect"
 import { Assets, type BuildDirectories } from "../../src/Assets.ts"
 import { AssetError } from "../../src/domain/errors.ts"
 import { Settings } from "../../src/Settings.ts"
@@ -177,7 +177,10 @@ describe("Assets", () => {
       const first = yield* Effect.fork(building("first"))
       yield* Deferred.await(started)
       const second = yield* Effect.fork(building("second"))
-      yield* Effect.yieldNow()
+      // Without the lock the second would build by now; that it waits has no event.
+      yield* TestServices.provideLive(Effect.sleep("500 millis"))
+      assert.deepStrictEqual(builds, ["first"])
+      assert.isTrue(Option.isNone(yield* Fiber.poll(second)))
       yield* Deferred.succeed(mayEnd, undefined)
       yield* Fiber.join(Fiber.zip(first, second))
       assert.deepStrictEqual(builds, ["first"])

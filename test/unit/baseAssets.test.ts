@@ -61,10 +61,9 @@ describe("what a machine is made from", () => {
         const dir = temporaryDirectory()
         const { refused, resolve } = host({ assetsDir: dir, built: true })
         assert.strictEqual(yield* refused(kind), "PROVISION_ASSETS_DIR_INVALID")
-        for (const file of ["rootfs-debian-amd64.tar.gz", "vmlinux-amd64", "virt-amd64.dtb"]) {
-          writeFileSync(path.join(dir, file), "")
-        }
-        assert.strictEqual(path.dirname(yield* resolve(kind)), dir)
+        const files = { rootfs: "rootfs-debian-amd64.tar.gz", kernel: "vmlinux-amd64", dtb: "virt-amd64.dtb" }
+        for (const file of Object.values(files)) writeFileSync(path.join(dir, file), "")
+        assert.strictEqual(yield* resolve(kind), path.join(dir, files[kind]))
       })
     )
 
