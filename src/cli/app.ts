@@ -1,5 +1,8 @@
 import { Command, CommandDescriptor } from "@effect/cli"
-import { Effect, HashMap, Option } from "effect"
+import { Effect, HashMap, type Layer, Option } from "effect"
+import { ParseError } from "../domain/errors.ts"
+import * as debug from "../runtime/debug.ts"
+import type * as layers from "../runtime/layers.ts"
 import { version } from "../version.ts"
 import { attach, sessionKill, sessions } from "./commands/attach.ts"
 import { boot } from "./commands/boot.ts"
@@ -21,53 +24,99 @@ import { fork, restore } from "./commands/restore.ts"
 import { run } from "./commands/run.ts"
 import { bundle, snapshot } from "./commands/snapshot.ts"
 import { watch } from "./commands/watch.ts"
+import type { Invocation } from "./invocation.ts"
 import * as usage from "./usage.ts"
 
+type Descriptions = ReadonlyMap<string, HashMap.HashMap<string, CommandDescriptor.Command<unknown>>>
+
+/** The options of the command that words lead to, and how many of them name it; none for a group of commands, or without words. */
+const commandOf = (verbs: Descriptions, [verb = "", name = ""]: ReadonlyArray<string>) => {
+  const unknown = (group: string, words: string) =>
+    new ParseError({
+      code: "PARSE_COMMAND_UNKNOWN",
+      message: `there is no command ${words}`,
+      hint: `\`${group} --help\` lists those there are`
+    })
+  const found = (depth: number, command: CommandDescriptor.Command<unknown>) =>
+    Effect.succeedSome({ depth, flags: usage.flagsOf(CommandDescriptor.getUsage(command)) })
+  if (verb === "" || verb.startsWith("-")) return Effect.succeedNone
+  const commands = verbs.get(verb)
+  if (commands === undefined) return unknown("machinen", verb)
+  // a command that is no group has itself as its only one
+  const own = HashMap.get(commands, verb)
+  if (Option.isSome(own)) return found(1, own.value)
+  if (name === "" || name.startsWith("-")) return Effect.succeedNone
+  return Option.match(HashMap.get(commands, name), {
+    onNone: () => unknown(`machinen ${verb}`, `${verb} ${name}`),
+    onSome: (command) => found(2, command)
+  })
+}
+
+/** What verbs ask for. */
+export type Services = Layer.Layer.Success<typeof layers.layer>
+
 /**
- * argv in, Effect out; its requirements are services, so that a test can run it on fakes. What follows the first `--` belongs to a guest
- * command and is kept from the option parser whole.
+ * A command line in, Effect out. The services are built only by a verb that runs: help and usage need none, and a test gives fakes.
  */
-export const cli = (argv: ReadonlyArray<string>) => {
-  const at = argv.indexOf("--")
-  const [head, tail] = at === -1 ? [argv, []] : [argv.slice(0, at), argv.slice(at + 1)]
+export const cli = <E, R>(
+  { args, logLevel, program, tail, verb }: Invocation,
+  services: Layer.Layer<Services, E, R>
+) => {
+  const commands = [
+    run(tail),
+    boot(tail),
+    exec(tail),
+    attach(tail),
+    sessions,
+    sessionKill,
+    repl,
+    ls("ls"),
+    ls("list"),
+    ls("ps"),
+    inspect,
+    logs,
+    cp,
+    watch,
+    forward,
+    stop,
+    pause,
+    resume,
+    ["inspect", "verify"].includes(args[0] ?? "") ? bundle : snapshot,
+    restore,
+    fork,
+    image,
+    prepare,
+    provision("provision"),
+    provision("bake"),
+    gc,
+    install,
+    doctor,
+    demo
+  ] as const
   const root = Command.make("machinen").pipe(
     Command.withDescription("microVMs that boot in a fraction of a second, keep their state and never leak"),
-    Command.withSubcommands([
-      run(tail),
-      boot(tail),
-      exec(tail),
-      attach(tail),
-      sessions,
-      sessionKill,
-      repl,
-      ls("ls"),
-      ls("list"),
-      ls("ps"),
-      inspect,
-      logs,
-      cp,
-      watch,
-      forward,
-      stop,
-      pause,
-      resume,
-      ["inspect", "verify"].includes(head[3] ?? "") ? bundle : snapshot,
-      restore,
-      fork,
-      image,
-      prepare,
-      provision("provision"),
-      provision("bake"),
-      gc,
-      install,
-      doctor,
-      demo
-    ])
+    Command.withSubcommands(commands)
   )
-  const [, , verb = "", ...args] = head
-  const flags = HashMap.get(Command.getSubcommands(root), verb).pipe(
-    Option.map((command) => usage.flagsOf(CommandDescriptor.getUsage(command))),
-    Option.getOrElse(() => [])
+  const verbs: Descriptions = new Map(
+    commands.flatMap(({ descriptor }) =>
+      [...CommandDescriptor.getNames<unknown>(descriptor)].map(
+        (name) => [name, CommandDescriptor.getSubcommands<unknown>(descriptor)] as const
+      )
+    )
   )
-  return Effect.zipRight(usage.check(flags, args), Command.run(root, { name: "machinen", version })(head))
+  const words = verb === "" ? [] : [verb, ...args]
+  return Effect.gen(function* () {
+    const level = yield* logLevel
+    const known = Option.getOrUndefined(yield* commandOf(verbs, words))
+    const normal =
+      known === undefined
+        ? words
+        : [...words.slice(0, known.depth), ...(yield* usage.normalize(known.flags, words.slice(known.depth)))]
+    const provided = Command.provide(root, services)
+    yield* Effect.locally(
+      Command.run(provided, { name: "machinen", version })([...program, ...normal]),
+      debug.shownFrom,
+      level
+    )
+  })
 }

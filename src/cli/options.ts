@@ -5,6 +5,7 @@ import { ParseError } from "../domain/errors.ts"
 import type { LiveMountOption } from "../domain/mounts.ts"
 import { NetworkMode, type PortForwardOption } from "../domain/Network.ts"
 import { parseMapping } from "../domain/TunnelAddress.ts"
+import { variable } from "./argumentBytes.ts"
 import { readSecrets, secretOption } from "./secrets.ts"
 
 export const json = Options.boolean("json").pipe(Options.withDescription("print JSON"))
@@ -148,10 +149,11 @@ export const environment = (pairs: ReadonlyArray<string>) =>
     const at = pair.indexOf("=")
     if (at === 0) return malformed("env", pair, "KEY=VALUE")
     if (at > 0) return Effect.succeed([pair.slice(0, at), pair.slice(at + 1)] as const)
-    const inherited = process.env[pair]
-    return inherited === undefined
-      ? malformed("env", pair, "KEY=VALUE, nor set in this environment")
-      : Effect.succeed([pair, inherited] as const)
+    const inherited = variable(pair)
+    if (inherited === "absent") return malformed("env", pair, "KEY=VALUE, nor set in this environment")
+    return inherited === "not text"
+      ? malformed("env", pair, "a variable whose value is UTF-8")
+      : Effect.succeed([pair, inherited.value] as const)
   }).pipe(Effect.map((entries) => Object.fromEntries(entries)))
 
 /** `HOST:/GUEST`: a host path may hold colons, so the last that a slash follows divides. */

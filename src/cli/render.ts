@@ -1,9 +1,11 @@
-import { Console } from "effect"
+import { Console, type Option } from "effect"
+import { printable } from "../domain/printable.ts"
 import type { VmEntry } from "../domain/VmEntry.ts"
+import type { VmMemory } from "../platform/vmMemory.ts"
 
-/** Columns as wide as their widest cell; the last is not padded. */
+/** Columns as wide as their widest cell; the last is not padded. A row is a line, whatever its cells hold. */
 export const table = (header: ReadonlyArray<string>, rows: ReadonlyArray<ReadonlyArray<string>>): string => {
-  const all = [header, ...rows]
+  const all = [header, ...rows].map((row) => row.map((cell) => printable(cell)))
   const widths = header.map((_, column) => Math.max(...all.map((row) => (row[column] ?? "").length)))
   return all
     .map((row) =>
@@ -12,7 +14,13 @@ export const table = (header: ReadonlyArray<string>, rows: ReadonlyArray<Readonl
     .join("\n")
 }
 
-export const json = (value: unknown) => Console.log(JSON.stringify(value, null, 2))
+/** JSON that a terminal shows as it is: what JSON leaves of controls in strings is escaped too. */
+export const jsonText = (value: unknown, indent = 0): string =>
+  JSON.stringify(value, null, indent).replace(/[^\P{C}\n]|[\u2028\u2029]/gu, (character) =>
+    character.replace(/./gs, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`)
+  )
+
+export const json = (value: unknown) => Console.log(jsonText(value, 2))
 
 export const bytes = (n: number): string => {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"]
@@ -31,6 +39,12 @@ export const age = (sinceMs: number, nowMs: number): string => {
   if (s < 7200) return `${Math.floor(s / 60)}m`
   return s < 172800 ? `${Math.floor(s / 3600)}h` : `${Math.floor(s / 86400)}d`
 }
+
+/** What a VM costs this host, as `--json` shows it: what of the guest's memory is resident, and what it takes to run it. */
+export const memoryJson = (memory: Option.Option<VmMemory>) =>
+  memory._tag === "Some"
+    ? { guestResidentBytes: memory.value.guestBytes, overheadBytes: memory.value.overheadBytes }
+    : { guestResidentBytes: null, overheadBytes: null }
 
 /** A VM as `--json` shows it. */
 export const vmJson = (entry: VmEntry) => ({

@@ -2,6 +2,7 @@ import { Options } from "@effect/cli"
 import { FileSystem } from "@effect/platform"
 import { Effect, Redacted } from "effect"
 import { ParseError } from "../domain/errors.ts"
+import { isUtf8, variable } from "./argumentBytes.ts"
 
 /** Never a value: command lines are for everybody to see. */
 export const secretOption = Options.text("secret").pipe(
@@ -29,16 +30,22 @@ export const readSecrets = Effect.fnUntraced(function* (flags: ReadonlyArray<str
     if (!isName(name))
       return yield* malformed(name, "a name has letters, digits and _, and does not begin with a digit")
     if (flag === name) {
-      const value = process.env[name]
-      if (value === undefined) return yield* malformed(name, "this environment has no such variable")
-      secrets[name] = Redacted.make(value)
+      const value = variable(name)
+      if (value === "absent") return yield* malformed(name, "this environment has no such variable")
+      if (value === "not text") return yield* malformed(name, "its value is not UTF-8")
+      secrets[name] = Redacted.make(value.value)
       continue
     }
     if (!source.startsWith("@")) return yield* malformed(name, "a value does not belong on a command line")
-    const content = yield* Effect.mapError(fs.readFileString(source.slice(1)), () =>
+    const content = yield* Effect.mapError(fs.readFile(source.slice(1)), () =>
       malformed(name, "its file cannot be read")
     )
-    secrets[name] = Redacted.make(content.replace(/\r?\n$/, ""))
+    if (!isUtf8(content)) return yield* malformed(name, "its file is not UTF-8")
+    secrets[name] = Redacted.make(
+      Buffer.from(content)
+        .toString()
+        .replace(/\r?\n$/, "")
+    )
   }
   return secrets
 })

@@ -9,15 +9,37 @@ export const signalNumber = (name: Forwarded): number => os.constants.signals[na
 
 type Handler = (signal: Forwarded) => void
 const handlers: Array<Handler> = []
+let end: Handler = () => {}
 
 /** Until the scope closes, signals go to this handler instead of ending the program. */
 export const intercept = (handler: Handler): Effect.Effect<void, never, Scope.Scope> =>
   Effect.acquireRelease(
     Effect.sync(() => void handlers.push(handler)),
-    () => Effect.sync(() => void handlers.splice(handlers.indexOf(handler), 1))
+    () => Effect.sync(() => void handlers.splice(handlers.lastIndexOf(handler), 1))
   )
 
-/** Installs the process's handlers; `fallback` gets what nobody intercepts. */
+/** Somebody who sends this many to end us within this time means it: a guest that ignores or cannot hear them is not asked again. */
+const insistence = { times: 3, withinMs: 5000 }
+const ending: ReadonlySet<Forwarded> = new Set(["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
+
+/**
+ * Until the scope closes, signals go to a guest's command; the third in short order ends the program, and through its scopes the command.
+ */
+export const relay = (send: Handler): Effect.Effect<void, never, Scope.Scope> =>
+  Effect.suspend(() => {
+    let sent: ReadonlyArray<number> = []
+    return intercept((signal) => {
+      if (ending.has(signal)) {
+        const now = performance.now()
+        sent = [...sent.filter((then) => now - then < insistence.withinMs), now]
+        if (sent.length >= insistence.times) return end(signal)
+      }
+      send(signal)
+    })
+  })
+
+/** Installs the process's handlers; `fallback` gets what nobody intercepts, and ends the program. */
 export const install = (fallback: Handler): void => {
+  end = fallback
   for (const signal of forwarded) process.on(signal, () => (handlers.at(-1) ?? fallback)(signal))
 }

@@ -1,5 +1,7 @@
+import * as os from "node:os"
+import { format } from "node:util"
 import * as NodeStream from "@effect/platform-node/NodeStream"
-import { Effect, type Scope, Stream } from "effect"
+import { Cause, type Console, Data, Effect, Option, type Scope, Stream } from "effect"
 
 /** What the program is given on stdin. Reading stops with the scope, so that an idle terminal does not keep the program alive. */
 export const stdin: Effect.Effect<Stream.Stream<Uint8Array>, never, Scope.Scope> = Effect.acquireRelease(
@@ -16,16 +18,72 @@ export const stdin: Effect.Effect<Stream.Stream<Uint8Array>, never, Scope.Scope>
   Effect.map(Stream.orElse(() => Stream.empty))
 )
 
-// A reader that is gone is told by the failed write; without a listener the same error would end the process.
+type Channel = "stdout" | "stderr"
+
+/** Nobody takes what we print: a reader that has left (EPIPE), a full disk, a terminal that is gone. */
+export class OutputError extends Data.TaggedError("OutputError")<{
+  readonly channel: Channel
+  readonly cause: NodeJS.ErrnoException
+}> {
+  override get message(): string {
+    const { code = "", errno, message } = this.cause
+    const reason = errno === undefined ? message : (reasons.get(errno) ?? message)
+    return `${this.channel} cannot be written to: ${reason}${code === "" ? "" : ` (${code})`}`
+  }
+  /** `| head` has seen enough: nothing to report. */
+  get readerHasLeft(): boolean {
+    return ["EPIPE", "ECONNRESET", "ERR_STREAM_DESTROYED"].includes(this.cause.code ?? "")
+  }
+}
+
+const reasons = new Map<number, string>([
+  [-os.constants.errno.ENOSPC, "no space left on its device"],
+  [-os.constants.errno.EIO, "its terminal or device is gone"],
+  [-os.constants.errno.EFBIG, "the file would become too large"],
+  [-os.constants.errno.EDQUOT, "the disk quota is exceeded"]
+])
+
+// A failed write is told to who wrote; without a listener the same error would end the process.
 for (const channel of ["stdout", "stderr"] as const) process[channel].on("error", () => {})
 
-/** Writes with the backpressure of the pipe or terminal behind it; fails when nobody reads any more (`| head`). */
-export const write =
-  (channel: "stdout" | "stderr") =>
-  (bytes: Uint8Array | string): Effect.Effect<void, NodeJS.ErrnoException> =>
+/** Writes with the backpressure of the pipe or terminal behind it. */
+export const tryWrite =
+  (channel: Channel) =>
+  (bytes: Uint8Array | string): Effect.Effect<void, OutputError> =>
     Effect.async((resume) => {
-      process[channel].write(bytes, (error) => resume(error == null ? Effect.void : Effect.fail(error)))
+      process[channel].write(bytes, (cause) =>
+        resume(cause == null ? Effect.void : new OutputError({ channel, cause }))
+      )
     })
 
+/** The same for all verbs that have nothing else to do when nobody takes their output: the program ends, through its scopes. */
+export const write =
+  (channel: Channel) =>
+  (bytes: Uint8Array | string): Effect.Effect<void> =>
+    Effect.orDie(tryWrite(channel)(bytes))
+
+/** The failed write a program ended with, if that is how it ended. */
+export const outputErrorOf = (cause: Cause.Cause<unknown>): OutputError | undefined =>
+  Option.getOrUndefined(
+    Cause.find(cause, (part) => {
+      const error = Cause.isDieType(part) ? part.defect : Cause.isFailType(part) ? part.error : undefined
+      return error instanceof OutputError ? Option.some(error) : Option.none()
+    })
+  )
+
+/** `Console.log` and `Console.error` as every other output: a failed write ends the program instead of being lost. */
+export const withConsole = <A, E, R>(effect: Effect.Effect<A, E, R>): Effect.Effect<A, E, R> =>
+  Effect.consoleWith((console) => {
+    const line =
+      (channel: Channel) =>
+      (...args: ReadonlyArray<unknown>) =>
+        write(channel)(`${format(...args)}\n`)
+    return Effect.withConsole(effect, {
+      ...console,
+      log: line("stdout"),
+      error: line("stderr")
+    } satisfies Console.Console)
+  })
+
 /** Waits until what was written has left the process. */
-export const flush: Effect.Effect<void> = Effect.ignore(Effect.zip(write("stdout")(""), write("stderr")("")))
+export const flush: Effect.Effect<void> = Effect.ignore(Effect.zip(tryWrite("stdout")(""), tryWrite("stderr")("")))

@@ -69,7 +69,9 @@ export const relay = (
     const terminal = yield* open
     yield* raw
     const isOver = yield* Ref.make(false)
-    yield* Effect.addFinalizer(() => Effect.unlessEffect(Effect.ignore(stdio.write("stdout")(reset)), Ref.get(isOver)))
+    yield* Effect.addFinalizer(() =>
+      Effect.unlessEffect(Effect.ignore(stdio.tryWrite("stdout")(reset)), Ref.get(isOver))
+    )
     const leave = yield* Deferred.make<"detached">()
     const keys = new DetachKeys()
     const typed = (bytes: Uint8Array) => (options.detachKeys ? keys.push(bytes) : { forward: bytes, detached: false })
@@ -83,7 +85,7 @@ export const relay = (
     )
     yield* Effect.forkScoped(Effect.ignore(Stream.runForEach(sizes, terminal.resize)))
     const shown = terminal.output.pipe(
-      Stream.runForEach(stdio.write("stdout")),
+      Stream.runForEach(stdio.tryWrite("stdout")),
       Effect.zipRight(terminal.exit),
       Effect.zipLeft(Ref.set(isOver, true)),
       Effect.map(({ code }) => code),

@@ -4,7 +4,7 @@ import type * as ValidationError from "@effect/cli/ValidationError"
 import { Effect, Option } from "effect"
 import { ParseError } from "../domain/errors.ts"
 
-interface Flag {
+export interface Flag {
   /** With its dashes; the first is the one to show. */
   readonly names: ReadonlyArray<string>
   readonly takesValue: boolean
@@ -30,36 +30,94 @@ export const flagsOf = (usage: Usage, repeatable = false): ReadonlyArray<Flag> =
   }
 }
 
-/**
- * What @effect/cli would let pass: it takes an option without its value, and one that is given again, for an argument. `args` is what follows
- * the verb, up to the guest's command.
- */
-export const check = (flags: ReadonlyArray<Flag>, args: ReadonlyArray<string>): Effect.Effect<void, ParseError> => {
-  const seen = new Set<Flag>()
-  for (let at = 0; at < args.length; at++) {
-    const [name = "", inline] = (args[at] ?? "").split("=", 2)
+/** What every verb takes beside its own. */
+const builtIn: ReadonlyArray<Flag> = [
+  { names: ["--help", "-h"], takesValue: false, repeatable: true },
+  { names: ["--version"], takesValue: false, repeatable: true },
+  { names: ["--wizard"], takesValue: false, repeatable: true },
+  { names: ["--completions"], takesValue: true, repeatable: false }
+]
+
+const goesAfter = "`--help` shows the options; an option of the guest's command goes after `--`"
+
+const unknown = (name: string, part: string, flags: ReadonlyArray<Flag>) => {
+  const close = flags.flatMap(({ names }) => names).find((other) => name.length > 3 && other.startsWith(name))
+  return new ParseError({
+    code: "PARSE_FLAG_UNKNOWN",
+    message: `there is no option ${name}${part === name ? "" : ` (in ${part})`}`,
+    hint: close === undefined ? goesAfter : `there is ${close}; ${goesAfter}`
+  })
+}
+
+/** `-it` as `-i -t`. Only its last may take a value, which is the next argument. */
+const unclustered = (
+  part: string,
+  flags: ReadonlyArray<Flag>
+): Effect.Effect<ReadonlyArray<readonly [name: string, flag: Flag]>, ParseError> =>
+  Effect.forEach([...part.slice(1)], (letter, at) => {
+    const name = `-${letter}`
     const flag = flags.find(({ names }) => names.includes(name))
-    if (flag === undefined) continue
-    if (seen.has(flag) && flag.takesValue && !flag.repeatable) {
+    if (flag === undefined) return unknown(name, part, flags)
+    if (flag.takesValue && at + 2 < part.length) {
       return new ParseError({
-        code: "PARSE_FLAG_DUPLICATE",
-        message: `${name} is given more than once`,
-        hint: "give it once"
+        code: "PARSE_FLAG_MALFORMED",
+        message: `${name} in ${part} takes a value`,
+        hint: `write it apart: ${name} VALUE`
       })
     }
-    seen.add(flag)
-    if (!flag.takesValue || inline !== undefined) continue
-    const value = args[++at]
-    if (value === undefined || flags.some(({ names }) => names.includes(value.split("=", 1)[0] ?? ""))) {
-      return new ParseError({
-        code: "PARSE_FLAG_MISSING_VALUE",
-        message: `${name} needs a value`,
-        hint: `if ${value ?? "it"} is to be it: ${name}=${value ?? "VALUE"}`
-      })
+    return Effect.succeed([name, flag] as const)
+  })
+
+/**
+ * The arguments as @effect/cli is to have them: clusters of short options taken apart, values apart from their options. Refuses what it would
+ * let pass: it drops a cluster it does not know, with all that is in it, and takes other unknown options, an option without its value and one
+ * that is given again for arguments. `args` is what follows the verb, up to the guest's command.
+ */
+export const normalize = Effect.fnUntraced(function* (own: ReadonlyArray<Flag>, args: ReadonlyArray<string>) {
+  const flags = [...own, ...builtIn]
+  const isFlag = (arg: string) => flags.some(({ names }) => names.includes(arg.split("=", 1)[0] ?? ""))
+  const seen = new Set<Flag>()
+  const normal: Array<string> = []
+  for (let at = 0; at < args.length; at++) {
+    const arg = args[at] ?? ""
+    if (!arg.startsWith("-") || arg === "-") {
+      normal.push(arg)
+      continue
+    }
+    if (arg === "--help" || arg === "-h") return [...normal, ...args.slice(at)]
+    const isLong = arg.startsWith("--")
+    const equals = isLong ? arg.indexOf("=") : -1
+    const long = equals === -1 ? arg : arg.slice(0, equals)
+    const flag = flags.find(({ names }) => names.includes(long))
+    if (isLong && flag === undefined) return yield* unknown(long, long, flags)
+    const given = flag === undefined ? yield* unclustered(arg, flags) : [[long, flag] as const]
+    for (const [name, flag] of given) {
+      if (seen.has(flag) && flag.takesValue && !flag.repeatable) {
+        return yield* new ParseError({
+          code: "PARSE_FLAG_DUPLICATE",
+          message: `${name} is given more than once`,
+          hint: "give it once"
+        })
+      }
+      // a second one says nothing new, and would be taken for an argument
+      if (!seen.has(flag) || flag.takesValue) normal.push(flag.takesValue || equals === -1 ? name : arg)
+      seen.add(flag)
+      if (!flag.takesValue) continue
+      const value = equals === -1 ? args[++at] : arg.slice(equals + 1)
+      if (value === undefined || (equals === -1 && isFlag(value))) {
+        return yield* new ParseError({
+          code: "PARSE_FLAG_MISSING_VALUE",
+          message: `${name} needs a value`,
+          hint: isLong
+            ? `if ${value ?? "it"} is to be it: ${name}=${value ?? "VALUE"}`
+            : `write it behind: ${name} VALUE`
+        })
+      }
+      normal.push(value)
     }
   }
-  return Effect.void
-}
+  return normal
+})
 
 /** The code of what @effect/cli itself refuses, told by its kinds of errors and its words. */
 export const codeOf = (error: ValidationError.ValidationError): ParseError["code"] => {

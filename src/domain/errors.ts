@@ -1,4 +1,5 @@
 import { Schema } from "effect"
+import { printable } from "./printable.ts"
 
 /** Codes after which the same call may succeed without anybody having changed anything. */
 const retryableCodes: ReadonlySet<string> = new Set([
@@ -7,7 +8,6 @@ const retryableCodes: ReadonlySet<string> = new Set([
   "BOOT_READY_TIMEOUT",
   "FORK_MEMORY_BACKPRESSURE",
   "EXEC_AGENT_UNAVAILABLE",
-  "EXEC_AGENT_TIMEOUT",
   "SNAPSHOT_TIMEOUT",
   "FILES_AGENT_UNAVAILABLE",
   "SECRETS_AGENT_UNAVAILABLE",
@@ -242,7 +242,9 @@ export class ParseError extends Schema.TaggedError<ParseError>()(
     "PARSE_PORT_INVALID",
     "PARSE_ARGUMENT_MISSING",
     "PARSE_ARGUMENT_UNKNOWN",
-    "PARSE_COMMAND_UNKNOWN"
+    "PARSE_ARGUMENT_INVALID",
+    "PARSE_COMMAND_UNKNOWN",
+    "PARSE_ENVIRONMENT_INVALID"
   )
 ) {
   get retryable() {
@@ -311,13 +313,19 @@ const causes = (cause: unknown): ReadonlyArray<string> => {
 export const format = (error: MachinenError): string =>
   [`(${error.code}): ${error.message}`, ...causes(error.cause).map((line) => `  caused by: ${line}`)].join("\n")
 
-/** For a terminal: what happened, why, the console's last lines where they help, and what to do about it. */
+/**
+ * For a terminal: what happened, why, the console's last lines where they help, and what to do about it. A guest wrote some of it: none of it
+ * steers the terminal.
+ */
 export const render = (error: MachinenError): string =>
-  [
-    format(error),
-    ...(error.console === undefined ? [] : ["  last console lines:", ...indent(error.console)]),
-    ...(error.hint === undefined ? [] : [`  hint: ${error.hint}`])
-  ].join("\n")
+  printable(
+    [
+      format(error),
+      ...(error.console === undefined ? [] : ["  last console lines:", ...indent(error.console)]),
+      ...(error.hint === undefined ? [] : [`  hint: ${error.hint}`])
+    ].join("\n"),
+    { lines: true }
+  )
 
 const indent = (text: string) =>
   text

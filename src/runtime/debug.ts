@@ -1,5 +1,8 @@
+import { inspect } from "node:util"
 import createDebug from "debug"
-import { Cause, Effect, Exit, HashMap, Layer, Logger, LogLevel, Option, Tracer } from "effect"
+import { Cause, Effect, Exit, FiberRef, FiberRefs, HashMap, Layer, Logger, LogLevel, Option, Tracer } from "effect"
+import { format, isMachinenError } from "../domain/errors.ts"
+import { printable } from "../domain/printable.ts"
 
 const channels = new Map<string, createDebug.Debugger>()
 const channel = (name: string) => {
@@ -10,13 +13,32 @@ const channel = (name: string) => {
   return made
 }
 
+/** From which level on a log is shown on stderr whatever DEBUG says (`--log-level`). */
+export const shownFrom: FiberRef.FiberRef<LogLevel.LogLevel> = FiberRef.unsafeMake<LogLevel.LogLevel>(LogLevel.Warning)
+
+const asText = (part: unknown): string => {
+  if (typeof part === "string") return part
+  if (isMachinenError(part)) return format(part)
+  return part instanceof Error ? part.message : inspect(part)
+}
+
 const logger = Logger.replace(
   Logger.defaultLogger,
-  Logger.make(({ annotations, logLevel, message }) => {
+  Logger.make(({ annotations, context, logLevel, message }) => {
     const service = Option.getOrElse(HashMap.get(annotations, "service"), () => "core")
     const parts = Array.isArray(message) ? message : [message]
-    const format = ["%s", ...parts.map((part) => (typeof part === "string" ? "%s" : "%o"))].join(" ")
-    channel(String(service))(format, logLevel.label.toLowerCase(), ...parts)
+    const level = logLevel.label.toLowerCase()
+    const debug = channel(String(service))
+    if (debug.enabled) {
+      debug(
+        ["%s", ...parts.map((part) => (typeof part === "string" ? "%s" : "%o"))].join(" "),
+        level,
+        ...parts.map((part) => (typeof part === "string" ? printable(part, { lines: true }) : part))
+      )
+    } else if (LogLevel.greaterThanEqual(logLevel, FiberRefs.getOrDefault(context, shownFrom))) {
+      const text = parts.map((part) => printable(asText(part), { lines: true })).join(": ")
+      process.stderr.write(`machinen: ${level}: ${text}\n`)
+    }
   })
 )
 
@@ -49,7 +71,7 @@ const telling = (other: Tracer.Tracer) =>
 const tracer = Layer.unwrapEffect(Effect.map(Effect.tracer, (other) => Layer.setTracer(telling(other))))
 
 /**
- * Effect's logs and spans by way of `debug`: DEBUG=machinen:* shows them, DEBUG=machinen:registry those of one service or operation, and
- * nothing is printed otherwise. Logs of all levels reach it: what is shown is for `debug` to choose.
+ * Effect's logs and spans by way of `debug`: DEBUG=machinen:* shows them, DEBUG=machinen:registry those of one service or operation. Without
+ * DEBUG, warnings and errors are shown on stderr, or what `shownFrom` says.
  */
-export const layer = Layer.mergeAll(logger, Logger.minimumLogLevel(LogLevel.Debug), tracer)
+export const layer = Layer.mergeAll(logger, Logger.minimumLogLevel(LogLevel.All), tracer)

@@ -1,7 +1,8 @@
 import { format } from "node:util"
 import { afterEach, assert, beforeEach, describe, it } from "@effect/vitest"
 import createDebug from "debug"
-import { Effect, Tracer } from "effect"
+import { Effect, LogLevel, Tracer } from "effect"
+import { RegistryError } from "../../src/domain/errors.ts"
 import * as debug from "../../src/runtime/debug.ts"
 
 const printed: Array<string> = []
@@ -22,6 +23,46 @@ const work = Effect.gen(function* () {
   yield* Effect.fn("RootfsImage.ensure")(() => Effect.succeed(1))()
   yield* Effect.ignore(Effect.fn("Registry.claim")(() => Effect.fail(new Error("taken")))())
   yield* Effect.never.pipe(Effect.withSpan("Registry.list"), Effect.raceFirst(Effect.yieldNow()))
+})
+
+describe("warnings", () => {
+  const shown = (effect: Effect.Effect<void>) =>
+    Effect.acquireUseRelease(
+      Effect.sync(() => {
+        const lines: Array<string> = []
+        const write = process.stderr.write
+        process.stderr.write = (text: string | Uint8Array) => lines.push(String(text)) > 0
+        return { lines, write }
+      }),
+      ({ lines }) => Effect.as(Effect.provide(effect, debug.layer), lines),
+      ({ write }) =>
+        Effect.sync(() => {
+          process.stderr.write = write
+        })
+    )
+  const say = Effect.gen(function* () {
+    yield* Effect.logDebug("detail")
+    yield* Effect.logInfo("news")
+    yield* Effect.logWarning(
+      "reconcile failed",
+      new RegistryError({ code: "REGISTRY_IO", message: "a file named \x1b[2J" })
+    )
+  })
+  const warning = "machinen: warn: reconcile failed: (REGISTRY_IO): a file named \\e[2J\n"
+
+  it.effect("reach who has not asked for anything, without controls", () =>
+    Effect.gen(function* () {
+      assert.deepStrictEqual(yield* shown(say), [warning])
+    })
+  )
+
+  it.effect("are shown from the level that was asked for on", () =>
+    Effect.gen(function* () {
+      const from = (level: LogLevel.LogLevel) => shown(Effect.locally(say, debug.shownFrom, level))
+      assert.deepStrictEqual(yield* from(LogLevel.Info), ["machinen: info: news\n", warning])
+      assert.deepStrictEqual(yield* from(LogLevel.None), [])
+    })
+  )
 })
 
 describe("DEBUG", () => {

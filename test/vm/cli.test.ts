@@ -24,6 +24,68 @@ const detached = (name: string, args: ReadonlyArray<string> = []) =>
 // biome-ignore lint/suspicious/noExplicitAny: whatever was printed, the assertions tell
 const json = (stdout: string): any => JSON.parse(stdout)
 
+/** A line for bash, in which `M` is the CLI. */
+const shell = (line: string) =>
+  spawnSync("bash", ["-c", `set -o pipefail; M() { timeout 60 '${process.execPath}' '${cliPath}' "$@"; }; ${line}`], {
+    env: { ...process.env, ...environment(home) },
+    encoding: "utf8"
+  })
+
+describe("output that nobody takes", () => {
+  it.scopedLive("ends every verb alike: quietly when its reader has left, with a word when it cannot be written", () =>
+    Effect.gen(function* () {
+      yield* detached("talker", ["--", "sh", "-c", "while :; do echo line; sleep 0.01; done"])
+      yield* machinen(["exec", "talker", "--", "sh", "-c", "until [ -e /tmp ]; do :; done"])
+      const verbs = [
+        "ls",
+        "ls --json",
+        "inspect talker",
+        "logs talker",
+        "logs -f talker",
+        "exec talker -- yes",
+        "--help"
+      ]
+      for (const verb of verbs) {
+        const piped = shell(`M ${verb} | true`)
+        assert.deepStrictEqual([piped.status, piped.stderr], [141, ""], verb)
+        if (verb.includes("yes")) continue
+        const full = shell(`M ${verb} >/dev/full`)
+        assert.strictEqual(full.status, 1, verb)
+        assert.match(
+          full.stderr,
+          /^machinen: \(OUTPUT_FAILED\): stdout cannot be written to: .*\(ENOSPC\)\n {2}hint: /,
+          verb
+        )
+      }
+      const relayed = shell("M exec talker -- echo x >/dev/full")
+      assert.strictEqual(relayed.status, 125)
+      assert.include(relayed.stderr, "OUTPUT_FAILED")
+      const watched = shell(
+        "M watch talker /tmp | head -1 & w=$!; until M exec talker -- sh -c 'echo x > /tmp/x; rm /tmp/x' && ! kill -0 $w 2>/dev/null; do :; done; wait $w"
+      )
+      assert.deepStrictEqual([watched.status, watched.stdout], [141, "created x\n"])
+    })
+  )
+})
+
+describe("signals", () => {
+  for (const [signal, code] of [
+    ["SIGINT", 130],
+    ["SIGTERM", 143],
+    ["SIGHUP", 129]
+  ] as const) {
+    it.scopedLive(`${signal} ends a verb that waits with ${code}`, () =>
+      Effect.gen(function* () {
+        yield* detached("waited-for")
+        const following = yield* startCli(home, ["forward", "waited-for", "80"])
+        yield* following.printed("ctrl-c ends it")
+        yield* following.kill(signal)
+        assert.strictEqual((yield* following.result).code, code)
+      })
+    )
+  }
+})
+
 describe("machinen run", () => {
   it.live("streams both channels and ends with the command's code", () =>
     Effect.gen(function* () {
@@ -136,8 +198,52 @@ describe("machinen run", () => {
   it.live("ends the command after --timeout", () =>
     Effect.gen(function* () {
       const { code, stderr } = yield* run(["--timeout", "500ms", "--", "sleep", "1000"])
-      assert.strictEqual(code, 125)
+      assert.strictEqual(code, 124)
       assert.include(stderr, "EXEC_AGENT_TIMEOUT")
+      const unlimited = yield* run(["--timeout", "0", "--", "sh", "-c", "sleep 1; echo done"])
+      assert.deepStrictEqual([unlimited.code, unlimited.stdout], [0, "done\n"])
+    })
+  )
+
+  it.live("says so when the guest ran out of memory", () =>
+    Effect.gen(function* () {
+      const { code, stderr } = yield* run(["-m", "64", "--", "sh", "-c", "exec tail /dev/zero"])
+      assert.strictEqual(code, 137)
+      assert.include(stderr, "ran out of memory")
+    })
+  )
+
+  for (const [signal, code] of [
+    ["SIGTERM", 143],
+    ["SIGHUP", 129]
+  ] as const) {
+    it.scopedLive(`the third ${signal} in short order ends a command that ignores it, with ${code}`, () =>
+      Effect.gen(function* () {
+        const script = "trap 'echo heard' TERM HUP INT; echo ready; while :; do sleep 0.05; done"
+        const running = yield* startCli(home, ["run", "--image", "micro", "--", "sh", "-c", script])
+        yield* running.printed("ready")
+        yield* running.kill(signal)
+        yield* running.printed("heard\n")
+        yield* running.kill(signal)
+        yield* running.printed("heard\nheard\n")
+        yield* running.kill(signal)
+        assert.strictEqual((yield* running.result).code, code)
+      })
+    )
+  }
+
+  it.live("refuses arguments that are no text, and keeps clusters of options whole", () =>
+    Effect.sync(() => {
+      for (const [line, code, said] of [
+        ["run --image micro -- echo $'a\\xff'", 125, "PARSE_ARGUMENT_INVALID"],
+        ["X=$'\\xff' M run --image micro -e X -- true", 125, "PARSE_FLAG_MALFORMED"],
+        ["run --image micro -- echo '\ufffd'", 0, ""],
+        ["run -xyz --image micro -- echo ok", 125, "there is no option -x (in -xyz)"]
+      ] as const) {
+        const { status, stderr } = shell(line.includes("M run") ? line : `M ${line}`)
+        assert.strictEqual(status, code, line)
+        assert.include(stderr, said)
+      }
     })
   )
 
@@ -383,7 +489,7 @@ describe("a detached VM", () => {
       yield* detached("napping")
       assert.strictEqual((yield* machinen(["pause", "napping"])).code, 0)
       const hung = yield* machinen(["exec", "--timeout", "300ms", "napping", "--", "true"])
-      assert.strictEqual(hung.code, 125)
+      assert.strictEqual(hung.code, 124)
       assert.strictEqual((yield* machinen(["resume", "napping"])).code, 0)
       assert.strictEqual((yield* machinen(["exec", "napping", "--", "true"])).code, 0)
     })

@@ -117,7 +117,7 @@ describe("exec", () => {
     assert.isTrue(failed instanceof facade.ExecError && failed.exitCode === 3)
     assert.include(failed.message, "code 3: why")
     const late = await rejection(vm.exec("sleep 60", { execTimeoutMs: 300 }))
-    assert.isTrue(late instanceof facade.ExecError && late.retryable && late.code === "EXEC_AGENT_TIMEOUT")
+    assert.isTrue(late instanceof facade.ExecError && !late.retryable && late.code === "EXEC_AGENT_TIMEOUT")
 
     await vm.writeFile("/tmp/a/b", Buffer.from([0, 255, 10]), { mode: 0o600 })
     assert.strictEqual((await vm.exec("od -An -tx1 /tmp/a/b; stat -c %a /tmp/a/b")).stdout, " 00 ff 0a\n600\n")

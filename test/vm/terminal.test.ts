@@ -435,7 +435,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
         yield* line("stty -g > before; machinen boot -d --image micro --name victim")
         yield* window.shows(/^victim\n\$$/m)
         const ends: ReadonlyArray<readonly [end: Effect.Effect<unknown>, code: number, said: string]> = [
-          [Effect.sync(() => signalClients(home, "SIGTERM")), 130, ""],
+          [Effect.sync(() => signalClients(home, "SIGTERM")), 143, ""],
           [cli(home, ["stop", "--force", "victim"]), 125, "EXEC_"]
         ]
         for (const [end, code, said] of ends) {

@@ -247,7 +247,7 @@ layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_
       yield* sh(vm, "rm -r /srv/shown")
       const { code, stdout } = yield* ended.result
       assert.strictEqual(code, 0)
-      assert.include(stdout, `created "a\\u001b[31m"\nmoved "a\\u001b[31m" -> b\ncreated b/c\nremoved sub\n`)
+      assert.include(stdout, `created a\\e[31m\nmoved a\\e[31m -> b\ncreated b/c\nremoved sub\n`)
     })
   )
 })

@@ -7,7 +7,7 @@ import * as render from "../render.ts"
 import * as stdio from "../stdio.ts"
 import * as terminal from "../terminal.ts"
 import { vmArg } from "./exec.ts"
-import { commandArgs, guestCommand } from "./run.ts"
+import { commandArgs } from "./run.ts"
 
 /** `machinen attach VM`: our terminal becomes one in a running VM, with a shell or a command. */
 export const attach = (tail: ReadonlyArray<string>) =>
@@ -25,7 +25,7 @@ export const attach = (tail: ReadonlyArray<string>) =>
     },
     (input) =>
       Effect.gen(function* () {
-        const argv = yield* guestCommand(input.command, tail)
+        const argv = [...input.command, ...tail]
         yield* terminal.required
         const machinen = yield* Machinen
         const vm = yield* machinen.attach(input.vm)
@@ -38,7 +38,7 @@ export const attach = (tail: ReadonlyArray<string>) =>
         if (end !== "detached") return yield* new ExitWith({ code: end })
         const of = `VM ${vm.name ?? vm.id}`
         const what = name === undefined ? `detached from ${of}` : `detached from session ${name} of ${of}`
-        yield* Effect.ignore(stdio.write("stderr")(`[${what}]\n`))
+        yield* Effect.ignore(stdio.tryWrite("stderr")(`[${what}]\n`))
       })
   ).pipe(Command.withDescription("a shell in a running VM, or a session that stays (ctrl-] twice leaves it)"))
 

@@ -5,7 +5,7 @@ import { ExitWith } from "../exit.ts"
 import { bootOptions, json, toBootOptions } from "../options.ts"
 import * as render from "../render.ts"
 import * as stdio from "../stdio.ts"
-import { commandArgs, guestCommand, relay } from "./run.ts"
+import { commandArgs, relay } from "./run.ts"
 
 /** `machinen boot`: a VM that stays: in the foreground until it ends or ctrl-c, or by itself with --detach. */
 export const boot = (tail: ReadonlyArray<string>) =>
@@ -24,7 +24,7 @@ export const boot = (tail: ReadonlyArray<string>) =>
     (input) =>
       Effect.gen(function* () {
         const detached = input.detach || input.detached
-        const options = yield* toBootOptions(input, yield* guestCommand(input.command, tail))
+        const options = yield* toBootOptions(input, [...input.command, ...tail])
         const machinen = yield* Machinen
         const { command, phases, vm } = yield* machinen.boot({ ...options, detached })
         if (detached) {

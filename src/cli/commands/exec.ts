@@ -3,12 +3,12 @@ import { Effect, Option } from "effect"
 import { ParseError } from "../../domain/errors.ts"
 import { Machinen } from "../../Machinen.ts"
 import { ExitWith } from "../exit.ts"
-import { bootOptions, durationMs, environment, json, whenGiven } from "../options.ts"
+import { bootOptions, environment, json, whenGiven } from "../options.ts"
 import * as render from "../render.ts"
 import { readSecrets } from "../secrets.ts"
 import * as stdio from "../stdio.ts"
 import * as terminal from "../terminal.ts"
-import { commandArgs, guestCommand, relay, withinLimit } from "./run.ts"
+import { commandArgs, relay, timeLimit, withinLimit } from "./run.ts"
 
 export const vmArg = Args.text({ name: "vm" }).pipe(Args.withDescription("a VM's name, id or pid"))
 
@@ -48,7 +48,7 @@ export const exec = (tail: ReadonlyArray<string>) =>
     },
     (input) =>
       Effect.gen(function* () {
-        const [first, ...rest] = yield* guestCommand(input.command, tail)
+        const [first, ...rest] = [...input.command, ...tail]
         if (first === undefined) {
           return yield* new ParseError({
             code: "PARSE_ARGUMENT_MISSING",
@@ -63,7 +63,7 @@ export const exec = (tail: ReadonlyArray<string>) =>
         const env = yield* environment(input.env)
         const secretNames = input.secret.map((flag) => flag.split("=", 1)[0] ?? "")
         const secrets = yield* readSecrets(input.secret.filter((flag) => flag.includes("=")))
-        const limit = yield* Effect.transposeMapOption(input.timeout, (value) => durationMs("timeout", value))
+        const limit = yield* timeLimit(input.timeout)
         const machinen = yield* Machinen
         const vm = yield* machinen.attach(input.vm)
         if (Object.keys(secrets).length > 0) yield* vm.secrets(secrets)

@@ -1,6 +1,7 @@
 import { Command } from "@effect/cli"
-import { Effect } from "effect"
+import { Effect, Option } from "effect"
 import { Machinen } from "../../Machinen.ts"
+import * as vmMemory from "../../platform/vmMemory.ts"
 import { json } from "../options.ts"
 import * as render from "../render.ts"
 import { vmArg } from "./exec.ts"
@@ -11,6 +12,9 @@ export const inspect = Command.make("inspect", { json, vm: vmArg }, (input) =>
     const machinen = yield* Machinen
     const vm = yield* machinen.attach(input.vm)
     const memory = yield* vm.memoryStats
+    const { shim, vmm } = vm.entry
+    const resident =
+      shim === undefined || vmm === undefined ? Option.none() : yield* vmMemory.residentOf(vmm.pid, shim.pid)
     // a guest that is paused or stuck does not keep the rest from being shown
     const guest = yield* vm.stats.pipe(
       Effect.timeout("2 seconds"),
@@ -18,7 +22,7 @@ export const inspect = Command.make("inspect", { json, vm: vmArg }, (input) =>
     )
     yield* render.json({
       ...render.vmJson(vm.entry),
-      memory,
+      memory: { ...memory, ...render.memoryJson(resident) },
       guest,
       paths: { vsock: vm.entry.vsockPath, control: vm.entry.controlPath, vmmControl: vm.entry.vmmControlPath ?? null }
     })

@@ -1,9 +1,18 @@
 import { Command } from "@effect/cli"
-import { Console, Effect } from "effect"
+import { Console, Effect, Option } from "effect"
+import type { VmEntry } from "../../domain/VmEntry.ts"
 import { Machinen } from "../../Machinen.ts"
 import * as processes from "../../platform/processes.ts"
+import * as vmMemory from "../../platform/vmMemory.ts"
 import { json } from "../options.ts"
 import * as render from "../render.ts"
+
+/** Nulls where nobody knows: the VM is being started, or has just ended. */
+const memoryOf = Effect.fnUntraced(function* ({ shim, vmm }: VmEntry) {
+  if (shim === undefined || vmm === undefined) return { rssBytes: null, guestResidentBytes: null, overheadBytes: null }
+  const rss = yield* processes.residentBytes(vmm.pid)
+  return { rssBytes: Option.getOrNull(rss), ...render.memoryJson(yield* vmMemory.residentOf(vmm.pid, shim.pid)) }
+})
 
 /** `machinen ls` (also `list` and `ps`): the VMs that run. */
 export const ls = (name: "ls" | "list" | "ps") =>
@@ -11,25 +20,26 @@ export const ls = (name: "ls" | "list" | "ps") =>
     Effect.gen(function* () {
       const machinen = yield* Machinen
       const entries = yield* machinen.list
-      const rows = yield* Effect.forEach(entries, (entry) =>
-        Effect.map(entry.vmm === undefined ? Effect.succeedNone : processes.residentBytes(entry.vmm.pid), (rss) => ({
-          entry,
-          rssBytes: rss._tag === "Some" ? rss.value : null
-        }))
+      const rows = yield* Effect.forEach(
+        entries,
+        (entry) => Effect.map(memoryOf(entry), (memory) => ({ entry, memory })),
+        { concurrency: 8 }
       )
       if (input.json) {
-        return yield* render.json(rows.map(({ entry, rssBytes }) => ({ ...render.vmJson(entry), rssBytes })))
+        return yield* render.json(rows.map(({ entry, memory }) => ({ ...render.vmJson(entry), ...memory })))
       }
       const now = Date.now()
+      const size = (bytes: number | null) => (bytes === null ? "-" : render.bytes(bytes))
       yield* Console.log(
         render.table(
-          ["NAME", "ID", "PID", "STATE", "MEM", "IMAGE", "AGE"],
-          rows.map(({ entry, rssBytes }) => [
+          ["NAME", "ID", "PID", "STATE", "GUEST MEM", "OVERHEAD", "IMAGE", "AGE"],
+          rows.map(({ entry, memory }) => [
             entry.name ?? "-",
             entry.id,
             String(entry.vmm?.pid ?? "-"),
             entry.state,
-            `${rssBytes === null ? "-" : render.bytes(rssBytes)} / ${entry.memoryMib} MiB`,
+            `${size(memory.guestResidentBytes)} / ${entry.memoryMib} MiB`,
+            size(memory.overheadBytes),
             entry.image,
             render.age(entry.createdAt, now)
           ])

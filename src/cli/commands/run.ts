@@ -1,5 +1,5 @@
 import { Args, Command, Options } from "@effect/cli"
-import { Effect, Option, Stream } from "effect"
+import { Console, Effect, Option, Stream } from "effect"
 import type { RunningCommand } from "../../Agent.ts"
 import { defaultImage } from "../../domain/BootOptions.ts"
 import { ExecError, ParseError } from "../../domain/errors.ts"
@@ -12,23 +12,26 @@ import * as stdio from "../stdio.ts"
 import * as terminal from "../terminal.ts"
 
 /**
- * Shows a guest command as if it ran here: its output on our channels as it comes, our signals to it, its exit code as ours. Nobody
- * reading our stdout any more ends it, as a broken pipe would.
+ * Shows a guest command as if it ran here: its output on our channels as it comes, our signals to it until it ends, its exit code as ours.
  */
 export const relay = (running: RunningCommand) =>
   Effect.gen(function* () {
-    yield* signals.intercept((signal) => Effect.runFork(running.signal(signals.signalNumber(signal))))
-    yield* Stream.runForEach(running.output, ({ bytes, channel }) => stdio.write(channel)(bytes)).pipe(
-      Effect.catchIf(
-        (e) => !(e instanceof ExecError),
-        () => new ExitWith({ code: 141 }) // 128 + SIGPIPE
-      )
-    )
-    const { code } = yield* running.exit
+    yield* signals.relay((signal) => Effect.runFork(running.signal(signals.signalNumber(signal))))
+    yield* Stream.runForEach(running.output, ({ bytes, channel }) => stdio.write(channel)(bytes))
+    const { code, oomKilled } = yield* running.exit
+    if (oomKilled)
+      yield* Console.error("machinen: the guest ran out of memory and its kernel killed the command (--memory)")
     return code
-  })
+  }).pipe(Effect.scoped)
 
-/** Ends a command that runs for longer than it may, in milliseconds. */
+/** `--timeout` in milliseconds. 0 is no limit, as timeout(1) has it. */
+export const timeLimit = (timeout: Option.Option<string>) =>
+  Effect.map(
+    Effect.transposeMapOption(timeout, (value) => durationMs("timeout", value)),
+    Option.filter((ms) => ms > 0)
+  )
+
+/** Ends a command that runs for longer than it may. */
 export const withinLimit = <A, E, R>(running: Effect.Effect<A, E, R>, limit: Option.Option<number>) =>
   Option.match(limit, {
     onNone: (): Effect.Effect<A, E | ExecError, R> => running,
@@ -44,30 +47,19 @@ export const withinLimit = <A, E, R>(running: Effect.Effect<A, E, R>, limit: Opt
       })
   })
 
-/** docker's convention for a command that could not be started. */
-export const startFailure = (error: ExecError): number =>
-  error.code === "EXEC_COMMAND_NOT_FOUND" ? 127 : error.code === "EXEC_NOT_EXECUTABLE" ? 126 : 125
+const exitCodes: Readonly<Partial<Record<ExecError["code"], number>>> = {
+  EXEC_AGENT_TIMEOUT: 124,
+  EXEC_NOT_EXECUTABLE: 126,
+  EXEC_COMMAND_NOT_FOUND: 127
+}
+
+/** docker's convention for a command that could not be started, and timeout(1)'s for one that ran for too long. */
+export const startFailure = ({ code }: ExecError): number => exitCodes[code] ?? 125
 
 export const commandArgs = Args.text({ name: "command" }).pipe(
   Args.repeated,
   Args.withDescription("the command and its arguments, after --")
 )
-
-/**
- * The guest's command line: what stands before `--` and what follows it. The option parser takes an option it does not know for an
- * argument; before `--` it is a mistake.
- */
-export const guestCommand = Effect.fnUntraced(function* (head: ReadonlyArray<string>, tail: ReadonlyArray<string>) {
-  const flag = head.find((part) => part.startsWith("-"))
-  if (flag !== undefined) {
-    return yield* new ParseError({
-      code: "PARSE_FLAG_UNKNOWN",
-      message: `there is no option ${flag}`,
-      hint: "`--help` shows the options; an option of the guest's command goes after `--`"
-    })
-  }
-  return [...head, ...tail]
-})
 
 /** `machinen run -- COMMAND`: a VM for one command, gone when it ends. */
 export const run = (tail: ReadonlyArray<string>) =>
@@ -87,7 +79,7 @@ export const run = (tail: ReadonlyArray<string>) =>
     },
     (input) =>
       Effect.gen(function* () {
-        const command = yield* guestCommand(input.command, tail)
+        const command = [...input.command, ...tail]
         if (input.tty) yield* terminal.required
         const nothing = new ParseError({
           code: "PARSE_ARGUMENT_MISSING",
@@ -98,7 +90,7 @@ export const run = (tail: ReadonlyArray<string>) =>
         const bare = (baseNames as ReadonlyArray<string>).includes(Option.getOrElse(input.image, () => defaultImage))
         if (command.length === 0 && bare) return yield* nothing
         const options = yield* toBootOptions(input, command)
-        const limit = yield* Effect.transposeMapOption(input.timeout, (value) => durationMs("timeout", value))
+        const limit = yield* timeLimit(input.timeout)
         const machinen = yield* Machinen
         const { command: effective, vm } = yield* machinen.boot(options)
         if (effective === undefined) return yield* nothing

@@ -1,6 +1,7 @@
 import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect } from "effect"
 import type { EngineName } from "../../domain/BundleManifest.ts"
+import { printable } from "../../domain/printable.ts"
 import { Machinen } from "../../Machinen.ts"
 import { ExitWith } from "../exit.ts"
 import { json } from "../options.ts"
@@ -35,7 +36,9 @@ const inspect = Command.make("inspect", { json, dir: dirArg }, (input) =>
         ...manifest.blobs.map(({ dataBytes, name }) => `  ${name.padEnd(12)} ${render.bytes(dataBytes)}`),
         misfits.length === 0 ? "it can be restored here" : "it cannot be restored here:",
         ...misfits.map((reason) => `  ${reason}`)
-      ].join("\n")
+      ]
+        .map((line) => printable(line))
+        .join("\n")
     )
   })
 ).pipe(Command.withDescription("show what a bundle holds, and whether it can be restored here"))
@@ -46,7 +49,7 @@ const verify = Command.make("verify", { json, dir: dirArg }, (input) =>
     const damaged = yield* Effect.flatMap(Machinen, (m) => m.verify(input.dir))
     if (input.json) yield* render.json({ sound: damaged.length === 0, damaged })
     else if (damaged.length === 0) yield* Console.log("every byte is as it was")
-    else for (const name of damaged) yield* Console.error(`damaged: ${name}`)
+    else for (const name of damaged) yield* Console.error(`damaged: ${printable(name)}`)
     if (damaged.length > 0) return yield* new ExitWith({ code: 1 })
   })
 ).pipe(Command.withDescription("read all of a bundle and compare it with its hashes"))

@@ -1,18 +1,17 @@
 import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect, Stream } from "effect"
 import type { FileChange } from "../../AgentProtocol.ts"
+import { printable } from "../../domain/printable.ts"
 import { Machinen } from "../../Machinen.ts"
 import { json } from "../options.ts"
+import * as render from "../render.ts"
 import * as stdio from "../stdio.ts"
 import { vmArg } from "./exec.ts"
-
-/** The guest chose the name: what a terminal might obey is shown as JSON has it. */
-const shown = (name: string): string => (/\p{C}/u.test(name) ? JSON.stringify(name) : name)
 
 const line = (change: FileChange): string =>
   change.kind === "lost"
     ? "lost"
-    : `${change.kind} ${change.kind === "moved" ? `${shown(change.from)} -> ` : ""}${shown(change.path)}`
+    : `${change.kind} ${change.kind === "moved" ? `${printable(change.from)} -> ` : ""}${printable(change.path)}`
 
 /** `machinen watch VM /path`: a line for each change below a guest's directory. */
 export const watch = Command.make(
@@ -33,7 +32,7 @@ export const watch = Command.make(
       const changes = yield* vm.watch(input.path, { recursive: input.recursive })
       yield* Console.error(`watching ${input.path} in ${input.vm}; ctrl-c ends it`)
       yield* Stream.runForEach(changes, (change) =>
-        stdio.write("stdout")(`${input.json ? JSON.stringify(change) : line(change)}\n`)
+        stdio.write("stdout")(`${input.json ? render.jsonText(change) : line(change)}\n`)
       )
       yield* Console.error(`${input.path} is gone`)
     }).pipe(Effect.scoped)
