@@ -1,5 +1,5 @@
 import * as net from "node:net"
-import { Effect, Option, type Scope, Stream } from "effect"
+import { Deferred, Effect, Option, type Scope, Stream } from "effect"
 
 /** Longest socket path the kernel takes: sun_path holds 108 bytes with the final NUL (unix(7)). */
 export const maxPath = 107
@@ -106,24 +106,32 @@ export const connect = (path: string): Effect.Effect<Connection, NodeJS.ErrnoExc
     destroy
   ).pipe(Effect.map(fromSocket))
 
-/** Listens on a path and hands out its first connection; later ones are refused. The socket file goes with the scope. */
+/**
+ * Listens on a path and hands out its first connection, also one that comes before somebody asks for it; later ones are refused. The socket
+ * file goes with the scope, and with it a connection that nobody asked for.
+ */
 export const listenOnce = (
   path: string
 ): Effect.Effect<Effect.Effect<Connection, NodeJS.ErrnoException, Scope.Scope>, NodeJS.ErrnoException, Scope.Scope> =>
   Effect.gen(function* () {
-    const server = yield* Effect.acquireRelease(
+    const first = yield* Deferred.make<net.Socket>()
+    yield* Effect.acquireRelease(
       Effect.async<net.Server, NodeJS.ErrnoException>((resume) => {
         const server = net.createServer({ allowHalfOpen: true, pauseOnConnect: true })
         server.once("error", (error) => resume(Effect.fail(error)))
+        server.once("connection", (socket) => {
+          server.close()
+          // a reset before anybody reads: the reader finds the end
+          socket.on("error", () => {})
+          Deferred.unsafeDone(first, Effect.succeed(socket))
+        })
         server.listen(path, () => resume(Effect.succeed(server)))
       }),
-      (server) => Effect.sync(() => server.close())
+      (server) =>
+        Effect.flatMap(Deferred.poll(first), (arrived) => {
+          server.close()
+          return Option.isSome(arrived) ? Effect.flatMap(arrived.value, destroy) : Effect.void
+        })
     )
-    const first = Effect.async<net.Socket>((resume) => {
-      server.once("connection", (socket) => {
-        server.close()
-        resume(Effect.succeed(socket))
-      })
-    })
-    return Effect.acquireRelease(Effect.interruptible(first), destroy).pipe(Effect.map(fromSocket))
+    return Effect.acquireRelease(Effect.interruptible(Deferred.await(first)), destroy).pipe(Effect.map(fromSocket))
   })

@@ -1,6 +1,6 @@
 import * as path from "node:path"
 import { assert, describe, it } from "@effect/vitest"
-import { Chunk, Effect, Fiber, Option, Stream } from "effect"
+import { Chunk, Effect, Fiber, Option, Scope, Stream } from "effect"
 import * as UnixSocket from "../../src/platform/UnixSocket.ts"
 import { temporaryDirectory } from "../sourceTree.ts"
 
@@ -50,6 +50,35 @@ describe("a connection", () => {
       yield* Effect.yieldNow()
       theirs.socket.destroy()
       assert.isTrue(Option.isNone(yield* Effect.flip(Fiber.join(reading))))
+    })
+  )
+
+  it.scopedLive("that came before it was asked for is handed out, with what it has sent", () =>
+    Effect.gen(function* () {
+      const file = path.join(yield* temporaryDirectory, "s")
+      const accept = yield* UnixSocket.listenOnce(file)
+      const ours = yield* UnixSocket.connect(file)
+      yield* ours.write(Buffer.from("early"))
+      // by then the server has accepted it
+      yield* Effect.sleep("50 millis")
+      const theirs = yield* Effect.timeout(accept, "5 seconds")
+      assert.strictEqual(text(yield* theirs.read), "early")
+    })
+  )
+
+  it.scopedLive("that nobody asked for ends with the listener's scope", () =>
+    Effect.gen(function* () {
+      const file = path.join(yield* temporaryDirectory, "s")
+      const outer = yield* Effect.scope
+      const ours = yield* Effect.scoped(
+        Effect.gen(function* () {
+          yield* UnixSocket.listenOnce(file)
+          const ours = yield* UnixSocket.connect(file).pipe(Scope.extend(outer))
+          yield* Effect.sleep("50 millis")
+          return ours
+        })
+      )
+      assert.deepStrictEqual(yield* Effect.flip(Effect.timeout(ours.read, "5 seconds")), Option.none())
     })
   )
 })
