@@ -116,6 +116,8 @@ export const untilReady = <A, E>(ready: Effect.Effect<A, E>, machine: VmmHandle,
       onTimeout: () => Effect.flatMap(consoleTail(machine), notReady(limit))
     }),
     Effect.flatten,
+    // a caller that acquires a VM (Effect.acquireRelease) is uninterruptible: neither the race nor the deadline could end what they wait for
+    Effect.interruptible,
     Effect.tapError(() => machine.kill)
   )
 

@@ -219,6 +219,21 @@ describe("a VMM", () => {
     )
   }
 
+  it.live("that hangs silently is given up by a caller that acquires a VM, too", () => {
+    const settings = {
+      ...tcg,
+      MACHINEN_VMM: fakeVmm(home, "hangs-acquired", hang(home)),
+      MACHINEN_BOOT_TIMEOUT: "1 seconds"
+    }
+    return Effect.gen(function* () {
+      const machinen = yield* Machinen
+      const acquired = Effect.acquireRelease(machinen.boot({ image: "micro" }), () => Effect.void)
+      const error = yield* Effect.flip(Effect.scoped(Effect.asVoid(acquired)))
+      assert.strictEqual(error.code, "BOOT_READY_TIMEOUT")
+      assertNothingLeft(home)
+    }).pipe(Effect.provide(live(home, settings)))
+  })
+
   it.live("that leaves children is ended with them", () =>
     Effect.gen(function* () {
       const note = path.join(home, "child")
