@@ -39,7 +39,7 @@ export interface Inspection {
   readonly misfits: ReadonlyArray<string>
 }
 
-export type SnapshotFailure = SnapshotError | BootError
+export type SnapshotFailure = SnapshotError | BootError | RegistryError
 export type BootFailure =
   | BootError
   | RegistryError

@@ -1,10 +1,11 @@
-import { Context, Deferred, Effect, Layer, Option, Ref, Schema, type Scope, Stream } from "effect"
+import { Context, Deferred, Effect, Layer, Option, Ref, Schedule, Schema, type Scope, Stream } from "effect"
 import { BootError, RegistryError } from "./domain/errors.ts"
 import type { ProcessIdentity } from "./domain/ProcessIdentity.ts"
 import { ExitRecord, ShimEvent, ShimPlan } from "./domain/ShimPlan.ts"
 import type { VmName } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import * as OwnedProcess from "./platform/OwnedProcess.ts"
+import * as processes from "./platform/processes.ts"
 import * as UnixSocket from "./platform/UnixSocket.ts"
 
 export type LogSource = "console" | "output"
@@ -44,15 +45,18 @@ export class CaptureFailed extends Schema.TaggedError<CaptureFailed>()("CaptureF
   cause: Schema.optional(Schema.Defect)
 }) {}
 
-/** A VM's supervisor, seen from its starter or from any process that found it in the registry. */
-export interface ShimHandle {
+/**
+ * A VM's supervisor, seen from its starter (`E` is never: it hears of the end by a pipe) or from any process that found it in the registry,
+ * which may fail to reach a shim that lives (`E` is a RegistryError).
+ */
+export interface ShimHandle<E = never> {
   readonly shim: ProcessIdentity
   readonly vmm: ProcessIdentity
   /** Completes when the VM is gone and nothing of it is left on the host. */
-  readonly exited: Effect.Effect<ExitRecord>
+  readonly exited: Effect.Effect<ExitRecord, E>
   /** Asks the guest to power off; after the grace the VMM is killed. Completes as `exited`; a VM that is gone is what was wanted. */
-  readonly stop: (graceMs?: number) => Effect.Effect<ExitRecord>
-  readonly kill: Effect.Effect<ExitRecord>
+  readonly stop: (graceMs?: number) => Effect.Effect<ExitRecord, E>
+  readonly kill: Effect.Effect<ExitRecord, E>
   /** From now on the VM outlives its starter. */
   readonly detach: Effect.Effect<void>
   readonly logs: (source: LogSource, options?: LogOptions) => Stream.Stream<Uint8Array, RegistryError>
@@ -74,7 +78,7 @@ export class Shim extends Context.Tag("machinen/Shim")<
      */
     readonly start: (binary: string, plan: ShimPlan) => Effect.Effect<ShimHandle, BootError, Scope.Scope>
     /** The shim of a running VM. */
-    readonly attach: (entry: VmEntry) => Effect.Effect<ShimHandle, RegistryError>
+    readonly attach: (entry: VmEntry) => Effect.Effect<ShimHandle<RegistryError>, RegistryError>
   }
 >() {
   static readonly layer = Layer.succeed(Shim, {
@@ -107,12 +111,17 @@ export class Shim extends Context.Tag("machinen/Shim")<
       )
       if (event.event === "failed") return yield* startFailed(event, plan)
       if (event.event === "exited") return yield* Effect.dieMessage("the shim reported an exit before a start")
+      // a shim that cannot be reached is told by the end of our pipe, which is an orderly stop
+      const end = (body: object) =>
+        Effect.zipRight(
+          Effect.orElse(ask(plan.controlPath, body), () => started.process.disown),
+          Deferred.await(exited)
+        )
       return {
         ...control(plan.controlPath),
         exited: Deferred.await(exited),
-        stop: (graceMs?: number) =>
-          Effect.zipRight(ask(plan.controlPath, stopRequest(graceMs)), Deferred.await(exited)),
-        kill: Effect.zipRight(ask(plan.controlPath, { op: "kill" }), Deferred.await(exited)),
+        stop: (graceMs?: number) => end(stopRequest(graceMs)),
+        kill: end({ op: "kill" }),
         shim: event.shim,
         vmm: event.vmm,
         detach: request(plan.controlPath, { op: "detach" }).pipe(
@@ -132,7 +141,7 @@ export class Shim extends Context.Tag("machinen/Shim")<
           hint: "try again in a moment"
         })
       }
-      const answered = (body: object) => endOf(entry.controlPath, body)
+      const answered = (body: object) => endOf(entry, shim, body)
       return {
         ...control(entry.controlPath),
         shim,
@@ -343,17 +352,40 @@ const request = (controlPath: string, body: object) =>
 
 const gone: NodeJS.ErrnoException = Object.assign(new Error("the shim closed the connection"), { code: "ECONNRESET" })
 
-/** A request whose effect is seen elsewhere. Nobody there to take it means that the VM is gone already. */
-const ask = (controlPath: string, body: object) => Effect.ignore(Effect.scoped(request(controlPath, body)))
+/** A request whose effect is seen elsewhere. */
+const ask = (controlPath: string, body: object) => Effect.scoped(request(controlPath, body))
 
-/** A request that is answered by the VM's end. A shim that cannot be reached has none any more. */
-const endOf = (controlPath: string, body: object): Effect.Effect<ExitRecord> =>
+/** A request that is answered by the VM's end. The VM counts as gone without an answer only when its shim is dead. */
+const endOf = (
+  { controlPath, label }: VmEntry,
+  shim: ProcessIdentity,
+  body: object
+): Effect.Effect<ExitRecord, RegistryError> =>
   Effect.gen(function* () {
-    const { rest } = yield* request(controlPath, body)
+    const { answer, rest } = yield* request(controlPath, body)
     const line = yield* rest.pipe(Stream.decodeText(), Stream.splitLines, Stream.runHead)
-    const event = yield* Schema.decodeUnknown(Schema.parseJson(ShimEvent))(Option.getOrElse(line, () => ""))
+    if (Option.isNone(line)) return yield* Effect.fail(new Error(answer === "" ? gone.message : answer))
+    const event = yield* Schema.decodeUnknown(Schema.parseJson(ShimEvent))(line.value)
     return event.event === "exited" ? event.exit : lost
   }).pipe(
     Effect.scoped,
-    Effect.orElseSucceed(() => lost)
+    Effect.catchAll((cause) =>
+      Effect.flatMap(endsSoon(shim), (ended) =>
+        ended
+          ? Effect.succeed(lost)
+          : new RegistryError({
+              code: "REGISTRY_VM_UNREACHABLE",
+              message: `the supervisor of VM "${label}" (pid ${shim.pid}) does not answer: ${cause.message}`,
+              hint: `try again; \`kill ${shim.pid}\` ends the VM in order, whatever the state of its socket`,
+              cause
+            })
+      )
+    )
+  )
+
+/** A process that is killed closes its sockets a moment before it is gone, and tells of neither. */
+const endsSoon = (who: ProcessIdentity) =>
+  processes.isAlive(who).pipe(
+    Effect.repeat({ schedule: Schedule.spaced("20 millis").pipe(Schedule.upTo("1 second")), while: (alive) => alive }),
+    Effect.map((alive) => !alive)
   )

@@ -2,7 +2,7 @@ import { Context, type Effect, type Scope } from "effect"
 import type { AgentClient, Identity } from "./Agent.ts"
 import type { Rejuvenation } from "./AgentProtocol.ts"
 import type { EngineName } from "./domain/BundleManifest.ts"
-import type { BootError, ExecError, SnapshotError } from "./domain/errors.ts"
+import type { BootError, ExecError, RegistryError, SnapshotError } from "./domain/errors.ts"
 import type { Start } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import type { VmmHandle } from "./Vmm.ts"
@@ -10,7 +10,7 @@ import type { VmmHandle } from "./Vmm.ts"
 /** A running VM that is to be captured. */
 export interface Source {
   readonly entry: VmEntry
-  readonly machine: VmmHandle
+  readonly machine: VmmHandle<RegistryError>
   readonly agent: AgentClient
 }
 

@@ -24,10 +24,10 @@ export interface Vm extends AgentClient {
   /** The VMM's pid. */
   readonly pid: number
   /** Completes when the VM is gone and nothing of it is left on the host. */
-  readonly wait: Effect.Effect<ExitRecord>
+  readonly wait: Effect.Effect<ExitRecord, RegistryError>
   /** Powers off in order, or by force after the grace; a VM that is gone already is fine. */
-  readonly stop: (graceMs?: number) => Effect.Effect<ExitRecord>
-  readonly kill: Effect.Effect<ExitRecord>
+  readonly stop: (graceMs?: number) => Effect.Effect<ExitRecord, RegistryError>
+  readonly kill: Effect.Effect<ExitRecord, RegistryError>
   /** Lets the VM outlive the scope and the process that booted it. */
   readonly detach: Effect.Effect<void>
   readonly pause: Effect.Effect<void, VmmControlFailed>
@@ -36,10 +36,10 @@ export interface Vm extends AgentClient {
   readonly logs: (source: LogSource, options?: LogOptions) => Stream.Stream<Uint8Array, RegistryError>
   readonly memoryStats: Effect.Effect<MemoryStats>
   /** The hypervisor, for those who save the machine. */
-  readonly machine: VmmHandle
+  readonly machine: VmmHandle<RegistryError>
 }
 
-export const make = (entry: VmEntry, vmm: VmmHandle, agent: AgentClient): Vm => ({
+export const make = (entry: VmEntry, vmm: VmmHandle<RegistryError>, agent: AgentClient): Vm => ({
   ...agent,
   entry,
   id: entry.id,

@@ -31,7 +31,7 @@ export interface VmControl {
   /** The last MiB of what the main command wrote there. */
   readonly tail: (channel: CommandOutput["channel"]) => string
   /** When it completes, nothing of the VM is left, and all it wrote has been passed on. */
-  readonly wait: Effect.Effect<VmExit>
+  readonly wait: Effect.Effect<VmExit, RegistryError>
   readonly detach: Effect.Effect<void, ExecError | RegistryError, Machinen>
 }
 

@@ -15,7 +15,7 @@ export interface Capabilities {
 export { VmmControlFailed }
 
 /** A live hypervisor, as the rest of the program sees it. */
-export interface VmmHandle extends ShimHandle {
+export interface VmmHandle<E = never> extends ShimHandle<E> {
   /** Stops the vCPUs; memory and devices stay as they are. */
   readonly pause: Effect.Effect<void, VmmControlFailed>
   readonly resume: Effect.Effect<void, VmmControlFailed>
@@ -68,6 +68,6 @@ export class Vmm extends Context.Tag("machinen/Vmm")<
     /** What a kernel it loads is told, but for what is measured on this host. */
     readonly kernelArguments: Effect.Effect<string, BootError>
     /** The hypervisor of a VM that runs already. */
-    readonly attach: (entry: VmEntry, shim: ShimHandle) => VmmHandle
+    readonly attach: <E>(entry: VmEntry, shim: ShimHandle<E>) => VmmHandle<E>
   }
 >() {}

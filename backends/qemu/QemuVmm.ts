@@ -46,7 +46,7 @@ export const layer = Layer.effect(
     const settings = yield* Settings
     const binary = Option.getOrElse(settings.vmm, () => defaultBinary)
 
-    const handle = (qmpPath: string, running: ShimHandle): VmmHandle => {
+    const handle = <E>(qmpPath: string, running: ShimHandle<E>): VmmHandle<E> => {
       const connect = Qmp.connect(qmpPath, greetingDeadline)
       const once = (command: string) =>
         Effect.scoped(Effect.flatMap(connect, (qmp) => qmp.execute(command))).pipe(Effect.asVoid)

@@ -8,6 +8,7 @@ const retryableCodes: ReadonlySet<string> = new Set([
   "BOOT_READY_TIMEOUT",
   "FORK_MEMORY_BACKPRESSURE",
   "EXEC_AGENT_UNAVAILABLE",
+  "REGISTRY_VM_UNREACHABLE",
   "SNAPSHOT_TIMEOUT",
   "FILES_AGENT_UNAVAILABLE",
   "SECRETS_AGENT_UNAVAILABLE",
@@ -169,7 +170,13 @@ export class TunnelError extends Schema.TaggedError<TunnelError>()(
 /** The registry of running VMs refused: unknown VM, name taken, name not usable. */
 export class RegistryError extends Schema.TaggedError<RegistryError>()(
   "RegistryError",
-  fields("REGISTRY_VM_NOT_FOUND", "REGISTRY_NAME_IN_USE", "REGISTRY_NAME_INVALID", "REGISTRY_IO")
+  fields(
+    "REGISTRY_VM_NOT_FOUND",
+    "REGISTRY_VM_UNREACHABLE",
+    "REGISTRY_NAME_IN_USE",
+    "REGISTRY_NAME_INVALID",
+    "REGISTRY_IO"
+  )
 ) {
   get retryable() {
     return retryableCodes.has(this.code)
