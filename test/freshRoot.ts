@@ -202,6 +202,21 @@ interface Step {
   readonly prints?: RegExp
 }
 
+/** What a guest has in memory only is there in its copies. */
+const wholeMachines = `
+machinen() { npm run --silent machinen -- "$@"; }
+machinen boot --image micro --name source --detach
+machinen exec source -- sh -c 'echo one >/dev/shm/note'
+machinen fork source --detach --new-name sibling
+machinen exec sibling -- sh -c 'cat /dev/shm/note; echo two >/dev/shm/note'
+machinen snapshot sibling /tmp/bundle
+machinen restore /tmp/bundle --name copy --detach
+machinen exec copy -- cat /dev/shm/note
+machinen stop copy
+machinen stop source
+rm -r /tmp/bundle
+echo three`
+
 const steps: ReadonlyArray<Step> = [
   { title: "npm ci", argv: ["npm", "ci"], minutes: 5, needed: true },
   {
@@ -232,6 +247,12 @@ const steps: ReadonlyArray<Step> = [
     argv: ["npm", "run", "--silent", "machinen", "--", "run", "--image", "debian", "--", "cat", "/etc/debian_version"],
     minutes: 3,
     prints: /^12\.\d+$/m
+  },
+  {
+    title: "snapshot, restore and fork",
+    argv: ["sh", "-ec", wholeMachines],
+    minutes: 5,
+    prints: /^one$[\s\S]*^two$[\s\S]*^three$/m
   },
   {
     title: "machinen run, as somebody who is not root",
