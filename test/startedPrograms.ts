@@ -327,7 +327,7 @@ const headsOf = (node: ts.Expression): ReadonlyArray<Head> => {
   }
   if (!ts.isCallExpression(node)) return []
   const callee = node.expression.getText()
-  return callee === "path.join" || callee === "join" ? [] : node.arguments.flatMap(headsOf)
+  return ["join", "path.join", "path.resolve"].includes(callee) ? [] : node.arguments.flatMap(headsOf)
 }
 
 const firstOf = (pattern: ts.ArrayBindingPattern): string | undefined => {
