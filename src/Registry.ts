@@ -114,10 +114,11 @@ export class Registry extends Context.Tag("machinen/Registry")<
         )
       })
 
+      /** Under the lock: between a look and a removal outside of it, a new owner could have taken the name over. */
       const dropName = (name: string, id: string) =>
         Effect.flatMap(readPin(name), (held) =>
-          Option.contains(held, id) ? Effect.ignore(fs.remove(pinOf(name), { force: true })) : Effect.void
-        )
+          Option.contains(held, id) ? fs.remove(pinOf(name), { force: true }) : Effect.void
+        ).pipe(HostLock.withLock(`${namesDir}.lock`, identity), Effect.ignore)
 
       /** The directory appears complete, by rename: one without an entry is a leftover, never a VM in the making. */
       const createDir = Effect.fnUntraced(function* (entry: VmEntry) {
@@ -125,8 +126,11 @@ export class Registry extends Context.Tag("machinen/Registry")<
         yield* fs.makeDirectory(vmsDir, { recursive: true, mode: 0o700 })
         yield* fs.makeDirectory(staging, { mode: 0o700 })
         const text = yield* Effect.orDie(Schema.encode(Schema.parseJson(VmEntry))(entry))
-        yield* fs.writeFileString(path.join(staging, "entry.json"), text)
-        yield* fs.rename(staging, dirOf(entry.id))
+        yield* fs.writeFileString(path.join(staging, "entry.json"), text).pipe(
+          Effect.zipRight(fs.rename(staging, dirOf(entry.id))),
+          // a full disk, say
+          Effect.onError(() => Effect.ignore(fs.remove(staging, { recursive: true, force: true })))
+        )
       })
 
       /** Removes what is left of a VM that is gone. Touches nothing of one whose shim lives. */

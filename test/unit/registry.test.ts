@@ -1,5 +1,6 @@
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
+import { FileSystem, Error as PlatformErrors } from "@effect/platform"
 import * as NodeContext from "@effect/platform-node/NodeContext"
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Exit, Layer, Schema, Scope } from "effect"
@@ -156,6 +157,29 @@ describe("registry", () => {
       yield* registry.reconcile()
       assert.deepStrictEqual(readdirSync(vms(home)), [])
     }).pipe(live(home))
+  })
+
+  it.effect("a claim that cannot be written leaves nothing", () => {
+    const home = temporaryHome()
+    const full = new PlatformErrors.SystemError({ reason: "Unknown", module: "FileSystem", method: "rename" })
+    const fullDisk = Layer.effect(
+      FileSystem.FileSystem,
+      Effect.map(FileSystem.FileSystem, (fs) => ({ ...fs, rename: () => Effect.fail(full) }))
+    )
+    return Effect.gen(function* () {
+      const registry = yield* Registry
+      const error = yield* Effect.flip(Effect.scoped(registry.claim(yield* entryOf(home, "e00000000001"))))
+      assert.strictEqual(error.code, "REGISTRY_IO")
+      assert.deepStrictEqual(readdirSync(vms(home)), [])
+    }).pipe(
+      Effect.provide(
+        Registry.layer.pipe(
+          Layer.provide(fullDisk),
+          Layer.provide(Settings.layerTest(home)),
+          Layer.provideMerge(NodeContext.layer)
+        )
+      )
+    )
   })
 
   it.effect("an entry under another id's directory is not believed", () => {
