@@ -4,19 +4,43 @@ import { Config, Context, Duration, Effect, Layer, Option } from "effect"
 
 const home = path.join(os.homedir(), ".machinen")
 
+/**
+ * A directory: empty means not given, as in shells; a relative one is refused, for the shim of a VM runs in `/` and the next command of the
+ * same user may run anywhere.
+ */
+const directory = (name: string) =>
+  Config.string(name).pipe(
+    Config.validate({
+      message: "must be an absolute path",
+      validation: (value) => value === "" || path.isAbsolute(value)
+    }),
+    Config.map((value) => (value === "" ? Option.none<string>() : Option.some(path.normalize(value)))),
+    Config.withDefault(Option.none<string>())
+  )
+
+const directoryOr = (name: string, otherwise: string) =>
+  Config.map(directory(name), (given) => Option.getOrElse(given, () => otherwise))
+
+/** A program by its name on PATH, or a path; empty means not given. A relative path is of the directory we were started in: the shim's is `/`. */
+const given = (name: string) =>
+  Config.option(Config.string(name)).pipe(
+    Config.map(Option.filter((value) => value !== "")),
+    Config.map(Option.map((value) => (value.includes("/") ? path.resolve(value) : value)))
+  )
+
 const raw = Config.nested(
   Config.all({
-    home: Config.string("HOME").pipe(Config.withDefault(home)),
-    cacheDir: Config.string("CACHE_DIR").pipe(Config.withDefault(path.join(os.homedir(), ".cache", "machinen"))),
-    assetsDir: Config.option(Config.string("ASSETS_STORE")),
-    registryDir: Config.option(Config.string("REGISTRY_DIR")),
+    home: directoryOr("HOME", home),
+    cacheDir: directoryOr("CACHE_DIR", path.join(os.homedir(), ".cache", "machinen")),
+    assetsDir: directory("ASSETS_STORE"),
+    registryDir: directory("REGISTRY_DIR"),
     backend: Config.literal("auto", "qemu")("BACKEND").pipe(Config.withDefault("auto")),
     accel: Config.literal("auto", "kvm", "tcg")("ACCEL").pipe(Config.withDefault("auto")),
-    vmm: Config.option(Config.string("VMM")),
-    mke2fs: Config.option(Config.string("MKE2FS")),
-    gvproxy: Config.option(Config.string("GVPROXY")),
-    mksquashfs: Config.option(Config.string("MKSQUASHFS")),
-    baseAssetsDir: Config.option(Config.string("ASSETS_DIR")),
+    vmm: given("VMM"),
+    mke2fs: given("MKE2FS"),
+    gvproxy: given("GVPROXY"),
+    mksquashfs: given("MKSQUASHFS"),
+    baseAssetsDir: given("ASSETS_DIR"),
     imageLimitMib: Config.integer("IMAGE_LIMIT_MIB").pipe(Config.withDefault(16 * 1024)),
     bootTimeout: Config.duration("BOOT_TIMEOUT").pipe(Config.withDefault(Duration.seconds(60))),
     stopGrace: Config.duration("STOP_GRACE").pipe(Config.withDefault(Duration.seconds(5))),
