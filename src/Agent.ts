@@ -196,6 +196,8 @@ export interface AgentClient
   readonly revive: (identity: Identity, options: { readonly lazy: boolean }) => Effect.Effect<Rejuvenation, ExecError>
   /** Makes a restored guest one of its own, and only then lets its commands go on. */
   readonly rejuvenate: (identity: Identity) => Effect.Effect<Rejuvenation, ExecError>
+  /** Sets the guest's wall clock to the host's: it has stood still for as long as the machine did. Answered while commands are frozen, too. */
+  readonly setClock: Effect.Effect<void, ExecError>
   readonly stats: Effect.Effect<GuestStats, ExecError>
 }
 
@@ -348,6 +350,8 @@ const makeClient = (
     })
     return { json, lateMs: Date.now() - sentMs }
   })
+
+  const tellTime = tell(() => ({ op: "clock", nowMs: Date.now() }))
 
   /** Sends bytes as data frames, then eof. A peer that is gone ends it quietly: the other half tells why. */
   const sendAll = <E>(send: Connection["write"], bytes: Stream.Stream<Uint8Array, E>) =>
@@ -636,8 +640,7 @@ const makeClient = (
       const { json, lateMs } = yield* tell(() => ({ op: "rejuvenate", ...renewed(identity) }))
       // on a host so busy that the copy's clock may be far behind, it is told again, which takes less
       if (lateMs > maxLateMs) {
-        const again = tell(() => ({ op: "clock", nowMs: Date.now() }))
-        yield* Effect.repeat(again, { until: ({ lateMs }) => lateMs <= maxLateMs, times: 2 })
+        yield* Effect.repeat(tellTime, { until: ({ lateMs }) => lateMs <= maxLateMs, times: 2 })
       }
       return yield* decodeRejuvenation(json)
     }, Effect.mapError(toAnswerError)),
@@ -649,6 +652,7 @@ const makeClient = (
         ),
       Effect.mapError(toAnswerError)
     ),
+    setClock: Effect.asVoid(Effect.mapError(tellTime, toAnswerError)),
     stats: ask({ op: "stats" }).pipe(Effect.flatMap(decodeStats), Effect.mapError(toAnswerError))
   }
 }

@@ -31,6 +31,7 @@ export interface Vm extends AgentClient {
   /** Lets the VM outlive the scope and the process that booted it. */
   readonly detach: Effect.Effect<void>
   readonly pause: Effect.Effect<void, VmmControlFailed>
+  /** The guest's clock is set to the host's, if the guest answers. */
   readonly resume: Effect.Effect<void, VmmControlFailed>
   /** `console`: what the kernel and init printed. `output`: what a detached main command printed. */
   readonly logs: (source: LogSource, options?: LogOptions) => Stream.Stream<Uint8Array, RegistryError>
@@ -50,7 +51,7 @@ export const make = (entry: VmEntry, vmm: VmmHandle<RegistryError>, agent: Agent
   kill: vmm.kill,
   detach: vmm.detach,
   pause: vmm.pause,
-  resume: vmm.resume,
+  resume: Effect.zipLeft(vmm.resume, clockAfterStandstill(agent)),
   logs: vmm.logs,
   machine: vmm,
   memoryStats: Effect.map(
@@ -65,6 +66,13 @@ export const make = (entry: VmEntry, vmm: VmmHandle<RegistryError>, agent: Agent
     })
   )
 })
+
+/**
+ * Gives a guest that goes on after a standstill the host's time. Its machine's clock stood still too. A guest that does not answer keeps the
+ * time it has: it goes on all the same.
+ */
+export const clockAfterStandstill = (agent: AgentClient) =>
+  agent.setClock.pipe(Effect.interruptible, Effect.timeout("2 seconds"), Effect.ignore)
 
 /** A guest that is paused says nothing. */
 const lazyPagesPending = (agent: AgentClient) =>

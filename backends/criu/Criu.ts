@@ -8,6 +8,7 @@ import { guestNetwork } from "../../src/domain/Network.ts"
 import * as Launch from "../../src/launch.ts"
 import { guestMounts } from "../../src/mounts.ts"
 import { SnapshotEngine } from "../../src/SnapshotEngine.ts"
+import { clockAfterStandstill } from "../../src/Vm.ts"
 
 /** What the guest's own answer to a time limit may take. */
 const graceMs = 2000
@@ -46,6 +47,8 @@ export const layer = Layer.effect(
               Effect.mapError(refused)
             )
             const since = performance.now() - frozenMs
+            // runs between the machine's going on and the thaw: no process sees a clock that is late
+            yield* Effect.addFinalizer(() => clockAfterStandstill(agent))
             yield* Effect.mapError(saving.whileStopped, failed)
             return since
           }),

@@ -2,6 +2,7 @@ import * as path from "node:path"
 import { Effect, Layer } from "effect"
 import { ExecError, SnapshotError } from "../../src/domain/errors.ts"
 import { SnapshotEngine } from "../../src/SnapshotEngine.ts"
+import { clockAfterStandstill } from "../../src/Vm.ts"
 
 const stateFile = "state"
 const memoryFile = "memory"
@@ -39,6 +40,8 @@ export const layer = Layer.succeed(
             onTimeout: () => new ExecError({ code: "EXEC_AGENT_TIMEOUT", message: "the guest does not answer" })
           })
           const since = performance.now()
+          // runs between the machine's going on and the thaw: no process sees a clock that is late
+          yield* Effect.addFinalizer(() => clockAfterStandstill(agent))
           yield* saving.whileStopped
           return since
         }).pipe(Effect.mapError(failed)),

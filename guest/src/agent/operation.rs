@@ -126,7 +126,7 @@ where
     Ok(Outcome::Done(result))
 }
 
-/// All wait but what opens the gate, looks on, or ends.
+/// All wait but what opens the gate, looks on, sets the clock before the gate opens, or ends.
 fn waits_at_gate(request: &Request) -> bool {
     !matches!(
         request,
@@ -135,6 +135,7 @@ fn waits_at_gate(request: &Request) -> bool {
             | Request::Dump(_)
             | Request::Revive(_)
             | Request::Stats
+            | Request::Clock(_)
             | Request::Kill(_)
             | Request::Poweroff
     )
