@@ -35,7 +35,8 @@ export interface SaveTarget {
 export interface Saving {
   /** Stops the machine and saves it. Closing the scope lets it go on. */
   readonly whileStopped: Effect.Effect<void, VmmControlFailed | CaptureFailed, Scope.Scope>
-  readonly commit: Effect.Effect<void, CaptureFailed>
+  /** What was made stays. Fails, and leaves it to be undone, when the machine did not go on. */
+  readonly commit: Effect.Effect<void, VmmControlFailed | CaptureFailed>
 }
 
 /** What the shim needs beside the machine itself. */

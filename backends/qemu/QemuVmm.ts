@@ -1,5 +1,5 @@
 import * as path from "node:path"
-import { Effect, Layer, Option, Schema } from "effect"
+import { Effect, Layer, Option, Ref, Schema } from "effect"
 import { Assets } from "../../src/Assets.ts"
 import { BootError } from "../../src/domain/errors.ts"
 import { hostSocket } from "../../src/domain/Network.ts"
@@ -65,14 +65,23 @@ export const layer = Layer.effect(
               files,
               undo: { remove, socket: qmpPath, lines: goOn }
             })
+            // A guest that QEMU does not let go on again is told to the commit: the shim undoes what is not committed, and tries in its way.
+            const stuck = yield* Ref.make(Option.none<VmmControlFailed>())
+            const letGoOn = (qmp: Qmp.Qmp) =>
+              Effect.catchAll(qmp.execute("cont"), (error) => Ref.set(stuck, Option.some(error)))
+            const commit = Effect.gen(function* () {
+              const failure = yield* Ref.get(stuck)
+              if (Option.isSome(failure)) return yield* stillStopped(failure.value)
+              yield* capture.commit
+            })
             const whileStopped = Effect.gen(function* () {
               const qmp = yield* connect
-              yield* Effect.acquireRelease(qmp.execute("stop"), () => Effect.ignore(qmp.execute("cont")))
+              yield* Effect.acquireRelease(qmp.execute("stop"), () => letGoOn(qmp))
               if (machine !== undefined)
                 yield* qmp.execute("xen-save-devices-state", { filename: machine.state, live: false })
               yield* capture.copy
             })
-            return { whileStopped, commit: capture.commit }
+            return { whileStopped, commit }
           })
       }
     }
@@ -153,6 +162,9 @@ export const layer = Layer.effect(
 
 /** What lets a machine go on whose saver has died: said by the shim, each line after the answer to the one before. */
 const goOn = ["qmp_capabilities", "cont"].map((execute) => JSON.stringify({ execute, id: `undo ${execute}` }))
+
+const stillStopped = (cause: VmmControlFailed) =>
+  new VmmControlFailed({ message: `the VM does not go on: ${cause.message}`, cause })
 
 const isRunning = (qmp: Qmp.Qmp) =>
   Effect.map(qmp.execute("query-status"), (status) =>
