@@ -127,7 +127,9 @@ export class Shim extends Context.Tag("machinen/Shim")<
         detach: request(plan.controlPath, { op: "detach" }).pipe(
           Effect.zipRight(Ref.set(detached, true)),
           Effect.scoped,
-          Effect.ignore
+          Effect.ignore,
+          // between the shim's answer and our note of it, closing the scope would wait for the end of a VM that goes on
+          Effect.uninterruptible
         )
       }
     }),
