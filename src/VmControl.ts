@@ -3,7 +3,7 @@ import { PassThrough, Readable, Writable } from "node:stream"
 import * as NodeStream from "@effect/platform-node/NodeStream"
 import { Deferred, Effect, Exit, Fiber, identity, Option, Scope, Stream } from "effect"
 import type { CommandOutput } from "./Agent.ts"
-import type { ExecError, RegistryError } from "./domain/errors.ts"
+import { ExecError, type RegistryError } from "./domain/errors.ts"
 import type { ExitRecord } from "./domain/ShimPlan.ts"
 import { Machinen } from "./Machinen.ts"
 import { Outlet } from "./platform/Outlet.ts"
@@ -61,14 +61,20 @@ export const own = <E, E2, R>(
     })
   )
 
-/** A VM that was started to outlive this process: nobody's, from the moment it is ready. */
+/**
+ * A VM that is to outlive this process. It is started attached and belongs to nobody once its main command runs: a failure or an interruption
+ * before that ends it.
+ */
 export const release = <E, R>(start: Effect.Effect<Started, E, R | Scope.Scope>) =>
-  Effect.gen(function* () {
-    const { vm } = yield* Effect.scoped(
-      Effect.tap(start, ({ main, vm }) => (main ? Effect.tapError(vm.startMainDetached, () => vm.kill) : Effect.void))
-    )
-    return unowned(yield* (yield* Machinen).attach(vm.id))
-  })
+  Effect.uninterruptibleMask((restore) =>
+    Effect.gen(function* () {
+      const { main, vm } = yield* restore(start)
+      if (main) yield* restore(vm.startMainDetached)
+      const later = yield* restore((yield* Machinen).attach(vm.id))
+      yield* vm.detach
+      return unowned(later)
+    })
+  ).pipe(Effect.scoped)
 
 /** A VM that belongs to somebody else, or to nobody. */
 export const unowned = (vm: Vm): VmControl => ({
@@ -129,20 +135,35 @@ const attend = (
           ? Effect.raceFirst(Fiber.join(ended), Deferred.await(detached))
           : Effect.map(current.wait, toExit)
       ),
-      detach: Effect.gen(function* () {
-        if (current !== vm || Option.isSome(yield* Fiber.poll(ended))) return
-        const machinen = yield* Machinen
-        const later = yield* machinen.attach(vm.id)
-        yield* detachMain
-        yield* vm.detach
-        current = later
-        yield* Deferred.succeed(detached, { code: null, signal: null })
-        yield* Fiber.interrupt(ended)
-        yield* Scope.close(scope, Exit.void)
-      }).pipe(Effect.uninterruptible)
+      detach: Effect.uninterruptibleMask((restore) =>
+        Effect.gen(function* () {
+          if (current !== vm || Option.isSome(yield* Fiber.poll(ended))) return
+          const machinen = yield* Machinen
+          // what waits for others comes first, and can be interrupted: until then nothing has changed
+          const later = yield* restore(machinen.attach(vm.id))
+          yield* restore(Effect.timeoutFail(detachMain, guestIsSilent(vm)))
+          yield* vm.detach
+          current = later
+          yield* Deferred.succeed(detached, { code: null, signal: null })
+          yield* Fiber.interrupt(ended)
+          yield* Scope.close(scope, Exit.void)
+        })
+      )
     }
     return control
   })
+
+/** The main command's output is handed over by the guest, which a paused one cannot do. */
+const guestIsSilent = ({ entry }: Vm) =>
+  ({
+    duration: "5 seconds",
+    onTimeout: () =>
+      new ExecError({
+        code: "EXEC_AGENT_TIMEOUT",
+        message: `the VM "${entry.label}" was not detached: its guest does not answer`,
+        hint: "is it paused? Resume it, then detach it"
+      })
+  }) as const
 
 const nowhere = () => new Writable({ write: (_chunk, _encoding, done) => done() })
 

@@ -208,6 +208,27 @@ describe("a VM", () => {
     assert.deepStrictEqual(await end, { code: 5, signal: null })
   })
 
+  it("detached while it is paused is refused in time, stays ours, and can be detached later", async () => {
+    const vm = await boot({ ...idle, cmd: ["sleep", "infinity"], name: "paused" })
+    await vm.pause()
+    const error = await rejection(vm.detach())
+    assert.strictEqual(error.code, "EXEC_AGENT_TIMEOUT")
+    await vm.resume()
+    assert.strictEqual((await vm.exec("echo on")).stdout, "on\n")
+    await vm.detach()
+    assert.deepStrictEqual(
+      (await list()).map(({ detached, name }) => [name, detached]),
+      [["paused", true]]
+    )
+    await vm.stop()
+  })
+
+  it("booted detached with a command that is not there leaves no VM", async () => {
+    const error = await rejection(boot({ ...idle, cmd: ["nosuchcmd"], name: "none", detached: true }))
+    assert.strictEqual(error.code, "EXEC_COMMAND_NOT_FOUND")
+    assert.deepStrictEqual(await list(), [])
+  })
+
   it("booted detached runs its command", async () => {
     const vm = await boot({ ...idle, cmd: ["sh", "-c", "echo there >/tmp/mark; exec sleep infinity"], detached: true })
     const script = "until [ -s /tmp/mark ]; do usleep 10000; done; cat /tmp/mark"
