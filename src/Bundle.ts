@@ -1,10 +1,12 @@
 import { createHash } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
-import { Effect, Exit, Schema } from "effect"
+import { Effect, Ref, Schema } from "effect"
+import * as BundleKey from "./BundleKey.ts"
 import { Digests } from "./Digests.ts"
 import { BundleManifest } from "./domain/BundleManifest.ts"
 import { BootError, SnapshotError } from "./domain/errors.ts"
+import { validateMounts } from "./domain/mounts.ts"
 import { ProcessIdentity } from "./domain/ProcessIdentity.ts"
 import { probeHash } from "./platform/probeHash.ts"
 import * as processes from "./platform/processes.ts"
@@ -14,13 +16,17 @@ export interface Bundle {
   /** Absolute. */
   readonly dir: string
   readonly manifest: BundleManifest
+  /** This user's machinen wrote the manifest, and nobody has changed it. Another's is input: nothing it records is done unasked. */
+  readonly isOwn: boolean
 }
 
 /** A directory taken for a bundle in the making. */
 export interface Claim {
   readonly dir: string
-  /** What goes if the bundle is not finished: the directory, when it was made for this, else what may be in it. */
+  /** What goes if the bundle is not kept: the directory, when it was made for this, else what may be in it. */
   readonly remove: ReadonlyArray<string>
+  /** The bundle is finished and committed: closing the scope, however it ends, does not remove it any more. */
+  readonly keep: Effect.Effect<void>
 }
 
 const manifestFile = "meta.json"
@@ -36,8 +42,8 @@ const mayHold = (dir: string, blobs: ReadonlyArray<string>) =>
   [...blobs, draftFile, claimFile].map((name) => path.join(dir, name))
 
 /**
- * Takes `outDir` for a bundle: it must not exist, parents included if need be, or be empty. Closing the scope with a failure removes what was
- * made.
+ * Takes `outDir` for a bundle: it must not exist, parents included if need be, or be empty. Closing the scope removes what was made, unless
+ * it was to be kept by then.
  */
 export const claim = Effect.fn("Bundle.claim")(function* (outDir: string, blobs: ReadonlyArray<string>) {
   const fs = yield* FileSystem.FileSystem
@@ -45,6 +51,7 @@ export const claim = Effect.fn("Bundle.claim")(function* (outDir: string, blobs:
   const [topmost] = missing
   const remove = topmost === undefined ? mayHold(dir, blobs) : [topmost]
   const me = yield* processes.self
+  const kept = yield* Ref.make(false)
   yield* Effect.acquireRelease(
     Effect.gen(function* () {
       // one by one: Node's recursive mkdir never returns where a file system refuses to make directories
@@ -56,12 +63,13 @@ export const claim = Effect.fn("Bundle.claim")(function* (outDir: string, blobs:
         alreadyExists(cause) ? notEmpty(dir, "is being written by another snapshot") : unusable(dir)(cause)
       )
     ),
-    (_, exit) =>
-      Exit.isSuccess(exit)
-        ? Effect.void
-        : Effect.forEach(remove, (file) => Effect.ignore(fs.remove(file, { recursive: true, force: true })))
+    () =>
+      Effect.unlessEffect(
+        Effect.forEach(remove, (file) => Effect.ignore(fs.remove(file, { recursive: true, force: true }))),
+        Ref.get(kept)
+      )
   )
-  const claimed: Claim = { dir, remove }
+  const claimed: Claim = { dir, remove, keep: Ref.set(kept, true) }
   return claimed
 })
 
@@ -125,12 +133,12 @@ export const finish = Effect.fn("Bundle.finish")(
     })
     yield* fs.remove(path.join(dir, claimFile))
     const draft = path.join(dir, draftFile)
-    yield* fs.writeFileString(draft, seal(yield* Schema.encode(BundleManifest)(manifest)))
+    yield* fs.writeFileString(draft, yield* seal(yield* Schema.encode(BundleManifest)(manifest)))
     yield* sync(draft)
     yield* fs.rename(draft, path.join(dir, manifestFile))
     yield* sync(dir)
     yield* sync(path.dirname(dir))
-    const bundle: Bundle = { dir, manifest }
+    const bundle: Bundle = { dir, manifest, isOwn: true }
     return bundle
   },
   (effect, dir) =>
@@ -153,20 +161,47 @@ const sync = (file: string) =>
 
 const checksum = (text: string) => createHash("sha256").update(text).digest("hex")
 
-/** The manifest's text with its own hash, so that a damaged one is known for what it is. */
-const seal = (encoded: typeof BundleManifest.Encoded): string =>
-  JSON.stringify({ ...encoded, checksum: checksum(JSON.stringify(encoded)) })
+/**
+ * The manifest's text with its hash, so that a damaged one is known for what it is, and with its MAC under the user's own key, so that the
+ * user's own bundles are told from others.
+ */
+const seal = (encoded: typeof BundleManifest.Encoded) => {
+  const text = JSON.stringify(encoded)
+  return Effect.map(BundleKey.sign(text), (mac) => JSON.stringify({ ...encoded, checksum: checksum(text), mac }))
+}
 
 const Sealed = Schema.parseJson(
-  Schema.Struct({ checksum: Schema.String }, Schema.Record({ key: Schema.String, value: Schema.Unknown }))
+  Schema.Struct(
+    { checksum: Schema.String, mac: Schema.optional(Schema.String) },
+    Schema.Record({ key: Schema.String, value: Schema.Unknown })
+  )
 )
+
+/** Far more than a manifest has; whoever made the bundle decides what is read here. */
+const maxManifestBytes = 1024 * 1024
+
+/** A file of the bundle's directory itself: a link would give the guest, or us, another file of this host. */
+const sizeOfRegular = Effect.fnUntraced(function* (file: string) {
+  const fs = yield* FileSystem.FileSystem
+  const isLink = yield* Effect.isSuccess(fs.readLink(file))
+  const { size, type } = yield* fs.stat(file)
+  if (isLink || type !== "File") return yield* Effect.fail(new Error(`${path.basename(file)} is not a regular file`))
+  return Number(size)
+})
 
 /** Reads the manifest of a bundle. */
 export const read = Effect.fn("Bundle.read")(function* (snapDir: string) {
   const fs = yield* FileSystem.FileSystem
   const dir = path.resolve(snapDir)
-  const text = yield* Effect.mapError(fs.readFileString(path.join(dir, manifestFile)), (cause) => noBundle(dir, cause))
-  const { checksum: stated, ...rest } = yield* Effect.mapError(Schema.decode(Sealed)(text), (cause) =>
+  const file = path.join(dir, manifestFile)
+  const size = yield* Effect.mapError(sizeOfRegular(file), (cause) => noBundle(dir, cause))
+  if (size > maxManifestBytes) return yield* damaged(dir, `${manifestFile} has ${size} bytes`)
+  const text = yield* Effect.mapError(fs.readFileString(file), (cause) => noBundle(dir, cause))
+  const {
+    checksum: stated,
+    mac,
+    ...rest
+  } = yield* Effect.mapError(Schema.decode(Sealed)(text), (cause) =>
     damaged(dir, `${manifestFile} cannot be read`, cause)
   )
   if (rest["format"] !== 1) {
@@ -176,8 +211,8 @@ export const read = Effect.fn("Bundle.read")(function* (snapDir: string) {
       hint: "restore it with the version that made it, or take the snapshot again"
     })
   }
-  if (checksum(JSON.stringify(rest)) !== stated)
-    return yield* damaged(dir, `${manifestFile} does not match its checksum`)
+  const signed = JSON.stringify(rest)
+  if (checksum(signed) !== stated) return yield* damaged(dir, `${manifestFile} does not match its checksum`)
   const manifest = yield* Effect.mapError(Schema.decodeUnknown(BundleManifest)(rest), (cause) =>
     damaged(dir, `${manifestFile} lacks something, or has something else than a manifest has`, cause)
   )
@@ -186,9 +221,27 @@ export const read = Effect.fn("Bundle.read")(function* (snapDir: string) {
   if (new Set(names).size !== names.length || used.some((name) => !names.includes(name))) {
     return yield* damaged(dir, `${manifestFile} contradicts itself about the files there are`)
   }
-  const bundle: Bundle = { dir, manifest }
+  yield* Effect.mapError(checkRecorded(manifest), ({ message }) => damaged(dir, message))
+  const bundle: Bundle = { dir, manifest, isOwn: mac !== undefined && (yield* BundleKey.isSignedBy(signed, mac)) }
   return bundle
 })
+
+/** What a manifest says of mounts and disks holds for its own bundle too: places and paths are those a boot would have accepted. */
+const checkRecorded = Effect.fnUntraced(function* ({ disks, liveMounts = [], mount }: BundleManifest) {
+  const plan = yield* validateMounts({ liveMounts, ...(mount === undefined ? {} : { mount }) })
+  const images = disks.flatMap(({ source }) => (source._tag === "Image" ? [source.path] : []))
+  const recorded = [...images, ...[mount ?? [], liveMounts].flat().map(({ host }) => host)]
+  const relative = recorded.find((file) => !path.isAbsolute(file))
+  if (relative !== undefined) return yield* wrongRecord(`${JSON.stringify(relative)} is not an absolute path`)
+  const places = [plan.mount ?? [], plan.liveMounts].flat().map(({ guest }) => guest)
+  const stated = [mount ?? [], liveMounts].flat().map(({ guest }) => guest)
+  const other = stated.find((guest, i) => guest !== places[i])
+  if (other !== undefined) return yield* wrongRecord(`${JSON.stringify(other)} is no place for a mount`)
+  const ids = disks.map(({ id }) => id)
+  if (new Set(ids).size !== ids.length) return yield* wrongRecord("it has two disks of one kind")
+})
+
+const wrongRecord = (message: string) => Effect.fail(new Error(message))
 
 /**
  * Looks whether the blobs are those of the manifest, by size and by both ends of each: fast enough for every restore. A file that was cut is
@@ -203,8 +256,11 @@ export const check = Effect.fn("Bundle.check")(function* ({ dir, manifest }: Bun
     ({ name, probe, sizeBytes }) =>
       Effect.gen(function* () {
         const file = path.join(dir, name)
-        const { size } = yield* Effect.mapError(fs.stat(file), (cause) => damaged(dir, `${name} is missing`, cause))
-        if (Number(size) !== sizeBytes) {
+        if (!(yield* Effect.mapError(fs.exists(file), (cause) => damaged(dir, `${name} cannot be found`, cause)))) {
+          return yield* damaged(dir, `${name} is missing`)
+        }
+        const size = yield* Effect.mapError(sizeOfRegular(file), (cause) => damaged(dir, cause.message, cause))
+        if (size !== sizeBytes) {
           return yield* damaged(dir, `${name} has ${size} bytes instead of ${sizeBytes}`)
         }
         const found = yield* Effect.mapError(probeHash(file), (cause) => damaged(dir, `${name} cannot be read`, cause))
@@ -220,7 +276,8 @@ export const verify = Effect.fn("Bundle.verify")(function* ({ dir, manifest }: B
   return yield* Effect.filter(
     manifest.blobs,
     ({ name, sha256, sizeBytes }) =>
-      digests.of([path.join(dir, name)]).pipe(
+      sizeOfRegular(path.join(dir, name)).pipe(
+        Effect.zipRight(digests.of([path.join(dir, name)])),
         Effect.map(([found]) => found?.sha256 !== sha256 || found.sizeBytes !== sizeBytes),
         Effect.orElseSucceed(() => true)
       ),

@@ -1,10 +1,10 @@
-import type { FileSystem } from "@effect/platform"
+import { FileSystem } from "@effect/platform"
 import { Context, Effect, Layer, type Scope } from "effect"
 import { Agent } from "./Agent.ts"
-import type { Assets } from "./Assets.ts"
+import { Assets } from "./Assets.ts"
 import * as Bundle from "./Bundle.ts"
 import { type Booted, boot } from "./boot.ts"
-import type { Digests } from "./Digests.ts"
+import { Digests } from "./Digests.ts"
 import type { BootOptions } from "./domain/BootOptions.ts"
 import type {
   AssetError,
@@ -18,16 +18,16 @@ import type {
 } from "./domain/errors.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import { type Forked, type ForkOptions, fork } from "./fork.ts"
-import type { Gvproxy } from "./Gvproxy.ts"
-import type { Mountdisk } from "./Mountdisk.ts"
+import { Gvproxy } from "./Gvproxy.ts"
+import { Mountdisk } from "./Mountdisk.ts"
 import { type Prepared, type PrepareOptions, prepare } from "./prepare.ts"
 import { type Provisioned, type ProvisionOptions, provision } from "./provision.ts"
 import { type Leftover, Registry } from "./Registry.ts"
-import type { RootfsImage } from "./RootfsImage.ts"
-import { misfits, type Restored, type RestoreOptions, restore } from "./restore.ts"
-import type { Settings } from "./Settings.ts"
+import { RootfsImage } from "./RootfsImage.ts"
+import { misfits, type Recorded, type Restored, type RestoreOptions, restore, unasked } from "./restore.ts"
+import { Settings } from "./Settings.ts"
 import { Shim } from "./Shim.ts"
-import type { SnapshotEngines } from "./SnapshotEngine.ts"
+import { SnapshotEngines } from "./SnapshotEngine.ts"
 import { checkSnapshot, type Snapshot, type SnapshotOptions, snapshot } from "./snapshot.ts"
 import { collect } from "./templates.ts"
 import * as Vm from "./Vm.ts"
@@ -37,6 +37,8 @@ export interface Inspection {
   readonly bundle: Bundle.Bundle
   /** Empty when it can be restored here. */
   readonly misfits: ReadonlyArray<string>
+  /** What the restore of a bundle that is not this user's own must be asked for; empty for one that is (`bundle.isOwn`). */
+  readonly unasked: ReadonlyArray<Recorded>
 }
 
 export type SnapshotFailure = SnapshotError | BootError | RegistryError
@@ -101,25 +103,41 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
       const shim = yield* Shim
       const vmm = yield* Vmm
       const agent = yield* Agent
-      const services = yield* Effect.context<Services>()
-      const provided = <A, E>(effect: Effect.Effect<A, E, Services>) => Effect.provide(effect, services)
-      const providedScoped = <A, E>(effect: Effect.Effect<A, E, Services | Scope.Scope>) =>
-        Effect.mapInputContext(effect, (scope: Context.Context<Scope.Scope>) => Context.merge(services, scope))
+      const built = yield* Effect.context<Services>()
+      // No more than what the operations need: the context this layer is built in has a scope and a span of its own.
+      const services = Context.pick(
+        Settings,
+        Registry,
+        RootfsImage,
+        Mountdisk,
+        Assets,
+        Digests,
+        Gvproxy,
+        Vmm,
+        Agent,
+        SnapshotEngines,
+        FileSystem.FileSystem
+      )(built)
+      /** Whatever the caller's context holds, the operations run on these services; its scope and its span stay. */
+      const provided = <A, E, R>(effect: Effect.Effect<A, E, R>) => Effect.provide(effect, services)
       const sourceOf = (vm: Vm.Vm) => ({ entry: vm.entry, machine: vm.machine, agent: vm })
       return Machinen.of({
-        boot: (options) => providedScoped(boot(options)),
+        boot: (options) => provided(boot(options)),
         prepare: (options) => provided(prepare(options)),
         provision: <E, R>(options: ProvisionOptions<E, R>) =>
-          Effect.mapInputContext(provision(options), (own: Context.Context<R>) => Context.merge(services, own)),
+          // the hook is the caller's: it runs on the caller's services
+          Effect.contextWithEffect((own: Context.Context<R>) =>
+            provided(provision({ ...options, install: (vm) => Effect.provide(options.install(vm), own) }))
+          ),
         snapshot: (vm, options) => provided(snapshot(sourceOf(vm), options)),
         checkSnapshot: (vm, options) => provided(checkSnapshot(sourceOf(vm), options)),
-        restore: (options) => providedScoped(restore(options)),
-        fork: (vm, options) => providedScoped(fork(sourceOf(vm), options)),
+        restore: (options) => provided(restore(options)),
+        fork: (vm, options) => provided(fork(sourceOf(vm), options)),
         inspect: (snapDir) =>
           provided(
             Effect.gen(function* () {
               const bundle = yield* Bundle.read(snapDir)
-              return { bundle, misfits: yield* misfits(bundle, {}) }
+              return { bundle, misfits: yield* misfits(bundle, {}), unasked: unasked(bundle, {}) }
             })
           ),
         verify: (snapDir) => provided(Effect.flatMap(Bundle.read(snapDir), Bundle.verify)),

@@ -1,6 +1,6 @@
 import { randomUUID } from "node:crypto"
 import * as path from "node:path"
-import { Data, Duration, Effect, ExecutionStrategy, Exit, Option, Scope } from "effect"
+import { Data, Duration, Effect, Option } from "effect"
 import { Agent, type AgentClient } from "./Agent.ts"
 import { Assets } from "./Assets.ts"
 import { type BootOptions, type BootPlan, validate } from "./domain/BootOptions.ts"
@@ -43,8 +43,8 @@ export const check = Effect.fn("boot.check")(function* (options: BootOptions) {
 })
 
 /**
- * Boots a VM into the current scope; the steps are those of ARCHITECTURE.md. Closing the scope releases them last first, whether the boot
- * finished, failed half-way or was interrupted. A detached VM is left running once it is ready.
+ * Boots a VM into the current scope; the steps are those of ARCHITECTURE.md. Closing the scope releases them last first. A boot that fails
+ * half-way or is interrupted releases them at once. Every VM is launched attached; one that is to be detached is let go when it is ready.
  */
 export const boot = Effect.fn("boot")(
   function* (options: BootOptions) {
@@ -57,11 +57,8 @@ export const boot = Effect.fn("boot")(
     if (!plan.prepared || settings.prepared === "off" || !templates.canBePrepared(plan)) {
       return yield* withKernel(plan, secrets, timer)
     }
-    // In a scope of its own: what a template that turns out to be none has begun is gone before the kernel's turn.
-    const attempt = yield* Scope.fork(yield* Effect.scope, ExecutionStrategy.sequential)
-    return yield* start(plan, secrets, timer, true).pipe(
-      Scope.extend(attempt),
-      Effect.onError((cause) => Scope.close(attempt, Exit.failCause(cause))),
+    // what an unusable template has begun is gone before the kernel's turn
+    return yield* Launch.inOwnScope(start(plan, secrets, timer, true)).pipe(
       Effect.catchTag("TemplateFailed", ({ cause }) =>
         Effect.zipRight(
           Effect.logDebug("the template cannot be used, a kernel is booted", cause),
@@ -77,7 +74,9 @@ export const boot = Effect.fn("boot")(
 class TemplateFailed extends Data.TaggedError("TemplateFailed")<{ readonly cause: Error }> {}
 
 const withKernel = (plan: BootPlan, secrets: Secrets, timer: PhaseTimer.PhaseTimer) =>
-  Effect.catchTag(start(plan, secrets, timer, false), "TemplateFailed", ({ cause }) => Effect.die(cause))
+  Effect.catchTag(Launch.inOwnScope(start(plan, secrets, timer, false)), "TemplateFailed", ({ cause }) =>
+    Effect.die(cause)
+  )
 
 const start = Effect.fnUntraced(function* (
   asked: BootPlan,
@@ -105,7 +104,8 @@ const start = Effect.fnUntraced(function* (
     state: "booting",
     bootId: yield* processes.bootId,
     owner: yield* processes.self,
-    detached: asked.detached,
+    // until it is ready: a start that is interrupted, or whose process is killed, leaves no VM without an owner
+    detached: false,
     backend: capabilities.backend,
     accel: capabilities.accel,
     image: asked.rootDisk ?? asked.image,
@@ -142,8 +142,7 @@ const start = Effect.fnUntraced(function* (
     command: plan.command,
     kernel,
     disks,
-    // until the guest is one of its own: a copy whose maker dies before would stand frozen for good
-    ...(template === undefined ? {} : { prepared: true, detached: false })
+    ...(template === undefined ? {} : { prepared: true })
   })
   const guest = guestOf(plan, complete)
   const beginning =
@@ -182,9 +181,9 @@ const start = Effect.fnUntraced(function* (
   const client = agent.client(vsockPath)
   const ready = Effect.zipRight(beginning.ready(client), Launch.entrust(client, secrets))
   yield* Launch.untilReady(
-    template === undefined ? ready : afterTheEnd(ready, machine),
+    template === undefined ? ready : Launch.afterTheEnd(ready, machine),
     machine,
-    settings.bootTimeout
+    template === undefined ? settings.bootTimeout : Duration.times(settings.bootTimeout, templateShare)
   ).pipe(
     Effect.catchAll((error) =>
       Effect.gen(function* () {
@@ -194,7 +193,7 @@ const start = Effect.fnUntraced(function* (
     ),
     phase("guest-ready")
   )
-  if (template !== undefined && plan.detached) yield* machine.detach
+  if (plan.detached) yield* Effect.uninterruptible(machine.detach)
 
   const vm = Vm.make(
     new VmEntry({ ...complete, detached: plan.detached, state: "running", shim: machine.shim, vmm: machine.vmm }),
@@ -216,19 +215,17 @@ const innocent: ReadonlySet<string> = new Set([
   "BOOT_PORT_FORWARD_INVALID"
 ] satisfies ReadonlyArray<BootError["code"]>)
 
-/** A guest that does not answer because its machine has ended is told by how that ended. */
-const afterTheEnd = <A, E>(ready: Effect.Effect<A, E>, machine: VmmHandle) =>
-  Effect.tapError(ready, () =>
-    machine.exited.pipe(Effect.zipRight(Effect.never), Effect.timeout("1 second"), Effect.ignore)
-  )
+/**
+ * The part of the boot's time limit that a template has. A guest begun as a template answers in a fraction of what a kernel needs: one that
+ * is silent for so long hangs, and a kernel gets the whole limit then.
+ */
+const templateShare = 0.5
 
-/** Whether the template is to blame for a machine that did not come up: it refused, or ended, and nobody had ended it. */
+/** Whether the template is to blame for a machine that did not come up: it refused, hung, or ended and nobody had ended it. */
 const isTemplates = (error: BootError | ExecError | SecretsError, machine: VmmHandle) =>
-  error._tag === "ExecError"
+  error._tag === "ExecError" || error.code === "BOOT_READY_TIMEOUT"
     ? Effect.succeed(true)
-    : error.code === "BOOT_READY_TIMEOUT"
-      ? Effect.succeed(false)
-      : Effect.map(machine.exited, ({ reason, vmm }) => reason === "vmm" && !outsiders.has(vmm.signal))
+    : Effect.map(machine.exited, ({ reason, vmm }) => reason === "vmm" && !outsiders.has(vmm.signal))
 
 /** SIGKILL and SIGTERM: no program ends itself by them. */
 const outsiders: ReadonlySet<number | null> = new Set([9, 15])
@@ -322,7 +319,8 @@ const guestOf = (plan: BootPlan, entry: VmEntry): Initramfs.GuestConfig => ({
   }
 })
 
-const notReadyDetached = (error: BootError | ExecError | SecretsError) =>
+/** The error of a VM that was to be detached and did not become ready; it is retryable where its cause is. */
+export const notReadyDetached = (error: BootError | ExecError | SecretsError) =>
   new BootError({
     code: "BOOT_DETACHED_READINESS_FAILED",
     message: `the detached VM did not become ready: ${error.message}`,

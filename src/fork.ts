@@ -1,15 +1,18 @@
 import * as path from "node:path"
-import { Effect, Scope } from "effect"
+import { Effect, ExecutionStrategy, Scope } from "effect"
+import { refuseUnknown } from "./domain/BootOptions.ts"
 import type { EngineName } from "./domain/BundleManifest.ts"
 import { BootError } from "./domain/errors.ts"
 import { defaultFreeMemoryThreshold, refusal } from "./domain/forkBackpressure.ts"
+import type { OptionNames } from "./domain/knownOptions.ts"
+import * as Launch from "./launch.ts"
 import * as memory from "./platform/memory.ts"
 import { Registry } from "./Registry.ts"
-import { type Restored, type RestoreOptions, restore, revive } from "./restore.ts"
+import { detachAll, type Restored, type ReviveOptions, restoreAttached, revive } from "./restore.ts"
 import type { Source } from "./SnapshotEngine.ts"
-import { checkSource, chooseEngine, held, snapshot } from "./snapshot.ts"
+import { checkSource, chooseEngine, defaultTimeoutMs, held, snapshot } from "./snapshot.ts"
 
-export interface ForkOptions extends Omit<RestoreOptions, "snapDir" | "image"> {
+export interface ForkOptions extends ReviveOptions {
   /** How many siblings, all from one moment. Default 1; with a `name` only 1. */
   readonly count?: number
   /** Keep the bundle there; otherwise nothing of it stays. */
@@ -24,6 +27,23 @@ export interface ForkOptions extends Omit<RestoreOptions, "snapDir" | "image"> {
   readonly freeMemoryThreshold?: number
 }
 
+const optionNames: OptionNames<ForkOptions> = {
+  count: true,
+  outDir: true,
+  engine: true,
+  tcpKeep: true,
+  lazyUmount: true,
+  timeoutMs: true,
+  freeMemoryThreshold: true,
+  name: true,
+  liveMounts: true,
+  env: true,
+  secrets: true,
+  detached: true,
+  portForward: true,
+  lazy: true
+}
+
 export interface Forked {
   readonly siblings: ReadonlyArray<Restored>
   /** For how long the source's processes stood still, in milliseconds. */
@@ -34,9 +54,19 @@ const maxSiblings = 256
 /** Starting more at once than there are cores only makes each of them late. */
 const startedAtOnce = 4
 
-/** Forks a running VM into siblings, in the current scope; the source goes on. */
+/**
+ * Forks a running VM into siblings, in the current scope; the source goes on. All siblings come up or none: they are launched attached, and
+ * detached, if they are to be, when the last of them is ready.
+ */
 export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOptions = {}) {
-  const { count = 1, outDir, ...rest } = options
+  const forked = yield* Launch.inOwnScope(start(source, options), ExecutionStrategy.parallelN(startedAtOnce))
+  if (options.detached === true) yield* detachAll(forked.siblings)
+  return forked
+})
+
+const start = Effect.fnUntraced(function* (source: Source, options: ForkOptions) {
+  yield* refuseUnknown("fork", options, optionNames)
+  const { count = 1, engine, freeMemoryThreshold, lazyUmount = false, outDir, tcpKeep, timeoutMs, ...rest } = options
   if (!Number.isSafeInteger(count) || count < 1 || count > maxSiblings || (count > 1 && options.name !== undefined)) {
     return yield* new BootError({
       code: "BOOT_OPTION_INVALID",
@@ -54,14 +84,21 @@ export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOp
       hint: "fork them one by one, each with ports of its own, or reach them by tunnels"
     })
   }
-  const tcpClose = !(options.tcpKeep ?? false)
+  const tcpClose = !(tcpKeep ?? false)
   yield* checkSource(source)
-  yield* checkMemory(options.freeMemoryThreshold ?? defaultFreeMemoryThreshold)
+  yield* checkMemory(freeMemoryThreshold ?? defaultFreeMemoryThreshold)
   const siblings = Array.from({ length: count })
 
   if (outDir !== undefined) {
-    const taken = yield* snapshot(source, { ...rest, outDir, leaveRunning: true, tcpClose })
-    const restored = yield* Effect.forEach(siblings, () => restore({ ...rest, snapDir: outDir }), {
+    const taken = yield* snapshot(source, {
+      outDir,
+      leaveRunning: true,
+      tcpClose,
+      lazyUmount,
+      ...(engine === undefined ? {} : { engine }),
+      ...(timeoutMs === undefined ? {} : { timeoutMs })
+    })
+    const restored = yield* Effect.forEach(siblings, () => restoreAttached({ ...rest, snapDir: outDir }), {
       concurrency: startedAtOnce
     })
     const kept: Forked = { siblings: restored, pausedMs: taken.pausedMs ?? 0 }
@@ -72,23 +109,23 @@ export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOp
   return yield* Effect.scopedWith((files) =>
     Effect.gen(function* () {
       const registry = yield* Registry
-      const engine = yield* chooseEngine(options.engine)
+      const chosen = yield* chooseEngine(engine)
       const dir = yield* Effect.provideService(registry.scratch, Scope.Scope, files)
-      const taking = yield* engine
+      const taking = yield* chosen
         .take(source, {
           dir,
           remove: [],
           sync: false,
           tcpClose,
-          lazyUmount: options.lazyUmount ?? false,
-          timeoutMs: options.timeoutMs ?? 90_000
+          lazyUmount,
+          timeoutMs: timeoutMs ?? defaultTimeoutMs
         })
         .pipe(Effect.provideService(Scope.Scope, files))
       const pausedMs = yield* held(taking)
       yield* taking.commit
       const { entry } = source
       const seed = {
-        engine,
+        engine: chosen,
         dir,
         disks: (entry.disks ?? []).map((disk) =>
           disk.readOnly ? disk : { ...disk, path: path.join(dir, `${disk.id}.img`) }

@@ -1,7 +1,7 @@
 import { randomBytes } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
-import { Duration, Effect, Option, Stream } from "effect"
+import { Duration, Effect, ExecutionStrategy, Exit, Option, Scope, Stream } from "effect"
 import type { AgentClient } from "./Agent.ts"
 import { Assets } from "./Assets.ts"
 import { BootError } from "./domain/errors.ts"
@@ -22,6 +22,23 @@ export const newId = () => {
   const hex = randomBytes(6).toString("hex")
   return VmId.make("abcdef".charAt(Number.parseInt(hex.charAt(0), 16) % 6) + hex.slice(1))
 }
+
+/**
+ * Gives a start a scope of its own within the caller's. When the start fails or is interrupted, that scope is closed at once: the name, the
+ * directory and the VM are released although the caller's scope goes on, so that the caller can try again.
+ */
+export const inOwnScope = <A, E, R>(
+  start: Effect.Effect<A, E, R>,
+  strategy: ExecutionStrategy.ExecutionStrategy = ExecutionStrategy.sequential
+): Effect.Effect<A, E, Exclude<R, Scope.Scope> | Scope.Scope> =>
+  Effect.uninterruptibleMask((restore) =>
+    Effect.gen(function* () {
+      const own = yield* Scope.fork(yield* Effect.scope, strategy)
+      return yield* restore(Scope.extend(start, own)).pipe(
+        Effect.onError((cause) => Scope.close(own, Exit.failCause(cause)))
+      )
+    })
+  )
 
 /** What a machine has of its network: a card, where its entry says so. */
 export const cardOf = ({ id, network }: VmEntry) => (network === "nat" ? { net: { mac: macOf(id) } } : {})
@@ -119,6 +136,12 @@ export const untilReady = <A, E>(ready: Effect.Effect<A, E>, machine: VmmHandle,
     // a caller that acquires a VM (Effect.acquireRelease) is uninterruptible: neither the race nor the deadline could end what they wait for
     Effect.interruptible,
     Effect.tapError(() => machine.kill)
+  )
+
+/** Where a guest does not answer because its machine has ended, the end is given a moment to be seen: its error says more. */
+export const afterTheEnd = <A, E>(ready: Effect.Effect<A, E>, machine: VmmHandle) =>
+  Effect.tapError(ready, () =>
+    machine.exited.pipe(Effect.zipRight(Effect.never), Effect.timeout("5 seconds"), Effect.ignore)
   )
 
 const consoleTail = (machine: VmmHandle) =>

@@ -9,6 +9,7 @@ import type { Readable, Writable } from "node:stream"
 import { Cause, Duration, Effect, Exit, Fiber, Layer, Option, RcRef, Schedule, Scope, Stream } from "effect"
 import { Agent, type AgentClient, type ExecOptions } from "./Agent.ts"
 import * as baseAssets from "./baseAssets.ts"
+import { notReadyDetached } from "./boot.ts"
 import { autoMemoryMib } from "./domain/BootOptions.ts"
 import type { EngineName } from "./domain/BundleManifest.ts"
 import {
@@ -124,8 +125,12 @@ export interface RestoreOptions extends StartOptions {
   readonly snapDir: string
   /** Where the source's image lies now, if it was moved. */
   readonly image?: string
-  /** Of the source's live mounts, by `guest`: from another directory, or in another mode. */
+  /** Of the source's live mounts, by `guest`: from another directory, or in another mode. All of them, of a bundle that is not your own. */
   readonly liveMounts?: ReadonlyArray<LiveMount>
+  /** Default: as the source had it. The network of a bundle that is not your own is only connected when this says `nat`. */
+  readonly network?: NetworkMode
+  /** Ceiling of guest memory in MiB, of a snapshot by engine criu. Default: what the source had. */
+  readonly memory?: number
   /** Memory is read when it is touched, of a snapshot by engine criu; that of the other always is. Default false. */
   readonly lazy?: boolean
   /** For `wait()`, in milliseconds; null: no limit. Default 60 000. */
@@ -457,7 +462,7 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
         begin(
           Effect.gen(function* () {
             yield* refuseOthers("fork", options, forkOptions)
-            const { onLog, signal: _, timeoutMs: __, ...rest } = options
+            const { detached: _, onLog, signal: __, timeoutMs: ___, ...rest } = options
             const machinen = yield* Machinen
             const [elapsed, { pausedMs, siblings }] = yield* Effect.timed(machinen.fork(vm(), rest))
             const [sibling] = siblings
@@ -502,11 +507,12 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
               portForward,
               mount,
               mountDiskUpperSizeBytes,
-              liveMounts,
-              detached
+              liveMounts
             })
           )
-          const limited = detached === true && timeoutMs != null ? Effect.timeoutFail(boot, notReady(timeoutMs)) : boot
+          const named = detached === true ? Effect.mapError(boot, asDetached) : boot
+          const limited =
+            detached === true && timeoutMs != null ? Effect.timeoutFail(named, notReady(timeoutMs)) : named
           const [elapsed, { command, phases, vm }] = yield* Effect.timed(limited)
           yield* logger(options.onLog)(phaseEvent("boot", phases, Duration.toMillis(elapsed)))
           if (command === undefined && image !== undefined) return yield* nothingToRun(image)
@@ -560,9 +566,10 @@ export const make = <E>(services: Layer.Layer<Machinen, E>): Client => {
       begin(
         Effect.gen(function* () {
           yield* refuseOthers("restore", options, restoreOptions)
-          const { onLog, signal: _, timeoutMs: __, ...rest } = options
+          const { detached: _, memory, onLog, signal: __, timeoutMs: ___, ...rest } = options
+          const machinen = yield* Machinen
           const [elapsed, { phases, vm }] = yield* Effect.timed(
-            Effect.flatMap(Machinen, (machinen) => machinen.restore(rest))
+            machinen.restore({ ...rest, ...given({ memoryMib: memory }) })
           )
           yield* logger(onLog)(phaseEvent("restore", phases, Duration.toMillis(elapsed)))
           return { vm, main: false }
@@ -685,7 +692,15 @@ const bootOptions: Supported = {
   mountDiskUpperSizeBytes: any,
   liveMounts: any
 }
-const restoreOptions: Supported = { ...startOptions, snapDir: any, image: any, lazy: any, liveMounts: any }
+const restoreOptions: Supported = {
+  ...startOptions,
+  snapDir: any,
+  image: any,
+  lazy: any,
+  liveMounts: any,
+  memory: any,
+  network: any
+}
 const forkOptions: Supported = {
   ...startOptions,
   outDir: any,
@@ -782,6 +797,16 @@ const stillRunning = (vm: Vm, ms: number) => ({
       hint: "it goes on: wait again, end it with kill(), or boot it with `timeoutMs: null`"
     })
 })
+
+/** How a launched guest can fail to become ready; what is refused before keeps its own code. */
+const notReadyCodes: ReadonlySet<string> = new Set([
+  "BOOT_READY_TIMEOUT",
+  "BOOT_GUEST_FAILED",
+  "BOOT_VMM_FAILED"
+] satisfies ReadonlyArray<BootError["code"]>)
+
+const asDetached = <E>(error: E) =>
+  error instanceof BootError && notReadyCodes.has(error.code) ? notReadyDetached(error) : error
 
 const notReady = (ms: number) => ({
   duration: ms,

@@ -1,14 +1,16 @@
 import { randomUUID } from "node:crypto"
 import * as path from "node:path"
+import { FileSystem } from "@effect/platform"
 import { Duration, Effect, Option, Schema } from "effect"
 import { Agent } from "./Agent.ts"
 import type { Rejuvenation } from "./AgentProtocol.ts"
 import { Assets } from "./Assets.ts"
 import * as Bundle from "./Bundle.ts"
 import { Digests } from "./Digests.ts"
-import { decodeName } from "./domain/BootOptions.ts"
+import { decodeName, refuseUnknown, validateMemory, validateVcpus } from "./domain/BootOptions.ts"
 import type { BundleManifest } from "./domain/BundleManifest.ts"
 import { BootError } from "./domain/errors.ts"
+import type { OptionNames } from "./domain/knownOptions.ts"
 import { type LiveMount, type LiveMountOption, type Mount, overridden } from "./domain/mounts.ts"
 import { macOf, type NetworkMode, type PortForwardOption, validateForwards } from "./domain/Network.ts"
 import { reveal, type Secrets } from "./domain/Secrets.ts"
@@ -17,6 +19,7 @@ import { VmEntry } from "./domain/VmEntry.ts"
 import * as Launch from "./launch.ts"
 import { checkLiveHosts, linkedInto, sharesOf } from "./mounts.ts"
 import * as PhaseTimer from "./PhaseTimer.ts"
+import * as memory from "./platform/memory.ts"
 import * as processes from "./platform/processes.ts"
 import { Registry } from "./Registry.ts"
 import { RootfsImage } from "./RootfsImage.ts"
@@ -31,7 +34,10 @@ export interface RestoreOptions {
   readonly name?: string
   /** Where the read-only image lies, if it is not where it was; it must be the same. */
   readonly image?: string
-  /** Of the source's live mounts, by their place in the guest: another directory, or another mode. */
+  /**
+   * Of the source's live mounts, by their place in the guest: another directory, or another mode. Every one of them, where the bundle is not
+   * this user's own.
+   */
   readonly liveMounts?: ReadonlyArray<LiveMountOption>
   /** Over the environment the source was booted with. */
   readonly env?: Readonly<Record<string, string>>
@@ -42,6 +48,27 @@ export interface RestoreOptions {
   readonly portForward?: ReadonlyArray<PortForwardOption>
   /** Memory is read when it is touched. An engine that maps the whole machine does so in any case. Default false. */
   readonly lazy?: boolean
+  /**
+   * As the source had it, which is the default for a bundle of this user's own; the network of another's bundle is only connected when this
+   * says `nat`. An engine that saves only the processes can leave the network out (`none`).
+   */
+  readonly network?: NetworkMode
+  /** As of a boot, in place of what the source had, where the engine saves only the processes. */
+  readonly memoryMib?: number | "auto"
+}
+
+const optionNames: OptionNames<RestoreOptions> = {
+  snapDir: true,
+  name: true,
+  image: true,
+  liveMounts: true,
+  env: true,
+  secrets: true,
+  detached: true,
+  portForward: true,
+  lazy: true,
+  network: true,
+  memoryMib: true
 }
 
 export interface Restored {
@@ -69,10 +96,26 @@ export interface Seed {
   readonly forkedFrom: string
 }
 
-/** Restores a bundle into the current scope: everything about it that can be refused is refused before anything is acquired. */
+/**
+ * Restores a bundle into the current scope: everything about it that can be refused is refused before anything is acquired. A restore that
+ * fails or is interrupted leaves nothing, though the scope goes on.
+ */
 export const restore = Effect.fn("restore")(function* (options: RestoreOptions) {
+  const restored = yield* restoreAttached(options)
+  if (options.detached === true) yield* detachAll([restored])
+  return restored
+})
+
+/** A restore without its last step: the caller detaches the VM, if it is to be, when all that it starts are ready. */
+export const restoreAttached = Effect.fn("restoreAttached")(function* (options: RestoreOptions) {
+  yield* refuseUnknown("restore", options, optionNames)
+  if (typeof options.snapDir !== "string" || options.snapDir === "") {
+    return yield* invalid("no bundle was given to restore", "give `snapDir`: the directory that a snapshot made")
+  }
   const bundle = yield* Bundle.read(options.snapDir)
   const engine = yield* engineOf(bundle.manifest)
+  const machine = yield* machineOf(bundle.manifest, engine, options)
+  yield* refuseUnasked(bundle, options)
   const [reasons, sound] = yield* Effect.all(
     [misfits(bundle, options), Effect.exit(Bundle.check(bundle, engine.blobs))],
     { concurrency: 2 }
@@ -96,19 +139,91 @@ export const restore = Effect.fn("restore")(function* (options: RestoreOptions) 
       image: manifest.sourceImage,
       command: manifest.command,
       kernel: yield* (yield* Assets).kernel,
-      memoryMib: manifest.memoryMib,
-      vcpus: manifest.vcpus,
-      network: manifest.network,
-      sourceName: manifest.sourceName,
+      ...machine,
+      // a name after the source's is the bundle's choice, too
+      sourceName: bundle.isOwn ? manifest.sourceName : undefined,
       forkedFrom: bundle.dir
     },
     options
   )
 })
 
-/** Starts one machine from a seed. */
+const invalid = (message: string, hint: string) => new BootError({ code: "BOOT_OPTION_INVALID", message, hint })
+
+/** The machine it is restored into: a whole machine's is as it was saved, processes may get another. */
+const machineOf = Effect.fnUntraced(function* (
+  manifest: BundleManifest,
+  { name, sameMachine }: SnapshotEngine,
+  options: RestoreOptions
+) {
+  const { vcpus } = manifest
+  const { memoryMib = manifest.memoryMib, network = manifest.network } = options
+  if (!sameMachine) {
+    const limits = { memoryBytes: yield* memory.totalBytes, maxVcpus: (yield* (yield* Vmm).capabilities).maxVcpus }
+    return { memoryMib: yield* validateMemory(memoryMib, limits), vcpus: yield* validateVcpus(vcpus, limits), network }
+  }
+  if (memoryMib !== manifest.memoryMib) {
+    return yield* new BootError({
+      code: "BOOT_MEMORY_INVALID",
+      message: `the engine ${name} saved the whole machine, which has ${manifest.memoryMib} MiB of memory and cannot be given ${memoryMib}`,
+      hint: "leave the memory out; bundles of the engine criu go on in a machine of another size"
+    })
+  }
+  if (network !== manifest.network) {
+    return yield* invalid(
+      `the engine ${name} saved the whole machine, whose network is "${manifest.network}" and cannot be "${network}"`,
+      "restore it with the network it had, or take a snapshot of a VM that was booted otherwise"
+    )
+  }
+  return { memoryMib: manifest.memoryMib, vcpus, network }
+})
+
+/** What the manifest records that a restore would do to this host, and by which option it is asked for. */
+export interface Recorded {
+  readonly effect: string
+  readonly option: string
+}
+
+/** What another's bundle records and the options do not ask for. Of a bundle of this user's own everything is asked for. */
+export const unasked = (
+  { isOwn, manifest }: Bundle.Bundle,
+  { liveMounts = [], network }: Pick<RestoreOptions, "liveMounts" | "network">
+): ReadonlyArray<Recorded> => {
+  if (isOwn) return []
+  const asked = new Set(liveMounts.map(({ guest }) => path.posix.normalize(guest).replace(/\/+$/, "")))
+  const shares = (manifest.liveMounts ?? []).filter(({ guest }) => !asked.has(guest))
+  return [
+    ...(manifest.network === "nat" && network === undefined
+      ? [{ effect: "connect its guest to this host's network", option: "--network nat (`network`)" }]
+      : []),
+    ...shares.map(({ guest, host, mode }) => ({
+      effect: `share this host's ${host} with its guest at ${guest} (${mode})`,
+      option: `--mount-live HOST:${guest}:ro (\`liveMounts\`)`
+    }))
+  ]
+}
+
+const refuseUnasked = (bundle: Bundle.Bundle, options: RestoreOptions): Effect.Effect<void, BootError> => {
+  const wanted = unasked(bundle, options)
+  return wanted.length === 0
+    ? Effect.void
+    : new BootError({
+        code: "BOOT_SNAPSHOT_FOREIGN",
+        message: `the bundle ${bundle.dir} is not one that this user's machinen made, and its manifest would ${wanted.map(({ effect }) => effect).join("; ")}`,
+        hint: `if you want that and trust its maker, ask for it: ${wanted.map(({ option }) => option).join(", ")}`
+      })
+}
+
+/** Lets go of VMs that are ready: from here on they belong to nobody. */
+export const detachAll = (restored: ReadonlyArray<Restored>) =>
+  Effect.uninterruptible(Effect.forEach(restored, ({ vm }) => vm.detach, { discard: true }))
+
+/** What is chosen for each machine; the rest is the seed's. */
+export type ReviveOptions = Omit<RestoreOptions, "snapDir" | "image" | "network" | "memoryMib">
+
+/** Starts one machine from a seed, attached as well. */
 export const revive = Effect.fn("revive")(
-  function* (seed: Seed, options: Omit<RestoreOptions, "snapDir" | "image">) {
+  function* (seed: Seed, options: ReviveOptions) {
     const settings = yield* Settings
     const registry = yield* Registry
     const vmm = yield* Vmm
@@ -192,39 +307,44 @@ export const revive = Effect.fn("revive")(
       )
       .pipe(Launch.namingPortHolder, phase("vmm-spawn"))
 
-    // 4. The name it gets if it was given none: its pid is known only now.
-    const assigned =
-      name === undefined && seed.sourceName !== undefined
-        ? yield* registry.assign(id, childNames(seed.sourceName, machine.vmm.pid), machine.rename)
-        : Option.none()
-    const named = new VmEntry({
-      ...entry,
-      disks,
-      name: name ?? Option.getOrUndefined(assigned),
-      state: "running",
-      shim: machine.shim,
-      vmm: machine.vmm
-    })
-
-    // 5. The guest becomes one of its own; it serves nobody before.
+    // 4. The name it gets if it was given none: its pid is known only now. Then the guest becomes one of its own; it serves nobody before.
     const client = agent.client(vsockPath)
-    const ready = revival.ready(client, {
-      hostname: Launch.hostname(named),
-      generation: randomUUID(),
-      ...(seed.network === "nat" ? { mac: macOf(id) } : {}),
-      env: { ...(named.name === undefined ? {} : { MACHINEN_VM_NAME: named.name }), ...options.env }
+    const becoming = Effect.gen(function* () {
+      const assigned =
+        name === undefined && seed.sourceName !== undefined
+          ? yield* registry.assign(id, childNames(seed.sourceName, machine.vmm.pid), machine.rename)
+          : Option.none()
+      const named = new VmEntry({
+        ...entry,
+        disks,
+        name: name ?? Option.getOrUndefined(assigned),
+        state: "running",
+        shim: machine.shim,
+        vmm: machine.vmm
+      })
+      const rejuvenation = yield* revival.ready(client, {
+        hostname: Launch.hostname(named),
+        generation: randomUUID(),
+        ...(seed.network === "nat" ? { mac: macOf(id) } : {}),
+        env: { ...(named.name === undefined ? {} : { MACHINEN_VM_NAME: named.name }), ...options.env }
+      })
+      yield* Launch.entrust(client, secrets)
+      return { named, rejuvenation }
     })
-    const trusted = Effect.zipLeft(ready, Launch.entrust(client, secrets))
-    const rejuvenation = yield* Launch.untilReady(trusted, machine, settings.bootTimeout).pipe(
+    const { named, rejuvenation } = yield* Launch.untilReady(
+      Launch.afterTheEnd(becoming, machine),
+      machine,
+      settings.bootTimeout
+    ).pipe(
       Effect.mapError((error) => (error._tag === "ExecError" ? notRejuvenated(error) : error)),
       phase("guest-ready")
     )
-    if (options.detached === true) yield* machine.detach
     const entryNow = new VmEntry({ ...named, detached: options.detached ?? false })
     yield* Effect.logDebug("restored", Object.fromEntries(phases()))
     const restored: Restored = { vm: Vm.make(entryNow, machine, client), rejuvenation, phases: phases() }
     return restored
   },
+  (effect) => Launch.inOwnScope(effect),
   Effect.annotateLogs({ service: "restore" })
 )
 
@@ -264,6 +384,7 @@ export const misfits = Effect.fn("restore.misfits")(function* (
   const { manifest } = bundle
   const { sameMachine } = yield* engineOf(manifest)
   const digests = yield* Digests
+  const fs = yield* FileSystem.FileSystem
   const vmm = yield* Vmm
   const assets = yield* Assets
   const disks = yield* disksOf(bundle, options.image)
@@ -290,14 +411,17 @@ export const misfits = Effect.fn("restore.misfits")(function* (
     differ("the TSC rate in kHz", there.tscKhz, here.tscKhz)
   const kernel = yield* Effect.orElseSucceed(digests.remembered(yield* assets.kernel), () => "")
   if (kernel !== manifest.kernelSha256) reasons.push("it was taken with another guest kernel")
-  const memory = manifest.blobs.find(({ name }) => name === "memory")
-  if (memory !== undefined && memory.sizeBytes !== manifest.memoryMib * 2 ** 20) {
-    reasons.push(`its memory has ${memory.sizeBytes} bytes, the machine ${manifest.memoryMib} MiB`)
+  const { maxVcpus } = yield* vmm.capabilities
+  if (manifest.vcpus > maxVcpus) reasons.push(`it has ${manifest.vcpus} vCPUs, here a VM has at most ${maxVcpus}`)
+  const saved = manifest.blobs.find(({ name }) => name === "memory")
+  if (saved !== undefined && saved.sizeBytes !== manifest.memoryMib * 2 ** 20) {
+    reasons.push(`its memory has ${saved.sizeBytes} bytes, the machine ${manifest.memoryMib} MiB`)
   }
   for (const [i, { id, source }] of manifest.disks.entries()) {
     const file = disks[i]?.path ?? ""
     if (source._tag === "Blob") continue
-    const found = yield* Effect.option(digests.remembered(file))
+    const isFile = Effect.filterOrFail(fs.stat(file), ({ type }) => type === "File")
+    const found = yield* Effect.option(Effect.zipRight(isFile, digests.remembered(file)))
     if (Option.isNone(found)) reasons.push(`the image of its disk "${id}" is gone: ${file}`)
     else if (found.value !== source.sha256) reasons.push(`the image of its disk "${id}" is another one: ${file}`)
   }

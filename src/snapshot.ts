@@ -5,6 +5,7 @@ import * as Bundle from "./Bundle.ts"
 import { Digests } from "./Digests.ts"
 import type { BundleDisk, EngineName } from "./domain/BundleManifest.ts"
 import { BootError, SnapshotError } from "./domain/errors.ts"
+import { type OptionNames, unknownOption, unknownOptionText } from "./domain/knownOptions.ts"
 import type { Disk } from "./domain/Vm.ts"
 import * as PhaseTimer from "./PhaseTimer.ts"
 import { RootfsImage } from "./RootfsImage.ts"
@@ -39,7 +40,34 @@ export interface Snapshot {
   readonly phases: ReadonlyMap<string, number>
 }
 
-const defaultTimeoutMs = 90_000
+export const defaultTimeoutMs = 90_000
+
+const optionNames: OptionNames<SnapshotOptions> = {
+  outDir: true,
+  engine: true,
+  leaveRunning: true,
+  tcpClose: true,
+  lazyUmount: true,
+  timeoutMs: true
+}
+
+/** JavaScript, and an `as`, can leave out what the type demands, and say what it does not know. */
+const checkOptions = (options: SnapshotOptions): Effect.Effect<void, SnapshotError> => {
+  const unknown = unknownOption(options, optionNames)
+  if (unknown !== undefined) {
+    return new SnapshotError({
+      code: "SNAPSHOT_OPTION_INVALID",
+      ...unknownOptionText("snapshot", unknown, optionNames)
+    })
+  }
+  return typeof options.outDir === "string" && options.outDir !== ""
+    ? Effect.void
+    : new SnapshotError({
+        code: "SNAPSHOT_OPTION_INVALID",
+        message: "no directory was given for the bundle",
+        hint: "give `outDir`: a directory that does not exist yet, or an empty one"
+      })
+}
 
 /** The engine asked for, or the one configured. */
 export const chooseEngine = Effect.fnUntraced(function* (wanted: EngineName | undefined) {
@@ -62,10 +90,12 @@ export const chooseEngine = Effect.fnUntraced(function* (wanted: EngineName | un
 
 /**
  * Takes a snapshot: the directory is claimed, the guest held for as long as the copying takes, the bundle hashed and finished when it goes on
- * again. Whatever fails, the source goes on and nothing is left of the bundle.
+ * again. Until the commit a failure or an interruption lets the source go on and removes the bundle. From the commit on the bundle stays,
+ * and what is left to do, ending a source that is to end, cannot be interrupted.
  */
 export const snapshot = Effect.fn("snapshot")(function* (source: Source, options: SnapshotOptions) {
   const began = performance.now()
+  yield* checkOptions(options)
   const leaveRunning = options.leaveRunning ?? false
   const { phase, phases } = yield* PhaseTimer.make
   const engine = yield* chooseEngine(options.engine)
@@ -95,8 +125,11 @@ export const snapshot = Effect.fn("snapshot")(function* (source: Source, options
       const bundle = yield* Bundle.finish(claim.dir, [...taking.blobs, ...carried], yield* facts).pipe(
         phase("finalize")
       )
-      yield* taking.commit
-      if (!leaveRunning) yield* source.machine.kill.pipe(phase("poweroff"))
+      yield* taking.commit.pipe(
+        Effect.zipRight(claim.keep),
+        Effect.zipRight(leaveRunning ? Effect.void : phase("poweroff")(source.machine.kill)),
+        Effect.uninterruptible
+      )
       return { bundle, pausedMs }
     })
   )
@@ -106,6 +139,7 @@ export const snapshot = Effect.fn("snapshot")(function* (source: Source, options
 
 /** What a snapshot would refuse before it touches anything: the engine, the VM, the directory. */
 export const checkSnapshot = Effect.fn("checkSnapshot")(function* (source: Source, options: SnapshotOptions) {
+  yield* checkOptions(options)
   yield* chooseEngine(options.engine)
   yield* checkSource(source)
   yield* Bundle.checkDir(options.outDir)

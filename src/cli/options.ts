@@ -125,7 +125,7 @@ export const portForward = (values: ReadonlyArray<string>) =>
     )
   })
 
-const network = (value: string): Effect.Effect<NetworkMode, ParseError> =>
+export const network = (value: string): Effect.Effect<NetworkMode, ParseError> =>
   Schema.is(NetworkMode)(value) ? Effect.succeed(value) : malformed("network", value, "nat or none")
 
 const units: Readonly<Record<string, number>> = { "": 1, k: 1024, m: 1024 ** 2, g: 1024 ** 3, t: 1024 ** 4 }
@@ -195,7 +195,7 @@ export const whenGiven = <A extends Readonly<Record<string, Option.Option<unknow
   return Object.fromEntries(given) as { readonly [K in keyof A]?: A[K] extends Option.Option<infer B> ? B : never }
 }
 
-const memory = (value: string): Effect.Effect<number | "auto", ParseError> =>
+export const memory = (value: string): Effect.Effect<number | "auto", ParseError> =>
   value === "auto" ? Effect.succeed("auto") : wholeNumber("memory", value)
 
 /** The flags that say what the machine is made of. */

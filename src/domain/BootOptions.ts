@@ -1,6 +1,7 @@
 import * as path from "node:path"
 import { Effect, Schema } from "effect"
 import { BootError, RegistryError } from "./errors.ts"
+import { type OptionNames, unknownOption, unknownOptionText } from "./knownOptions.ts"
 import { type MountOptions, type MountPlan, validateMounts } from "./mounts.ts"
 import {
   defaultNetwork,
@@ -45,10 +46,46 @@ export interface BootOptions extends MountOptions {
   readonly network?: NetworkMode
   /** Ports of this host that lead to the guest's; there until the VM is gone. */
   readonly portForward?: ReadonlyArray<PortForwardOption>
-  /** The VM outlives the scope and the process that starts it. */
+  /**
+   * The VM outlives the scope and the process that starts it, from the moment it is ready. With a command, rather boot it attached and
+   * `vm.detach` once `vm.startMainDetached` has succeeded: a command that cannot be started leaves no VM then.
+   */
   readonly detached?: boolean
   /** False: with a kernel, even where a machine of its shape has been prepared (`Machinen.prepare`). Default: as MACHINEN_PREPARED says. */
   readonly prepared?: boolean
+}
+
+const optionNames: OptionNames<BootOptions> = {
+  image: true,
+  rootDisk: true,
+  command: true,
+  env: true,
+  secrets: true,
+  cwd: true,
+  user: true,
+  name: true,
+  memoryMib: true,
+  vcpus: true,
+  rootDiskSizeBytes: true,
+  network: true,
+  portForward: true,
+  mount: true,
+  mountDiskUpperSizeBytes: true,
+  liveMounts: true,
+  detached: true,
+  prepared: true
+}
+
+/** Fails for an option that the operation does not know. */
+export const refuseUnknown = <Options extends object>(
+  operation: string,
+  options: Options,
+  known: OptionNames<Options>
+): Effect.Effect<void, BootError> => {
+  const unknown = unknownOption(options, known)
+  return unknown === undefined
+    ? Effect.void
+    : new BootError({ code: "BOOT_OPTION_INVALID", ...unknownOptionText(operation, unknown, known) })
 }
 
 /** Options after every check and default. */
@@ -87,6 +124,7 @@ export interface HostLimits {
 
 /** Checks everything that can be known without touching the host, and fills in the defaults. First failure wins. */
 export const validate = Effect.fnUntraced(function* (options: BootOptions, host: HostLimits) {
+  yield* refuseUnknown("boot", options, optionNames)
   const { command, cwd, env = {}, image, name, network = defaultNetwork, rootDisk, vcpus = 1 } = options
 
   if (image !== undefined && rootDisk !== undefined) {
@@ -185,7 +223,7 @@ export const decodeName = (name: string) =>
       })
   )
 
-const validateMemory = (memory: number | "auto", host: HostLimits) => {
+export const validateMemory = (memory: number | "auto", host: HostLimits) => {
   const hostMib = Math.floor(host.memoryBytes / 2 ** 20)
   const mib = memory === "auto" ? autoMemoryMib(host.memoryBytes) : memory
   return Number.isSafeInteger(mib) && mib >= minMemoryMib && mib <= hostMib
@@ -197,7 +235,7 @@ const validateMemory = (memory: number | "auto", host: HostLimits) => {
       })
 }
 
-const validateVcpus = (vcpus: number, host: HostLimits) =>
+export const validateVcpus = (vcpus: number, host: HostLimits) =>
   Number.isSafeInteger(vcpus) && vcpus >= 1 && vcpus <= host.maxVcpus
     ? Effect.succeed(vcpus)
     : new BootError({

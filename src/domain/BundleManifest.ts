@@ -46,8 +46,8 @@ export class BundleManifest extends Schema.Class<BundleManifest>("BundleManifest
   command: Schema.optional(Schema.Array(Schema.String)),
   machine: MachineFingerprint,
   kernelSha256: Schema.String,
-  memoryMib: Schema.Int,
-  vcpus: Schema.Int,
+  memoryMib: Schema.Int.pipe(Schema.positive()),
+  vcpus: Schema.Int.pipe(Schema.positive()),
   /** A bundle of an older version has no word of it. */
   network: Schema.optionalWith(NetworkMode, { default: () => "none" }),
   disks: Schema.Array(BundleDisk),

@@ -62,13 +62,17 @@ export class BootError extends Schema.TaggedError<BootError>()(
     "BOOT_SNAPSHOT_NOT_FOUND",
     "BOOT_SNAPSHOT_INVALID",
     "BOOT_SNAPSHOT_MISMATCH",
+    "BOOT_SNAPSHOT_FOREIGN",
     "BOOT_SNAPSHOT_ENGINE_INVALID",
     "BOOT_REJUVENATION_FAILED",
     "FORK_MEMORY_BACKPRESSURE"
   )
 ) {
-  get retryable() {
-    return retryableCodes.has(this.code)
+  get retryable(): boolean {
+    const { cause, code } = this
+    // a detached VM was not ready for the reason that is the cause: a kernel that panics will do so again
+    const isCauseFinal = code === "BOOT_DETACHED_READINESS_FAILED" && isMachinenError(cause) && !cause.retryable
+    return retryableCodes.has(code) && !isCauseFinal
   }
 }
 
@@ -82,7 +86,13 @@ export class GvproxyError extends Schema.TaggedError<GvproxyError>()("GvproxyErr
 /** A running VM could not be turned into a bundle. The VM goes on, and nothing is left where the bundle was to be. */
 export class SnapshotError extends Schema.TaggedError<SnapshotError>()(
   "SnapshotError",
-  fields("SNAPSHOT_NO_DISK", "SNAPSHOT_DUMP_FAILED", "SNAPSHOT_TIMEOUT", "SNAPSHOT_MOUNT_BUSY")
+  fields(
+    "SNAPSHOT_OPTION_INVALID",
+    "SNAPSHOT_NO_DISK",
+    "SNAPSHOT_DUMP_FAILED",
+    "SNAPSHOT_TIMEOUT",
+    "SNAPSHOT_MOUNT_BUSY"
+  )
 ) {
   get retryable() {
     return retryableCodes.has(this.code)

@@ -1,5 +1,5 @@
 import { execFileSync } from "node:child_process"
-import { createHash } from "node:crypto"
+import { createHash, createHmac } from "node:crypto"
 import * as fs from "node:fs"
 import * as path from "node:path"
 import { afterEach, assert, beforeAll, describe, it } from "@effect/vitest"
@@ -130,7 +130,8 @@ describe("a damaged bundle", () => {
     for (let i = 0; i < 24; i++) {
       const at = Math.floor((i * size) / 24)
       flip(meta, at, i % 8)
-      assert.match((yield* refused(dir)).code, /^BOOT_SNAPSHOT_(INVALID|MISMATCH|NOT_FOUND)$/, `byte ${at}`)
+      // one in the MAC makes it somebody else's
+      assert.match((yield* refused(dir)).code, /^BOOT_SNAPSHOT_(INVALID|MISMATCH|NOT_FOUND|FOREIGN)$/, `byte ${at}`)
       flip(meta, at, i % 8)
     }
     assert.deepStrictEqual(yield* verify(dir), [])
@@ -153,10 +154,15 @@ describe("a bundle that is sound, but not of this host", () => {
   type Forged = any
   const forged = (change: (manifest: Forged) => void): string => {
     const dir = copied()
-    const { checksum: _, ...manifest } = JSON.parse(fs.readFileSync(path.join(dir, "meta.json"), "utf8"))
+    const { checksum: _, mac: __, ...manifest } = JSON.parse(fs.readFileSync(path.join(dir, "meta.json"), "utf8"))
     change(manifest)
-    const checksum = createHash("sha256").update(JSON.stringify(manifest)).digest("hex")
-    fs.writeFileSync(path.join(dir, "meta.json"), JSON.stringify({ ...manifest, checksum }))
+    const text = JSON.stringify(manifest)
+    const checksum = createHash("sha256").update(text).digest("hex")
+    // signed with the user's own key: what is wrong with it is found all the same
+    const mac = createHmac("sha256", fs.readFileSync(path.join(home, "bundle.key")))
+      .update(text)
+      .digest("hex")
+    fs.writeFileSync(path.join(dir, "meta.json"), JSON.stringify({ ...manifest, checksum, mac }))
     return dir
   }
   const image = (manifest: Forged) =>

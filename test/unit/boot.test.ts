@@ -77,6 +77,24 @@ describe("boot", () => {
       }).pipe(withFakes(home))
     })
 
+    it.effect(`a failure at ${step} leaves the name and the scope to a second try`, () => {
+      const home = temporaryHome()
+      return Effect.gen(function* () {
+        const fake = yield* Fake.Fake
+        yield* Effect.scoped(
+          Effect.gen(function* () {
+            yield* fake.when(step, "fail")
+            assert.strictEqual((yield* Effect.flip(Effect.asVoid(boot({ name: "web" })))).code, code)
+            assert.deepStrictEqual(left(home), [])
+            yield* fake.when(step, "work")
+            const { vm } = yield* boot({ name: "web" })
+            assert.deepStrictEqual(left(home).sort(), [vm.id, "web"].sort())
+          })
+        )
+        assert.deepStrictEqual(left(home), [])
+      }).pipe(withFakes(home))
+    })
+
     it.effect(`an interruption at ${step} releases what came before`, () => {
       const home = temporaryHome()
       return Effect.gen(function* () {
@@ -125,13 +143,70 @@ describe("boot", () => {
     }).pipe(withFakes(home))
   })
 
-  it.effect("a detached guest that never rings has the code of its kind", () => {
+  it.effect("a VM that is to be detached is launched attached, and detached when it is ready", () => {
     const home = temporaryHome()
     return Effect.gen(function* () {
       const fake = yield* Fake.Fake
-      yield* fake.when("doorbell", "fail")
-      const error = yield* Effect.flip(Effect.scoped(boot({ detached: true })))
-      assert.strictEqual(error.code, "BOOT_DETACHED_READINESS_FAILED")
+      const { vm } = yield* Effect.scoped(boot({ detached: true }))
+      assert.isTrue(vm.entry.detached)
+      assert.deepStrictEqual(
+        (yield* fake.launched).map(({ supervision }) => supervision.entry.detached),
+        [false]
+      )
+      assert.deepStrictEqual((yield* fake.events).slice(0, 3), ["listen+", "launch+", "detach"])
+    }).pipe(withFakes(home))
+  })
+
+  for (const [what, mood] of [
+    ["rings wrongly", "fail"],
+    ["is waited for in vain", "hang"]
+  ] as const) {
+    it.effect(`a guest that ${what} is not detached`, () => {
+      const home = temporaryHome()
+      return Effect.gen(function* () {
+        const fake = yield* Fake.Fake
+        yield* fake.when("doorbell", mood)
+        const fiber = yield* Effect.fork(Effect.scoped(boot({ detached: true })))
+        yield* fake.reached("doorbell")
+        if (mood === "hang") yield* Fiber.interrupt(fiber)
+        assert.isTrue(Exit.isFailure(yield* Fiber.await(fiber)))
+        const events = yield* fake.events
+        assert.includeMembers([...events], ["launch+", "launch-"])
+        assert.notInclude(events, "detach")
+        assert.deepStrictEqual(left(home), [])
+      }).pipe(withFakes(home))
+    })
+  }
+
+  for (const [end, retryable] of [
+    ["panics", false],
+    ["is late", true]
+  ] as const) {
+    it.effect(`a detached guest that ${end} has the code of its kind, and may be retried or not`, () => {
+      const home = temporaryHome()
+      return Effect.gen(function* () {
+        const fake = yield* Fake.Fake
+        yield* fake.when("doorbell", "hang")
+        const booting = yield* Effect.fork(Effect.flip(Effect.scoped(boot({ detached: true }))))
+        yield* fake.reached("doorbell")
+        if (retryable) yield* TestClock.adjust("61 seconds")
+        else yield* fake.crash("[0.3] Kernel panic - not syncing: No init\n")
+        const error = yield* Fiber.join(booting)
+        assert.strictEqual(error.code, "BOOT_DETACHED_READINESS_FAILED")
+        assert.strictEqual(error._tag === "BootError" && error.retryable, retryable)
+      }).pipe(withFakes(home))
+    })
+  }
+
+  it.effect("an option it does not know is refused by its name", () => {
+    const home = temporaryHome()
+    return Effect.gen(function* () {
+      const misspelt = { image: "micro", memory: 256 }
+      const error = yield* Effect.flip(Effect.scoped(boot(misspelt)))
+      assert.strictEqual(error.code, "BOOT_OPTION_INVALID")
+      assert.include(error.message, '"memory"')
+      assert.include(error._tag === "BootError" ? error.hint : "", "memoryMib")
+      assert.deepStrictEqual(left(home), [])
     }).pipe(withFakes(home))
   })
 

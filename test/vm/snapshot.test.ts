@@ -302,6 +302,33 @@ describe("snapshot, restore, fork", { timeout: 240_000 }, () => {
     }).pipe(Effect.provide(machine))
   )
 
+  it.scopedLive("a source has the host's time after every standstill, and no process of it sees another", () =>
+    Effect.gen(function* () {
+      const machinen = yield* Machinen
+      const vm = yield* boot()
+      yield* vm.pause
+      yield* Effect.sleep("1500 millis")
+      yield* vm.resume
+      assert.isBelow(yield* clockOffBy(vm), 200, "after a pause")
+      // the largest step of the clock as a process of the guest sees it; a standstill is one step forward, to the host's time
+      yield* sh(
+        vm,
+        "(last=0; while :; do now=$(date +%s%N); [ $((last - now)) -gt 0 ] && echo back >> /dev/shm/steps; last=$now; done) </dev/null >/dev/null 2>&1 &"
+      )
+      const offs: Array<number> = []
+      for (const engine of ["vmstate"] as const) {
+        for (let i = 0; i < 3; i++) {
+          yield* machinen.snapshot(vm, { outDir: fresh(), leaveRunning: true, engine })
+          offs.push(yield* clockOffBy(vm))
+          yield* Effect.scoped(Effect.asVoid(machinen.fork(vm)))
+          offs.push(yield* clockOffBy(vm))
+        }
+      }
+      assert.isBelow(Math.max(...offs), 60, `after snapshots and forks: ${offs}`)
+      assert.strictEqual(yield* sh(vm, "cat /dev/shm/steps 2>/dev/null; echo forward"), "forward")
+    }).pipe(Effect.provide(machine))
+  )
+
   it.scopedLive("a stream of the source is whole across snapshots under load", () =>
     Effect.gen(function* () {
       const source = yield* boot()
@@ -337,15 +364,24 @@ describe("snapshot, restore, fork", { timeout: 240_000 }, () => {
   it.scopedLive.each([2, 4])("%i vCPUs go on, each of them", (vcpus) =>
     Effect.gen(function* () {
       const source = yield* boot({ vcpus })
-      yield* sh(
-        source,
-        `for i in $(seq ${vcpus}); do taskset $((1 << (i - 1))) sh -c "while :; do date > /dev/shm/cpu$i; done" </dev/null >/dev/null 2>&1 & done`
-      ).pipe(Effect.catchAll(() => Effect.void))
+      const cpus = [...Array.from({ length: vcpus }).keys()]
+      const count = (i: number) => `n=0; while :; do n=$((n+1)); echo $n >/dev/shm/cpu${i}; sleep 0.02; done`
+      for (const i of cpus) {
+        yield* sh(source, `taskset ${(1 << i).toString(16)} sh -c '${count(i)}' </dev/null >/dev/null 2>&1 &`)
+        yield* eventuallyIn(source, `test -s /dev/shm/cpu${i}`)
+      }
       const { bundle } = yield* snapshot(source, false)
       const { vm } = yield* restore(bundle.dir)
       assert.strictEqual(yield* sh(vm, "grep -c ^processor /proc/cpuinfo"), String(vcpus))
-      for (let i = 0; i < vcpus; i++) {
-        assert.strictEqual(yield* sh(vm, `taskset ${1 << i} sh -c 'echo on'`), "on")
+      for (const i of cpus) {
+        // what ran on that CPU goes on there
+        const pid = yield* sh(vm, `pgrep -f '/dev/shm/cpu${i}' | head -n 1`)
+        assert.strictEqual(
+          yield* sh(vm, `sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/${pid}/status`),
+          String(i)
+        )
+        const at = yield* sh(vm, `until [ -s /dev/shm/cpu${i} ]; do :; done; cat /dev/shm/cpu${i}`)
+        yield* eventuallyIn(vm, `test $(cat /dev/shm/cpu${i}) -gt ${at}`)
       }
       const again = first((yield* (yield* Machinen).fork(vm)).siblings).vm
       assert.strictEqual(yield* sh(again, "grep -c ^processor /proc/cpuinfo"), String(vcpus))

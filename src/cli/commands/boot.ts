@@ -1,11 +1,21 @@
 import { Command, Options } from "@effect/cli"
 import { Console, Effect } from "effect"
 import { Machinen } from "../../Machinen.ts"
+import type { Vm } from "../../Vm.ts"
 import { ExitWith } from "../exit.ts"
 import { bootOptions, json, toBootOptions } from "../options.ts"
 import * as render from "../render.ts"
 import * as stdio from "../stdio.ts"
 import { commandArgs, relay } from "./run.ts"
+
+/** Detaches VMs and says which they are. An interruption comes before, when it ends them, or after, when they are known. */
+export const letGo = (vms: ReadonlyArray<Vm>, announce: Effect.Effect<void>) =>
+  Effect.uninterruptible(
+    Effect.zipRight(
+      Effect.forEach(vms, ({ detach }) => detach),
+      announce
+    )
+  )
 
 /** `machinen boot`: a VM that stays: in the foreground until it ends or ctrl-c, or by itself with --detach. */
 export const boot = (tail: ReadonlyArray<string>) =>
@@ -26,15 +36,15 @@ export const boot = (tail: ReadonlyArray<string>) =>
         const detached = input.detach || input.detached
         const options = yield* toBootOptions(input, [...input.command, ...tail])
         const machinen = yield* Machinen
-        const { command, phases, vm } = yield* machinen.boot({ ...options, detached })
+        const { command, phases, vm } = yield* machinen.boot(options)
+        const shown = { ...render.vmJson(vm.entry), detached, phasesMs: Object.fromEntries(phases) }
         if (detached) {
+          // attached until its command runs: one that cannot be started ends the VM
           if (command !== undefined) yield* vm.startMainDetached
-          return yield* input.json
-            ? render.json({ ...render.vmJson(vm.entry), phasesMs: Object.fromEntries(phases) })
-            : Console.log(vm.name ?? vm.id)
+          return yield* letGo([vm], input.json ? render.json(shown) : Console.log(vm.name ?? vm.id))
         }
         yield* input.json
-          ? render.json({ ...render.vmJson(vm.entry), phasesMs: Object.fromEntries(phases) })
+          ? render.json(shown)
           : Console.error(`${vm.name ?? vm.id} is up (pid ${vm.pid}); ctrl-c stops it`)
         if (command === undefined) {
           yield* vm.wait

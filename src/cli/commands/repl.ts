@@ -10,6 +10,7 @@ import type { Vm } from "../../Vm.ts"
 import { ExitWith } from "../exit.ts"
 import * as stdio from "../stdio.ts"
 import * as terminal from "../terminal.ts"
+import { letGo } from "./boot.ts"
 import { vmArg } from "./exec.ts"
 
 /** Runs a line at a time; `command` keeps the shell from ending with a mistake in one. Ctrl-c is for what it runs. */
@@ -92,8 +93,14 @@ const obey = Effect.fnUntraced(
     const [name = "", argument = ""] = line.slice(1).trim().split(/\s+/, 2)
     if (name === "quit") return false
     if (name === "fork" && argument !== "") {
-      yield* Effect.scoped(machinen.fork(vm, { name: argument, detached: true }))
-      yield* Console.log(`${argument} goes on from here`)
+      yield* Effect.scoped(
+        Effect.flatMap(machinen.fork(vm, { name: argument }), ({ siblings }) =>
+          letGo(
+            siblings.map((sibling) => sibling.vm),
+            Console.log(`${argument} goes on from here`)
+          )
+        )
+      )
     } else if (name === "snapshot" && argument !== "") {
       const { bundle } = yield* machinen.snapshot(vm, { outDir: argument, leaveRunning: true })
       yield* Console.log(bundle.dir)

@@ -1,10 +1,21 @@
 import { Args, Command, Options } from "@effect/cli"
-import { Console, Effect } from "effect"
+import { Console, Effect, Option } from "effect"
 import { Machinen } from "../../Machinen.ts"
 import type { Restored } from "../../restore.ts"
-import { environment, json, liveMounts, mountLive, portForward, publish, whenGiven } from "../options.ts"
+import {
+  environment,
+  json,
+  liveMounts,
+  memory,
+  mountLive,
+  network,
+  portForward,
+  publish,
+  whenGiven
+} from "../options.ts"
 import * as render from "../render.ts"
 import { readSecrets, secretOption } from "../secrets.ts"
+import { letGo } from "./boot.ts"
 import { vmArg } from "./exec.ts"
 import { engineOption, lazyUmount } from "./snapshot.ts"
 
@@ -23,23 +34,31 @@ const detach = Options.boolean("detach").pipe(
   Options.withDescription("return when it is ready; it lives until it is stopped")
 )
 
-const restoredJson = ({ phases, rejuvenation, vm }: Restored) => ({
+const restoredJson = ({ phases, rejuvenation, vm }: Restored, detached: boolean) => ({
   ...render.vmJson(vm.entry),
+  detached,
   forkedFrom: vm.entry.forkedFrom ?? null,
   rejuvenation,
   phasesMs: Object.fromEntries(phases)
 })
 
-/** Detached VMs are named and left; others are kept in the foreground until the last has ended or ctrl-c. */
-const keep = (restored: ReadonlyArray<Restored>, detached: boolean) =>
-  Effect.gen(function* () {
-    for (const { vm } of restored) {
-      yield* detached
-        ? Console.log(vm.name ?? vm.id)
-        : Console.error(`${vm.name ?? vm.id} is up (pid ${vm.pid}); ctrl-c stops it`)
-    }
-    if (!detached) yield* Effect.forEach(restored, ({ vm }) => vm.wait, { concurrency: "unbounded" })
-  })
+/** VMs that are to be detached are shown and left; others are kept in the foreground until the last has ended or ctrl-c. */
+const keep = Effect.fnUntraced(function* (
+  restored: ReadonlyArray<Restored>,
+  detached: boolean,
+  shown: Option.Option<unknown>
+) {
+  const vms = restored.map(({ vm }) => vm)
+  if (detached) {
+    const names = Effect.forEach(vms, (vm) => Console.log(vm.name ?? vm.id), { discard: true })
+    return yield* letGo(vms, Option.match(shown, { onNone: () => names, onSome: render.json }))
+  }
+  if (Option.isSome(shown)) yield* render.json(shown.value)
+  for (const vm of vms) yield* Console.error(`${vm.name ?? vm.id} is up (pid ${vm.pid}); ctrl-c stops it`)
+  yield* Effect.forEach(vms, ({ wait }) => wait, { concurrency: "unbounded" })
+})
+
+const whenJson = <A>(json: boolean, value: A) => (json ? Option.some(value) : Option.none())
 
 /** `machinen restore DIR`: a VM that goes on where the bundle's source stood. */
 export const restore = Command.make(
@@ -49,6 +68,17 @@ export const restore = Command.make(
     image: Options.text("image").pipe(
       Options.optional,
       Options.withDescription("where the source's image lies now, if it was moved")
+    ),
+    memory: Options.text("memory").pipe(
+      Options.withAlias("m"),
+      Options.optional,
+      Options.withDescription("criu: MiB of memory, or auto (default: what the source had)")
+    ),
+    network: Options.text("network").pipe(
+      Options.optional,
+      Options.withDescription(
+        "nat: connect the guest of a bundle that is not your own; criu: none leaves the network out"
+      )
     ),
     publish,
     env,
@@ -66,16 +96,19 @@ export const restore = Command.make(
       const machinen = yield* Machinen
       const restored = yield* machinen.restore({
         snapDir: input.dir,
-        ...whenGiven({ name: input.name, image: input.image }),
+        ...whenGiven({
+          name: input.name,
+          image: input.image,
+          memoryMib: yield* Effect.transposeMapOption(input.memory, memory),
+          network: yield* Effect.transposeMapOption(input.network, network)
+        }),
         portForward: yield* portForward(input.publish),
         env: yield* environment(input.env),
         liveMounts: yield* liveMounts(input.mountLive),
         secrets: yield* readSecrets(input.secret),
-        lazy: input.lazy,
-        detached: input.detach
+        lazy: input.lazy
       })
-      if (input.json) yield* render.json(restoredJson(restored))
-      if (!input.json || !input.detach) yield* keep([restored], input.detach)
+      yield* keep([restored], input.detach, whenJson(input.json, restoredJson(restored, input.detach)))
     }).pipe(Effect.scoped)
 ).pipe(Command.withDescription("start a VM from a bundle"))
 
@@ -120,10 +153,9 @@ export const fork = Command.make(
         lazyUmount: input.lazyUmount,
         env: yield* environment(input.env),
         liveMounts: yield* liveMounts(input.mountLive),
-        secrets: yield* readSecrets(input.secret),
-        detached: input.detach
+        secrets: yield* readSecrets(input.secret)
       })
-      if (input.json) yield* render.json({ pausedMs, siblings: siblings.map(restoredJson) })
-      if (!input.json || !input.detach) yield* keep(siblings, input.detach)
+      const shown = { pausedMs, siblings: siblings.map((sibling) => restoredJson(sibling, input.detach)) }
+      yield* keep(siblings, input.detach, whenJson(input.json, shown))
     }).pipe(Effect.scoped)
 ).pipe(Command.withDescription("fork a running VM into siblings"))

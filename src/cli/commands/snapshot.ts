@@ -23,10 +23,17 @@ const dirArg = Args.text({ name: "dir" }).pipe(Args.withDescription("the bundle'
 /** `machinen snapshot inspect DIR`: what is in a bundle, and whether it can be restored here. */
 const inspect = Command.make("inspect", { json, dir: dirArg }, (input) =>
   Effect.gen(function* () {
-    const { bundle, misfits } = yield* Effect.flatMap(Machinen, (m) => m.inspect(input.dir))
+    const { bundle, misfits, unasked } = yield* Effect.flatMap(Machinen, (m) => m.inspect(input.dir))
     const { manifest } = bundle
     if (input.json)
-      return yield* render.json({ dir: bundle.dir, restorable: misfits.length === 0, misfits, ...manifest })
+      return yield* render.json({
+        dir: bundle.dir,
+        isOwn: bundle.isOwn,
+        unasked,
+        restorable: misfits.length === 0,
+        misfits,
+        ...manifest
+      })
     const size = manifest.blobs.reduce((sum, { dataBytes }) => sum + dataBytes, 0)
     yield* Console.log(
       [
@@ -34,6 +41,10 @@ const inspect = Command.make("inspect", { json, dir: dirArg }, (input) =>
         `${manifest.engine}, ${manifest.machine.backend} ${manifest.machine.vmmVersion} on ${manifest.machine.accel}, ${manifest.memoryMib} MiB, ${manifest.vcpus} vCPU`,
         `${render.bytes(size)} of data:`,
         ...manifest.blobs.map(({ dataBytes, name }) => `  ${name.padEnd(12)} ${render.bytes(dataBytes)}`),
+        bundle.isOwn
+          ? "your own: it is restored as recorded"
+          : "not made by your machinen (the key in MACHINEN_HOME): nothing it records of this host is done unasked",
+        ...unasked.map(({ effect, option }) => `  it would ${effect}; to ask for that: ${option}`),
         misfits.length === 0 ? "it can be restored here" : "it cannot be restored here:",
         ...misfits.map((reason) => `  ${reason}`)
       ]
