@@ -237,7 +237,7 @@ const steps: ReadonlyArray<Step> = [
   { title: "npm run check", argv: ["npm", "run", "check"], minutes: 15 },
   {
     title: "Rust tests",
-    argv: ["cargo", "test", "--locked", "--workspace"],
+    argv: ["cargo", "test", "--locked", "--workspace", "--no-fail-fast"],
     minutes: 20,
     prints: /^test result: ok\. [1-9]/m
   },
@@ -277,15 +277,19 @@ const perform = ({ argv, asUser = false, dir = "", minutes, prints, title }: Ste
           PATH: "/opt/node/bin:/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games"
         }
       : {}
-    const child = spawn(
-      "chroot",
-      [...identity, root, "sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", path.join(sources, dir), ...argv],
-      {
-        env: { ...environment(), ...own },
-        detached: true,
-        stdio: ["ignore", "pipe", "pipe"]
-      }
-    )
+    const variables = Object.entries({ ...environment(), ...own }).map(([name, value]) => `${name}=${value}`)
+    const inRoot = [
+      "env",
+      "-i",
+      ...variables,
+      "sh",
+      "-c",
+      'cd "$1" && shift && exec "$@"',
+      "sh",
+      path.join(sources, dir),
+      ...argv
+    ]
+    const child = spawn("chroot", [...identity, root, ...inRoot], { detached: true, stdio: ["ignore", "pipe", "pipe"] })
     let output = ""
     for (const stream of [child.stdout, child.stderr]) {
       stream.setEncoding("utf8")

@@ -152,7 +152,9 @@ fn private_memory_is_its_file_and_the_pages_over_it() {
         expected[page * PAGE..][..PAGE].fill(byte);
     }
     assert!(std::fs::read(making.path("memory")).unwrap() == expected);
-    assert!(making.path("memory").metadata().unwrap().blocks() * 512 < 2600 * PAGE as u64);
+    // As sparse as the base, which on tmpfs has no holes any more where the VMM has read zeros.
+    let blocks = |file: &Path| file.metadata().unwrap().blocks() * 512;
+    assert!(blocks(&making.path("memory")) < blocks(&base) + 100 * PAGE as u64);
 }
 
 #[test]
