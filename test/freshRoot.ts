@@ -180,6 +180,9 @@ const environment = (): Record<string, string> => {
     LANG: "C.UTF-8",
     PATH: "/opt/node/bin:/opt/rust/bin:/opt/go/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     CARGO_HOME: "/var/cache/cargo",
+    // compiled once and not debugged: half the time and a quarter of the space
+    CARGO_INCREMENTAL: "0",
+    CARGO_PROFILE_DEV_DEBUG: "0",
     CARGO_TARGET_DIR: "/var/cache/cargo-target",
     GOCACHE: "/var/cache/go-build",
     GOMODCACHE: "/var/cache/go-modules",

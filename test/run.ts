@@ -65,7 +65,8 @@ const vitest = (project: string, minutes: number): Counts => {
       failed: report.numFailedTests,
       skipped: report.numPendingTests + report.numTodoTests
     })
-  } catch {
+  } catch (error) {
+    say(`tests: ${project}: there is no report: ${error}`)
     return { passed: 0, failed: 1, skipped: 0 }
   }
 }
