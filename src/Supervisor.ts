@@ -2,6 +2,7 @@
 import type { Readable, Writable } from "node:stream"
 import { DetachKeys } from "./domain/DetachKeys.ts"
 import { isMachinenError } from "./domain/errors.ts"
+import { leaveOutputAlone } from "./platform/tty.ts"
 import { type Sandboxes, type SandboxVm, unknownSandbox } from "./Sandboxes.ts"
 
 export interface SupervisorOptions {
@@ -22,6 +23,7 @@ export interface SupervisorOptions {
 interface TtyInput extends Readable {
   readonly isTTY?: boolean
   readonly isRaw?: boolean
+  readonly fd?: number
   readonly setRawMode?: (raw: boolean) => unknown
 }
 interface TtyOutput extends Writable {
@@ -92,6 +94,8 @@ export class Supervisor {
     const setRaw = this.#raw ? this.#input.setRawMode?.bind(this.#input) : undefined
     const wasRaw = this.#input.isRaw === true
     setRaw?.(true)
+    if (setRaw !== undefined && this.#input.isTTY === true && this.#input.fd !== undefined)
+      leaveOutputAlone(this.#input.fd)
     const resize = () => {
       const { columns, rows } = this.#output
       if (columns !== undefined && rows !== undefined && columns > 0 && rows > 0) vm.resize?.(columns, rows)

@@ -115,7 +115,11 @@ export const portForward = (values: ReadonlyArray<string>) =>
       Effect.mapError(({ message }) => refused(message)),
       Effect.flatMap(({ guest, hostAddress, hostPort }) =>
         hostPort === undefined || !("port" in guest)
-          ? refused(`${JSON.stringify(value)} is not [ADDRESS:]HOSTPORT:GUESTPORT`)
+          ? refused(
+              "port" in guest
+                ? `${JSON.stringify(value)} names no port of this host`
+                : `${JSON.stringify(value)} is not [ADDRESS:]HOSTPORT:GUESTPORT`
+            )
           : Effect.succeed<PortForwardOption>({
               ...(hostAddress === undefined ? {} : { hostAddr: hostAddress }),
               hostPort,

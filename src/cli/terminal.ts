@@ -1,6 +1,7 @@
 import { Deferred, Effect, Ref, type Scope, Stream } from "effect"
 import { DetachKeys } from "../domain/DetachKeys.ts"
 import { ExecError } from "../domain/errors.ts"
+import { leaveOutputAlone } from "../platform/tty.ts"
 import type { Terminal, TerminalSize } from "../Terminal.ts"
 import * as stdio from "./stdio.ts"
 
@@ -27,9 +28,12 @@ export const environment = (): Readonly<Record<string, string>> => {
   return term === undefined || term === "" ? {} : { TERM: term }
 }
 
-/** Until the scope closes, keys come as they are pressed, ctrl-c among them, and nothing echoes them. */
+/** Until the scope closes, keys come as they are pressed, ctrl-c among them, nothing echoes them, and output is shown as it was written. */
 const raw: Effect.Effect<void, never, Scope.Scope> = Effect.acquireRelease(
-  Effect.sync(() => void process.stdin.setRawMode(true)),
+  Effect.sync(() => {
+    process.stdin.setRawMode(true)
+    leaveOutputAlone(process.stdin.fd)
+  }),
   () => Effect.sync(() => void process.stdin.setRawMode(false))
 )
 

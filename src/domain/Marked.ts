@@ -1,16 +1,19 @@
-export type Piece = { readonly text: Uint8Array } | { readonly status: number }
+/** `"more"`: the shell wants another line, as the command is not complete. */
+export type Piece = { readonly text: Uint8Array } | { readonly status: number | "more" }
 
 const mark = 0x1e
 /** No mark is longer. */
 const longest = 64
 
-/** Finds in what a shell prints the marks that tell of a command's end: record separator, token, `:`, exit code, record separator. */
+/**
+ * Finds in what a shell prints the marks that tell of a command's end: record separator, token, `:`, exit code or `more`, record separator.
+ */
 export class Marked {
   readonly #inner: RegExp
   #pending = Buffer.alloc(0)
 
   constructor(token: string) {
-    this.#inner = new RegExp(`^${token}:([0-9]{1,3})$`)
+    this.#inner = new RegExp(`^${token}:([0-9]{1,3}|more)$`)
   }
 
   push(bytes: Uint8Array): ReadonlyArray<Piece> {
@@ -35,7 +38,7 @@ export class Marked {
         show(rest.subarray(0, 1))
         rest = rest.subarray(1)
       } else {
-        pieces.push({ status: Number(status) })
+        pieces.push({ status: status === "more" ? status : Number(status) })
         rest = rest.subarray(end + 1)
       }
     }

@@ -20,7 +20,7 @@ export const showTarget = (target: TunnelTarget): string =>
 export const showAddress = (address: string, port: number): string =>
   address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`
 
-/** `[[ADDRESS:]PORT:]GUEST`; GUEST: a port or `unix:/path`; an IPv6 address stands in brackets. Without a PORT: any that is free. */
+/** `[[ADDRESS:]PORT:]GUEST`; GUEST: a port (also `80/tcp`) or `unix:/path`; an IPv6 address stands in brackets. Without a PORT: any that is free. */
 export const parseMapping = (text: string): Effect.Effect<TunnelMapping, ParseError> => {
   const refuse = (why: string) =>
     new ParseError({
@@ -32,9 +32,18 @@ export const parseMapping = (text: string): Effect.Effect<TunnelMapping, ParseEr
     const number = /^[0-9]{1,5}$/.test(digits) ? Number(digits) : 0
     return number >= 1 && number <= 65535 ? number : undefined
   }
-  const notPort = (digits: string) => refuse(`${JSON.stringify(digits)} is not a port from 1 to 65535`)
+  const notPort = (digits: string) =>
+    refuse(
+      /^[0-9]+-[0-9]+$/.test(digits)
+        ? `a range of ports (${digits}) cannot be given; give each port`
+        : `${JSON.stringify(digits)} is not a port from 1 to 65535`
+    )
 
-  const [, host, unix, digits = ""] = /^(?:(.*?):)??(?:unix:(.*)|([^:]*))$/s.exec(text) ?? []
+  const [, host, unix, guestDigits = ""] = /^(?:(.*?):)??(?:unix:(.*)|([^:]*))$/s.exec(text) ?? []
+  const [, digits = guestDigits, protocol] = /^(.*)\/([a-z]+)$/is.exec(guestDigits) ?? []
+  if (protocol !== undefined && protocol.toLowerCase() !== "tcp") {
+    return refuse(`only TCP is led into a guest, not ${protocol}`)
+  }
   if (unix !== undefined && (!unix.startsWith("/") || unix.includes("\0"))) {
     return refuse("the guest's socket is not an absolute path")
   }
@@ -52,5 +61,5 @@ export const parseMapping = (text: string): Effect.Effect<TunnelMapping, ParseEr
   if (bracketed === undefined ? !/^[\w.-]+$/.test(hostAddress) : !/^[0-9a-f:.]+(%\w+)?$/i.test(hostAddress)) {
     return refuse(`${JSON.stringify(hostAddress)} is not an address of this host`)
   }
-  return Effect.succeed({ hostAddress, hostPort, guest })
+  return Effect.succeed({ hostAddress: hostAddress === "localhost" ? "127.0.0.1" : hostAddress, hostPort, guest })
 }

@@ -38,6 +38,7 @@ export const basePackages = {
       "sleep",
       "sort",
       "stat",
+      "stty",
       "tail",
       "tee",
       "timeout",

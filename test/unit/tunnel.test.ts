@@ -7,7 +7,9 @@ describe("tunnel mappings", () => {
     ["80", { guest: { port: 80 } }],
     ["8080:80", { hostPort: 8080, guest: { port: 80 } }],
     ["0.0.0.0:8080:80", { hostAddress: "0.0.0.0", hostPort: 8080, guest: { port: 80 } }],
-    ["localhost:8080:80", { hostAddress: "localhost", hostPort: 8080, guest: { port: 80 } }],
+    ["localhost:8080:80", { hostAddress: "127.0.0.1", hostPort: 8080, guest: { port: 80 } }],
+    ["80/tcp", { guest: { port: 80 } }],
+    ["8080:80/tcp", { hostPort: 8080, guest: { port: 80 } }],
     ["[::1]:8080:80", { hostAddress: "::1", hostPort: 8080, guest: { port: 80 } }],
     ["unix:/run/a.sock", { guest: { path: "/run/a.sock" } }],
     ["8080:unix:/run/a:80", { hostPort: 8080, guest: { path: "/run/a:80" } }],
@@ -33,6 +35,18 @@ describe("tunnel mappings", () => {
     "80:unix:run",
     "80:"
   ]
+  for (const [text, why] of [
+    ["53/udp", "only TCP is led into a guest, not udp"],
+    ["53:53/udp", "only TCP is led into a guest, not udp"],
+    ["8080-8090:80-90", "a range of ports (80-90) cannot be given"],
+    ["8080-8090:80", "a range of ports (8080-8090) cannot be given"]
+  ] as const) {
+    it.effect(`says of ${text} what is not there`, () =>
+      Effect.gen(function* () {
+        assert.include((yield* Effect.flip(parseMapping(text))).message, why)
+      })
+    )
+  }
   for (const text of [...bad, ...worse, "unix:/a\0", "80:80:80:80"]) {
     it.effect(`refuses ${JSON.stringify(text)}`, () =>
       Effect.gen(function* () {

@@ -268,6 +268,7 @@ describe("machinen run", () => {
     [["--network", "bridge"], "PARSE_FLAG_MALFORMED"],
     [["-p", "80"], "PARSE_PORT_INVALID"],
     [["-p", "8080:80/udp"], "PARSE_PORT_INVALID"],
+    [["-p", "8080-8090:80-90"], "PARSE_PORT_INVALID"],
     [["-p", "0:80"], "PARSE_PORT_INVALID"],
     [["-p", "8080:70000"], "PARSE_PORT_INVALID"],
     [["--image", "micro", "--image", "micro"], "PARSE_FLAG_DUPLICATE"],

@@ -484,7 +484,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
           "tty",
           "cd /tmp; X=5",
           'echo "$X in $PWD"',
-          "if",
+          "fi",
           "cat",
           ":fork tty/2",
           ":what",
@@ -500,6 +500,87 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
         const failed = yield* repl("tty", ":snapshot /dev/null/x", "echo on; exit")
         assert.include(failed.stderr, "SNAPSHOT_")
         assert.deepStrictEqual([failed.stdout, failed.code], ["on\n", 0])
+      })
+    )
+
+    it.effect("repl is as a shell is: the status of the line before, commands of several lines, here-documents", () =>
+      Effect.gen(function* () {
+        const session = [
+          ["false"],
+          ["echo status $?"],
+          ["(exit 7)"],
+          ["echo status $?; echo status $?"],
+          ["for i in 1 2; do", "  echo $i", "", "done"],
+          ["cat <<END", "first", ") $((1 << 2)) 'x", ":quit", "END"],
+          ["if true; then cat <<-A; fi; echo after", "\tin if", "A"],
+          ["echo 'two", "lines' \"and", 'more"'],
+          ["echo one \\", "line"],
+          ["f() {", "echo in f; }", "f"],
+          ["echo ok &&", "echo both"],
+          ["fi"],
+          ["echo status $?"],
+          ["echo 'not ended", "by its end"]
+        ]
+        const wanted = [
+          "status 1",
+          "status 7",
+          "status 0",
+          "1",
+          "2",
+          "first",
+          ") 4 'x",
+          ":quit",
+          "in if",
+          "after",
+          "two",
+          "lines and",
+          "more"
+        ]
+        for (const image of ["micro", "debian"]) {
+          const name = `repl-${image}`
+          yield* Effect.acquireUseRelease(
+            Effect.map(cli(home, ["boot", "-d", "--image", image, "--name", name]), ({ code }) =>
+              assert.strictEqual(code, 0)
+            ),
+            () =>
+              Effect.gen(function* () {
+                const { code, stderr, stdout } = yield* cli(home, ["repl", name], {
+                  stdin: Buffer.from(`${session.flat().join("\n")}\n`)
+                })
+                const lines = stdout.trimEnd().split("\n")
+                assert.deepStrictEqual(lines.slice(0, wanted.length), wanted, image)
+                assert.deepStrictEqual(lines.slice(wanted.length, wanted.length + 4), [
+                  "one line",
+                  "in f",
+                  "ok",
+                  "both"
+                ])
+                const rest = lines.slice(wanted.length + 4).join("\n")
+                assert.match(rest, /yntax error.*\nstatus 2\n.*nterminated/s, image)
+                assert.deepStrictEqual([code, stderr], [2, ""], image)
+              }),
+            () => cli(home, ["stop", "--force", name])
+          )
+        }
+      })
+    )
+
+    it.scoped("shows what a command writes as its own terminal made it", () =>
+      Effect.gen(function* () {
+        const window = yield* tmux.window(home, cliPath)
+        const file = path.join(temporaryDirectory(), "typescript")
+        yield* window.type(
+          `script -qec "'${process.execPath}' '${cliPath}' exec -t tty -- printf 'hello\\n'" ${file}; echo done`
+        )
+        yield* window.press("Enter")
+        yield* window.shows(/^done$/m)
+        assert.include(readFileSync(file, "latin1"), "hello\r\n")
+        assert.notInclude(readFileSync(file, "latin1"), "\r\r")
+        yield* window.type(
+          "clear; stty -g > before; machinen exec -t tty -- sh -c 'stty -opost; printf \"ab\\ncd\"'; echo; stty -g | cmp - before && echo as before"
+        )
+        yield* window.press("Enter")
+        yield* window.shows(/ab\n {2}cd\nas before/)
       })
     )
 

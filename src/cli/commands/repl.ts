@@ -13,9 +13,43 @@ import * as terminal from "../terminal.ts"
 import { letGo } from "./boot.ts"
 import { vmArg } from "./exec.ts"
 
-/** Runs a line at a time; `command` keeps the shell from ending with a mistake in one. Ctrl-c is for what it runs. */
-const shell = `stty -echo -onlcr -icanon; trap : INT
-while IFS= read -r __line; do command eval "$__line" </dev/null; printf '\\036%s:%d\\036' "$__mark" $?; done`
+/** A line that begins so drops what is not complete yet; the rest of it is the token of the marks from now on. */
+const fresh = "\x18"
+/** A line that runs what is there, complete or not. */
+const finish = "\x19"
+
+/**
+ * Runs commands, each when its last line has come. `command` keeps the shell from ending with a mistake in one; ctrl-c is for what it runs.
+ *
+ * Whether a command is complete is the shell's own parser's to say (`sh -n`): it misses the end of something, or, where a here-document is
+ * open, takes a line for text that could be no command.
+ */
+const shell = String.raw`stty -echo -onlcr -icanon; trap : INT
+__fresh=$(printf '\030') __finish=$(printf '\031') __status=0 __text= __nl='
+'
+__return() { return "$1"; }
+__parses() { __said=$(printf '%s\n' "$1" | LC_ALL=C sh -n 2>&1); }
+__complete() {
+  case $__text in *\\\\) ;; *\\) return 1;; esac
+  if __parses "$__text"; then
+    case $__text in *'<<'*) ! __parses "$__text$__nl)";; esac
+  else
+    case $__said in *'end of file'* | *EOF* | *nterminated*) return 1;; esac
+  fi
+}
+__mark() { printf '\036%s:%s\036' "$__token" "$1"; }
+while IFS= read -r __line; do
+  case $__line in
+    "$__fresh"*) __text= __token=${"$"}{__line#?}; __mark $__status; continue;;
+    "$__finish") ;;
+    *) __text=$__text${"$"}{__text:+$__nl}$__line; __complete || { __mark more; continue; };;
+  esac
+  __line=$__text __text=
+  __return $__status
+  command eval "$__line" </dev/null
+  __status=$?
+  __mark $__status
+done`
 
 const help = `a line runs in the guest's shell, which keeps its variables and directory, for the next repl and in every fork too
 :fork NAME      a sibling of this VM, with this shell in it: machinen repl NAME
@@ -24,8 +58,8 @@ const help = `a line runs in the guest's shell, which keeps its variables and di
 :quit           leave; the shell stays (exit ends it)`
 
 interface Typing {
-  /** The next line; none at the end. */
-  readonly next: Effect.Effect<Option.Option<string>>
+  /** The next line; none at the end. `isMore`: of a command that has begun. */
+  readonly next: (isMore: boolean) => Effect.Effect<Option.Option<string>>
   /** The next ctrl-c. */
   readonly interrupted: Effect.Effect<void>
 }
@@ -36,9 +70,7 @@ const typing: Effect.Effect<Typing, never, Scope.Scope> = Effect.gen(function* (
   const interrupts = yield* Queue.sliding<void>(1)
   const isTty = process.stdin.isTTY === true
   const editor = yield* Effect.acquireRelease(
-    Effect.sync(() =>
-      readline.createInterface({ input: process.stdin, ...(isTty ? { output: process.stdout, prompt: "> " } : {}) })
-    ),
+    Effect.sync(() => readline.createInterface({ input: process.stdin, ...(isTty ? { output: process.stdout } : {}) })),
     (editor) => Effect.sync(() => editor.close())
   )
   editor.on("line", (line) => lines.unsafeOffer(Option.some(line)))
@@ -48,10 +80,15 @@ const typing: Effect.Effect<Typing, never, Scope.Scope> = Effect.gen(function* (
     interrupts.unsafeOffer(undefined)
   })
   return {
-    next: Effect.zipRight(
-      Effect.sync(() => (isTty ? editor.prompt() : undefined)),
-      Queue.take(lines)
-    ),
+    next: (isMore) =>
+      Effect.zipRight(
+        Effect.sync(() => {
+          if (!isTty) return
+          editor.setPrompt(isMore ? ". " : "> ")
+          editor.prompt()
+        }),
+        Queue.take(lines)
+      ),
     // not one of before
     interrupted: Effect.zipRight(Queue.takeAll(interrupts), Queue.take(interrupts))
   }
@@ -61,7 +98,7 @@ const typing: Effect.Effect<Typing, never, Scope.Scope> = Effect.gen(function* (
 const drive = Effect.fnUntraced(function* (shellOf: Terminal) {
   const token = randomBytes(8).toString("hex")
   const marked = new Marked(token)
-  const statuses = yield* Queue.unbounded<number>()
+  const statuses = yield* Queue.unbounded<number | "more">()
   const send = (text: string) => shellOf.write(Buffer.from(text))
   let begun = false
   const shown = Stream.runForEach(shellOf.output, (bytes) =>
@@ -76,14 +113,15 @@ const drive = Effect.fnUntraced(function* (shellOf: Terminal) {
     )
   )
   const run = (line: string) => Effect.zipRight(send(`${line}\n`), Queue.take(statuses))
+  const drop = run(`${fresh}${token}`)
   const begin = Effect.zipRight(
-    run(`__mark=${token}`),
+    drop,
     Effect.sync(() => {
       begun = true
     })
   )
   const ended = Effect.flatMap(shown, () => Effect.map(shellOf.exit, ({ code }) => code))
-  return { run, begin, ended, interrupt: send("\x03") }
+  return { run, begin, drop, ended, interrupt: send("\x03") }
 })
 
 /** A line for the repl itself. False: leave. */
@@ -125,7 +163,7 @@ export const repl = Command.make(
     Effect.gen(function* () {
       const machinen = yield* Machinen
       const vm = yield* machinen.attach(input.vm)
-      const { begin, ended, interrupt, run } = yield* drive(
+      const { begin, drop, ended, interrupt, run } = yield* drive(
         yield* vm.terminal(
           { argv: ["sh", "-c", shell], env: terminal.environment() },
           { ...terminal.size(), session: input.session }
@@ -135,13 +173,28 @@ export const repl = Command.make(
       const serve = Effect.gen(function* () {
         yield* begin
         let status = 0
+        let isMore = false
+        const send = (line: string) =>
+          Effect.gen(function* () {
+            const answer = yield* Effect.raceFirst(run(line), Effect.forever(Effect.zipRight(interrupted, interrupt)))
+            isMore = answer === "more"
+            if (answer !== "more") status = answer
+          })
+        // ctrl-c before a command is complete drops it
+        const typed = Effect.suspend(() =>
+          isMore ? Effect.raceFirst(next(true), Effect.as(interrupted, "dropped" as const)) : next(false)
+        )
         for (;;) {
-          const line = Option.getOrElse(yield* next, () => ":quit")
-          if (line.startsWith(":")) {
-            if (!(yield* obey(vm, line))) return status
-          } else if (line.trim() !== "") {
-            status = yield* Effect.raceFirst(run(line), Effect.forever(Effect.zipRight(interrupted, interrupt)))
-          }
+          const line = yield* typed
+          if (line === "dropped") {
+            yield* drop
+            isMore = false
+          } else if (Option.isNone(line)) {
+            if (isMore) yield* send(finish)
+            return status
+          } else if (!isMore && /^:[a-z]/.test(line.value)) {
+            if (!(yield* obey(vm, line.value))) return status
+          } else if (isMore || line.value.trim() !== "") yield* send(line.value)
         }
       })
       return yield* new ExitWith({ code: yield* Effect.raceFirst(serve, ended) })
