@@ -1,5 +1,5 @@
 import { createReadStream } from "node:fs"
-import { Effect, type Option, Stream } from "effect"
+import { type Duration, Effect, type Option, Stream } from "effect"
 
 const isUrl = (location: string) => /^https?:\/\//.test(location)
 
@@ -7,15 +7,35 @@ const isUrl = (location: string) => /^https?:\/\//.test(location)
 export const join = (base: string, ...parts: ReadonlyArray<string>): string =>
   [base.replace(/\/+$/, ""), ...parts.map((part) => (isUrl(base) ? encodeURIComponent(part) : part))].join("/")
 
+/** A server that says nothing for so long will not say anything. */
+const patience: Record<"answer" | "nextPiece", Duration.DurationInput & string> = {
+  answer: "30 seconds",
+  nextPiece: "1 minute"
+}
+
 /** A file's bytes, or none where there is no such file; any other answer than the file fails. */
-export const open = (location: string): Effect.Effect<Option.Option<Stream.Stream<Uint8Array, Error>>, Error> =>
+export const open = (
+  location: string,
+  waiting = patience
+): Effect.Effect<Option.Option<Stream.Stream<Uint8Array, Error>>, Error> =>
   isUrl(location)
     ? Effect.tryPromise({ try: (signal) => fetch(location, { signal }), catch: toError }).pipe(
+        Effect.timeoutFail({
+          duration: waiting.answer,
+          onTimeout: () => new Error(`${location}: no answer within ${waiting.answer}`)
+        }),
         Effect.flatMap((response) => {
           if (response.status === 404) return Effect.succeedNone
           const { body } = response
           if (!response.ok || body === null) return Effect.fail(new Error(`${location}: HTTP ${response.status}`))
-          return Effect.succeedSome(Stream.fromReadableStream({ evaluate: () => body, onError: toError }))
+          return Effect.succeedSome(
+            Stream.fromReadableStream({ evaluate: () => body, onError: toError }).pipe(
+              Stream.timeoutFail(
+                () => new Error(`${location}: nothing came for ${waiting.nextPiece}`),
+                waiting.nextPiece
+              )
+            )
+          )
         })
       )
     : Effect.async((resume) => {
