@@ -127,7 +127,12 @@ export const provision = Effect.fn("provision")(
 )
 
 const checkOptions = (limitMs: number, maxBytes: number, newest: number | undefined) => {
-  const bad = (message: string) => new ProvisionError({ code: "PROVISION_OPTION_INVALID", message })
+  const bad = (message: string) =>
+    new ProvisionError({
+      code: "PROVISION_OPTION_INVALID",
+      message,
+      hint: "leave it out for the default, which `machinen provision --help` tells"
+    })
   if (!(limitMs > 0)) return bad(`a build cannot have ${limitMs} ms`)
   if (!(maxBytes > 0)) return bad(`an image cannot have ${maxBytes} bytes`)
   if (newest !== undefined && !(Number.isSafeInteger(newest) && newest >= 0)) {
@@ -252,7 +257,7 @@ const hookFailed = Effect.fnUntraced(function* (vm: Vm, failure: unknown) {
     Effect.orElseSucceed(() => Number.POSITIVE_INFINITY)
   )
   const message = error instanceof Error ? error.message : String(error)
-  const full = free < fullBelow || /no space left on device/i.test(message)
+  const full = free < fullBelow || code === "FILES_NO_SPACE"
   return new ProvisionError({
     code: full ? "PROVISION_DISK_TOO_SMALL" : "PROVISION_INSTALL_HOOK_FAILED",
     message: full ? `the build's disk is full: ${message}` : `the build failed: ${message}`,

@@ -388,7 +388,7 @@ layer(live(home, cache), { excludeTestServices: true })("machinen provision", (i
         "--copy",
         `${dir}/in:/srv/in`,
         "--run",
-        "echo second >>/srv/taken"
+        "echo second >>/srv/taken; dd if=/dev/zero of=/srv/large bs=1M count=20 2>/dev/null"
       ]
       const baked = ["--cmd", '["cat", "/srv/taken"]', "-e", "A=b", "-w", "/srv", "--out", out]
       const built = yield* cli(home, [...args, ...baked], { env: cache })
@@ -397,6 +397,8 @@ layer(live(home, cache), { excludeTestServices: true })("machinen provision", (i
       for (const line of ["▸ 1/3 copy", "▸ 2/3 recipe.sh", "from the recipe", "▸ 3/3 echo second", "built in"]) {
         assert.include(built.stderr, line)
       }
+      // how much of it has been saved is for a terminal, and would fill a log
+      assert.notMatch(built.stderr, /^\s*[0-9.]+ MiB$/m)
       const ran = yield* cli(home, ["boot", "--image", out], { env: cache })
       assert.deepStrictEqual([ran.code, ran.stdout], [0, "given\nsecond\n"])
       const other = yield* cli(home, ["run", "--image", out, "--", "sh", "-c", "echo $A $PWD; ls /tmp"], { env: cache })
@@ -424,7 +426,17 @@ layer(live(home, cache), { excludeTestServices: true })("machinen provision", (i
       for (const wrong of [["--cmd", "[1]"], ["--copy", "nowhere"], ["--disk", "many"], ["/nowhere/recipe"]]) {
         const refused = yield* cli(home, ["provision", "--base", "micro", "--out", out, ...wrong], { env: cache })
         assert.strictEqual(refused.code, 2)
-        assert.include(refused.stderr, "(PARSE_")
+        assert.include(refused.stderr, wrong.length === 1 ? "(PARSE_ARGUMENT_MISSING)" : "(PARSE_FLAG_MALFORMED)")
+        assert.include(refused.stderr, wrong.at(-1) ?? "")
+      }
+      for (const wrong of [
+        ["--timeout", "0"],
+        ["--epoch", "-5"]
+      ]) {
+        const refused = yield* cli(home, ["provision", "--base", "micro", "--out", out, ...wrong], { env: cache })
+        assert.strictEqual(refused.code, 1)
+        assert.include(refused.stderr, "(PROVISION_OPTION_INVALID)")
+        assert.include(refused.stderr, "hint: ")
       }
       assertNothingLeft(home)
     })

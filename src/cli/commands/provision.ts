@@ -183,10 +183,13 @@ export const provision = (name: "provision" | "bake") =>
     )
   )
 
+/** How much has been saved is for somebody who waits: one line of the terminal that changes, and nothing in a log. */
 const tell = (progress: BuildProgress): Effect.Effect<void> =>
-  progress._tag === "Archived"
-    ? Console.error(`  ${render.bytes(progress.bytes)}`)
-    : Console.error(`… ${phases[progress.phase]}`)
+  progress._tag === "Phase"
+    ? Console.error(`… ${phases[progress.phase]}`)
+    : process.stderr.isTTY
+      ? Effect.ignore(stdio.write("stderr")(Buffer.from(`\r\x1b[K  ${render.bytes(progress.bytes)}\r`)))
+      : Effect.void
 
 const phases = {
   boot: "boot the base",
