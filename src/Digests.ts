@@ -1,10 +1,9 @@
-import { createHash } from "node:crypto"
 import * as path from "node:path"
 import { CommandExecutor, FileSystem } from "@effect/platform"
-import { Context, Effect, Layer, Option, Schema } from "effect"
+import { Context, Effect, Layer, Schema } from "effect"
 import { Assets } from "./Assets.ts"
 import * as command from "./platform/command.ts"
-import { writeNote } from "./platform/note.ts"
+import * as fileState from "./platform/fileState.ts"
 import { Settings } from "./Settings.ts"
 
 /** What a file holds, holes and zeros being the same (docs/protocol.md §5, digest). */
@@ -23,7 +22,7 @@ export class Digests extends Context.Tag("machinen/Digests")<
   {
     /** Reads the files. In the order asked for. */
     readonly of: (files: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<Digest>, DigestFailed>
-    /** The hash of a file that is not expected to change, remembered for its path, size, times and inode. */
+    /** The hash of a file that is not expected to change, remembered for the state of the file. */
     readonly remembered: (file: string) => Effect.Effect<string, DigestFailed>
   }
 >() {
@@ -55,20 +54,15 @@ export class Digests extends Context.Tag("machinen/Digests")<
         of,
         remembered: Effect.fn("Digests.remembered")(
           function* (file) {
-            const info = yield* fs.stat(file)
-            const stamp = [file, info.size, Option.map(info.mtime, Number), info.ino, info.dev].map(String).join("\n")
-            const key = createHash("sha256").update(`blocks\n${stamp}`).digest("hex").slice(0, 32)
-            const note = path.join(cacheDir, "digests", key)
-            const known = yield* Effect.option(Effect.flatMap(fs.readFileString(note), Schema.decode(Sha256)))
-            if (Option.isSome(known)) return known.value
-            const sha = (yield* of([file]))[0]?.sha256 ?? ""
-            yield* writeNote(fs, note, sha)
-            return sha
+            const dir = path.join(cacheDir, "digests")
+            const blocks = Effect.flatMap(of([file]), ([found]) =>
+              found === undefined
+                ? Effect.fail(new DigestFailed({ message: `the shim gave no digest of ${file}` }))
+                : Effect.succeed(found.sha256)
+            )
+            return yield* fileState.remembered(fs, { dir, file, what: "blocks", schema: Sha256 }, blocks)
           },
-          Effect.catchIf(
-            (e) => e._tag !== "DigestFailed",
-            (cause) => new DigestFailed({ message: cause.message, cause })
-          )
+          Effect.catchTag("FileUnreadable", (cause) => new DigestFailed({ message: cause.message, cause }))
         )
       })
     })

@@ -51,11 +51,7 @@ export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) 
   const failed = Effect.mapError((cause: Error) => unwritable(cacheDir, cause))
   const { dir, shape } = yield* templates
     .shapeOf(plan, base)
-    .pipe(
-      Effect.mapError((error) =>
-        error._tag === "BadArgument" || error._tag === "SystemError" ? unwritable(cacheDir, error) : error
-      )
-    )
+    .pipe(Effect.catchTag("FileUnreadable", (error) => unwritable(cacheDir, error)))
   return yield* templates.exclusively(dir, (cause) => unwritable(cacheDir, cause))(
     Effect.gen(function* () {
       const fs = yield* FileSystem.FileSystem

@@ -4,8 +4,10 @@ import { Effect, identity, Option, Schema } from "effect"
 import { Assets } from "./Assets.ts"
 import * as Bundle from "./Bundle.ts"
 import type { BootPlan } from "./domain/BootOptions.ts"
-import { FileState, TemplateRecord, TemplateShape } from "./domain/Template.ts"
+import { FileState } from "./domain/FileState.ts"
+import { TemplateRecord, TemplateShape } from "./domain/Template.ts"
 import type { Disk } from "./domain/Vm.ts"
+import * as fileState from "./platform/fileState.ts"
 import * as HostLock from "./platform/HostLock.ts"
 import type { Leftover } from "./Registry.ts"
 import { misfits } from "./restore.ts"
@@ -58,7 +60,7 @@ export const shapeOf = Effect.fn("templates.shapeOf")(function* (plan: Shaping, 
     kernel: yield* assets.kernel,
     init: yield* assets.init,
     kernelArguments: yield* vmm.kernelArguments,
-    base: yield* stateOf(base),
+    base: yield* fileState.read(base),
     rootDiskSizeBytes: plan.rootDiskSizeBytes,
     memoryMib: plan.memoryMib,
     vcpus: plan.vcpus,
@@ -67,20 +69,6 @@ export const shapeOf = Effect.fn("templates.shapeOf")(function* (plan: Shaping, 
   })
   return { shape, dir: path.join(yield* templatesDir, shape.key) }
 })
-
-const stateOf = (file: string) =>
-  Effect.gen(function* () {
-    const fs = yield* FileSystem.FileSystem
-    const info = yield* fs.stat(file)
-    const state: FileState = {
-      path: file,
-      sizeBytes: Number(info.size),
-      mtimeMs: Option.match(info.mtime, { onNone: () => 0, onSome: Number }),
-      inode: Option.getOrElse(info.ino, () => 0),
-      device: info.dev
-    }
-    return state
-  })
 
 /** The engine that saves machines as they are, if this program has one. */
 export const wholeMachines = Effect.map(SnapshotEngines, (engines) =>
@@ -143,7 +131,7 @@ const recordOf = Effect.fnUntraced(function* (dir: string) {
 
 const statesOf = (dir: string, { manifest }: Bundle.Bundle) =>
   Effect.forEach(manifest.blobs, ({ name }) =>
-    Effect.map(stateOf(path.join(dir, name)), (state): FileState => ({ ...state, path: name }))
+    Effect.map(fileState.read(path.join(dir, name)), (state): FileState => ({ ...state, path: name }))
   )
 
 const sameFiles = Schema.equivalence(Schema.Array(FileState))
@@ -193,5 +181,7 @@ const isOfUse = (dir: string) =>
     const { shape } = yield* recordOf(dir)
     const { base, init, kernel } = shape
     const there = yield* Effect.forEach([init, kernel, base.path], (file) => fs.exists(file))
-    return shape.key === path.basename(dir) && there.every(Boolean) && sameFiles([yield* stateOf(base.path)], [base])
+    return (
+      shape.key === path.basename(dir) && there.every(Boolean) && sameFiles([yield* fileState.read(base.path)], [base])
+    )
   }).pipe(Effect.orElseSucceed(() => false))

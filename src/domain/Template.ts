@@ -1,17 +1,8 @@
 import { createHash } from "node:crypto"
 import { Schema } from "effect"
+import { FileState } from "./FileState.ts"
 import { guestNetwork, NetworkMode } from "./Network.ts"
 import { MachineFingerprint } from "./Vm.ts"
-
-/** A file as it is now: whoever changes it changes one of these. */
-export const FileState = Schema.Struct({
-  path: Schema.String,
-  sizeBytes: Schema.Number,
-  mtimeMs: Schema.Number,
-  inode: Schema.Number,
-  device: Schema.Number
-})
-export type FileState = typeof FileState.Type
 
 /** Everything that decides what a machine is that has booted and run nothing. Two boots of one shape can begin as one template. */
 export class TemplateShape extends Schema.Class<TemplateShape>("TemplateShape")({

@@ -2,7 +2,7 @@ import { assert, describe, it } from "@effect/vitest"
 import { Schema } from "effect"
 import { TemplateShape } from "../../src/domain/Template.ts"
 
-const base = { path: "/assets/base.ext4", sizeBytes: 1, mtimeMs: 2, inode: 3, device: 4 }
+const base = { path: "/assets/base.ext4", sizeBytes: 1, changedNs: "2", inode: 3, device: 4 }
 const machine = {
   backend: "qemu",
   vmmVersion: "7.2",
@@ -34,7 +34,7 @@ const others: ReadonlyArray<Partial<Fields>> = [
   { kernelArguments: "quiet acpi=off" },
   { base: { ...base, path: "/assets/other.ext4" } },
   { base: { ...base, sizeBytes: 2 } },
-  { base: { ...base, mtimeMs: 3 } },
+  { base: { ...base, changedNs: "3" } },
   { base: { ...base, inode: 4 } },
   { base: { ...base, device: 5 } },
   { rootDiskSizeBytes: 2 ** 30 },
