@@ -21,9 +21,9 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
+	"time"
 
-	"github.com/containers/gvisor-tap-vsock/pkg/types"
-	"github.com/containers/gvisor-tap-vsock/pkg/virtualnetwork"
 	"github.com/inetaf/tcpproxy"
 	log "github.com/sirupsen/logrus"
 )
@@ -95,36 +95,19 @@ func run(mtu int, exposed forwards) error {
 	if err != nil {
 		return fmt.Errorf("descriptor %d: %w", cardFd, err)
 	}
-	network, err := virtualnetwork.New(&types.Configuration{
-		MTU:               mtu,
-		Subnet:            subnet,
-		GatewayIP:         gateway,
-		GatewayMacAddress: gatewayMAC,
-		GatewayVirtualIPs: []string{host},
-		// The library dials for the guest whatever has no entry here, the gateway itself included, as if it were an address of the
-		// host's network.
-		NAT: map[string]string{host: "127.0.0.1", gateway: nowhere},
-		DNS: []types.Zone{
-			{Name: "machinen.internal.", Records: []types.Record{
-				{Name: "host", IP: net.ParseIP(host)},
-				{Name: "gateway", IP: net.ParseIP(gateway)},
-			}},
-			{Name: "docker.internal.", Records: []types.Record{
-				{Name: "host", IP: net.ParseIP(host)},
-				{Name: "gateway", IP: net.ParseIP(gateway)},
-			}},
-		},
-		Protocol: types.QemuProtocol,
-	})
+	if mtu < 68 || mtu > 65535 {
+		return fmt.Errorf("an MTU of %d", mtu)
+	}
+	network, err := newNetwork(mtu)
 	if err != nil {
 		return err
 	}
 	for _, f := range exposed {
-		if err := expose(network, f); err != nil {
+		if err := expose(f, network.dial); err != nil {
 			return err
 		}
 	}
-	err = network.AcceptQemu(context.Background(), checked(card))
+	err = network.serve(checked(card))
 	if errors.Is(err, io.EOF) {
 		return nil
 	}
@@ -132,17 +115,27 @@ func run(mtu int, exposed forwards) error {
 }
 
 // expose serves one forward. A guest that refuses is a client's connection that is closed.
-func expose(network *virtualnetwork.VirtualNetwork, f forward) error {
-	address := net.JoinHostPort(guest, strconv.Itoa(int(f.guestPort)))
-	proxy := &tcpproxy.Proxy{ListenFunc: func(_, _ string) (net.Listener, error) { return f.listener, nil }}
+func expose(f forward, dial func(context.Context, uint16) (net.Conn, error)) error {
+	proxy := &tcpproxy.Proxy{ListenFunc: func(_, _ string) (net.Listener, error) { return patient{f.listener}, nil }}
 	proxy.AddRoute(f.listener.Addr().String(), &tcpproxy.DialProxy{
-		Addr: address,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return network.DialContextTCP(ctx, address)
-		},
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, f.guestPort) },
 		OnDialError: func(client net.Conn, _ error) { reset(client) },
 	})
 	return proxy.Start()
+}
+
+// patient is a listener that outlives a lack of descriptors: the proxy takes the first error for its end.
+type patient struct{ net.Listener }
+
+func (p patient) Accept() (net.Conn, error) {
+	for {
+		client, err := p.Listener.Accept()
+		if !errors.Is(err, syscall.EMFILE) && !errors.Is(err, syscall.ENFILE) {
+			return client, err
+		}
+		// The listener stays readable, and nothing tells when a descriptor is free.
+		time.Sleep(100 * time.Millisecond)
+	}
 }
 
 // reset closes a connection as a port nobody listens on would.

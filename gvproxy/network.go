@@ -1,0 +1,179 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/containers/gvisor-tap-vsock/pkg/services/dhcp"
+	"github.com/containers/gvisor-tap-vsock/pkg/services/dns"
+	"github.com/containers/gvisor-tap-vsock/pkg/services/forwarder"
+	"github.com/containers/gvisor-tap-vsock/pkg/tap"
+	"github.com/containers/gvisor-tap-vsock/pkg/types"
+	"golang.org/x/net/netutil"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+)
+
+// What a guest may have at once. It decides how many there are, and each costs this process memory and a socket of the host: without a
+// limit 20,000 UDP packets to as many ports cost 3 GB. A connection has two buffers, a flow (which ends after 90 s without a packet) two
+// of 64 KiB: together at most 700 MiB.
+const (
+	maxConnections = 1024
+	maxFlows       = 1024
+	maxDNSClients  = 64
+	bufferSize     = 256 << 10
+	// On a wire that loses and repeats nothing, a connection that both ends have closed has nothing to wait for.
+	timeWait = time.Second
+	// A connection we have closed takes no more data: this is how long the guest has to close its end.
+	linger = 5 * time.Second
+)
+
+var errFull = errors.New("the guest has as many connections as it may")
+
+// network is the guest's: the library's parts put together here, because its own assembly (pkg/virtualnetwork) has no place for limits.
+type network struct {
+	stack *stack.Stack
+	card  *tap.Switch
+}
+
+func newNetwork(mtu int) (*network, error) {
+	link, err := tap.NewLinkEndpoint(false, uint32(mtu), gatewayMAC, gateway, []string{host})
+	if err != nil {
+		return nil, err
+	}
+	card := tap.NewSwitch(false)
+	link.Connect(card)
+	card.Connect(link)
+	n := &network{card: card, stack: stack.New(stack.Options{
+		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, arp.NewProtocol},
+		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4},
+	})}
+	if err := n.configure(link); err != nil {
+		return nil, errors.New(err.String())
+	}
+	var lock sync.Mutex
+	// The library dials for the guest whatever has no entry here, the gateway itself included, as if it were an address of the host's
+	// network.
+	nat := map[tcpip.Address]tcpip.Address{address(host): address("127.0.0.1"), address(gateway): address(nowhere)}
+	// A packet gets here when it belongs to nothing that exists. What is not handled is refused: a reset, or port unreachable.
+	connections := forwarder.TCP(n.stack, nat, &lock, false)
+	n.stack.SetTransportProtocolHandler(tcp.ProtocolNumber, func(id stack.TransportEndpointID, packet *stack.PacketBuffer) bool {
+		return n.hasRoom() && connections.HandlePacket(id, packet)
+	})
+	flows := forwarder.UDP(n.stack, nat, &lock, false)
+	n.stack.SetTransportProtocolHandler(udp.ProtocolNumber, func(id stack.TransportEndpointID, packet *stack.PacketBuffer) bool {
+		_, udp := n.count()
+		return udp < maxFlows && flows.HandlePacket(id, packet)
+	})
+	if err := n.serveNames(); err != nil {
+		return nil, err
+	}
+	return n, n.serveAddresses(mtu)
+}
+
+func (n *network) configure(link stack.LinkEndpoint) tcpip.Error {
+	if err := n.stack.CreateNIC(1, link); err != nil {
+		return err
+	}
+	ours := tcpip.ProtocolAddress{Protocol: ipv4.ProtocolNumber, AddressWithPrefix: address(gateway).WithPrefix()}
+	if err := n.stack.AddProtocolAddress(1, ours, stack.AddressProperties{}); err != nil {
+		return err
+	}
+	n.stack.SetSpoofing(1, true)
+	n.stack.SetPromiscuousMode(1, true)
+	_, all, _ := net.ParseCIDR(subnet)
+	guests, _ := tcpip.NewSubnet(tcpip.AddrFromSlice(all.IP), tcpip.MaskFromBytes(all.Mask))
+	n.stack.SetRouteTable([]tcpip.Route{{Destination: guests, NIC: 1}})
+	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: bufferSize, Max: bufferSize}
+	send := tcpip.TCPSendBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: bufferSize, Max: bufferSize}
+	wait, rest := tcpip.TCPTimeWaitTimeoutOption(timeWait), tcpip.TCPLingerTimeoutOption(linger)
+	for _, option := range []tcpip.SettableTransportProtocolOption{&receive, &send, &wait, &rest} {
+		if err := n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, option); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// count says how many connections and flows there are, those that are ending included.
+func (n *network) count() (connections, flows int) {
+	for _, endpoint := range n.stack.RegisteredEndpoints() {
+		endpoint, ok := endpoint.(tcpip.Endpoint)
+		if !ok {
+			continue
+		}
+		if _, ok := endpoint.Stats().(*tcp.Stats); ok {
+			connections++
+		} else {
+			flows++
+		}
+	}
+	return connections, flows
+}
+
+func (n *network) hasRoom() bool {
+	connections, _ := n.count()
+	return connections < maxConnections
+}
+
+// dial connects to a port of the guest.
+func (n *network) dial(ctx context.Context, port uint16) (net.Conn, error) {
+	if !n.hasRoom() {
+		return nil, errFull
+	}
+	return gonet.DialContextTCP(ctx, n.stack, tcpip.FullAddress{NIC: 1, Addr: address(guest), Port: port}, ipv4.ProtocolNumber)
+}
+
+func (n *network) serveNames() error {
+	here := tcpip.FullAddress{NIC: 1, Addr: address(gateway), Port: 53}
+	packets, err := gonet.DialUDP(n.stack, &here, nil, ipv4.ProtocolNumber)
+	if err != nil {
+		return err
+	}
+	clients, err := gonet.ListenTCP(n.stack, here, ipv4.ProtocolNumber)
+	if err != nil {
+		return err
+	}
+	names := []types.Record{{Name: "host", IP: net.ParseIP(host)}, {Name: "gateway", IP: net.ParseIP(gateway)}}
+	zones := []types.Zone{{Name: "machinen.internal.", Records: names}, {Name: "docker.internal.", Records: names}}
+	server, err := dns.New(packets, netutil.LimitListener(clients, maxDNSClients), zones)
+	if err != nil {
+		return err
+	}
+	go func() { _ = server.Serve() }()
+	go func() { _ = server.ServeTCP() }()
+	return nil
+}
+
+func (n *network) serveAddresses(mtu int) error {
+	_, all, err := net.ParseCIDR(subnet)
+	if err != nil {
+		return err
+	}
+	pool := tap.NewIPPool(all)
+	pool.Reserve(net.ParseIP(gateway), gatewayMAC)
+	server, err := dhcp.New(&types.Configuration{MTU: mtu, Subnet: subnet, GatewayIP: gateway}, n.stack, pool)
+	if err != nil {
+		return fmt.Errorf("dhcp: %w", err)
+	}
+	go func() { _ = server.Serve() }()
+	return nil
+}
+
+func (n *network) serve(card net.Conn) error {
+	return n.card.Accept(context.Background(), card, types.QemuProtocol)
+}
+
+func address(text string) tcpip.Address {
+	return tcpip.AddrFrom4Slice(net.ParseIP(text).To4())
+}
