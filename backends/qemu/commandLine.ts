@@ -7,6 +7,12 @@ export const defaultBinary = "qemu-system-x86_64"
 /** The machine: no firmware tables, no legacy timer or interrupt controller; a clock and a serial port (lab/qemu.md §2). */
 export const machine = "microvm,acpi=off,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off"
 
+/**
+ * Nothing of the guest's memory gets into a core file of QEMU's, and none of it is shared with other guests by KSM, whose timing tells
+ * them what it holds. Not part of `machine`: a guest does not see it, and a bundle made without it may be restored with it.
+ */
+const kept = "dump-guest-core=off,mem-merge=off"
+
 /** Nothing that is not asked for, and a reset ends QEMU. */
 export const bare = ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"] as const
 
@@ -124,7 +130,7 @@ export const commandLine = (
   const { accel, binary, controlPath, tscKhz } = options
   return [
     binary,
-    ...["-M", `${machine},memory-backend=mem`],
+    ...["-M", `${machine},memory-backend=mem,${kept}`],
     ...["-accel", accelerator(accel, spec.vcpus), "-cpu", cpu[accel]],
     ...["-m", `${spec.memoryMib}M`, "-smp", String(spec.vcpus), "-object", memory(spec)],
     ...bare,
