@@ -1,5 +1,6 @@
 //! The control socket: one request a connection, a JSON line. Only a capture is a conversation.
 
+use crate::accept::Reserve;
 use crate::event::Reason;
 use crate::hang_up::hung_up;
 use crate::log::Log;
@@ -15,10 +16,13 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 /// Further clients wait.
 const MAX_CLIENTS: usize = 128;
+/// Of them, those that may stay for as long as they like (`wait`, `logs`, `capture`); the rest is for those that want something done.
+const MAX_STAYING: usize = 96;
 /// Longest request.
 pub const MAX_LINE: usize = 64 * 1024;
 const BUFFER: usize = 64 * 1024;
@@ -56,17 +60,17 @@ enum Source {
 /// Serves clients until the VM has ended, and those that wait for that until they know.
 pub async fn serve(listener: UnixListener, state: Arc<State>) {
     let mut clients = JoinSet::new();
+    let mut reserve = Reserve::new();
+    let staying = Arc::new(Semaphore::new(MAX_STAYING));
     let mut exited = state.exited.subscribe();
     loop {
         tokio::select! {
             // Whoever got through before the socket was removed is served.
             biased;
-            accepted = listener.accept(), if clients.len() < MAX_CLIENTS => match accepted {
-                Ok((client, _)) => drop(clients.spawn(serve_client(client, Arc::clone(&state)))),
-                // Out of descriptors: as soon as a connection ends there are some.
-                Err(_) => drop(clients.join_next().await),
-            },
-            Some(_) = clients.join_next() => {}
+            client = reserve.accept(&listener), if clients.len() < MAX_CLIENTS => {
+                clients.spawn(serve_client(client, Arc::clone(&state), Arc::clone(&staying)));
+            }
+            Some(_) = clients.join_next() => reserve.refill(),
             () = async { drop(exited.wait_for(Option::is_some).await) } => break,
         }
     }
@@ -74,7 +78,7 @@ pub async fn serve(listener: UnixListener, state: Arc<State>) {
     while clients.join_next().await.is_some() {}
 }
 
-async fn serve_client(mut client: UnixStream, state: Arc<State>) -> io::Result<()> {
+async fn serve_client(mut client: UnixStream, state: Arc<State>, staying: Arc<Semaphore>) -> io::Result<()> {
     let line = line::read(&mut client, MAX_LINE).await;
     let request = line.map_err(|error| error.to_string()).and_then(|line| {
         let request = serde_json::from_slice::<Request>(&line.text).map_err(|error| error.to_string())?;
@@ -83,6 +87,14 @@ async fn serve_client(mut client: UnixStream, state: Arc<State>) -> io::Result<(
     let (request, rest) = match request {
         Ok(request) => request,
         Err(message) => return answer(&mut client, &json!({"ok": false, "message": message})).await,
+    };
+    let stays = matches!(request, Request::Wait | Request::Logs { .. } | Request::Capture(_));
+    let _stay = match staying.try_acquire() {
+        Err(_) if stays => {
+            let message = format!("{MAX_STAYING} clients wait or read logs already");
+            return answer(&mut client, &json!({"ok": false, "code": "EBUSY", "message": message})).await;
+        }
+        permit => permit.ok().filter(|_| stays),
     };
     match request {
         Request::Stop { grace_ms } => {
@@ -137,7 +149,14 @@ async fn end(client: &mut UnixStream, state: &State, reason: Reason, ask: Ask) -
 
 async fn exited(client: &mut UnixStream, state: &State) -> io::Result<()> {
     let mut exited = state.exited.subscribe();
-    let gone = hung_up(client)?;
+    let watched = hung_up(client);
+    let gone = async {
+        match watched {
+            Ok(gone) => gone.await,
+            // Out of descriptors: one that leaves is noticed at the end only.
+            Err(_) => std::future::pending().await,
+        }
+    };
     let event = tokio::select! {
         event = async { exited.wait_for(Option::is_some).await.ok().and_then(|event| event.clone()) } => event,
         () = gone => return Ok(()),
@@ -149,7 +168,7 @@ async fn exited(client: &mut UnixStream, state: &State) -> io::Result<()> {
 /// A client that is slower than two rotations misses what was rotated away.
 async fn send_log(client: &mut UnixStream, log: &Log, follow: bool, tail: Option<u64>) -> io::Result<()> {
     let mut news = log.subscribe();
-    let mut extent = *news.borrow_and_update();
+    let mut extent = news.borrow_and_update().clone();
     let limit = if follow { u64::MAX } else { extent.end };
     let mut at = tail.map_or(0, |tail| extent.end.saturating_sub(tail));
     let mut gone = pin!(hung_up(client)?);
@@ -159,7 +178,7 @@ async fn send_log(client: &mut UnixStream, log: &Log, follow: bool, tail: Option
         let wanted = extent.end.min(limit).saturating_sub(at);
         if wanted > 0 {
             let room = usize::try_from(wanted).map_or(BUFFER, |wanted| wanted.min(BUFFER));
-            let n = log.read(extent, at, &mut buffer[..room])?;
+            let n = extent.read(at, &mut buffer[..room])?;
             if n == 0 {
                 return Ok(());
             }
@@ -173,6 +192,66 @@ async fn send_log(client: &mut UnixStream, log: &Log, follow: bool, tail: Option
                 () = &mut gone => return Ok(()),
             }
         }
-        extent = *news.borrow_and_update();
+        extent = news.borrow_and_update().clone();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Values of every kind, also where a request has others.
+    fn values() -> impl Strategy<Value = Value> {
+        let names = prop::sample::select(vec![
+            "op",
+            "graceMs",
+            "source",
+            "follow",
+            "tailBytes",
+            "name",
+            "pin",
+            "memory",
+            "files",
+            "from",
+            "to",
+            "size",
+            "undo",
+            "remove",
+            "socket",
+            "lines",
+        ]);
+        let words = prop::sample::select(vec![
+            "stop", "kill", "wait", "detach", "logs", "status", "name", "capture", "console", "/",
+        ]);
+        let leaves = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            words.prop_map(Value::from),
+            any::<String>().prop_map(Value::from),
+        ];
+        leaves.prop_recursive(3, 40, 6, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::btree_map(names.clone().prop_map(str::to_owned), inner, 0..6)
+                    .prop_map(|fields| Value::Object(fields.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        /// What is no request is told so, and what is one says what it is.
+        #[test]
+        fn nothing_panics_and_only_operations_are_requests(value in values()) {
+            let read = serde_json::from_slice::<Request>(value.to_string().as_bytes());
+            prop_assert!(read.is_err() || value.get("op").is_some_and(Value::is_string));
+        }
+
+        #[test]
+        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..60)) {
+            prop_assert!(serde_json::from_slice::<Request>(&bytes).is_err());
+        }
     }
 }

@@ -1,0 +1,53 @@
+//! Taking clients, also when the process has no descriptor left for one.
+
+use nix::errno::Errno;
+use std::fs::File;
+use std::io;
+use std::time::Duration;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::sleep;
+
+/// Descriptors kept back, each of which lets one more client in.
+const RESERVE: usize = 8;
+/// How long to wait where nothing else helps: the listener stays readable, so that accepting again at once would spin, and no event says
+/// that some part of the process has closed a descriptor.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Descriptors for clients that must get through when everything else has taken all there are: the control socket's.
+pub struct Reserve(Vec<File>);
+
+impl Reserve {
+    pub fn new() -> Self {
+        let mut reserve = Reserve(Vec::new());
+        reserve.refill();
+        reserve
+    }
+
+    /// To be called whenever descriptors may have become free.
+    pub fn refill(&mut self) {
+        while self.0.len() < RESERVE
+            && let Ok(file) = File::open("/dev/null")
+        {
+            self.0.push(file);
+        }
+    }
+
+    /// The next client. May be cancelled.
+    pub async fn accept(&mut self, listener: &UnixListener) -> UnixStream {
+        loop {
+            match listener.accept().await {
+                Ok((client, _)) => {
+                    self.refill();
+                    return client;
+                }
+                Err(error) if !(out_of_descriptors(&error) && self.0.pop().is_some()) => sleep(PAUSE).await,
+                // One has just been closed: nothing else of this thread comes in between.
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+fn out_of_descriptors(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::EMFILE as i32)
+}
