@@ -21,14 +21,37 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 /// Where gvproxy finds the card; the listeners follow.
 const CARD_FD: i32 = 3;
-/// One that ends sooner than this was of no use.
-const QUICK: Duration = Duration::from_secs(1);
-/// After so many of them in a row it is not tried again.
-const QUICK_ENDS: u32 = 5;
+/// One that lived as long was of use: when it ends, another is started at once.
+const USEFUL: Duration = Duration::from_secs(60);
+/// The first pause between one that was of no use and the next; each is twice the one before.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// How long to wait before gvproxy is started again.
+#[derive(Default)]
+struct Pauses {
+    /// How many in a row have been of no use.
+    failures: u32,
+}
+
+impl Pauses {
+    /// After one that lived for `lived`; `None`: it could not be started. The first one that ends is replaced at once.
+    fn next(&mut self, lived: Option<Duration>) -> Duration {
+        if lived.is_some_and(|lived| lived >= USEFUL) {
+            self.failures = 0;
+        }
+        let doubled = match (self.failures, lived) {
+            (0, Some(_)) => Duration::ZERO,
+            (failures, _) => FIRST_PAUSE.saturating_mul(1 << failures.min(16)),
+        };
+        self.failures += 1;
+        doubled.min(LONGEST_PAUSE)
+    }
+}
 
 /// Forwarded ports, bound.
 pub struct Forwards(Vec<(TcpListener, u16)>);
@@ -60,9 +83,9 @@ impl Card {
 }
 
 /// Serves the network until the VM is over; nothing of it runs after that.
-pub async fn serve(plan: plan::Network, card: Card, forwards: Forwards, log: PathBuf, state: Arc<State>) {
+pub async fn serve(plan: plan::Network, card: Card, forwards: Forwards, state: Arc<State>) {
     let say = |what: &str| state.console.log.write(format!("machinen: {what}\n").as_bytes());
-    let mut quick = 0;
+    let mut pauses = Pauses::default();
     loop {
         let needed = async {
             let connection = UnixStream::connect(&card.0).await?;
@@ -73,29 +96,69 @@ pub async fn serve(plan: plan::Network, card: Card, forwards: Forwards, log: Pat
             () = state.over() => return,
             connection = needed => connection,
         };
-        let since = Instant::now();
-        let started = connection.and_then(|connection| start(&plan, connection, &forwards, &log));
-        let mut gvproxy = match started {
-            Ok(gvproxy) => gvproxy,
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return,
-            Err(error) => return say(&format!("the network is down: {}: {error}", plan.gvproxy.argv[0])),
-        };
-        let ended = tokio::select! {
-            () = state.over() => {
-                gvproxy.kill();
-                gvproxy.wait().await;
-                return;
+        let started = match connection {
+            Ok(connection) => start(&plan, connection, &forwards, &state),
+            // The VMM has left its end of the card; most often because it has ended, which `state` will say.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                tokio::select! {
+                    () = state.over() => return,
+                    () = turn_away(&forwards, FIRST_PAUSE) => continue,
+                }
             }
-            ended = gvproxy.wait() => ended,
+            Err(error) => Err(error),
         };
-        quick = if since.elapsed() < QUICK { quick + 1 } else { 0 };
+        let (pause, why) = match started {
+            Ok(mut gvproxy) => {
+                let since = Instant::now();
+                tokio::select! {
+                    () = state.over() => {
+                        gvproxy.kill();
+                        gvproxy.wait().await;
+                        return;
+                    }
+                    ended = gvproxy.wait() => {
+                        let why = format!("gvproxy {}: connections through it are lost", how(ended));
+                        (pauses.next(Some(since.elapsed())), why)
+                    }
+                }
+            }
+            Err(error) => (pauses.next(None), format!("gvproxy is not started: {}: {error}", plan.gvproxy.argv[0])),
+        };
         if *state.over.borrow() {
             return;
         }
-        if quick == QUICK_ENDS {
-            return say(&format!("the network is down: gvproxy {}, again and again", how(ended)));
+        if pause.is_zero() {
+            say(&format!("{why}, new ones are served by another"));
+            continue;
         }
-        say(&format!("gvproxy {}: connections through it are lost, new ones are served by another", how(ended)));
+        say(&format!("{why}. The network is down; next try in {} ms", pause.as_millis()));
+        tokio::select! {
+            () = state.over() => return,
+            () = turn_away(&forwards, pause) => {}
+        }
+    }
+}
+
+/// Closes what comes to the listeners, for so long: it would wait for somebody who may never come.
+async fn turn_away(forwards: &Forwards, pause: Duration) {
+    let closing = async {
+        // Out of descriptors a client waits after all.
+        while any_client(forwards).await.is_ok() && forwards.0.iter().all(|(listener, _)| close_clients(listener)) {}
+        std::future::pending().await
+    };
+    tokio::select! {
+        () = closing => {}
+        () = sleep(pause) => {}
+    }
+}
+
+/// Whether all that were there are closed.
+fn close_clients(listener: &TcpListener) -> bool {
+    loop {
+        match listener.accept() {
+            Ok(client) => drop(client),
+            Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
+        }
     }
 }
 
@@ -152,7 +215,7 @@ fn start(
     plan: &plan::Network,
     connection: UnixStream,
     Forwards(forwards): &Forwards,
-    log: &Path,
+    state: &State,
 ) -> io::Result<Process> {
     let mut command = plan.gvproxy.clone();
     let mut inherited = vec![Inherited { fd: CARD_FD, what: connection.into_std()?.into() }];
@@ -160,5 +223,24 @@ fn start(
         inherited.push(Inherited { fd, what: listener.try_clone()?.into() });
         command.argv.extend(["-forward".to_owned(), format!("{fd}={guest_port}")]);
     }
-    Process::spawn(&command, log, inherited, None)
+    Process::spawn(&command, &state.vmm_prints, inherited, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_a_limit_and_start_over() {
+        let (mut pauses, quick) = (Pauses::default(), Some(Duration::from_millis(1100)));
+        let lengths: Vec<_> = (0..9).map(|_| pauses.next(quick).as_millis()).collect();
+        assert_eq!(lengths, [0, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000]);
+        assert_eq!(pauses.next(Some(USEFUL)).as_millis(), 0);
+        assert_eq!(pauses.next(quick).as_millis(), 500);
+        let mut pauses = Pauses::default();
+        assert_eq!([pauses.next(None), pauses.next(None)].map(|pause| pause.as_millis()), [250, 500]);
+        for _ in 0..100 {
+            assert!(pauses.next(None) <= LONGEST_PAUSE);
+        }
+    }
 }
