@@ -26,6 +26,27 @@ pub async fn read(from: &mut (impl AsyncRead + Unpin), max: usize) -> io::Result
     Ok(Line { text, rest })
 }
 
+/// Reads the next line that is not longer than `max`, and forgets those before it that are.
+///
+/// # Errors
+/// As `next`, but for the length.
+pub async fn next_short(from: &mut (impl AsyncRead + Unpin), rest: &mut Vec<u8>, max: usize) -> io::Result<Vec<u8>> {
+    let mut is_tail = false;
+    loop {
+        match next(from, rest, max).await {
+            // The end of one whose beginning was forgotten.
+            Ok(_) if is_tail => is_tail = false,
+            Err(error) if error.kind() == ErrorKind::InvalidData => {
+                // What came behind its end, where that has come, is kept.
+                let known = rest.iter().position(|&byte| byte == b'\n').map_or(rest.len(), |at| at + 1);
+                is_tail = rest[..known].last() != Some(&b'\n');
+                rest.drain(..known);
+            }
+            read => return read,
+        }
+    }
+}
+
 /// Reads the next line, however long it takes to come. `rest` is what came behind the line before.
 ///
 /// # Errors
@@ -47,6 +68,45 @@ pub async fn next(from: &mut (impl AsyncRead + Unpin), rest: &mut Vec<u8>, max: 
         known = rest.len();
         if from.read_buf(rest).await? == 0 {
             return Err(ErrorKind::UnexpectedEof.into());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[tokio::test]
+    async fn long_lines_are_forgotten_and_short_ones_are_not() {
+        let long = "x".repeat(100_000);
+        let text = format!("one\n{long}\ntwo\n{long}\n{long}\nthree\n");
+        let (mut from, mut rest) = (text.as_bytes(), Vec::new());
+        for expected in ["one", "two", "three"] {
+            assert_eq!(next_short(&mut from, &mut rest, 50).await.unwrap(), expected.as_bytes());
+            assert!(rest.capacity() < 200_000);
+        }
+        assert_eq!(next_short(&mut from, &mut rest, 50).await.unwrap_err().kind(), ErrorKind::UnexpectedEof);
+    }
+
+    proptest! {
+        /// However the bytes come, the short lines are those a split finds.
+        #[test]
+        fn short_lines_are_found(text in "[ab\n]{0,200}", max in 0usize..8, piece in 1usize..20) {
+            let lines: Vec<_> = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')).collect();
+            let expected: Vec<_> = lines.iter().filter(|line| line.len() <= max).map(|line| line.as_bytes()).collect();
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let found = runtime.block_on(async {
+                let (mut from, mut to) = tokio::io::duplex(piece);
+                let sent = text.clone();
+                tokio::spawn(async move { tokio::io::AsyncWriteExt::write_all(&mut to, sent.as_bytes()).await });
+                let (mut rest, mut found) = (Vec::new(), Vec::new());
+                while let Ok(line) = next_short(&mut from, &mut rest, max).await {
+                    found.push(line);
+                }
+                found
+            });
+            prop_assert_eq!(found, expected);
         }
     }
 }

@@ -43,7 +43,8 @@ async fn say(socket: &Path, lines: &[String]) -> io::Result<()> {
     line::next(&mut peer, &mut rest, MAX_LINE).await?;
     for line in lines {
         peer.write_all(format!("{line}\n").as_bytes()).await?;
-        while !is_answer(&line::next(&mut peer, &mut rest, MAX_LINE).await?, line) {}
+        // What the client before has asked may be answered at any length; what is asked here is not.
+        while !is_answer(&line::next_short(&mut peer, &mut rest, MAX_LINE).await?, line) {}
     }
     Ok(())
 }
