@@ -47,12 +47,15 @@ impl View {
         check(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_MKNOD, 0, 0, 0) })?;
         // SAFETY: takes a number; this process has one thread.
         check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
-        // Nothing of ours reaches the host. What the host unmounts goes here as well, or its disks would stay busy.
+        // Nothing of ours reaches the host. What the host unmounts beside the parts goes here as well, or its disks would stay busy.
         mount(None, c"/", libc::MS_REC | libc::MS_SLAVE)?;
         // Of its own, so that it can be read-only: the guest has no business beside the parts.
         mount(Some(&self.root), &self.root, libc::MS_BIND)?;
         for part in &self.parts {
             mount(Some(&part.from), &part.to, libc::MS_BIND | libc::MS_REC)?;
+            // What the host mounts later would appear here with flags of its own: writable, with devices. Before the flags are set, so
+            // that nothing comes in between.
+            mount(None, &part.to, libc::MS_REC | libc::MS_PRIVATE)?;
             restrict(&part.to, part.read_only, true)?;
         }
         restrict(&self.root, true, false)
