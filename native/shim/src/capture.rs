@@ -2,7 +2,9 @@
 
 use crate::control::{MAX_LINE, answer};
 use crate::hang_up::hung_up;
+use crate::identity::Identity;
 use crate::memory::Memory;
+use crate::pieces::Known;
 use crate::plan::{FileCopy, removable};
 use crate::state::State;
 use crate::undo::Undo;
@@ -110,7 +112,7 @@ impl Maker<'_> {
         // 1. While the VM runs.
         let prepared = self
             .work(move |cancel| {
-                memory.map(|(to, memory)| prepare(&to, &memory, cancel).map(|file| (to, memory, file))).transpose()
+                memory.map(|(to, memory)| prepare(&to, &memory, vmm, cancel).map(|copy| (to, memory, copy))).transpose()
             })
             .await?;
         self.tell(&json!({"ok": true})).await?;
@@ -120,9 +122,9 @@ impl Maker<'_> {
         let bytes = self
             .work(move |cancel| {
                 let mut bytes = 0;
-                if let Some((to, memory, file)) = prepared {
-                    bytes +=
-                        memory.copy_rest(vmm, &file, cancel).map_err(|error| Failure::new(to.display(), &error))?;
+                if let Some((to, memory, (file, known))) = prepared {
+                    let copied = memory.update(vmm, &file, &known, cancel);
+                    bytes += copied.map_err(|error| Failure::new(to.display(), &error))?;
                 }
                 let copied = files::copy_all(&copies, cancel);
                 Ok(bytes + copied.map_err(|(path, error)| Failure::new(path.display(), &error))?)
@@ -174,11 +176,11 @@ impl Maker<'_> {
     }
 }
 
-fn prepare(to: &Path, memory: &Memory, cancel: &AtomicBool) -> Result<File, Failure> {
+fn prepare(to: &Path, memory: &Memory, vmm: Identity, cancel: &AtomicBool) -> Result<(File, Known), Failure> {
     let prepare = || {
         let file = files::create(to)?;
-        memory.copy_ahead(&file, cancel)?;
-        Ok(file)
+        let known = memory.copy_ahead(vmm, &file, cancel)?;
+        Ok((file, known))
     };
     prepare().map_err(|error| Failure::new(to.display(), &error))
 }

@@ -46,7 +46,7 @@ pub fn open(path: &Path) -> io::Result<File> {
 
 /// Makes a file that was not there.
 pub fn create(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+    OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
 }
 
 fn copy(plan: &FileCopy, cancel: &AtomicBool) -> io::Result<u64> {

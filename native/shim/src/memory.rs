@@ -2,12 +2,19 @@
 
 use crate::failed::{Failed, Step};
 use crate::identity::Identity;
+use crate::pieces::Known;
 use crate::private_memory::PrivateMemory;
 use crate::{files, pieces, plan};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::AtomicBool;
+
+/// What the kernel calls it.
+const MEMORY: &CStr = c"machinen-memory";
 
 /// Kept open for as long as the VM lives, to be captured.
 pub enum Memory {
@@ -36,32 +43,39 @@ impl Memory {
         }
     }
 
-    /// Copies what will be there, while the guest runs on: all that never changes; and, of what it changes, what it holds now. That is
-    /// copied again later, over pages the file has by then, which takes a part of the time finding them took.
-    pub fn copy_ahead(&self, to: &File, cancel: &AtomicBool) -> io::Result<()> {
-        match self {
-            Memory::Shared(memory) => copy_shared(memory, to, cancel).map(drop),
-            Memory::Private(memory) => memory.copy_base(to, cancel),
+    /// Copies all there is while the guest runs on, and remembers what that was.
+    pub fn copy_ahead(&self, vmm: Identity, to: &File, cancel: &AtomicBool) -> io::Result<Known> {
+        let known = Known::new(self.file().metadata()?.len())?;
+        if let Memory::Private(memory) = self {
+            memory.copy_base(to, cancel)?;
         }
+        self.update(vmm, to, &known, cancel)?;
+        Ok(known)
     }
 
-    /// Completes the copy while the guest stands still, and counts the bytes written.
-    pub fn copy_rest(&self, vmm: Identity, to: &File, cancel: &AtomicBool) -> io::Result<u64> {
+    /// Copies what is not `known` to be there already, and counts the bytes written. Complete when the guest stands still.
+    pub fn update(&self, vmm: Identity, to: &File, known: &Known, cancel: &AtomicBool) -> io::Result<u64> {
         match self {
-            Memory::Shared(memory) => copy_shared(memory, to, cancel),
-            Memory::Private(memory) => memory.copy_own(vmm, to, cancel),
+            Memory::Shared(memory) => copy_shared(memory, to, known, cancel),
+            Memory::Private(memory) => memory.copy_own(vmm, to, known, cancel),
         }
     }
 }
 
 fn create(size: u64) -> io::Result<File> {
-    let file = File::from(memfd_create(c"machinen-memory", MFdFlags::MFD_CLOEXEC)?);
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let never_executed = flags | MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL);
+    // Linux before 6.3 does not know the second.
+    let file = File::from(memfd_create(MEMORY, never_executed).or_else(|_| memfd_create(MEMORY, flags))?);
     file.set_len(size)?;
+    // A VMM that a guest has taken over may write it, as it must, and not cut it short under whoever copies it.
+    let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
     Ok(file)
 }
 
 /// Memory the guest never touched is a hole.
-fn copy_shared(memory: &File, to: &File, cancel: &AtomicBool) -> io::Result<u64> {
+fn copy_shared(memory: &File, to: &File, known: &Known, cancel: &AtomicBool) -> io::Result<u64> {
     let length = memory.metadata()?.len();
     let mut at = 0;
     let ranges = std::iter::from_fn(|| {
@@ -71,7 +85,27 @@ fn copy_shared(memory: &File, to: &File, cancel: &AtomicBool) -> io::Result<u64>
         }
         range.map(|range| range.map(|(start, end)| pieces::Range { from: start, to: start, length: end - start }))
     });
-    let bytes = pieces::copy(memory, to, ranges, cancel)?;
+    let bytes = pieces::copy(memory, to, ranges, known, cancel)?;
     to.set_len(length)?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::errno::Errno;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn nobody_changes_its_size() {
+        let memory = create(1 << 20).unwrap();
+        memory.write_all_at(b"x", (1 << 20) - 1).unwrap();
+        let refused = Some(Errno::EPERM as i32);
+        for size in [0, 1 << 19, (1 << 20) + 1] {
+            assert_eq!(memory.set_len(size).unwrap_err().raw_os_error(), refused, "{size}");
+        }
+        let unseal = fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE));
+        assert_eq!(unseal, Err(Errno::EPERM));
+        assert_eq!(memory.metadata().unwrap().len(), 1 << 20);
+    }
 }

@@ -2,12 +2,14 @@
 
 use crate::files;
 use crate::identity::Identity;
-use crate::pieces::{self, Range};
+use crate::pieces::{self, Known, Range};
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::num::NonZeroUsize;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicBool;
 
@@ -29,8 +31,9 @@ impl PrivateMemory {
         files::copy_content(&self.base, to, 0, cancel).map(drop)
     }
 
-    /// Copies the pages `vmm` has made its own over a copy of the base, zeros included, and counts the bytes.
-    pub fn copy_own(&self, vmm: Identity, to: &File, cancel: &AtomicBool) -> io::Result<u64> {
+    /// Copies the pages `vmm` has made its own over a copy of the base, zeros included, unless they are `known` to be there, and counts
+    /// the bytes.
+    pub fn copy_own(&self, vmm: Identity, to: &File, known: &Known, cancel: &AtomicBool) -> io::Result<u64> {
         let open = |name| File::open(format!("/proc/{}/{name}", vmm.pid));
         let (maps, pagemap, memory) = (open("maps")?, open("pagemap")?, open("mem")?);
         // What has been opened stays with its process: nobody who gets the number later can be taken for it.
@@ -45,7 +48,7 @@ impl PrivateMemory {
             return Err(io::Error::new(ErrorKind::InvalidInput, "the VMM has not mapped it privately"));
         }
         let ranges = mappings.iter().flat_map(|mapping| OwnPages::new(&pagemap, mapping));
-        pieces::copy(&memory, to, ranges, cancel)
+        pieces::copy(&memory, to, ranges, known, cancel)
     }
 }
 
@@ -93,47 +96,43 @@ fn name_in_maps(file: &File) -> io::Result<(String, String)> {
 struct OwnPages<'a> {
     pagemap: &'a File,
     mapping: &'a Mapping,
-    /// What has been read of pagemap, from `first` on.
-    entries: Vec<u64>,
-    first: u64,
+    /// Where to look on.
     at: u64,
+    found: std::vec::IntoIter<Run>,
+    find: Find,
 }
+
+/// Addresses, from the first to the one behind the last.
+type Run = std::ops::Range<u64>;
+/// Finds runs in a range, and says where it has stopped looking.
+type Find = fn(&File, Run) -> io::Result<(Vec<Run>, u64)>;
 
 impl<'a> OwnPages<'a> {
     fn new(pagemap: &'a File, mapping: &'a Mapping) -> Self {
-        OwnPages { pagemap, mapping, entries: Vec::new(), first: mapping.start / PAGE, at: mapping.start / PAGE }
-    }
-
-    /// Whether the page at `at` is; `None` behind the last one.
-    fn is_own(&mut self) -> io::Result<Option<bool>> {
-        let end = self.mapping.end / PAGE;
-        if self.at >= end {
-            return Ok(None);
-        }
-        if self.at >= self.first + self.entries.len() as u64 {
-            let count = usize::try_from((end - self.at).min(ENTRIES)).map_err(io::Error::other)?;
-            let mut bytes = vec![0; count * size_of::<u64>()];
-            // It ends early when the process has.
-            self.pagemap.read_exact_at(&mut bytes, self.at * size_of::<u64>() as u64)?;
-            self.entries = bytes.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry)).collect();
-            self.first = self.at;
-        }
-        let entry = usize::try_from(self.at - self.first).map_or(0, |index| self.entries[index]);
-        Ok(Some(entry & (PRESENT | SWAPPED) != 0 && entry & FOREIGN == 0))
+        OwnPages { pagemap, mapping, at: mapping.start, found: Vec::new().into_iter(), find: scan }
     }
 
     fn next_run(&mut self) -> io::Result<Option<Range>> {
-        while self.is_own()? == Some(false) {
-            self.at += 1;
+        loop {
+            if let Some(run) = self.found.next() {
+                let to = self.mapping.offset + (run.start - self.mapping.start);
+                return Ok(Some(Range { from: run.start, to, length: run.end - run.start }));
+            }
+            if self.at >= self.mapping.end {
+                return Ok(None);
+            }
+            let (found, at) = match (self.find)(self.pagemap, self.at..self.mapping.end) {
+                // Linux before 6.7 cannot.
+                Err(error) if error.raw_os_error() == Some(Errno::ENOTTY as i32) => {
+                    self.find = read_entries;
+                    continue;
+                }
+                found => found?,
+            };
+            // The process has ended when there is no more to look at.
+            self.at = if at > self.at { at } else { return Err(Errno::ESRCH.into()) };
+            self.found = found.into_iter();
         }
-        let start = self.at;
-        while self.is_own()? == Some(true) {
-            self.at += 1;
-        }
-        let from = start * PAGE;
-        let run =
-            Range { from, to: self.mapping.offset + (from - self.mapping.start), length: (self.at - start) * PAGE };
-        Ok((run.length > 0).then_some(run))
     }
 }
 
@@ -145,9 +144,138 @@ impl Iterator for OwnPages<'_> {
     }
 }
 
+/// Reads an entry of pagemap for each page.
+fn read_entries(pagemap: &File, within: Run) -> io::Result<(Vec<Run>, u64)> {
+    let end = within.end.min(within.start + ENTRIES * PAGE);
+    let count = usize::try_from((end - within.start) / PAGE).map_err(io::Error::other)?;
+    let mut bytes = vec![0; count * size_of::<u64>()];
+    // It ends early when the process has.
+    pagemap.read_exact_at(&mut bytes, within.start / PAGE * size_of::<u64>() as u64)?;
+    let mut runs: Vec<Run> = Vec::new();
+    for (entry, page) in bytes.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry)).zip(0..) {
+        if entry & (PRESENT | SWAPPED) != 0 && entry & FOREIGN == 0 {
+            let at = within.start + page * PAGE;
+            match runs.last_mut() {
+                Some(run) if run.end == at => run.end += PAGE,
+                _ => runs.push(at..at + PAGE),
+            }
+        }
+    }
+    Ok((runs, end))
+}
+
+/// Has the kernel look (PAGEMAP_SCAN, ioctl(2) of `/proc/<pid>/pagemap` since Linux 6.7).
+fn scan(pagemap: &File, within: Run) -> io::Result<(Vec<Run>, u64)> {
+    /// `struct page_region` of linux/fs.h.
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct Region {
+        start: u64,
+        end: u64,
+        categories: u64,
+    }
+    /// `struct pm_scan_arg` of linux/fs.h.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Arguments {
+        size: u64,
+        flags: u64,
+        start: u64,
+        end: u64,
+        walk_end: u64,
+        regions: u64,
+        region_count: u64,
+        max_pages: u64,
+        category_inverted: u64,
+        category_mask: u64,
+        category_anyof_mask: u64,
+        return_mask: u64,
+    }
+    /// `_IOWR('f', 16, struct pm_scan_arg)`.
+    const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+    const IS_FILE: u64 = 1 << 2;
+    const IS_PRESENT: u64 = 1 << 3;
+    const IS_SWAPPED: u64 = 1 << 4;
+
+    let mut regions = [Region::default(); 512];
+    let mut arguments = Arguments {
+        size: size_of::<Arguments>() as u64,
+        start: within.start,
+        end: within.end,
+        regions: regions.as_mut_ptr().expose_provenance() as u64,
+        region_count: regions.len() as u64,
+        // Not of a file, and present or swapped; all of one kind, so that neighbours are one region.
+        category_inverted: IS_FILE,
+        category_mask: IS_FILE,
+        category_anyof_mask: IS_PRESENT | IS_SWAPPED,
+        ..Arguments::default()
+    };
+    // SAFETY: both structures are the kernel's, live for the call, and it is told how many regions there is room for.
+    let found = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arguments) };
+    let found = usize::try_from(Errno::result(found)?).map_err(io::Error::other)?;
+    Ok((regions[..found].iter().map(|region| region.start..region.end).collect(), arguments.walk_end))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    fn runs(pagemap: &File, mapping: &Mapping, find: Find) -> io::Result<Vec<Range>> {
+        let all = OwnPages { find, ..OwnPages::new(pagemap, mapping) };
+        // They may be cut anywhere.
+        let mut joined: Vec<Range> = Vec::new();
+        for run in all {
+            let run = run?;
+            match joined.last_mut() {
+                Some(last) if last.from + last.length == run.from => last.length += run.length,
+                _ => joined.push(run),
+            }
+        }
+        Ok(joined)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20))]
+        /// Both ways find what was written, and nothing else: not what was only read, and not what was never touched.
+        #[test]
+        fn own_pages_are_those_written_to(mut written in prop::collection::vec(any::<bool>(), 1..20_000), read in 0usize..20_000) {
+            written.extend([false, true, false]);
+            let length = written.len() * 4096;
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(length as u64).unwrap();
+            let size = NonZeroUsize::new(length).unwrap();
+            let rights = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            // SAFETY: a new mapping at an address of the kernel's choice.
+            let mapped = unsafe { mmap(None, size, rights, MapFlags::MAP_PRIVATE, &file, 0) }.unwrap();
+            // SAFETY: it is as long as that, and nobody else has it.
+            let memory = unsafe { std::slice::from_raw_parts_mut(mapped.cast::<u8>().as_ptr(), length) };
+            std::hint::black_box(memory[read.min(written.len() - 1) * 4096]);
+            written.iter().zip(memory.chunks_mut(4096)).filter(|(own, _)| **own).for_each(|(_, page)| page[1] = 1);
+
+            let start = mapped.addr().get() as u64;
+            let name = name_in_maps(&file).unwrap();
+            let mapping = Mapping { start, end: start + length as u64, private: true, offset: 8192, file: name };
+            let pagemap = File::open("/proc/self/pagemap").unwrap();
+            let (entries, scanned) = (runs(&pagemap, &mapping, read_entries), runs(&pagemap, &mapping, scan));
+            // SAFETY: made above, and not used any more.
+            unsafe { munmap(mapped, length) }.unwrap();
+            let entries = entries.unwrap();
+            let mut found = vec![false; written.len()];
+            for Range { from, to, length } in &entries {
+                prop_assert_eq!(to - 8192, from - start);
+                let first = usize::try_from((from - start) / 4096).unwrap();
+                found[first..][..usize::try_from(length / 4096).unwrap()].fill(true);
+            }
+            prop_assert_eq!(found, written);
+            prop_assert_eq!(scanned.unwrap(), entries);
+        }
+
+        #[test]
+        fn no_line_panics(line in "[0-9a-f :rwxp-]{0,40}") {
+            Mapping::parse(&line);
+        }
+    }
 
     #[test]
     fn lines_of_maps() {
