@@ -42,3 +42,25 @@ pub fn encode_head(kind: u8, length: u32) -> [u8; HEAD] {
 pub fn request(payload: &[u8]) -> Vec<u8> {
     [&encode_head(REQUEST, u32::try_from(payload.len()).unwrap_or(u32::MAX))[..], payload].concat()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Whatever a guest sends is a head, an end or an error, and never longer than there is room for.
+        #[test]
+        fn no_bytes_make_more_than_a_head(bytes in prop::collection::vec(any::<u8>(), 0..12)) {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            match runtime.block_on(head(&mut &bytes[..])) {
+                Ok(Some(Head { kind, length })) => {
+                    prop_assert!(length <= MAX);
+                    prop_assert_eq!(&encode_head(kind, length), &bytes[..HEAD]);
+                }
+                Ok(None) => prop_assert!(bytes.is_empty()),
+                Err(_) => prop_assert!(bytes.len() < HEAD || bytes[1..HEAD] > MAX.to_be_bytes()[..]),
+            }
+        }
+    }
+}

@@ -1,14 +1,20 @@
 //! A log in a file of limited size, read by others while it is written.
+//!
+//! A thread of the log's own writes the file: a disk that stalls must not stall the shim, which serves everything else of the VM from one
+//! thread. What waits for the disk is bounded; what does not fit is dropped, and the log says how much.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 
+/// Bytes that may wait for the disk.
+const WAITING: usize = 1 << 20;
+
 /// What of the log can be read. Positions count bytes since its beginning, also across rotations.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Extent {
     /// Where the file before the current one begins; equal to `start` without one.
     pub oldest: u64,
@@ -17,51 +23,51 @@ pub struct Extent {
     pub end: u64,
     /// Nothing will follow.
     pub closed: bool,
+    /// Kept open, so that a reader finds what it was told of, whatever is rotated meanwhile.
+    previous: Option<Arc<File>>,
+    current: Option<Arc<File>>,
 }
 
-/// The log. Writing never fails and never waits for readers: what cannot be written is lost.
+impl Extent {
+    /// Reads at a position that lies in it.
+    pub fn read(&self, at: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let (file, at, length) = if at >= self.start {
+            (&self.current, at - self.start, self.end - at)
+        } else {
+            (&self.previous, at - self.oldest, self.start - at)
+        };
+        let length = usize::try_from(length).map_or(buffer.len(), |length| length.min(buffer.len()));
+        file.as_ref().map_or(Ok(0), |file| file.read_at(&mut buffer[..length], at))
+    }
+}
+
+/// The log. Writing never fails and waits for nobody: what cannot be written is lost.
 pub struct Log {
-    path: PathBuf,
-    max: u64,
-    file: Mutex<Option<File>>,
-    extent: watch::Sender<Extent>,
+    queue: Arc<Queue>,
+    extent: Arc<watch::Sender<Extent>>,
 }
 
 impl Log {
-    pub fn new(path: PathBuf, max: u64) -> Self {
-        let file = create(&path).ok();
-        Log { path, max: max.max(1), file: Mutex::new(file), extent: watch::Sender::default() }
+    /// Opens it and starts its thread.
+    ///
+    /// # Errors
+    /// When there is no thread to be had. A file that cannot be made is tried again with each piece.
+    pub fn new(path: PathBuf, max: u64) -> io::Result<Self> {
+        let (queue, extent) = (Arc::<Queue>::default(), Arc::<watch::Sender<Extent>>::default());
+        let files = Files { current: create(&path).ok(), previous: None, path, max: max.max(1) };
+        let (waiting, known) = (Arc::clone(&queue), Arc::clone(&extent));
+        std::thread::Builder::new().name("log".into()).spawn(move || write_all(&waiting, files, &known))?;
+        Ok(Log { queue, extent })
     }
 
     /// Appends; at `max` bytes the file becomes `<path>.1`, of which there is one.
-    pub fn write(&self, mut bytes: &[u8]) {
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut extent = *self.extent.borrow();
-        while !bytes.is_empty() {
-            let room = self.max.saturating_sub(extent.end - extent.start);
-            if room == 0 || file.is_none() {
-                let kept = file.is_none() || std::fs::rename(&self.path, self.previous()).is_ok();
-                *file = create(&self.path).ok();
-                extent.oldest = if kept && room == 0 { extent.start } else { extent.end };
-                extent.start = extent.end;
-            }
-            let length =
-                usize::try_from(self.max - (extent.end - extent.start)).map_or(bytes.len(), |n| n.min(bytes.len()));
-            match file.as_mut().map(|file| file.write(&bytes[..length])) {
-                Some(Ok(n @ 1..)) => {
-                    extent.end += n as u64;
-                    bytes = &bytes[n..];
-                }
-                Some(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                _ => break,
-            }
-        }
-        self.extent.send_replace(extent);
+    pub fn write(&self, bytes: &[u8]) {
+        self.queue.push(bytes);
     }
 
-    /// Nothing will follow.
+    /// Nothing will follow. The extent says `closed` once all of it is written.
     pub fn close(&self) {
-        self.extent.send_modify(|extent| extent.closed = true);
+        self.queue.close();
     }
 
     /// For readers: what there is, and a wake-up when there is more.
@@ -69,40 +75,138 @@ impl Log {
         self.extent.subscribe()
     }
 
-    /// Resolves when nobody reads it any more.
-    pub async fn unread(&self) {
+    /// Resolves when a closed log is written and nobody reads it any more.
+    pub async fn finished(&self) {
+        // The sender is ours.
+        let _ = self.extent.subscribe().wait_for(|extent| extent.closed).await;
         self.extent.closed().await;
-    }
-
-    /// Reads at a position that lies in `extent`, which must be the current one.
-    pub fn read(&self, extent: Extent, at: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        if at >= extent.start {
-            return File::open(&self.path)?.read_at(buffer, at - extent.start);
-        }
-        let length = usize::try_from(extent.start - at).map_or(buffer.len(), |n| n.min(buffer.len()));
-        File::open(self.previous())?.read_at(&mut buffer[..length], at - extent.oldest)
-    }
-
-    fn previous(&self) -> PathBuf {
-        let mut path = self.path.clone().into_os_string();
-        path.push(".1");
-        path.into()
     }
 }
 
-fn create(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
+impl Drop for Log {
+    fn drop(&mut self) {
+        self.queue.close();
+    }
+}
+
+/// What waits for the disk.
+#[derive(Default)]
+struct Queue {
+    state: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    bytes: Vec<u8>,
+    /// Bytes that came after these and did not fit.
+    dropped: u64,
+    closed: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, bytes: &[u8]) {
+        let mut waiting = self.lock();
+        // Once something was dropped, so is what comes after it: the note about it stands where the gap is.
+        let room = if waiting.dropped > 0 { 0 } else { WAITING - waiting.bytes.len() };
+        let (kept, lost) = bytes.split_at(room.min(bytes.len()));
+        waiting.bytes.extend_from_slice(kept);
+        waiting.dropped += lost.len() as u64;
+        self.changed.notify_one();
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_one();
+    }
+
+    /// Waits for something to write, and exchanges it for `empty`. `None`: nothing will follow.
+    fn take(&self, empty: Vec<u8>) -> Option<(Vec<u8>, u64)> {
+        let waits = |waiting: &mut Waiting| waiting.bytes.is_empty() && waiting.dropped == 0 && !waiting.closed;
+        let mut waiting = self.changed.wait_while(self.lock(), waits).unwrap_or_else(PoisonError::into_inner);
+        if waiting.bytes.is_empty() && waiting.dropped == 0 {
+            return None;
+        }
+        Some((std::mem::replace(&mut waiting.bytes, empty), std::mem::take(&mut waiting.dropped)))
+    }
+}
+
+/// The log's thread.
+fn write_all(queue: &Queue, mut files: Files, extent: &watch::Sender<Extent>) {
+    let mut at = Extent { current: files.current.clone(), ..Extent::default() };
+    extent.send_replace(at.clone());
+    let mut empty = Vec::new();
+    while let Some((mut bytes, dropped)) = queue.take(empty) {
+        files.write(&bytes, &mut at);
+        if dropped > 0 {
+            let note = format!("\nmachinen: {dropped} bytes are missing here: the disk was too slow for them\n");
+            files.write(note.as_bytes(), &mut at);
+        }
+        extent.send_replace(at.clone());
+        bytes.clear();
+        empty = bytes;
+    }
+    at.closed = true;
+    extent.send_replace(at);
+}
+
+struct Files {
+    path: PathBuf,
+    max: u64,
+    current: Option<Arc<File>>,
+    previous: Option<Arc<File>>,
+}
+
+impl Files {
+    /// Writes as much as the disk takes.
+    fn write(&mut self, mut bytes: &[u8], extent: &mut Extent) {
+        while !bytes.is_empty() {
+            let room = self.max.saturating_sub(extent.end - extent.start);
+            if room == 0 || self.current.is_none() {
+                self.rotate(extent);
+            }
+            let room = self.max - (extent.end - extent.start);
+            let length = usize::try_from(room).map_or(bytes.len(), |room| room.min(bytes.len()));
+            let Some(file) = &self.current else { break };
+            match file.as_ref().write(&bytes[..length]) {
+                Ok(n @ 1..) => {
+                    extent.end += n as u64;
+                    bytes = &bytes[n..];
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                _ => break,
+            }
+        }
+        (extent.previous, extent.current) = (self.previous.clone(), self.current.clone());
+    }
+
+    fn rotate(&mut self, extent: &mut Extent) {
+        let mut previous = self.path.clone().into_os_string();
+        previous.push(".1");
+        let kept = self.current.take().filter(|_| std::fs::rename(&self.path, previous).is_ok());
+        extent.oldest = if kept.is_some() { extent.start } else { extent.end };
+        extent.start = extent.end;
+        self.previous = kept;
+        self.current = create(&self.path).ok();
+    }
+}
+
+fn create(path: &Path) -> io::Result<Arc<File>> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path).map(Arc::new)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn read_all(log: &Log) -> Vec<u8> {
-        let extent = *log.subscribe().borrow();
+    fn read_all(extent: &Extent) -> Vec<u8> {
         let (mut at, mut all, mut buffer) = (extent.oldest, Vec::new(), [0; 7]);
         while at < extent.end {
-            let n = log.read(extent, at, &mut buffer).unwrap();
+            let n = extent.read(at, &mut buffer).unwrap();
             assert!(n > 0);
             all.extend_from_slice(&buffer[..n]);
             at += n as u64;
@@ -113,13 +217,59 @@ mod tests {
     #[test]
     fn it_rotates_and_stays_readable() {
         let dir = tempfile::tempdir().unwrap();
-        let log = Log::new(dir.path().join("log"), 10);
-        assert!(read_all(&log).is_empty());
-        log.write(b"0123456");
-        assert_eq!(read_all(&log), b"0123456");
-        log.write(b"789abc");
-        assert_eq!(read_all(&log), b"0123456789abc");
-        log.write(b"defghijklmnopqrstuvwxyz");
-        assert_eq!(read_all(&log), b"klmnopqrstuvwxyz");
+        let mut extent = Extent::default();
+        let path = dir.path().join("log");
+        let mut files = Files { current: create(&path).ok(), previous: None, path, max: 10 };
+        let mut write = |bytes: &[u8]| {
+            files.write(bytes, &mut extent);
+            extent.clone()
+        };
+        assert_eq!(read_all(&write(b"0123456")), b"0123456");
+        let before = write(b"789abc");
+        assert_eq!(read_all(&before), b"0123456789abc");
+        assert_eq!(read_all(&write(b"defghijklmnopqrstuvwxyz")), b"klmnopqrstuvwxyz");
+        // A reader that was told of it before finds the same as then.
+        assert_eq!(read_all(&before), b"0123456789abc");
+    }
+
+    #[test]
+    fn what_waits_for_the_disk_is_bounded_and_says_what_is_missing() {
+        let queue = Queue::default();
+        queue.push(b"begin");
+        queue.push(&vec![b'x'; 3 * WAITING]);
+        queue.push(b"end");
+        let (bytes, dropped) = queue.take(Vec::new()).unwrap();
+        assert_eq!((bytes.len(), dropped), (WAITING, (2 * WAITING + 8) as u64));
+        queue.push(b"again");
+        queue.close();
+        assert_eq!(queue.take(Vec::new()), Some((b"again".to_vec(), 0)));
+        assert_eq!(queue.take(Vec::new()), None);
+    }
+
+    /// A disk that takes nothing: a fifo whose reader does not read.
+    #[tokio::test]
+    async fn a_stalled_disk_stalls_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let log = Log::new(path.clone(), 1 << 40).unwrap();
+        for _ in 0..64 {
+            log.write(&[b'x'; 65_536]);
+        }
+        log.close();
+        // All that waited is there once the disk goes on.
+        let mut reader = OpenOptions::new().read(true).open(&path).unwrap();
+        let read = std::thread::spawn(move || {
+            let mut text = Vec::new();
+            let mut piece = [0; 65_536];
+            while !text.ends_with(b"for them\n") {
+                let n = io::Read::read(&mut reader, &mut piece).unwrap();
+                text.extend_from_slice(&piece[..n]);
+            }
+            text
+        });
+        log.finished().await;
+        let text = read.join().unwrap();
+        assert!(text.len() < 2 * WAITING + 65_536 + 100 && text.starts_with(b"xxx"), "{}", text.len());
     }
 }

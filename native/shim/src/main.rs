@@ -5,7 +5,7 @@
 //!   plan         what the starter wants        owner        stdin and stdout, the way back to the starter
 //!   files        sparse copies                 process      the VMM, and helpers
 //!   entry, replace  the registry's record      cleanup      what is removed at the end
-//!   console, log, tail                         what the guest and the VMM print
+//!   transcript, log, tail                      what the guest and the VMM print
 //!   shares       what the VMM sees of the host's directories
 //!   network      forwarded ports, and gvproxy when it is needed
 //!   vsock, guest_ports, proxy                  sockets <-> channel (section 2)
@@ -18,9 +18,9 @@
 //! Who holds what: the shim is the parent of the VMM, which dies with it (PDEATHSIG); its starter holds the shim's stdin. One thread
 //! does everything except waiting for the owner and the copies: a blocked disk must not block the guest.
 
+mod accept;
 mod capture;
 mod cleanup;
-mod console;
 mod control;
 mod digest;
 mod doorbell;
@@ -51,6 +51,7 @@ mod state;
 mod stop;
 mod supervisor;
 mod tail;
+mod transcript;
 mod trees;
 mod tsc;
 mod undo;
@@ -59,6 +60,7 @@ mod vsock;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    process::restrict();
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     match arguments.as_slice() {
         [] => supervisor::main(),

@@ -4,22 +4,36 @@ use crate::event::ProcessExit;
 use crate::identity::Identity;
 use crate::plan::Command;
 use crate::shares::View;
+use crate::transcript::Transcript;
 use nix::libc;
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, getpid, getppid};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::unix::pipe;
 use tokio::process::Child;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 /// Leads its own process group; dies with the shim, however that ends.
 pub struct Process {
     child: Child,
+    /// Reads what it prints.
+    printed: JoinHandle<()>,
     pub identity: Identity,
+}
+
+/// What neither the shim nor anything it starts ever needs. A core would hold the guest's memory, its secrets included.
+pub fn restrict() {
+    // Both exist on every kernel that runs the rest; what they forbid is not relied on anywhere.
+    let _ = nix::sys::prctl::set_no_new_privs();
+    let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
 }
 
 /// What the process finds open, and under which number.
@@ -29,19 +43,25 @@ pub struct Inherited {
 }
 
 impl Process {
-    /// Starts it, with stdout and stderr in a log. To be called on the main thread: the kernel kills the child when the *thread* ends
+    /// Starts it; what it prints goes to `prints`, whose size is limited: a guest may make its VMM print without end. To be called on the main thread: the kernel kills the child when the *thread* ends
     /// that started it.
-    pub fn spawn(command: &Command, log: &Path, inherited: Vec<Inherited>, view: Option<View>) -> io::Result<Self> {
+    pub fn spawn(
+        command: &Command,
+        prints: &Arc<Transcript>,
+        inherited: Vec<Inherited>,
+        view: Option<View>,
+    ) -> io::Result<Self> {
         let [program, arguments @ ..] = command.argv.as_slice() else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        let log = OpenOptions::new().append(true).create(true).mode(0o600).open(log)?;
+        let (from, to) = std::io::pipe()?;
+        let from = pipe::Receiver::from_owned_fd(from.into())?;
         let mut process = std::process::Command::new(program);
         process.args(arguments).env_clear();
         if let Some(path) = std::env::var_os("PATH") {
             process.env("PATH", path);
         }
-        process.envs(&command.env).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        process.envs(&command.env).stdin(Stdio::null()).stdout(to.try_clone()?).stderr(to);
         let placed = Placed::new(inherited)?;
         let moves: Vec<(RawFd, RawFd)> = placed.fds.iter().map(|(fd, to)| (fd.as_raw_fd(), *to)).collect();
         let shim = getpid();
@@ -50,10 +70,15 @@ impl Process {
         // SAFETY: after fork only async-signal-safe calls are made, and nothing is allocated: an io::Error of an errno is a number.
         unsafe { process.pre_exec(move || in_child(shim, &moves, view.as_ref())) };
         let mut child = process.spawn()?;
-        drop(placed);
+        // It holds our ends of the pipe and of everything placed.
+        drop((process, placed));
         let pid = child.id().ok_or(io::ErrorKind::NotFound)?;
         match Identity::of(pid) {
-            Ok(identity) => Ok(Process { child, identity }),
+            Ok(identity) => {
+                let prints = Arc::clone(prints);
+                let printed = tokio::spawn(async move { prints.drain(from).await });
+                Ok(Process { child, printed, identity })
+            }
             Err(error) => {
                 // It has just been started: killing it cannot fail for a reason that matters here.
                 let _ = child.start_kill();
@@ -68,6 +93,12 @@ impl Process {
             // It is not reaped yet, so the number is still its own.
             let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
         }
+    }
+
+    /// Waits until all it has printed is read: not for ever, for a process it left behind may hold the pipe open.
+    pub async fn silence(&mut self, at_most: Duration) {
+        let _ = timeout(at_most, &mut self.printed).await;
+        self.printed.abort();
     }
 
     /// Waits for its end. May be cancelled and called again.

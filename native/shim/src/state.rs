@@ -1,12 +1,12 @@
 //! What everything that serves one VM shares.
 
-use crate::console::Console;
 use crate::entry::Entry;
 use crate::event::{MainExit, Reason};
 use crate::identity::Identity;
 use crate::log::Log;
 use crate::memory::Memory;
 use crate::stop::Ask;
+use crate::transcript::Transcript;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -14,7 +14,9 @@ use tokio::sync::{Semaphore, mpsc, watch};
 
 pub struct State {
     pub since: Instant,
-    pub console: Console,
+    pub console: Transcript,
+    /// What the VMM and its helpers print.
+    pub vmm_prints: Arc<Transcript>,
     pub output: Log,
     /// To the supervisor.
     pub asks: mpsc::Sender<Ask>,
@@ -36,6 +38,7 @@ pub struct State {
 pub struct Started {
     pub entry: Entry,
     pub vmm: Identity,
+    pub vmm_prints: Arc<Transcript>,
     pub memory: Option<Arc<Memory>>,
     pub detached: bool,
     /// The guest was running before.
@@ -56,11 +59,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl State {
-    pub fn new(started: Started, console: Console, output: Log, asks: mpsc::Sender<Ask>) -> Self {
-        let Started { entry, vmm, memory, detached, ready } = started;
+    pub fn new(started: Started, console: Transcript, output: Log, asks: mpsc::Sender<Ask>) -> Self {
+        let Started { entry, vmm, vmm_prints, memory, detached, ready } = started;
         State {
             since: Instant::now(),
             console,
+            vmm_prints,
             output,
             asks,
             over: watch::Sender::new(false),

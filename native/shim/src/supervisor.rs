@@ -1,6 +1,5 @@
 //! The life of a VM, step by step.
 
-use crate::console::Console;
 use crate::entry::Entry;
 use crate::event::{Event, ExitRecord, ProcessExit, Reason};
 use crate::failed::{Failed, Step};
@@ -15,7 +14,8 @@ use crate::replace::replace;
 use crate::shares::View;
 use crate::state::{Started, State};
 use crate::stop::{Ask, Stops};
-use crate::{cleanup, control, files, guest_ports, lifecycle, owner, tail, vsock};
+use crate::transcript::Transcript;
+use crate::{cleanup, control, files, guest_ports, lifecycle, owner, vsock};
 use machinen_channel::connect_host;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
@@ -166,7 +166,14 @@ impl Vm {
         }
         let shares_failed = |(path, error): (PathBuf, io::Error)| Failed::new(Step::Shares, path.display(), &error);
         let view = plan.shares.as_ref().map(View::prepare).transpose().map_err(shares_failed)?;
-        let mut vmm = Process::spawn(&plan.vmm, &plan.vmm_log_path, inherited, view).map_err(vmm_failed)?;
+        let log = |path: &Path| {
+            let failed = |error| Failed::new(Step::Files, path.display(), &error);
+            Log::new(path.to_owned(), plan.console.max_bytes).map_err(failed)
+        };
+        let vmm_prints = Arc::new(Transcript::new(log(&plan.vmm_log_path)?));
+        let guest_console = Transcript::new(log(&plan.console.log_path)?);
+        let output = log(&plan.output_log_path)?;
+        let mut vmm = Process::spawn(&plan.vmm, &vmm_prints, inherited, view).map_err(vmm_failed)?;
 
         // 4. The entry. A VM that is not in the registry must not run.
         let mut entry = Entry::new(plan.entry_path.clone(), plan.entry.clone());
@@ -183,11 +190,10 @@ impl Vm {
         };
 
         // 5. Everything that serves it.
-        let log = |path: &Path| Log::new(path.to_owned(), plan.console.max_bytes);
         let (ask, asks) = mpsc::channel(16);
-        let guest_console = Console::new(log(&plan.console.log_path));
-        let started = Started { entry, vmm: vmm.identity, memory, detached: plan.detached, ready: resumed };
-        let state = Arc::new(State::new(started, guest_console, log(&plan.output_log_path), ask));
+        let (identity, detached) = (vmm.identity, plan.detached);
+        let started = Started { entry, vmm: identity, vmm_prints, memory, detached, ready: resumed };
+        let state = Arc::new(State::new(started, guest_console, output, ask));
         let is_over = state.over.subscribe();
         let mut channel = JoinSet::new();
         let agent = match port {
@@ -211,8 +217,7 @@ impl Vm {
         });
         let control = tokio::spawn(control::serve(control, Arc::clone(&state)));
         if let Some((network, card, forwards)) = network {
-            let log = plan.vmm_log_path.clone();
-            channel.spawn(network::serve(network.clone(), card, forwards, log, Arc::clone(&state)));
+            channel.spawn(network::serve(network.clone(), card, forwards, Arc::clone(&state)));
         }
 
         owner::tell(&Event::Started { shim, vmm: vmm.identity }.line());
@@ -264,7 +269,8 @@ impl Vm {
     async fn finish(mut self, plan: &Plan, vmm: ProcessExit) {
         // Helpers the VMM may have started would hold its sockets open.
         self.state.over.send_replace(true);
-        let _ = timeout(REST, &mut self.console).await;
+        let console = timeout(REST, &mut self.console);
+        let _ = tokio::join!(console, self.vmm.silence(REST));
         self.console.abort();
         let rest = async { while self.channel.join_next().await.is_some() {} };
         let _ = timeout(REST, rest).await;
@@ -273,11 +279,10 @@ impl Vm {
         let state = self.state;
         // A capture learns it too, and is undone before anybody hears that nothing is left; another one cannot begin any more.
         let _last = state.capturing.acquire().await;
-        for log in [&state.console.log, &state.output] {
-            log.close();
-        }
-        let readers = async { tokio::join!(state.console.log.unread(), state.output.unread()) };
-        let _ = timeout(REST, readers).await;
+        let logs = [&state.console.log, &state.output, &state.vmm_prints.log];
+        logs.iter().for_each(|log| log.close());
+        let [console, output, vmm_prints] = logs.map(Log::finished);
+        let _ = timeout(REST, async { tokio::join!(console, output, vmm_prints) }).await;
 
         let end = state.end();
         let exit = ExitRecord {
@@ -286,7 +291,7 @@ impl Vm {
             orderly: end.orderly,
             reason: end.reason.unwrap_or(Reason::Vmm),
             console_tail: state.console.tail(),
-            vmm_log_tail: tail::of_file(&plan.vmm_log_path),
+            vmm_log_tail: state.vmm_prints.tail(),
         };
         state.entry().remove();
         cleanup::run(plan);

@@ -1,10 +1,5 @@
 //! The end of a text.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
-
 /// Bytes kept.
 const LENGTH: usize = 8 * 1024;
 
@@ -24,19 +19,6 @@ impl Tail {
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.0[self.0.len().saturating_sub(LENGTH)..]).into_owned()
     }
-}
-
-/// The last bytes of a file; empty when it cannot be read.
-pub fn of_file(path: &Path) -> String {
-    let read = || -> io::Result<Vec<u8>> {
-        let file = File::open(path)?;
-        let length = file.metadata()?.len();
-        let mut bytes = vec![0; LENGTH];
-        let n = file.read_at(&mut bytes, length.saturating_sub(LENGTH as u64))?;
-        bytes.truncate(n);
-        Ok(bytes)
-    };
-    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
 }
 
 #[cfg(test)]

@@ -5,11 +5,13 @@
 
 mod common;
 
-use common::{line, rest, start, start_ready, start_with};
+use common::{SHIM, Shim, line, rest, start, start_as, start_ready, start_with};
 use serde_json::{Value, json};
 use std::io::{BufRead, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 const OK: &str = r#"{"ok":true}"#;
 
@@ -189,6 +191,74 @@ fn hostile_requests() {
     while endless.write_all(&[b' '; 4096]).is_ok() {}
     let half = UnixStream::connect(shim.path("control.sock")).unwrap();
     half.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(shim.status()["ok"], true);
+}
+
+#[test]
+fn clients_that_stay_do_not_lock_out_those_that_act() {
+    let mut shim = start_ready(&["serve"]);
+    let follow = r#"{"op":"logs","source":"output","follow":true}"#;
+    let mut staying: Vec<_> = [r#"{"op":"wait"}"#, follow].iter().cycle().take(96).map(|it| shim.control(it)).collect();
+    for client in &mut staying {
+        assert_eq!(line(client), ok());
+    }
+    let refused: Vec<_> = (0..40).map(|_| line(&mut shim.control(r#"{"op":"wait"}"#))).collect();
+    assert!(refused.iter().all(|answer| answer["code"] == "EBUSY"));
+    assert_eq!(shim.status()["ok"], true);
+    // Who has left makes room.
+    staying.truncate(90);
+    shim.until(|shim| line(&mut shim.control(r#"{"op":"wait"}"#)) == ok());
+    assert_eq!(line(&mut shim.control(r#"{"op":"stop"}"#)), ok());
+    assert_eq!(shim.exited()["orderly"], true);
+}
+
+/// What the shim has used of a processor, in clock ticks.
+fn ticks(shim: &Shim) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", shim.child.id())).unwrap();
+    let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn out_of_descriptors_it_neither_spins_nor_goes_deaf() {
+    let mut limited = Command::new("prlimit");
+    limited.args(["--nofile=64:64", SHIM]);
+    let mut shim = start_as(limited, &["serve"], |_| ());
+    shim.event();
+    shim.until(|shim| shim.status()["ready"] == true);
+    let mut waiting = shim.control(r#"{"op":"wait"}"#);
+    assert_eq!(line(&mut waiting), ok());
+    // Everything there is goes to clients of the guest, and some of what is kept back to control clients that say nothing.
+    let guests: Vec<_> = (0..40).map(|_| shim.connect(7)).collect();
+    let fds = || std::fs::read_dir(format!("/proc/{}/fd", shim.child.id())).unwrap().count();
+    shim.until(|_| fds() >= 60);
+    let silent: Vec<_> = (0..4).map(|_| UnixStream::connect(shim.path("control.sock")).unwrap()).collect();
+    assert_eq!(shim.status()["ok"], true);
+    let before = ticks(&shim);
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(ticks(&shim) - before < 30, "{} of 100 ticks", ticks(&shim) - before);
+    let since = Instant::now();
+    assert_eq!(line(&mut shim.control(r#"{"op":"stop"}"#)), ok());
+    drop((guests, silent));
+    assert_eq!(shim.exited()["orderly"], true);
+    assert!(since.elapsed() < Duration::from_secs(9));
+    assert_eq!(line(&mut waiting)["event"], "exited");
+}
+
+#[test]
+fn more_control_clients_than_descriptors_do_not_spin() {
+    let mut limited = Command::new("prlimit");
+    limited.args(["--nofile=40:40", SHIM]);
+    let shim = start_as(limited, &["serve"], |_| ());
+    shim.event();
+    shim.until(|shim| shim.status()["ready"] == true);
+    let silent: Vec<_> = (0..40).map(|_| UnixStream::connect(shim.path("control.sock")).unwrap()).collect();
+    let fds = || std::fs::read_dir(format!("/proc/{}/fd", shim.child.id())).unwrap().count();
+    shim.until(|_| fds() >= 40);
+    let before = ticks(&shim);
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(ticks(&shim) - before < 30, "{} of 100 ticks", ticks(&shim) - before);
+    drop(silent);
     assert_eq!(shim.status()["ok"], true);
 }
 

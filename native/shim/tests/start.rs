@@ -8,7 +8,7 @@ mod common;
 use common::{PATIENCE, fake_vmm, plan, spawn, start, start_with};
 use nix::sys::signal::Signal;
 use serde_json::json;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 
 #[test]
@@ -100,6 +100,7 @@ fn the_vmm_gets_its_descriptors_and_no_others() {
         assert_eq!(seen["fds"], json!(expected));
         assert_eq!(seen["variables"], json!(["FROM_PLAN", "PATH"]));
         assert_eq!(seen["leadsItsGroup"], true);
+        assert_eq!((&seen["noNewPrivileges"], &seen["core"]), (&json!("1"), &json!(0)));
         // The shim minds neither of these; its VMM decides for itself.
         let ignored = u64::from_str_radix(seen["ignored"].as_str().unwrap(), 16).unwrap();
         let bit = |signal: Signal| 1 << (signal as i32 - 1);
@@ -275,8 +276,81 @@ fn a_network_nobody_can_serve_is_said_to_be_down() {
     assert_eq!(shim.event()["event"], "started");
     let console = || std::fs::read_to_string(shim.path("console.log")).unwrap();
     assert!(!console().contains("network"), "it is not started before it is needed");
-    let _client = std::net::TcpStream::connect(free).unwrap();
-    shim.until(|_| console().contains("the network is down"));
-    // What nobody serves is refused.
-    shim.until(|_| std::net::TcpStream::connect(free).is_err());
+    let mut client = std::net::TcpStream::connect(free).unwrap();
+    shim.until(|_| console().contains("The network is down; next try in 250 ms"));
+    // What nobody serves is closed.
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert!(matches!(client.read(&mut [0]), Ok(0) | Err(_)));
+}
+
+/// A plan's network served by a script.
+fn served_by(script: &std::path::Path, host: std::net::SocketAddr) -> serde_json::Value {
+    json!({"fd": 7, "gvproxy": {"argv": ["sh", script], "env": {}}, "forwards": [{"host": host, "guestPort": 80}]})
+}
+
+#[test]
+fn a_network_that_could_not_be_started_is_once_it_can() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (script, marker) = (dir.path().join("gvproxy"), dir.path().join("served"));
+    let shim = start_with(&["serve", "--quiet"], |plan| {
+        plan["network"] = served_by(&script, free);
+        plan["network"]["gvproxy"]["argv"] = json!([script]);
+    });
+    assert_eq!(shim.event()["event"], "started");
+    let console = || std::fs::read_to_string(shim.path("console.log")).unwrap();
+    shim.until(|_| {
+        let _ = std::net::TcpStream::connect(free);
+        console().contains("next try in 500 ms")
+    });
+    let text = format!("#!/bin/sh\necho x > {}\nexec cat <&3\n", marker.display());
+    std::fs::write(dir.path().join("new"), text).unwrap();
+    std::fs::set_permissions(dir.path().join("new"), std::fs::Permissions::from_mode(0o700)).unwrap();
+    std::fs::rename(dir.path().join("new"), &script).unwrap();
+    shim.until(|_| {
+        let _ = std::net::TcpStream::connect(free);
+        marker.exists()
+    });
+}
+
+#[test]
+fn a_network_that_ends_again_and_again_is_started_ever_more_seldom() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("gvproxy");
+    std::fs::write(&script, format!("echo x >> {}/runs; echo 'no good' >&2; exit 7\n", dir.path().display())).unwrap();
+    let mut shim = start_with(&["serve", "--quiet"], |plan| plan["network"] = served_by(&script, free));
+    assert_eq!(shim.event()["event"], "started");
+    let console = || std::fs::read_to_string(shim.path("console.log")).unwrap();
+    let since = std::time::Instant::now();
+    shim.until(|_| {
+        let _ = std::net::TcpStream::connect(free);
+        console().contains("next try in 2000 ms")
+    });
+    assert!(since.elapsed() >= std::time::Duration::from_millis(1500));
+    // The first, the one that took its place at once, and one after each pause.
+    assert_eq!(std::fs::read_to_string(dir.path().join("runs")).unwrap().lines().count(), 4);
+    assert!(
+        console()
+            .contains("gvproxy ended with code 7: connections through it are lost, new ones are served by another")
+    );
+    shim.stdin = None;
+    assert_eq!(shim.exited()["vmmLogTail"].as_str().unwrap().matches("no good").count(), 4);
+}
+
+#[test]
+fn what_a_vmm_prints_is_limited() {
+    let mut shim = start_with(&[], |plan| {
+        plan["console"]["maxBytes"] = json!(100_000);
+        plan["vmm"]["argv"] =
+            json!(["sh", "-c", "yes | head -c 20000000 >&2; echo the end >&2; echo printed >&4; sleep 1000"]);
+    });
+    assert_eq!(shim.event()["event"], "started");
+    shim.until(|shim| std::fs::read_to_string(shim.path("console.log")).unwrap() == "printed\n");
+    shim.until(|shim| std::fs::read_to_string(shim.path("vmm.log")).is_ok_and(|text| text.ends_with("the end\n")));
+    for name in ["vmm.log", "vmm.log.1"] {
+        assert!(std::fs::metadata(shim.path(name)).unwrap().len() <= 100_000);
+    }
+    shim.signal(Signal::SIGTERM);
+    assert!(shim.exited()["vmmLogTail"].as_str().unwrap().ends_with("y\nthe end\n"));
 }

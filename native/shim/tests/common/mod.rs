@@ -18,8 +18,7 @@ use tempfile::TempDir;
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub fn fake_vmm() -> String {
-    let shim = Path::new(env!("CARGO_BIN_EXE_machinen-shim"));
-    shim.parent().unwrap().join("examples/fake-vmm").to_str().unwrap().to_owned()
+    env!("CARGO_BIN_EXE_fake-vmm").to_owned()
 }
 
 /// A plan whose VMM is `argv`, in a directory of its own.
@@ -56,12 +55,14 @@ impl Drop for Shim {
 
 /// A shim that has not got its plan yet.
 pub fn spawn(home: TempDir) -> Shim {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_machinen-shim"))
-        .current_dir("/")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    spawn_as(home, Command::new(SHIM))
+}
+
+pub const SHIM: &str = env!("CARGO_BIN_EXE_machinen-shim");
+
+/// As `spawn`, by a command that becomes the shim.
+pub fn spawn_as(home: TempDir, mut command: Command) -> Shim {
+    let mut child = command.current_dir("/").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let (events, receiver) = channel();
     let stdout = BufReader::new(child.stdout.take().unwrap());
     std::thread::spawn(move || {
@@ -75,12 +76,17 @@ pub fn spawn(home: TempDir) -> Shim {
 
 /// Starts a fake VMM with these arguments, after a change to its plan.
 pub fn start_with(arguments: &[&str], change: impl FnOnce(&mut Value)) -> Shim {
+    start_as(Command::new(SHIM), arguments, change)
+}
+
+/// As `start_with`, by a command that becomes the shim.
+pub fn start_as(command: Command, arguments: &[&str], change: impl FnOnce(&mut Value)) -> Shim {
     let home = tempfile::tempdir().unwrap();
     let vmm = fake_vmm();
     let argv: Vec<&str> = std::iter::once(vmm.as_str()).chain(arguments.iter().copied()).collect();
     let mut plan = plan(home.path(), &argv);
     change(&mut plan);
-    let mut shim = spawn(home);
+    let mut shim = spawn_as(home, command);
     shim.send(&format!("{plan}\n"));
     shim
 }

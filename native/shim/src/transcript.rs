@@ -1,25 +1,25 @@
-//! The guest's serial console.
+//! What somebody prints: the guest on its serial console, the VMM, a helper.
 
 use crate::log::Log;
 use crate::tail::Tail;
 use std::sync::{Mutex, PoisonError};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// What the guest printed.
-pub struct Console {
+/// A log of it, and its last bytes.
+pub struct Transcript {
     pub log: Log,
     tail: Mutex<Tail>,
 }
 
-impl Console {
+impl Transcript {
     pub fn new(log: Log) -> Self {
-        Console { log, tail: Mutex::default() }
+        Transcript { log, tail: Mutex::default() }
     }
 
     /// Reads to the end, whatever becomes of what is read: a console that is not read stops the guest.
-    pub async fn drain(&self, mut port: impl AsyncRead + Unpin) {
+    pub async fn drain(&self, mut from: impl AsyncRead + Unpin) {
         let mut buffer = vec![0; 16 * 1024];
-        while let Ok(n @ 1..) = port.read(&mut buffer).await {
+        while let Ok(n @ 1..) = from.read(&mut buffer).await {
             self.tail.lock().unwrap_or_else(PoisonError::into_inner).push(&buffer[..n]);
             self.log.write(&buffer[..n]);
         }

@@ -88,9 +88,13 @@ fn inspect(console: i32) -> io::Result<()> {
     variables.sort_unstable();
     let status = std::fs::read_to_string("/proc/self/status")?;
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:\t"));
+    let no_new_privileges = status.lines().find_map(|line| line.strip_prefix("NoNewPrivs:\t"));
+    let (core, _) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_CORE)?;
     let leads_its_group = nix::unistd::getpgrp() == nix::unistd::getpid();
-    let seen =
-        serde_json::json!({"fds": fds, "variables": variables, "ignored": ignored, "leadsItsGroup": leads_its_group});
+    let seen = serde_json::json!({
+        "fds": fds, "variables": variables, "ignored": ignored, "leadsItsGroup": leads_its_group,
+        "noNewPrivileges": no_new_privileges, "core": core,
+    });
     inherited(console).write_all(seen.to_string().as_bytes())
 }
 
