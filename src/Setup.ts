@@ -203,13 +203,23 @@ export class Setup extends Context.Tag("machinen/Setup")<
             }
             // Cargo names a workspace's own packages without the path of the workspace and tells by their files' times what is fresh: here it
             // would take another checkout's for ours.
-            const own = ["archive", "channel", "guest", "shim"].flatMap((name) => ["--package", `machinen-${name}`, "--bin", `machinen-${name}`])
+            const own = ["archive", "channel", "guest", "shim"].flatMap((name) => [
+              "--package",
+              `machinen-${name}`,
+              "--bin",
+              `machinen-${name}`
+            ])
             yield* long(
               "forget another checkout's programs",
               ["cargo", "clean", "--release", "--locked", "--target", triple, ...own],
               options
             )
-            const wanted = ["guest", "shim"].flatMap((name) => ["--package", `machinen-${name}`, "--bin", `machinen-${name}`])
+            const wanted = ["guest", "shim"].flatMap((name) => [
+              "--package",
+              `machinen-${name}`,
+              "--bin",
+              `machinen-${name}`
+            ])
             yield* long(what, ["cargo", "build", "--release", "--locked", ...wanted], options)
             const built = path.join(target, triple, "release")
             yield* Effect.forEach(
