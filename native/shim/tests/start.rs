@@ -343,7 +343,7 @@ fn what_a_vmm_prints_is_limited() {
     let mut shim = start_with(&[], |plan| {
         plan["console"]["maxBytes"] = json!(100_000);
         plan["vmm"]["argv"] =
-            json!(["sh", "-c", "yes | head -c 20000000 >&2; echo the end >&2; echo printed >&4; sleep 1000"]);
+            json!(["sh", "-c", "yes | head -c 900000 >&2; echo the end >&2; echo printed >&4; sleep 1000"]);
     });
     assert_eq!(shim.event()["event"], "started");
     shim.until(|shim| std::fs::read_to_string(shim.path("console.log")).unwrap() == "printed\n");
