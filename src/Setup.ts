@@ -203,12 +203,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
             }
             // Cargo names a workspace's own packages without the path of the workspace and tells by their files' times what is fresh: here it
             // would take another checkout's for ours.
-            const own = ["archive", "channel", "guest", "shim"].flatMap((name) => [
-              "--package",
-              `machinen-${name}`,
-              "--bin",
-              `machinen-${name}`
-            ])
+            const own = ["archive", "channel", "guest", "shim"].flatMap((name) => ["--package", `machinen-${name}`])
             yield* long(
               "forget another checkout's programs",
               ["cargo", "clean", "--release", "--locked", "--target", triple, ...own],
