@@ -6,8 +6,8 @@ import { type AssetError, type BootError, ProvisionError, type RegistryError } f
 import { ImageId, ImageName, ImageRecord, withTag } from "./domain/Image.ts"
 import type { ImageConfig } from "./domain/ImageConfig.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
-import * as command from "./platform/command.ts"
 import * as completeFile from "./platform/completeFile.ts"
+import * as ext4 from "./platform/ext4.ts"
 import { Registry } from "./Registry.ts"
 import { baseNames, RootfsImage } from "./RootfsImage.ts"
 import { Settings } from "./Settings.ts"
@@ -89,15 +89,6 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
 
       const entries = (of: string) => Effect.orElseSucceed(fs.readDirectory(of), () => [] as ReadonlyArray<string>)
 
-      const allNames = Effect.gen(function* () {
-        const files = (yield* entries(path.join(dir, "names"))).filter((file) => !file.includes(".tmp"))
-        const pairs = yield* Effect.forEach(files, (file) => {
-          const name = decodeURIComponent(file)
-          return Effect.map(images.named(name), (id) => ({ name, id }))
-        })
-        return pairs.flatMap(({ id, name }) => (Option.isSome(id) ? [{ name, id: id.value }] : []))
-      })
-
       /** Bundles that are still where they were made; others leave their note behind, which goes. */
       const bundlesOf = Effect.fnUntraced(function* (image: string) {
         const notes = yield* entries(`${image}.bundles`)
@@ -149,7 +140,7 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
         const ids = (yield* entries(dir)).flatMap((file) =>
           /^[0-9a-f]{64}\.img$/.test(file) ? [ImageId.make(file.slice(0, 64))] : []
         )
-        const [names, vms] = yield* Effect.all([allNames, registry.list])
+        const [names, vms] = yield* Effect.all([images.names, registry.list])
         const found = yield* Effect.forEach(ids, (id) => look(id, names, vms), { concurrency: 16 })
         return found.flatMap(Option.toArray).sort((a, b) => b.lastUsedAt - a.lastUsedAt || Order.string(a.id, b.id))
       })
@@ -168,15 +159,15 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
         return yield* notFound(reference, byId.length)
       })
 
+      /** What dpkg has noted: `Package`, `Status` and `Version` of each stand in this order. */
       const packagesOf = (image: string) =>
-        // what dpkg has noted: `Package`, `Status` and `Version` of each stand in this order
-        command
-          .run(["sh", "-c", 'debugfs -R "cat /var/lib/dpkg/status" "$1" 2>/dev/null | head -c 67108864', "sh", image])
-          .pipe(
-            Effect.provideService(CommandExecutor.CommandExecutor, executor),
-            Effect.map(({ stdout }) => parsePackages(stdout)),
-            Effect.orElseSucceed(() => ({}))
+        ext4.readFile(image, "/var/lib/dpkg/status", maxDpkgStatus).pipe(
+          Effect.provideService(CommandExecutor.CommandExecutor, executor),
+          Effect.map(Option.match({ onNone: () => ({}), onSome: (status) => parsePackages(status.toString()) })),
+          Effect.catchAll((cause) =>
+            Effect.as(Effect.logWarning(`the packages of ${image} cannot be told: ${cause.message}`), {})
           )
+        )
 
       const details = (image: StoredImage) =>
         Effect.map(
@@ -294,12 +285,22 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
             )
           )
           yield* images.collectLayers
+          yield* Effect.provideService(
+            completeFile.removeAbandoned(dir, Date.now() - abandonedAfterMs),
+            FileSystem.FileSystem,
+            fs
+          )
           return removed
         })
       })
     })
   )
 }
+
+/** What a build that was killed left is removed once it is as old as no build gets that goes on. */
+const abandonedAfterMs = 3_600_000
+
+const maxDpkgStatus = 64 * 1024 * 1024
 
 /** Installed packages of a dpkg database. */
 export const parsePackages = (status: string): Readonly<Record<string, string>> =>

@@ -1,16 +1,19 @@
-import { createHash, randomUUID } from "node:crypto"
+import { createHash } from "node:crypto"
 import * as path from "node:path"
-import { gunzipSync } from "node:zlib"
 import { CommandExecutor, FileSystem } from "@effect/platform"
-import { Context, Effect, Either, Layer, Option, Schema, Stream } from "effect"
+import { Context, Effect, Either, Layer, Option, Schema } from "effect"
 import { Assets } from "./Assets.ts"
 import { type AssetError, BootError, ProvisionError } from "./domain/errors.ts"
 import { ImageId, ImageRecord, withTag } from "./domain/Image.ts"
 import { configFile, ImageConfig, ImageConfigJson, isEmpty } from "./domain/ImageConfig.ts"
+import { buildFailed, cacheUnwritable, explained, toolMissing } from "./hostTools.ts"
 import * as Oci from "./Oci.ts"
-import * as command from "./platform/command.ts"
 import * as completeFile from "./platform/completeFile.ts"
-import { writeNote } from "./platform/note.ts"
+import * as ext4 from "./platform/ext4.ts"
+import * as fileState from "./platform/fileState.ts"
+import * as HostLock from "./platform/HostLock.ts"
+import { sha256File } from "./platform/sha256File.ts"
+import * as hostTool from "./platform/tool.ts"
 import { Settings } from "./Settings.ts"
 
 /** Base images that set-up provides, by the name a user gives. */
@@ -39,8 +42,8 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
     readonly ensure: (tarball: string) => Effect.Effect<string, ProvisionError>
     /** Puts an image into the store, whatever it is in; asks a registry again. Gives its id. */
     readonly add: (image: string) => Effect.Effect<ImageId, BootError | ProvisionError>
-    /** What a name stands for. */
-    readonly named: (name: string) => Effect.Effect<Option.Option<ImageId>>
+    /** Every name, with the image it stands for. */
+    readonly names: Effect.Effect<ReadonlyArray<{ readonly name: string; readonly id: ImageId }>>
     /** Makes a name stand for an image, or for nothing. */
     readonly setName: (name: string, id: Option.Option<ImageId>) => Effect.Effect<void, ProvisionError>
     /** Removes layers of container images that are not in the store any more. */
@@ -60,28 +63,21 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       const assets = yield* Assets
       const cacheDir = path.join(settings.cacheDir, "rootfs")
 
-      const tool = (argv: readonly [string, ...ReadonlyArray<string>]) =>
-        // no file of an image is made at a time of its own: the same input gives the same image
-        command.run(argv, { LC_ALL: "C", E2FSPROGS_FAKE_TIME: "1" }).pipe(
-          Effect.provideService(CommandExecutor.CommandExecutor, executor),
-          Effect.mapError(
-            (cause) =>
-              new ProvisionError({
-                code: "ROOTFS_IMG_TOOL_MISSING",
-                message: `${argv[0]} cannot be run`,
-                hint: "run `machinen install`, or `machinen doctor` to see what is missing",
-                cause
-              })
-          ),
-          Effect.flatMap((done) => (done.code === 0 ? Effect.succeed(done.stdout) : toolFailed(argv, done)))
-        )
+      /** No file of an image is made at a time of its own: the same input gives the same image. */
+      const tool: Oci.Tool = (argv, name) =>
+        hostTool
+          .run(argv, { env: { E2FSPROGS_FAKE_TIME: "1" }, ...(name === undefined ? {} : { tool: name }) })
+          .pipe(Effect.provideService(CommandExecutor.CommandExecutor, executor))
+      const building = explained(cacheDir, buildFailed)
+
+      const cacheFailed = cacheUnwritable(cacheDir)
 
       const mke2fs = Option.getOrElse(settings.mke2fs, () => "mke2fs")
 
       const publish = (target: string, build: (staging: string) => Effect.Effect<void, ProvisionError>) =>
         completeFile.publish(target, build).pipe(
           Effect.provideService(FileSystem.FileSystem, fs),
-          Effect.mapError((e) => (e._tag === "ProvisionError" ? e : cacheFailed(cacheDir, e)))
+          Effect.mapError((e) => (e._tag === "ProvisionError" ? e : cacheFailed(e)))
         )
 
       const withFs = Effect.provideService(FileSystem.FileSystem, fs)
@@ -98,11 +94,11 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         ]) => [first, ...rest]
       ) =>
         Effect.gen(function* () {
-          yield* fs.writeFile(image, new Uint8Array(0)).pipe(
-            Effect.zipRight(fs.truncate(image, sizeBytes)),
-            Effect.mapError((e) => cacheFailed(cacheDir, e))
-          )
-          yield* tool(through([mke2fs, "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", ...options, image]))
+          yield* fs
+            .writeFile(image, new Uint8Array(0))
+            .pipe(Effect.zipRight(fs.truncate(image, sizeBytes)), Effect.mapError(cacheFailed))
+          const argv = through([mke2fs, "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", ...options, image])
+          yield* building(tool(argv, "mke2fs"))
         })
 
       const upperTemplate = Effect.fn("RootfsImage.upperTemplate")(function* (sizeBytes: number) {
@@ -119,50 +115,40 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         return target
       })
 
-      /**
-       * Something found out about a file, remembered for its path, size, times and inode: hashing 100 MB, or starting a program, on each boot
-       * would cost more than the boot.
-       */
+      /** Hashing 100 MB, or starting a program, on each boot would cost more than the boot: what was found is noted for the file's state. */
       const remembered = <A, E, R>(
         kind: "digests" | "image-config",
         file: string,
         schema: Schema.Schema<A, string>,
         find: Effect.Effect<A, E, R>,
         what = ""
-      ) =>
-        Effect.gen(function* () {
-          const info = yield* fs.stat(file)
-          const stamp =
-            [file, info.size, Option.map(info.mtime, Number), info.ino, info.dev].map(String).join("\n") + what
-          const key = createHash("sha256").update(stamp).digest("hex").slice(0, 32)
-          const note = path.join(settings.cacheDir, kind === "digests" ? "rootfs/digests" : kind, key)
-          const known = yield* Effect.option(Effect.flatMap(fs.readFileString(note), Schema.decode(schema)))
-          if (Option.isSome(known)) return known.value
-          const found = yield* find
-          yield* Effect.ignore(Effect.flatMap(Schema.encode(schema)(found), (text) => writeNote(fs, note, text)))
-          return found
-        })
+      ) => {
+        const dir = path.join(settings.cacheDir, kind === "digests" ? "rootfs/digests" : kind)
+        return fileState.remembered(fs, { dir, file, schema, what }, find)
+      }
 
-      const digest = (tarball: string) => remembered("digests", tarball, Sha256, sha256Of(tarball))
+      const digest = (tarball: string) => remembered("digests", tarball, Sha256, sha256File(fs, tarball))
 
-      const sha256Of = Effect.fnUntraced(function* (file: string) {
-        const hash = createHash("sha256")
-        yield* Stream.runForEach(fs.stream(file, { chunkSize: 1024 * 1024 }), (chunk) =>
-          Effect.sync(() => void hash.update(chunk))
-        )
-        return hash.digest("hex")
-      })
-
-      const readConfig = Effect.fnUntraced(function* (image: string) {
-        // a file of any size may lie there: no more of it is read than a configuration could be
-        const script = `debugfs -R "cat /${configFile}" "$1" 2>/dev/null | head -c ${maxConfig + 1}`
-        const text = yield* tool(["sh", "-c", script, "sh", image])
-        if (text === "") return null
-        const decoded = yield* Effect.either(Schema.decode(ImageConfigJson)(text))
-        if (Either.isRight(decoded)) return decoded.right
-        yield* Effect.logWarning(`${image} holds a ${configFile} that makes no sense; it is ignored`, decoded.left)
-        return null
-      })
+      /** Only an image that certainly says nothing has no configuration: its user, for one, decides what its command may do. */
+      const readConfig = Effect.fnUntraced(
+        function* (image: string) {
+          const ignored = (why: string) =>
+            Effect.as(Effect.logWarning(`the ${configFile} of ${image} is ignored: ${why}`), null)
+          const found = yield* ext4.readFile(image, configFile, maxConfig).pipe(
+            Effect.provideService(CommandExecutor.CommandExecutor, executor),
+            Effect.catchTag("Ext4TooLarge", (e) => Effect.as(ignored(e.message), Option.none()))
+          )
+          if (Option.isNone(found)) return null
+          const decoded = yield* Effect.either(Schema.decode(ImageConfigJson)(found.value.toString()))
+          return Either.isRight(decoded) ? decoded.right : yield* ignored(decoded.left.message)
+        },
+        (effect, image) =>
+          Effect.catchTags(effect, {
+            Ext4Unreadable: (cause) => imageUnreadable(image, cause),
+            ToolFailed: (cause) => imageUnreadable(image, cause),
+            ToolMissing: toolMissing
+          })
+      )
 
       const config = Effect.fn("RootfsImage.config")(
         function* (image: string) {
@@ -174,7 +160,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           )
           return found.config ?? {}
         },
-        Effect.mapError((e) => (e._tag === "ProvisionError" ? e : cacheFailed(cacheDir, e)))
+        (effect, image) => Effect.mapError(effect, (e) => (e instanceof ProvisionError ? e : imageUnreadable(image, e)))
       )
 
       const imageOf = (id: string) => path.join(cacheDir, `${id}.img`)
@@ -197,15 +183,13 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
                       new ImageRecord({ format: 1, id: ImageId.make(sha), source, builtAt: Date.now() })
                     )
                   ),
-                  (e) => cacheFailed(cacheDir, e)
+                  cacheFailed
                 )
               )
             )
           )
         }
-        // when it was used last, for who collects garbage
-        const now = new Date()
-        yield* Effect.ignore(fs.utimes(`${target}.ok`, now, now))
+        yield* withFs(completeFile.markUsed(target))
         return { id: ImageId.make(sha), path: target }
       })
 
@@ -225,10 +209,9 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         )
         return yield* ensureImage(sha, path.resolve(tarball), (staging) =>
           Effect.gen(function* () {
-            if (yield* fromPrebake(tarball, staging)) return
             const tree = path.join(staging, "tree")
-            yield* Effect.mapError(fs.makeDirectory(tree), (e) => cacheFailed(cacheDir, e))
-            yield* extract(tarball, tree)
+            yield* Effect.mapError(fs.makeDirectory(tree), cacheFailed)
+            yield* extract(tarball, tree, staging)
             yield* imageFromTree(tree, staging, sha)
           })
         )
@@ -238,7 +221,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       const ensureCopy = Effect.fnUntraced(function* (image: string) {
         const sha = yield* Effect.mapError(digest(image), (cause) => imageNotFound(image, cause))
         return yield* ensureImage(sha, image, (staging) =>
-          Effect.asVoid(tool(["cp", "--reflink=auto", "--sparse=always", image, path.join(staging, "image")]))
+          Effect.asVoid(building(tool(["cp", "--reflink=auto", "--sparse=always", image, path.join(staging, "image")])))
         )
       })
 
@@ -254,7 +237,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           ImageId,
           Effect.map(ensureOciFrom(reference), ({ id }) => id),
           reference
-        ).pipe(Effect.mapError((e) => (e._tag === "ProvisionError" ? e : Oci.unreadable(reference, archive, e))))
+        ).pipe(Effect.mapError((e) => (e instanceof ProvisionError ? e : Oci.unreadable(reference, archive, e))))
         return (yield* withFs(completeFile.isSettled(imageOf(made))))
           ? { id: made, path: imageOf(made) }
           : yield* ensureOciFrom(reference)
@@ -266,7 +249,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
             ensureImage(found.id, reference, (staging) =>
               Effect.gen(function* () {
                 const tree = path.join(staging, "tree")
-                yield* Oci.unpack(found, tree, settings.imageLimitBytes, tool)
+                yield* withFs(Oci.unpack(found, tree, path.join(staging, "layout"), settings.imageLimitBytes, tool))
                 yield* writeConfig(tree, found.config)
                 yield* imageFromTree(tree, staging, found.id)
               })
@@ -289,25 +272,42 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           ),
           // no file of the image has the time of its building
           Effect.zipRight(isEmpty(config) ? Effect.void : fs.utimes(file, 0, 0)),
-          Effect.mapError((e) => cacheFailed(cacheDir, e))
+          Effect.mapError(cacheFailed)
         )
       })
 
-      const nameFile = (name: string) => path.join(cacheDir, "names", encodeURIComponent(name))
+      const namesDir = path.join(cacheDir, "names")
+      const nameFile = (name: string) => path.join(namesDir, encodeURIComponent(name))
 
       const named = (name: string) =>
         fs.readFileString(nameFile(name)).pipe(Effect.flatMap(Schema.decode(ImageId)), Effect.option)
 
-      const setName = Effect.fnUntraced(function* (name: string, id: Option.Option<ImageId>) {
-        const file = nameFile(name)
-        const draft = `${file}.${randomUUID()}`
-        yield* Option.match(id, {
-          onNone: () => fs.remove(file, { force: true }),
-          onSome: (id) =>
-            fs
-              .makeDirectory(path.dirname(file), { recursive: true })
-              .pipe(Effect.zipRight(fs.writeFileString(draft, id)), Effect.zipRight(fs.rename(draft, file)))
-        }).pipe(Effect.mapError((e) => cacheFailed(cacheDir, e)))
+      const setName = (name: string, id: Option.Option<ImageId>) =>
+        HostLock.withLock(
+          `${namesDir}.lock`,
+          cacheFailed
+        )(
+          Option.match(id, {
+            onNone: () => fs.remove(nameFile(name), { force: true }),
+            onSome: (id) => {
+              // one place for all drafts, since one is written at a time: what a killed writer left is written over
+              const draft = path.join(namesDir, nameDraft)
+              return fs
+                .makeDirectory(namesDir, { recursive: true })
+                .pipe(Effect.zipRight(fs.writeFileString(draft, id)), Effect.zipRight(fs.rename(draft, nameFile(name))))
+            }
+          })
+        ).pipe(Effect.mapError((e) => (e instanceof ProvisionError ? e : cacheFailed(e))))
+
+      const names = Effect.gen(function* () {
+        const files = yield* Effect.orElseSucceed(fs.readDirectory(namesDir), () => [])
+        const pairs = yield* Effect.forEach(files, (file) => {
+          const name = decodedName(file)
+          return name === undefined
+            ? Effect.succeed([])
+            : Effect.map(named(name), (id) => (Option.isSome(id) ? [{ name, id: id.value }] : []))
+        })
+        return pairs.flat()
       })
 
       /** What is in the store under a name, or under an id of which at least this much is given. */
@@ -346,40 +346,45 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
 
       /**
        * The tarball is not trusted: GNU tar itself refuses names with `..`, makes absolute ones relative and never writes through a symbolic
-       * link of the archive's. Beyond the limit it is ended from its own checkpoint; the shell turns the signal into an exit code.
+       * link of the archive's. Beyond the limit it is ended from its own checkpoint, which first makes the file `too-large`; the shell turns
+       * the signal into an exit code.
        */
-      const extract = (tarball: string, tree: string) =>
-        tool(
-          asRoot(path.dirname(tree), [
-            "sh",
-            "-c",
-            'tar "$@"; exit $?',
-            "sh",
-            "--extract",
-            "--numeric-owner",
-            "--same-owner",
-            // capabilities and ACLs, not only user attributes; fakeroot loses the kind of a file that has any
-            ...(process.getuid?.() === 0 ? ["--xattrs", "--xattrs-include=*"] : ["--no-xattrs"]),
-            "--preserve-permissions",
-            `--checkpoint=${Math.ceil(settings.imageLimitBytes / tarRecord)}`,
-            "--checkpoint-action=exec=kill -KILL $PPID",
-            "--file",
-            tarball,
-            "--directory",
-            tree
-          ])
-        ).pipe(
-          Effect.mapError((e) =>
-            e.code === "PROVISION_INSTALL_HOOK_FAILED" && e.message.includes("code 137")
-              ? tooLarge(tarball, settings.imageLimitBytes)
-              : e
-          )
+      const extract = Effect.fnUntraced(function* (tarball: string, tree: string, staging: string) {
+        const beyondLimit = path.join(staging, "too-large")
+        const argv = asRoot(staging, [
+          "sh",
+          "-c",
+          'BEYOND_LIMIT=$1; export BEYOND_LIMIT; shift; tar "$@"; exit $?',
+          "sh",
+          beyondLimit,
+          "--extract",
+          "--numeric-owner",
+          "--same-owner",
+          // capabilities and ACLs, not only user attributes; fakeroot loses the kind of a file that has any
+          ...(process.getuid?.() === 0 ? ["--xattrs", "--xattrs-include=*"] : ["--no-xattrs"]),
+          "--preserve-permissions",
+          `--checkpoint=${Math.ceil(settings.imageLimitBytes / tarRecord)}`,
+          '--checkpoint-action=exec=: >"$BEYOND_LIMIT"; kill -KILL $PPID',
+          "--file",
+          tarball,
+          "--directory",
+          tree
+        ])
+        yield* tool(argv, "tar").pipe(
+          Effect.catchTag("ToolFailed", (failed) =>
+            Effect.flatMap(
+              Effect.orElseSucceed(fs.exists(beyondLimit), () => false),
+              (beyond) => Effect.fail(beyond ? tooLarge(tarball, settings.imageLimitBytes) : failed)
+            )
+          ),
+          explained(cacheDir, (failed) => tarballInvalid(tarball, failed))
         )
+      })
 
       /** The same tree gives the same bytes, for a bundle is restored only on the image it was taken on. `sha` is that of its source. */
       const imageFromTree = Effect.fnUntraced(function* (tree: string, staging: string, sha: string) {
         const image = path.join(staging, "image")
-        const listing = yield* tool(["find", tree, "-printf", "%i %s %b\\n"])
+        const listing = yield* building(tool(["find", tree, "-printf", "%i %s %b\\n"]))
         const inodes = new Map<string, number>()
         for (const line of listing.trimEnd().split("\n")) {
           const [inode = "", size, blocks] = line.split(" ")
@@ -408,23 +413,9 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
             times,
             numbers.map((n) => `set_inode_field <${n}> atime @1\nset_inode_field <${n}> ctime @1\n`).join("")
           ),
-          (e) => cacheFailed(cacheDir, e)
+          cacheFailed
         )
-        yield* tool(["debugfs", "-w", "-f", times, image])
-      })
-
-      /** `x.img.gz` beside `x.tar.gz`, when it holds an ext4 image: a build that was done before. Anything else is passed over. */
-      const fromPrebake = Effect.fnUntraced(function* (tarball: string, staging: string) {
-        const prebake = tarball.replace(/(\.tar)?(\.[a-z0-9]+)?$/, ".img.gz")
-        const image = path.join(staging, "image")
-        const unpacked = yield* Effect.gen(function* () {
-          if (prebake === tarball || !(yield* fs.exists(prebake))) return false
-          const source = yield* fs.readFile(prebake)
-          yield* fs.writeFile(image, gunzipSync(source))
-          return yield* isExt4(image)
-        }).pipe(Effect.orElseSucceed(() => false))
-        if (!unpacked) yield* Effect.ignore(fs.remove(image, { force: true }))
-        return unpacked
+        yield* building(tool(["debugfs", "-w", "-f", times, image]))
       })
 
       const isExt4 = (image: string) =>
@@ -454,7 +445,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           const { ext4, file } = yield* inspect(image)
           return ext4 ? file : yield* imageInvalid(image, "is not an ext4 image")
         }),
-        named,
+        names,
         setName,
         add: Effect.fn("RootfsImage.add")(function* (image) {
           if (Oci.isReference(image)) return (yield* ensureOci(image)).id
@@ -464,7 +455,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         collectLayers: Effect.gen(function* () {
           const files = yield* Effect.orElseSucceed(fs.readDirectory(cacheDir), () => [])
           const keep = new Set(files.flatMap((file) => (file.endsWith(".img") ? [file.slice(0, -4)] : [])))
-          yield* withFs(Oci.collect(ociLayout, keep, tool))
+          yield* withFs(Oci.collect(ociLayout, keep))
         }),
         noteBundle: (image, dir) =>
           path.dirname(image) === cacheDir
@@ -487,8 +478,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           if (there) {
             const known = yield* stored(image)
             if (Option.isSome(known)) {
-              const now = new Date()
-              yield* Effect.ignore(fs.utimes(`${imageOf(known.value)}.ok`, now, now))
+              yield* withFs(completeFile.markUsed(imageOf(known.value)))
               return imageOf(known.value)
             }
           }
@@ -515,6 +505,19 @@ const baseFeatures =
 const tarRecord = 10240
 const sparseFrom = 64 * 1024 * 1024
 const maxConfig = 1024 * 1024
+
+/** No name is encoded like this, since no name begins with a dot. */
+const nameDraft = ".draft"
+
+/** The name that a file in the directory of names stands for; nothing else that lies there is one. */
+const decodedName = (file: string): string | undefined => {
+  try {
+    const name = decodeURIComponent(file)
+    return file !== nameDraft && encodeURIComponent(name) === file ? name : undefined
+  } catch {
+    return undefined
+  }
+}
 
 const Noted = Schema.parseJson(Schema.Struct({ config: Schema.NullOr(ImageConfig) }))
 
@@ -545,22 +548,18 @@ const tooLarge = (tarball: string, limit: number) =>
     hint: "if it is to be that large, raise MACHINEN_IMAGE_LIMIT_MIB"
   })
 
-const toolFailed = (argv: ReadonlyArray<string>, { code, stderr }: command.Finished) => {
-  // tar tells a short write by its length only
-  const noSpace = /no space left on device|wrote only \d+ of \d+ bytes/i.test(stderr)
-  return new ProvisionError({
-    code: noSpace ? "ROOTFS_IMG_NO_SPACE" : "PROVISION_INSTALL_HOOK_FAILED",
-    message: `${argv.includes("--extract") ? "tar" : argv[0]} ended with code ${code}: ${stderr.trim().split("\n").slice(-3).join("; ")}`,
-    hint: noSpace
-      ? "free some space, or set MACHINEN_CACHE_DIR to a larger disk"
-      : "is the tarball complete, and a root filesystem?"
-  })
-}
-
-const cacheFailed = (cacheDir: string, cause: Error) =>
+const tarballInvalid = (tarball: string, failed: hostTool.ToolFailed) =>
   new ProvisionError({
-    code: "ROOTFS_IMG_IO",
-    message: `the image cache cannot be written: ${cause.message}`,
-    hint: `check the owner, the permissions and the free space of ${cacheDir}, or set MACHINEN_CACHE_DIR`,
+    code: "IMAGE_INVALID",
+    message: `${tarball} cannot be unpacked: ${failed.message}`,
+    hint: "is the tarball complete, and a root filesystem?",
+    cause: failed
+  })
+
+const imageUnreadable = (image: string, cause: Error) =>
+  new ProvisionError({
+    code: "IMAGE_INVALID",
+    message: `what ${image} says about its commands cannot be read: ${cause.message}`,
+    hint: "is the image damaged? `e2fsck -fn` shows it; build or fetch it again",
     cause
   })

@@ -177,7 +177,7 @@ export const layer = Layer.unwrapEffect(
             at("image", new BootError({ code: "BOOT_IMAGE_NOT_FOUND", message: "no image" })).pipe(Effect.as("/base")),
           config: () => Effect.succeed({}),
           add: () => Effect.die("a fake has no store"),
-          named: () => Effect.succeedNone,
+          names: Effect.succeed([]),
           setName: () => Effect.void,
           collectLayers: Effect.void,
           noteBundle: () => Effect.void,
@@ -193,6 +193,7 @@ export const layer = Layer.unwrapEffect(
         Mountdisk,
         Mountdisk.of({
           cacheDir: "/mountdisk",
+          collect: () => Effect.succeed([]),
           tool: Effect.succeed(Option.none()),
           lower: () => Effect.succeed({ lowerPath: "/lower", key: "lower" }),
           upperTemplate: () => Effect.succeed("/upper"),

@@ -42,7 +42,6 @@ export const basePackages = {
       "tail",
       "tee",
       "timeout",
-      "truncate",
       "wc"
     ]
   ],
@@ -56,7 +55,7 @@ export const basePackages = {
   mount: ["mount", "umount"],
   sed: ["sed"],
   tar: ["tar"],
-  "util-linux": ["flock", "unshare"]
+  "util-linux": ["fallocate", "flock", "unshare"]
 } as const satisfies Packages
 
 /** What VMs and images need on a host that has all assets. */
@@ -66,7 +65,8 @@ export const runPackages = {
   "qemu-system-x86": ["qemu-system-x86_64"],
   skopeo: ["skopeo"],
   "squashfs-tools": ["mksquashfs"],
-  umoci: ["umoci"]
+  umoci: ["umoci"],
+  zstd: ["zstd"]
 } as const satisfies Packages
 
 const imagePackages = {

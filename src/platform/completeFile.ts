@@ -1,6 +1,6 @@
 import * as path from "node:path"
 import { FileSystem } from "@effect/platform"
-import { Effect, identity } from "effect"
+import { Effect, identity, Option } from "effect"
 import * as HostLock from "./HostLock.ts"
 
 /**
@@ -26,6 +26,23 @@ export const unmark = (target: string) =>
 
 /** The marker of a file that may be about to be removed. */
 export const asideMarker = (target: string) => `${marker(target)}.aside`
+
+/** Notes that a file is used now. False: it does not count any more, or somebody looks whether it is to be removed. */
+export const markUsed = (target: string) =>
+  Effect.flatMap(FileSystem.FileSystem, (fs) => {
+    const now = new Date()
+    return Effect.isSuccess(fs.utimes(marker(target), now, now))
+  })
+
+/** When a file was used last, in milliseconds since 1970; one that does not count, when it was made. */
+export const lastUsedAt = (target: string) =>
+  Effect.flatMap(FileSystem.FileSystem, (fs) =>
+    fs.stat(marker(target)).pipe(
+      Effect.orElse(() => fs.stat(asideMarker(target))),
+      Effect.orElse(() => fs.stat(target)),
+      Effect.map(({ mtime }) => Option.match(mtime, { onNone: () => 0, onSome: Number }))
+    )
+  )
 
 /** By who holds the lock: what somebody has set aside, and then was killed. */
 const putBack = (target: string) =>
@@ -54,6 +71,26 @@ export const setAside =
       })
     )
 
+const stagingOf = (target: string) => `${target}.building`
+
+/** Removes what builds in a directory left that were killed, and that nobody has begun again since that time. */
+export const removeAbandoned = (dir: string, before: number) =>
+  Effect.gen(function* () {
+    const fs = yield* FileSystem.FileSystem
+    for (const name of yield* Effect.orElseSucceed(fs.readDirectory(dir), () => [])) {
+      if (!name.endsWith(stagingOf(""))) continue
+      const staging = path.join(dir, name)
+      const info = yield* Effect.option(fs.stat(staging))
+      const isOld = Option.exists(
+        Option.flatMap(info, ({ mtime }) => mtime),
+        (time) => Number(time) <= before
+      )
+      // a build that goes on is waited for, and leaves nothing
+      const target = staging.slice(0, -stagingOf("").length)
+      if (isOld) yield* Effect.ignore(locked(target)(fs.remove(staging, { recursive: true, force: true })))
+    }
+  })
+
 /**
  * Makes `target` from the file `image` that `build` leaves in a directory beside it; complete or not there. Any number of callers at once,
  * in any process, build it once.
@@ -66,7 +103,7 @@ export const publish = <E, R>(target: string, build: (staging: string) => Effect
       if (yield* isComplete(target)) return
       yield* unmark(target)
       // a killed build's leftovers: we hold the lock, so nobody is at work on them
-      const staging = `${target}.building`
+      const staging = stagingOf(target)
       yield* fs.remove(staging, { recursive: true, force: true })
       yield* fs.makeDirectory(staging, { recursive: true, mode: 0o700 })
       yield* Effect.gen(function* () {

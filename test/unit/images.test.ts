@@ -12,7 +12,7 @@ import { parsePackages } from "../../src/ImageStore.ts"
 import { RootfsImage } from "../../src/RootfsImage.ts"
 import { Settings } from "../../src/Settings.ts"
 import { SourceTree } from "../../src/SourceTree.ts"
-import { executable, temporaryHome } from "../fixtures.ts"
+import { executable, sha256OfFile, smallDisk, temporaryHome } from "../fixtures.ts"
 
 const store = (dir: string, mke2fs?: string) =>
   RootfsImage.layer.pipe(
@@ -32,6 +32,14 @@ const ext4 = (dir: string, config: string | undefined): string => {
   return image
 }
 
+/** Longer than the clock's tick, within which two changes of a file look like one. */
+const atRest = Effect.sleep("80 millis")
+
+const setPath = (dirs: string) =>
+  Effect.sync(() => {
+    process.env["PATH"] = dirs
+  })
+
 const plan = {
   image: "x",
   rootDisk: undefined,
@@ -42,11 +50,12 @@ const plan = {
 }
 
 describe("what an image says", () => {
-  it.effect("is read once, until its file changes; that it says nothing is remembered as well", () => {
+  it.live("is read once, until its file changes; that it says nothing is remembered as well", () => {
     const dir = temporaryHome()
     return Effect.gen(function* () {
       const images = yield* RootfsImage
       const image = ext4(dir, '{"cmd":["one"],"unknown":1}')
+      yield* atRest
       assert.deepStrictEqual(yield* images.config(image), { cmd: ["one"] })
       const notes = path.join(dir, "cache", "image-config")
       assert.strictEqual(readdirSync(notes).length, 1)
@@ -58,21 +67,62 @@ describe("what an image says", () => {
       writeFileSync(path.join(notes, note), "torn{")
       assert.deepStrictEqual(yield* images.config(image), { cmd: ["one"] })
       writeFileSync(path.join(notes, note), '{"config":{"cmd":["noted"]}}')
+      assert.deepStrictEqual(yield* images.config(image), { cmd: ["noted"] })
+      // written in place: same size, same inode, and the old time put back
       const { mtime } = statSync(image)
-      utimesSync(image, mtime, new Date(mtime.getTime() + 1000))
-      assert.deepStrictEqual(yield* images.config(image), { cmd: ["one"] })
-      execFileSync("truncate", ["-s", "+4096", image])
+      const bytes = readFileSync(image)
+      bytes.write('{"cmd":["two"]', bytes.indexOf('{"cmd":["one"]'))
+      writeFileSync(image, bytes)
       utimesSync(image, mtime, mtime)
-      assert.deepStrictEqual(yield* images.config(image), { cmd: ["one"] })
-      assert.strictEqual(readdirSync(notes).length, 3)
+      assert.deepStrictEqual([statSync(image).mtime, statSync(image).size], [mtime, bytes.length])
+      assert.deepStrictEqual(yield* images.config(image), { cmd: ["two"] })
+      yield* atRest
+      yield* images.config(image)
+      assert.strictEqual(readdirSync(notes).length, 2)
 
       const silent = ext4(path.join(dir, "silent"), undefined)
+      yield* atRest
       assert.deepStrictEqual(yield* images.config(silent), {})
       assert.include(
         readdirSync(notes).map((each) => readFileSync(path.join(notes, each), "utf8")),
         '{"config":null}'
       )
     }).pipe(Effect.provide(store(dir)))
+  })
+
+  for (const [what, script, code] of [
+    ["fails", "exit 1", "IMAGE_INVALID"],
+    ["is killed", "kill -KILL $$", "ROOTFS_IMG_TOOL_MISSING"],
+    ["answers nothing", "exit 0", "IMAGE_INVALID"],
+    ["cannot open the image", "echo 'cannot open' >&2; exit 0", "IMAGE_INVALID"],
+    ["gives a part of it", 'case "$2" in ls*) exec /usr/sbin/debugfs "$@";; *) echo {;; esac', "IMAGE_INVALID"]
+  ] as const) {
+    it.live(`is not taken for nothing when debugfs ${what}, nor remembered`, () => {
+      const dir = temporaryHome()
+      const given = process.env["PATH"] ?? ""
+      return Effect.gen(function* () {
+        const images = yield* RootfsImage
+        const image = ext4(dir, '{"user":"app"}')
+        yield* atRest
+        executable(dir, "debugfs", script)
+        process.env["PATH"] = `${dir}:${given}`
+        const error = yield* Effect.flip(images.config(image))
+        assert.strictEqual(error.code, code, error.message)
+        assert.isString(error.hint)
+        process.env["PATH"] = given
+        assert.deepStrictEqual(yield* images.config(image), { user: "app" })
+      }).pipe(Effect.ensuring(setPath(given)), Effect.provide(store(dir)))
+    })
+  }
+
+  it.effect("is found by users whose PATH lacks /usr/sbin", () => {
+    const dir = temporaryHome()
+    const given = process.env["PATH"] ?? ""
+    return Effect.gen(function* () {
+      const image = ext4(dir, '{"user":"app"}')
+      process.env["PATH"] = "/usr/local/bin:/usr/bin:/bin"
+      assert.deepStrictEqual(yield* (yield* RootfsImage).config(image), { user: "app" })
+    }).pipe(Effect.ensuring(setPath(given)), Effect.provide(store(dir)))
   })
 
   for (const [what, text] of [
@@ -129,6 +179,11 @@ describe("what an image says", () => {
     assert.deepStrictEqual(over({}, {}), {})
   })
 })
+
+const imagesIn = (dir: string): ReadonlyArray<string> => {
+  const rootfs = path.join(dir, "cache", "rootfs")
+  return existsSync(rootfs) ? readdirSync(rootfs).filter((name) => /\.(img|ext4)/.test(name)) : []
+}
 
 describe("a tarball's image", () => {
   const tarball = (dir: string): string => {
@@ -187,10 +242,41 @@ describe("a tarball's image", () => {
     }).pipe(Effect.provide(store(dir)))
   })
 
+  it.live("is another one when the tarball was written in place and its time put back", () => {
+    const dir = temporaryHome()
+    return Effect.gen(function* () {
+      const images = yield* RootfsImage
+      const file = tarball(dir)
+      yield* atRest
+      const first = yield* images.ensure(file)
+      const { ino, mtime, size } = statSync(file)
+      const bytes = readFileSync(file)
+      bytes.write("y\n", bytes.indexOf("x\n"))
+      writeFileSync(file, bytes)
+      utimesSync(file, mtime, mtime)
+      assert.deepStrictEqual([statSync(file).ino, statSync(file).size], [ino, size])
+      const second = yield* images.ensure(file)
+      assert.strictEqual(path.basename(second), `${sha256OfFile(file)}.img`)
+      assert.notStrictEqual(second, first)
+    }).pipe(Effect.provide(store(dir)))
+  })
+
+  it.effect("comes from the tarball, whatever lies beside it", () => {
+    const dir = temporaryHome()
+    return Effect.gen(function* () {
+      writeFileSync(path.join(dir, "rootfs.img.gz"), "not gzip")
+      const image = yield* Effect.flatMap(RootfsImage, (images) => images.ensure(tarball(dir)))
+      const hostname = execFileSync("debugfs", ["-R", "cat /etc/hostname", image], {
+        stdio: ["ignore", "pipe", "ignore"]
+      })
+      assert.strictEqual(hostname.toString(), "x\n")
+    }).pipe(Effect.provide(store(dir)))
+  })
+
   for (const [what, script, code] of [
     ["is missing", undefined, "ROOTFS_IMG_TOOL_MISSING"],
-    ["fails", "echo broken >&2; exit 1", "PROVISION_INSTALL_HOOK_FAILED"],
-    ["has no space", "echo 'No space left on device' >&2; exit 1", "ROOTFS_IMG_NO_SPACE"]
+    ["fails", "echo broken >&2; exit 1", "ROOTFS_IMG_BUILD_FAILED"],
+    ["speaks of space while there is some", "echo 'No space left on device' >&2; exit 1", "ROOTFS_IMG_BUILD_FAILED"]
   ] as const) {
     it.effect(`a tool that ${what} has its code, and leaves nothing`, () => {
       const dir = temporaryHome()
@@ -199,9 +285,42 @@ describe("a tarball's image", () => {
         const images = yield* RootfsImage
         const error = yield* Effect.flip(images.ensure(tarball(dir)))
         assert.strictEqual(error.code, code)
-        const rootfs = path.join(dir, "cache", "rootfs")
-        assert.isEmpty(existsSync(rootfs) ? readdirSync(rootfs).filter((name) => name.includes(".img")) : [])
+        assert.isString(error.hint)
+        assert.deepStrictEqual(imagesIn(dir), [])
       }).pipe(Effect.provide(store(dir, tool)))
+    })
+  }
+
+  it.scoped("that fills its disk says so, whatever its tools say", () =>
+    Effect.gen(function* () {
+      const small = yield* smallDisk("1M")
+      const dir = temporaryHome()
+      const mute = executable(dir, "mke2fs", `exec mke2fs "$@" 2>/dev/null`)
+      const error = yield* Effect.flatMap(RootfsImage, (images) => images.upperTemplate(2 ** 40)).pipe(
+        Effect.flip,
+        Effect.provide(store(small, mute))
+      )
+      assert.strictEqual(error.code, "ROOTFS_IMG_NO_SPACE", error.message)
+      assert.deepStrictEqual(imagesIn(small), [])
+    })
+  )
+
+  for (const [what, script, code] of [
+    ["is killed by somebody", "kill -KILL $$", "IMAGE_INVALID"],
+    ["fails with the code of a kill", "exit 137", "IMAGE_INVALID"]
+  ] as const) {
+    it.effect(`tar that ${what} has not met an archive that is too large`, () => {
+      const dir = temporaryHome()
+      const given = process.env["PATH"] ?? ""
+      return Effect.gen(function* () {
+        const images = yield* RootfsImage
+        const file = tarball(dir)
+        executable(dir, "tar", script)
+        process.env["PATH"] = `${dir}:${given}`
+        const error = yield* Effect.flip(images.ensure(file))
+        assert.strictEqual(error.code, code, error.message)
+        assert.deepStrictEqual(imagesIn(dir), [])
+      }).pipe(Effect.ensuring(setPath(given)), Effect.provide(store(dir)))
     })
   }
 })

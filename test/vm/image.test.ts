@@ -316,7 +316,7 @@ layer(live(home, cache), { excludeTestServices: true })("a tarball", (it) => {
         const tarball = path.join(outside, "..", `${path.basename(outside)}.tar`)
         execFileSync("sh", ["-ec", script, "sh", tarball, outside], { cwd: work })
         const error = yield* Effect.flip(images.ensure(tarball))
-        assert.strictEqual(error.code, "PROVISION_INSTALL_HOOK_FAILED", error.message)
+        assert.strictEqual(error.code, "IMAGE_INVALID", error.message)
         assert.deepStrictEqual(readdirSync(outside), [])
         assert.isEmpty(
           readdirSync(path.join(cache.MACHINEN_CACHE_DIR, "rootfs")).filter((f) => f.endsWith(".building"))
@@ -370,6 +370,9 @@ layer(live(home, cache), { excludeTestServices: true })("the image store", (it) 
         [false, false]
       )
       assert.strictEqual((yield* machinen("rm", "three")).code, 0)
+      const without = yield* machinen("rm")
+      assert.strictEqual(without.code, 2)
+      assert.include(without.stderr, "(PARSE_ARGUMENT_MISSING)")
       for (const [args, code] of [
         [["rm", "three"], "IMAGE_NOT_FOUND"],
         [["inspect", "none/such"], "IMAGE_NOT_FOUND"],

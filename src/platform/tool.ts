@@ -1,0 +1,46 @@
+import type { CommandExecutor } from "@effect/platform"
+import { Data, Effect } from "effect"
+import * as command from "./command.ts"
+
+/** A host program that could not be started. */
+export class ToolMissing extends Data.TaggedError("ToolMissing")<{ readonly tool: string; readonly cause: unknown }> {
+  override get message() {
+    return `${this.tool} cannot be run`
+  }
+}
+
+/** A host program that ran and failed. What that means is for the caller to say, who knows what it was to do. */
+export class ToolFailed extends Data.TaggedError("ToolFailed")<{
+  readonly tool: string
+  readonly code: number
+  readonly stderr: string
+}> {
+  override get message() {
+    return `${this.tool} ended with code ${this.code}: ${this.stderr.trim().split("\n").slice(-3).join("; ")}`
+  }
+}
+
+export type ToolError = ToolMissing | ToolFailed
+
+/** What a shell, or a program that starts another, answers when there is no such program. */
+const notFound = 127
+
+/** Runs a host program to its end and gives what it printed. `tool` is what to call it, where it is started by way of another. */
+export const run = (
+  argv: readonly [string, ...ReadonlyArray<string>],
+  options: { readonly env?: Readonly<Record<string, string>>; readonly tool?: string } = {}
+): Effect.Effect<string, ToolError, CommandExecutor.CommandExecutor> => {
+  const tool = options.tool ?? argv[0]
+  return command.run(argv, { LC_ALL: "C", ...options.env }).pipe(
+    Effect.mapError((cause) => new ToolMissing({ tool, cause })),
+    Effect.flatMap(({ code, stderr, stdout }) =>
+      code === 0
+        ? Effect.succeed(stdout)
+        : Effect.fail(
+            code === notFound
+              ? new ToolMissing({ tool, cause: new Error(stderr.trim()) })
+              : new ToolFailed({ tool, code, stderr })
+          )
+    )
+  )
+}
