@@ -2,14 +2,20 @@ import { createHash, randomUUID } from "node:crypto"
 import * as os from "node:os"
 import * as path from "node:path"
 import { CommandExecutor, FileSystem, type Error as PlatformErrors } from "@effect/platform"
-import { Context, Data, Duration, Effect, Layer, Option, Schema } from "effect"
-import { BootError, ProvisionError } from "./domain/errors.ts"
+import { Context, Data, Duration, Effect, Exit, Layer, Option, Schema } from "effect"
+import { BootError, ProvisionError, type RegistryError } from "./domain/errors.ts"
 import { validateMounts } from "./domain/mounts.ts"
-import * as command from "./platform/command.ts"
+import { noSpace } from "./hostTools.ts"
 import * as completeFile from "./platform/completeFile.ts"
+import * as fileState from "./platform/fileState.ts"
+import { isFull } from "./platform/freeSpace.ts"
 import * as longCommand from "./platform/longCommand.ts"
 import { writeNote } from "./platform/note.ts"
+import { searchPath } from "./platform/searchPath.ts"
+import * as hostTool from "./platform/tool.ts"
+import { ToolFailed } from "./platform/tool.ts"
 import * as treeScan from "./platform/treeScan.ts"
+import { Registry } from "./Registry.ts"
 import { RootfsImage } from "./RootfsImage.ts"
 import { Settings } from "./Settings.ts"
 
@@ -19,6 +25,15 @@ export interface Lower {
   readonly lowerPath: string
   /** What the directory held, as a hash (platform/treeScan.ts). */
   readonly key: string
+}
+
+/** An image of a directory, in the cache. */
+export interface MountImage {
+  readonly key: string
+  readonly path: string
+  readonly diskBytes: number
+  /** Unix milliseconds. */
+  readonly lastUsedAt: number
 }
 
 export interface LowerOptions {
@@ -45,6 +60,14 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
     readonly upperTemplate: (sizeBytes: number) => Effect.Effect<string, BootError | ProvisionError>
     /** Such a copy, for who makes a machine of his own: a file in the directory for temporary ones, which is the caller's. */
     readonly upper: (sizeBytes: number) => Effect.Effect<string, BootError | ProvisionError>
+    /**
+     * Removes images of directories from the cache that were not used for so long, and the longest unused ones beyond 8 GiB in all; gives
+     * what was removed, or in a dry run would be. One that was used within ten minutes, or that a VM uses, stays. A bundle has its own.
+     */
+    readonly collect: (options: {
+      readonly unusedForMs: number
+      readonly dryRun?: boolean
+    }) => Effect.Effect<ReadonlyArray<MountImage>, ProvisionError | RegistryError>
   }
 >() {
   static readonly layer = Layer.effect(
@@ -53,6 +76,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
       const fs = yield* FileSystem.FileSystem
       const executor = yield* CommandExecutor.CommandExecutor
       const images = yield* RootfsImage
+      const registry = yield* Registry
       const settings = yield* Settings
       const defaultCacheDir = path.join(settings.cacheDir, "mountdisk")
       const withFs = Effect.provideService(FileSystem.FileSystem, fs)
@@ -68,7 +92,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
           if (yield* isProgram(settings.mksquashfs.value)) return settings.mksquashfs
           return yield* toolMissing(`MACHINEN_MKSQUASHFS is not a program: ${settings.mksquashfs.value}`)
         }
-        const places = (process.env["PATH"] ?? "").split(path.delimiter).filter((dir) => dir !== "")
+        const places = searchPath().split(path.delimiter)
         return yield* Effect.findFirst(
           places.map((dir) => path.join(dir, "mksquashfs")),
           isProgram
@@ -95,21 +119,33 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
           })
         ).pipe(Effect.orElseSucceed(() => false))
 
-      const isUsable = (image: string) =>
-        Effect.flatMap(withFs(completeFile.isComplete(image)), (complete) =>
-          complete ? isSound(image) : Effect.succeed(false)
-        )
+      /** Whether the image can be used. It then counts as used now, and so is not removed by who collects. */
+      const isUsable = Effect.fnUntraced(function* (image: string) {
+        const complete = yield* withFs(completeFile.isComplete(image))
+        if (!complete || !(yield* isSound(image))) return false
+        // the marker is set aside before it is looked at whether an image is to go: either our use is seen, or the marker is not there
+        return yield* withFs(completeFile.markUsed(image))
+      })
 
       const squash = Effect.fnUntraced(function* (host: string, image: string) {
         const found = yield* tool
         if (Option.isNone(found)) return yield* toolMissing("there is no mksquashfs on this host")
-        const { code, tail } = yield* longCommand
-          .run([found.value, host, image, ...squashOptions], { onLine: () => Effect.void, env: { LC_ALL: "C" } })
-          .pipe(
-            Effect.provideService(CommandExecutor.CommandExecutor, executor),
-            Effect.mapError((cause) => toolMissing(`${found.value} cannot be run: ${cause.message}`))
-          )
-        if (code !== 0) return yield* squashFailed(found.value, code, tail)
+        yield* Effect.scoped(
+          Effect.gen(function* () {
+            // mksquashfs removes what it could not finish: while we hold the file, a disk that it has filled still is full
+            yield* Effect.mapError(fs.open(image, { flag: "w" }), cacheFailed(path.dirname(image)))
+            const { code, tail } = yield* longCommand
+              .run([found.value, host, image, ...squashOptions], { onLine: () => Effect.void, env: { LC_ALL: "C" } })
+              .pipe(
+                Effect.provideService(CommandExecutor.CommandExecutor, executor),
+                Effect.mapError((cause) => toolMissing(`${found.value} cannot be run: ${cause.message}`))
+              )
+            if (code === 0) return
+            const failed = new ToolFailed({ tool: found.value, code, stderr: tail.join("\n") })
+            const full = yield* isFull(path.dirname(image))
+            return yield* full ? noSpace(path.dirname(image), failed) : squashFailed(host, failed)
+          })
+        )
         const { size } = yield* Effect.mapError(fs.stat(image), cacheFailed(path.dirname(image)))
         // a disk has whole sectors
         const whole = Math.ceil(Number(size) / sectorBytes) * sectorBytes
@@ -123,6 +159,75 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
 
       const remember = (memo: string, found: typeof Memo.Type) =>
         Effect.ignore(Effect.flatMap(Schema.encode(Memo)(found), (text) => writeNote(fs, memo, text)))
+
+      /** The images in the cache, used last first. */
+      const stored = Effect.gen(function* () {
+        const names = yield* Effect.orElseSucceed(fs.readDirectory(defaultCacheDir), () => [])
+        const found = yield* Effect.forEach(names, (name) => {
+          const key = /^([0-9a-f]{64})\.sqfs$/.exec(name)?.[1]
+          if (key === undefined) return Effect.succeedNone
+          const file = path.join(defaultCacheDir, name)
+          return Effect.option(
+            Effect.gen(function* () {
+              const [info, lastUsedAt] = yield* Effect.all([fs.stat(file), withFs(completeFile.lastUsedAt(file))])
+              const diskBytes = Option.getOrElse(info.blocks, () => 0) * 512
+              return { key, path: file, diskBytes, lastUsedAt }
+            })
+          )
+        })
+        return found.flatMap(Option.toArray).sort((a, b) => b.lastUsedAt - a.lastUsedAt)
+      })
+
+      const collect = Effect.fn("Mountdisk.collect")(function* (options: {
+        readonly unusedForMs: number
+        readonly dryRun?: boolean
+      }) {
+        const now = Date.now()
+        let bytes = 0
+        const due = (yield* stored).filter(({ diskBytes, lastUsedAt }) => {
+          bytes += diskBytes
+          const isUnwanted = lastUsedAt <= now - options.unusedForMs || bytes > maxCacheBytes
+          return isUnwanted && lastUsedAt <= now - recentMs
+        })
+        if (options.dryRun === true) return due
+        const removed = yield* Effect.filter(due, (image) =>
+          withFs(
+            completeFile.setAside(image.path)(
+              Effect.gen(function* () {
+                if ((yield* withFs(completeFile.lastUsedAt(image.path))) > image.lastUsedAt) return false
+                // one that could not be given another name in the VM's directory is used under this one
+                const vms = yield* registry.list
+                if (vms.some(({ disks }) => disks?.some(({ path }) => path === image.path))) return false
+                yield* fs.remove(image.path, { force: true })
+                yield* fs.remove(completeFile.asideMarker(image.path), { force: true })
+                return true
+              })
+            )
+          ).pipe(Effect.catchIf(isPlatformError, (e) => cacheFailed(defaultCacheDir)(e)))
+        )
+        yield* withFs(completeFile.removeAbandoned(defaultCacheDir, now - recentMs))
+        yield* forgetRemoved
+        return removed
+      })
+
+      /** What was noted of directories whose image is gone. */
+      const forgetRemoved = Effect.gen(function* () {
+        const memos = path.join(defaultCacheDir, "trees")
+        for (const name of yield* fs.readDirectory(memos)) {
+          const memo = path.join(memos, name)
+          const known = yield* Effect.option(Effect.flatMap(fs.readFileString(memo), Schema.decode(Memo)))
+          const isNeeded = Option.match(known, {
+            onNone: () => Effect.succeed(false),
+            onSome: ({ key }) => fs.exists(path.join(defaultCacheDir, `${key}.sqfs`))
+          })
+          if (!(yield* isNeeded)) yield* fs.remove(memo, { force: true })
+        }
+      }).pipe(Effect.ignore)
+
+      /** An image more is the moment to look at the others. */
+      const collectUnasked = collect({ unusedForMs: keptUnusedMs }).pipe(
+        Effect.catchAll((error) => Effect.logWarning("images of mounted directories could not be removed", error))
+      )
 
       const lower = Effect.fn("Mountdisk.lower")(function* (given: string, options: LowerOptions = {}) {
         const { cacheDir: dir = defaultCacheDir, force = false, onPhase } = options
@@ -165,12 +270,14 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
         )
         if (asTold) {
           // what changes within the clock's tick of a look has the same times before and after
-          if (tree.changedMs < began - clockTickMs) yield* remember(memo, { stamp: tree.stamp, key })
+          if (tree.changedMs < began - fileState.clockTickMs) yield* remember(memo, { stamp: tree.stamp, key })
+          yield* collectUnasked
           return wanted
         }
         // somebody writes there all the time: as torn as any copy of such a directory, and for this mount alone
         const once = lowerOf(createHash("sha256").update(`${key}${randomUUID()}`).digest("hex"))
         yield* publish(dir, once.lowerPath, (staging) => squash(host, path.join(staging, "image")))
+        yield* collectUnasked
         return once
       })
 
@@ -184,14 +291,17 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
         const template = yield* upperTemplate(sizeBytes)
         const dir = os.tmpdir()
         const copy = path.join(dir, `machinen-upper-${randomUUID()}.ext4`)
-        const { code, stderr } = yield* command
-          .run(["cp", "--sparse=always", "--reflink=auto", template, copy])
-          .pipe(Effect.provideService(CommandExecutor.CommandExecutor, executor), Effect.mapError(cacheFailed(dir)))
-        if (code !== 0) return yield* cacheFailed(dir)(new Error(stderr.trim()))
-        return copy
+        return yield* hostTool.run(["cp", "--sparse=always", "--reflink=auto", template, copy]).pipe(
+          Effect.provideService(CommandExecutor.CommandExecutor, executor),
+          Effect.mapError(cacheFailed(dir)),
+          Effect.as(copy),
+          Effect.onExit((exit) =>
+            Exit.isSuccess(exit) ? Effect.void : Effect.ignore(fs.remove(copy, { force: true }))
+          )
+        )
       })
 
-      return Mountdisk.of({ cacheDir: defaultCacheDir, tool, lower, upperTemplate, upper })
+      return Mountdisk.of({ cacheDir: defaultCacheDir, tool, lower, upperTemplate, upper, collect })
     })
   )
 }
@@ -226,8 +336,11 @@ const superblockBytes = 96
 const bytesUsedOffset = 40
 const sectorBytes = 512
 
-/** The coarsest clock file times are taken from, with room. */
-const clockTickMs = 50
+/** What the cache may hold beyond what is in use. */
+const maxCacheBytes = 8 * 1024 ** 3
+/** An image that was used within this time may be about to be used by a VM that is starting. */
+const recentMs = 10 * 60_000
+const keptUnusedMs = 7 * 24 * 3_600_000
 
 /** What a directory was when it was last looked at, and what that holds. */
 const Memo = Schema.parseJson(Schema.Struct({ stamp: Schema.String, key: Schema.String }))
@@ -253,16 +366,13 @@ const unreadable = (host: string) => (cause: Error) =>
     cause
   })
 
-const squashFailed = (tool: string, code: number, tail: ReadonlyArray<string>) => {
-  const noSpace = tail.some((line) => /no space left on device/i.test(line))
-  return new ProvisionError({
-    code: noSpace ? "ROOTFS_IMG_NO_SPACE" : "PROVISION_INSTALL_HOOK_FAILED",
-    message: `${tool} ended with code ${code}: ${tail.slice(-3).join("; ")}`,
-    hint: noSpace
-      ? "free some space, or set MACHINEN_CACHE_DIR to a larger disk"
-      : "can everything in the directory be read?"
+const squashFailed = (host: string, failed: ToolFailed) =>
+  new BootError({
+    code: "BOOT_MOUNTDISK_BUILD_FAILED",
+    message: `no image could be made of ${host}: ${failed.message}`,
+    hint: "can everything in the directory be read?",
+    cause: failed
   })
-}
 
 const cacheFailed = (dir: string) => (cause: Error) =>
   new ProvisionError({

@@ -1,3 +1,5 @@
+import { execFileSync } from "node:child_process"
+import { randomBytes } from "node:crypto"
 import {
   appendFileSync,
   chmodSync,
@@ -16,19 +18,22 @@ import {
 import * as path from "node:path"
 import * as NodeContext from "@effect/platform-node/NodeContext"
 import { assert, describe, it } from "@effect/vitest"
-import { Effect, FastCheck as fc, Layer, Option } from "effect"
+import { Effect, Fiber, FastCheck as fc, Layer, Option } from "effect"
 import { Assets } from "../../src/Assets.ts"
 import { guestPath, type MountOptions, overridden, validateMounts } from "../../src/domain/mounts.ts"
 import { Mountdisk } from "../../src/Mountdisk.ts"
+import * as processes from "../../src/platform/processes.ts"
 import * as treeScan from "../../src/platform/treeScan.ts"
+import { Registry } from "../../src/Registry.ts"
 import { RootfsImage } from "../../src/RootfsImage.ts"
 import { Settings, type SettingsValues } from "../../src/Settings.ts"
-import { executable, temporaryDirectory } from "../fixtures.ts"
+import { eventually, executable, smallDisk, temporaryDirectory } from "../fixtures.ts"
 
 const using = (home: string, overrides: Partial<SettingsValues> = {}) =>
   Mountdisk.layer.pipe(
     Layer.provide(RootfsImage.layer),
     Layer.provide(Assets.layer),
+    Layer.provide(Registry.layer),
     Layer.provide(Settings.layerTest(home, overrides)),
     Layer.provide(NodeContext.layer)
   )
@@ -219,6 +224,33 @@ describe("a tree's key", () => {
   )
 })
 
+/** The entry of a VM that is alive, as far as anybody can see, and runs from that disk. */
+const vmWith = (vmsDir: string, disk: string) => {
+  const id = "abcdefabcdef"
+  const dir = path.join(vmsDir, id)
+  mkdirSync(dir, { recursive: true })
+  const entry = {
+    version: 1,
+    id,
+    state: "running",
+    bootId: readFileSync("/proc/sys/kernel/random/boot_id", "utf8").trim(),
+    owner: Effect.runSync(processes.self),
+    detached: false,
+    backend: "qemu",
+    accel: "tcg",
+    image: "micro",
+    memoryMib: 128,
+    vcpus: 1,
+    network: "none",
+    portForward: [],
+    createdAt: Date.now(),
+    vsockPath: path.join(dir, "vsock.sock"),
+    controlPath: path.join(dir, "shim.sock"),
+    disks: [{ id: "mountlower", path: disk, readOnly: true }]
+  }
+  writeFileSync(path.join(dir, "entry.json"), JSON.stringify(entry))
+}
+
 describe("a mounted directory's image", () => {
   it.live("is built once, padded, and found again without reading the directory", () => {
     const home = temporaryDirectory()
@@ -306,8 +338,8 @@ describe("a mounted directory's image", () => {
 
   const failures: ReadonlyArray<readonly [what: string, body: string | undefined, code: string]> = [
     ["no tool", undefined, "BOOT_MOUNTDISK_TOOL_MISSING"],
-    ["a tool that fails", "echo broken >&2; exit 3", "PROVISION_INSTALL_HOOK_FAILED"],
-    ["no space", "echo 'Write failed because No space left on device'; exit 1", "ROOTFS_IMG_NO_SPACE"]
+    ["a tool that fails", "echo broken >&2; exit 3", "BOOT_MOUNTDISK_BUILD_FAILED"],
+    ["a tool that speaks of space", "echo 'No space left on device'; exit 1", "BOOT_MOUNTDISK_BUILD_FAILED"]
   ]
   for (const [what, body, code] of failures) {
     it.effect(`${what} is ${code}`, () => {
@@ -318,10 +350,114 @@ describe("a mounted directory's image", () => {
         const error = yield* Effect.flip(mountdisk.lower(atRest({ a: "one" })))
         assert.strictEqual(error.code, code)
         assert.isString(error.hint)
-        if (existsSync(mountdisk.cacheDir)) assert.deepStrictEqual(readdirSync(mountdisk.cacheDir), [])
+        const left = existsSync(mountdisk.cacheDir) ? readdirSync(mountdisk.cacheDir) : []
+        assert.deepStrictEqual(left, [])
       }).pipe(Effect.provide(using(home, { mksquashfs: Option.some(tool) })))
     })
   }
+
+  it.scoped("is ROOTFS_IMG_NO_SPACE where the disk is full, and what was written of it is gone", () =>
+    Effect.gen(function* () {
+      const small = yield* smallDisk("1M")
+      const dir = atRest({})
+      writeFileSync(path.join(dir, "large"), randomBytes(4 * 2 ** 20))
+      const error = yield* Effect.flatMap(Mountdisk, (m) => m.lower(dir)).pipe(
+        Effect.flip,
+        Effect.provide(using(small))
+      )
+      assert.strictEqual(error.code, "ROOTFS_IMG_NO_SPACE", error.message)
+      assert.deepStrictEqual(readdirSync(path.join(small, "cache", "mountdisk")), [])
+    })
+  )
+
+  it.live("is removed when it is not used for long and no VM has it", () => {
+    const home = temporaryDirectory()
+    const { namesDir: _, vmsDir } = Effect.runSync(Effect.provide(Settings, Settings.layerTest(home)))
+    return Effect.gen(function* () {
+      const mountdisk = yield* Mountdisk
+      const trees = ["used", "old", "booted", "killed"].map((name) => atRest({ a: name }))
+      const images = yield* Effect.forEach(trees, (dir) =>
+        Effect.map(mountdisk.lower(dir), ({ lowerPath }) => lowerPath)
+      )
+      const [used = "", old = "", booted = "", killed = ""] = images
+      yield* settle
+      // noted once more now that the directories are at rest
+      yield* Effect.forEach(trees, (dir) => mountdisk.lower(dir))
+      const memos = path.join(mountdisk.cacheDir, "trees")
+      const noted = readdirSync(memos).length
+      const longAgo = new Date(Date.now() - 3_600_000)
+      for (const file of [old, booted]) utimesSync(`${file}.ok`, longAgo, longAgo)
+      // a build that was killed between its two last steps, and one in the midst of its work
+      rmSync(`${killed}.ok`)
+      utimesSync(killed, longAgo, longAgo)
+      const half = path.join(mountdisk.cacheDir, `${"0".repeat(64)}.sqfs.building`)
+      mkdirSync(half)
+      utimesSync(half, longAgo, longAgo)
+      vmWith(vmsDir, booted)
+
+      const paths = (found: ReadonlyArray<{ readonly path: string }>) => found.map(({ path }) => path).sort()
+      assert.deepStrictEqual(yield* mountdisk.collect({ unusedForMs: 2 * 3_600_000 }), [])
+      const due = yield* mountdisk.collect({ unusedForMs: 0, dryRun: true })
+      assert.include(paths(due), old)
+      assert.isTrue(existsSync(old))
+      assert.deepStrictEqual(paths(yield* mountdisk.collect({ unusedForMs: 0 })), [killed, old].sort())
+      assert.deepStrictEqual(images.map(existsSync), [true, false, true, false])
+      assert.isTrue(existsSync(`${booted}.ok`) && !existsSync(half) && !existsSync(`${old}.ok.aside`))
+      assert.strictEqual(readdirSync(memos).length, noted - 2)
+
+      // what is used meanwhile counts as used, and what is gone is made again
+      assert.strictEqual((yield* mountdisk.lower(trees[1] ?? "")).lowerPath, old)
+      assert.isTrue(existsSync(old) && existsSync(used))
+    }).pipe(Effect.provide(using(home)))
+  })
+
+  it.live("more makes those go that are beyond the limit of the cache, unused longest first", () => {
+    const home = temporaryDirectory()
+    return Effect.gen(function* () {
+      const mountdisk = yield* Mountdisk
+      const [first = "", second = ""] = yield* Effect.forEach(["one", "two"], (a) =>
+        Effect.map(mountdisk.lower(atRest({ a })), ({ lowerPath }) => lowerPath)
+      )
+      const hoursAgo = (hours: number) => new Date(Date.now() - hours * 3_600_000)
+      utimesSync(`${first}.ok`, hoursAgo(2), hoursAgo(2))
+      utimesSync(`${second}.ok`, hoursAgo(1), hoursAgo(1))
+      yield* mountdisk.lower(atRest({ a: "three" }))
+      assert.isTrue(existsSync(first) && existsSync(second))
+      // takes 8 GiB for the accounts of the file system, none of it written
+      execFileSync("fallocate", ["-l", String(8 * 2 ** 30), second])
+      yield* mountdisk.lower(atRest({ a: "four" }))
+      assert.deepStrictEqual([existsSync(first), existsSync(second)], [false, false])
+    }).pipe(Effect.provide(using(home)))
+  })
+
+  it.live("as an upper that could not be copied leaves no part of a file", () => {
+    const home = temporaryDirectory()
+    const given = { path: process.env["PATH"] ?? "", tmp: process.env["TMPDIR"] }
+    const temporary = path.join(home, "tmp")
+    mkdirSync(temporary)
+    // writes a part and fails, or is at work when it is interrupted
+    executable(home, "cp", `for last; do :; done; echo part >"$last"; [ -e ${home}/fail ] && exit 1; exec sleep 1000`)
+    const restore = Effect.sync(() => {
+      process.env["PATH"] = given.path
+      if (given.tmp === undefined) delete process.env["TMPDIR"]
+      else process.env["TMPDIR"] = given.tmp
+    })
+    return Effect.gen(function* () {
+      const mountdisk = yield* Mountdisk
+      const size = 64 * 2 ** 20
+      yield* mountdisk.upperTemplate(size)
+      process.env["PATH"] = `${home}:${given.path}`
+      process.env["TMPDIR"] = temporary
+      const copying = yield* Effect.fork(mountdisk.upper(size))
+      yield* eventually("a part of the copy", () => readdirSync(temporary).length === 1)
+      yield* Fiber.interrupt(copying)
+      assert.deepStrictEqual(readdirSync(temporary), [])
+      writeFileSync(path.join(home, "fail"), "")
+      const error = yield* Effect.flip(mountdisk.upper(size))
+      assert.strictEqual(error.code, "ROOTFS_IMG_IO")
+      assert.deepStrictEqual(readdirSync(temporary), [])
+    }).pipe(Effect.ensuring(restore), Effect.provide(using(home)))
+  })
 
   it.effect("needs a directory", () => {
     const home = temporaryDirectory()

@@ -3,6 +3,7 @@ import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect, Option } from "effect"
 import { ImageStore, type StoredImage } from "../../ImageStore.ts"
 import { Machinen } from "../../Machinen.ts"
+import { Mountdisk, type MountImage } from "../../Mountdisk.ts"
 import { durationMs, json } from "../options.ts"
 import * as render from "../render.ts"
 
@@ -13,6 +14,13 @@ const imageJson = (image: StoredImage) => ({
   ...image,
   builtAt: time(image.builtAt),
   lastUsedAt: time(image.lastUsedAt)
+})
+const mountJson = ({ diskBytes, key, lastUsedAt, path }: MountImage) => ({
+  id: key,
+  path,
+  source: "a mounted directory",
+  diskBytes,
+  lastUsedAt: time(lastUsedAt)
 })
 const use = ({ bundles, vms }: StoredImage) =>
   [
@@ -98,7 +106,7 @@ const packages = (found: Readonly<Record<string, string>>) =>
     .map(([name, version]) => `${name} ${version}`)
     .join("\n")
 
-const rm = Command.make("rm", { json, images: Args.repeated(reference) }, (input) =>
+const rm = Command.make("rm", { json, images: Args.atLeast(reference, 1) }, (input) =>
   Effect.gen(function* () {
     const store = yield* ImageStore
     const removed = yield* Effect.forEach(input.images, store.remove)
@@ -170,15 +178,16 @@ const gc = Command.make(
       const limit = yield* Effect.transposeMapOption(input.unusedFor, (value) => durationMs("unused-for", value))
       const unusedForMs = input.all ? 0 : Option.getOrElse(limit, () => 7 * 24 * 3_600_000)
       const removed = yield* store.gc({ unusedForMs, dryRun: input.dryRun })
-      if (input.json) return yield* render.json(removed.map(imageJson))
-      for (const { diskBytes, id, source } of removed) {
+      const mounts = yield* (yield* Mountdisk).collect({ unusedForMs, dryRun: input.dryRun })
+      if (input.json) return yield* render.json([...removed.map(imageJson), ...mounts.map(mountJson)])
+      for (const { diskBytes, id, source } of [...removed, ...mounts.map(mountJson)]) {
         yield* Console.log(
           `${input.dryRun ? "would remove" : "removed"} ${id.slice(0, 12)} (${render.bytes(diskBytes)}, ${source || "unknown source"})`
         )
       }
-      if (removed.length === 0) yield* Console.log("there is nothing to remove")
+      if (removed.length + mounts.length === 0) yield* Console.log("there is nothing to remove")
     })
-).pipe(Command.withDescription("remove images without a name that nothing uses"))
+).pipe(Command.withDescription("remove images without a name, and copies of mounted directories, that nothing uses"))
 
 /** `machinen image ls|inspect|import|export|tag|rm|gc`. */
 export const image = Command.make("image").pipe(
