@@ -4,8 +4,9 @@
 //! 38 ms instead of 60 ms; mapping the memory instead of reading it gains nothing over that.
 //!
 //! A copy made ahead remembers a hash of each page, so that the copy made while the guest stands still writes only pages that have
-//! changed. No kernel says reliably which those are: soft-dirty bits (proc(5)) of shared memory are lost when pages are swapped out and
-//! read back, and userfaultfd can only be set up by the VMM itself. Finding out by reading costs a third of copying.
+//! changed. No kernel says reliably which those are: soft-dirty bits (proc(5)) of shared memory are lost when the kernel drops a page
+//! table entry, as it does to swap, and userfaultfd can only be set up by the VMM itself. To read and hash costs two thirds of the CPU time
+//! of copying again (20 instead of 29 ms per 128 MiB), and leaves the file's pages clean.
 
 use nix::errno::Errno;
 use std::fs::File;
