@@ -55,7 +55,7 @@ export const basePackages = {
   mount: ["mount", "umount"],
   sed: ["sed"],
   tar: ["tar"],
-  "util-linux": ["fallocate", "flock", "unshare"]
+  "util-linux": ["fallocate", "flock", "nsenter", "prlimit", "unshare"]
 } as const satisfies Packages
 
 /** What VMs and images need on a host that has all assets. */
