@@ -25,7 +25,8 @@ pub async fn record(mut stream: impl AsyncRead + AsyncWrite + Unpin, state: &Sta
             STDOUT | STDERR => {
                 let mut buffer = vec![0; BUFFER];
                 while let n @ 1.. = payload.read(&mut buffer).await? {
-                    state.output.write(&buffer[..n]);
+                    // A disk that is slow slows the command down.
+                    state.output.write_all(&buffer[..n]).await;
                 }
             }
             END => {

@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// Bytes that may wait for the disk.
 const WAITING: usize = 1 << 20;
@@ -65,6 +65,18 @@ impl Log {
         self.queue.push(bytes);
     }
 
+    /// Appends, and waits for room first: for a writer that can be held back. Nothing of it is dropped.
+    pub async fn write_all(&self, bytes: &[u8]) {
+        loop {
+            // Made before the look, so that room made after it is not missed.
+            let room = self.queue.room.notified();
+            if self.queue.push_whole(bytes) {
+                return;
+            }
+            room.await;
+        }
+    }
+
     /// Nothing will follow. The extent says `closed` once all of it is written.
     pub fn close(&self) {
         self.queue.close();
@@ -94,6 +106,7 @@ impl Drop for Log {
 struct Queue {
     state: Mutex<Waiting>,
     changed: Condvar,
+    room: Notify,
 }
 
 #[derive(Default)]
@@ -119,6 +132,17 @@ impl Queue {
         self.changed.notify_one();
     }
 
+    /// Whether there was room for all of it, or it is more than there ever is.
+    fn push_whole(&self, bytes: &[u8]) -> bool {
+        let mut waiting = self.lock();
+        let fits = waiting.dropped == 0 && waiting.bytes.len() + bytes.len() <= WAITING.max(bytes.len());
+        if fits {
+            waiting.bytes.extend_from_slice(bytes);
+            self.changed.notify_one();
+        }
+        fits
+    }
+
     fn close(&self) {
         self.lock().closed = true;
         self.changed.notify_one();
@@ -131,6 +155,7 @@ impl Queue {
         if waiting.bytes.is_empty() && waiting.dropped == 0 {
             return None;
         }
+        self.room.notify_waiters();
         Some((std::mem::replace(&mut waiting.bytes, empty), std::mem::take(&mut waiting.dropped)))
     }
 }
@@ -244,6 +269,33 @@ mod tests {
         queue.close();
         assert_eq!(queue.take(Vec::new()), Some((b"again".to_vec(), 0)));
         assert_eq!(queue.take(Vec::new()), None);
+    }
+
+    #[tokio::test]
+    async fn who_can_be_held_back_loses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let log = Log::new(path.clone(), 1 << 40).unwrap();
+        let pieces = 64u8;
+        let mut reader = OpenOptions::new().read(true).open(&path).unwrap();
+        let mut writing = Box::pin(async {
+            for piece in 0..pieces {
+                log.write_all(&[piece; 65_536]).await;
+            }
+        });
+        let waited = tokio::time::timeout(std::time::Duration::from_millis(200), &mut writing).await;
+        assert!(waited.is_err(), "4 MiB do not fit");
+        let read = std::thread::spawn(move || {
+            let mut text = vec![0; usize::from(pieces) * 65_536];
+            io::Read::read_exact(&mut reader, &mut text).unwrap();
+            text
+        });
+        writing.await;
+        log.close();
+        log.finished().await;
+        let text = read.join().unwrap();
+        assert!(text.chunks(65_536).zip(0..pieces).all(|(piece, n)| piece == [n; 65_536]));
     }
 
     /// A disk that takes nothing: a fifo whose reader does not read.
