@@ -84,10 +84,10 @@ describe("boot", () => {
         yield* Effect.scoped(
           Effect.gen(function* () {
             yield* fake.when(step, "fail")
-            assert.strictEqual((yield* Effect.flip(Effect.asVoid(boot({ name: "web" })))).code, code)
+            assert.strictEqual((yield* Effect.flip(Effect.asVoid(boot({ name: "web", prepared: false })))).code, code)
             assert.deepStrictEqual(left(home), [])
             yield* fake.when(step, "work")
-            const { vm } = yield* boot({ name: "web" })
+            const { vm } = yield* boot({ name: "web", prepared: false })
             assert.deepStrictEqual(left(home).sort(), [vm.id, "web"].sort())
           })
         )
