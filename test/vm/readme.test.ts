@@ -1,5 +1,6 @@
 import { spawn } from "node:child_process"
 import { chmodSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs"
+import { createServer } from "node:net"
 import * as os from "node:os"
 import * as path from "node:path"
 import { afterAll, assert, describe, it } from "vitest"
@@ -15,17 +16,43 @@ const work = mkdtempSync(path.join(os.tmpdir(), "mn-readme-"))
 afterAll(() => rmSync(work, { recursive: true, force: true }))
 
 const run = (command: string, args: ReadonlyArray<string>, cwd: string) =>
-  new Promise<{ code: number | null; output: string }>((resolve) => {
+  new Promise<{ code: number | null; stdout: string; stderr: string }>((resolve) => {
     const child = spawn(command, args, {
       cwd,
       env: { ...process.env, ...environment(home), PATH: `${path.join(work, "bin")}:${process.env["PATH"]}` },
       stdio: ["ignore", "pipe", "pipe"],
-      timeout: 120_000,
+      timeout: 150_000,
       killSignal: "SIGKILL"
     })
-    const output: Array<Buffer> = []
-    for (const stream of [child.stdout, child.stderr]) stream.on("data", (chunk: Buffer) => output.push(chunk))
-    child.on("close", (code) => resolve({ code, output: Buffer.concat(output).toString() }))
+    const output = { stdout: "", stderr: "" }
+    for (const channel of ["stdout", "stderr"] as const) {
+      child[channel].setEncoding("utf8").on("data", (chunk: string) => {
+        output[channel] += chunk
+      })
+    }
+    child.on("close", (code) => resolve({ code, ...output }))
+  })
+
+/** The commands of a session, each with what it says they print: the `#>` lines that follow. Nothing, where there are none. */
+const stepsOf = (session: string) => {
+  const steps: Array<{ command: string; prints: string }> = []
+  for (const line of session.split("\n")) {
+    const last = steps.at(-1)
+    if (line.startsWith("#>") && last !== undefined) {
+      last.prints += `${last.prints === "" ? "" : "\n"}${line.slice(3)}`
+    } else if (line !== "" && !line.startsWith("#")) steps.push({ command: line, prints: "" })
+  }
+  return steps
+}
+
+const escapeRegExp = (text: string) => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")
+
+const freePort = () =>
+  new Promise<number>((resolve) => {
+    const server = createServer().listen(0, "127.0.0.1", () => {
+      const address = server.address()
+      server.close(() => resolve(typeof address === "object" && address !== null ? address.port : 0))
+    })
   })
 
 describe("README", () => {
@@ -34,7 +61,7 @@ describe("README", () => {
     assert.isAbove(fences("ts").length, 0)
   })
 
-  it("its shell session works", { timeout: 180_000 }, async () => {
+  it("its shell session prints what it says", { timeout: 180_000 }, async () => {
     mkdirSync(path.join(work, "bin"), { recursive: true })
     const machinen = path.join(work, "bin", "machinen")
     writeFileSync(
@@ -42,12 +69,18 @@ describe("README", () => {
       `#!/bin/sh\nexec "${process.execPath}" "${path.join(root, "scripts", "machinen.mjs")}" "$@"\n`
     )
     chmodSync(machinen, 0o755)
+    const port = await freePort()
     for (const session of fences("sh")) {
-      const { code, output } = await run("bash", ["-euo", "pipefail", "-c", session], work)
-      assert.strictEqual(code, 0, output)
-      assert.include(output, "FROM THE HOST")
-      assert.include(output, "42")
-      assert.match(output, /^15 index\.html$/m)
+      const steps = stepsOf(session.replaceAll("8080", String(port)))
+      assert.isAbove(steps.filter(({ prints }) => prints !== "").length, 15)
+      const script = steps.map(({ command }) => `printf '\\036'\n${command}`).join("\n")
+      const { code, stderr, stdout } = await run("bash", ["-euo", "pipefail", "-c", script], work)
+      const printed = stdout.split("\x1e").slice(1)
+      for (const [index, { command, prints }] of steps.entries()) {
+        const pattern = prints.split("...").map(escapeRegExp).join(".*")
+        assert.match(printed[index]?.trimEnd() ?? "", new RegExp(`^${pattern}$`, "s"), `${command}\n${stderr}`)
+      }
+      assert.strictEqual(code, 0, stderr)
     }
     assert.deepStrictEqual(leftovers(home), nothing)
   })
@@ -59,9 +92,12 @@ describe("README", () => {
       for (const [index, program] of fences("ts").entries()) {
         const file = path.join(dir, `example${index}.ts`)
         writeFileSync(file, program)
-        const { code, output } = await run(path.join(root, "node_modules", ".bin", "tsx"), [file], root)
-        assert.strictEqual(code, 0, output)
-        assert.include(output, "hello, world")
+        const { code, stderr, stdout } = await run(path.join(root, "node_modules", ".bin", "tsx"), [file], root)
+        assert.strictEqual(code, 0, stderr)
+        assert.match(
+          stdout,
+          [/^hello, world\n$/, /^Linux \d\S+ in \d+ bytes\nhello, world\n$/][index] ?? /^no such example$/
+        )
       }
     } finally {
       rmSync(dir, { recursive: true, force: true })
