@@ -2,7 +2,7 @@ import { execFileSync, spawnSync } from "node:child_process"
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
-import { Effect } from "effect"
+import { Duration, Effect } from "effect"
 import { type CliOptions, cli, cliPath, environment, settled, startCli, temporaryHome } from "../fixtures.ts"
 
 const home = temporaryHome()
@@ -35,7 +35,6 @@ describe("output that nobody takes", () => {
   it.scopedLive("ends every verb alike: quietly when its reader has left, with a word when it cannot be written", () =>
     Effect.gen(function* () {
       yield* detached("talker", ["--", "sh", "-c", "while :; do echo line; sleep 0.01; done"])
-      yield* machinen(["exec", "talker", "--", "sh", "-c", "until [ -e /tmp ]; do :; done"])
       const verbs = [
         "ls",
         "ls --json",
@@ -61,7 +60,7 @@ describe("output that nobody takes", () => {
       assert.strictEqual(relayed.status, 125)
       assert.include(relayed.stderr, "OUTPUT_FAILED")
       const watched = shell(
-        "M watch talker /tmp | head -1 & w=$!; until M exec talker -- sh -c 'echo x > /tmp/x; rm /tmp/x' && ! kill -0 $w 2>/dev/null; do :; done; wait $w"
+        "(M watch talker /tmp | head -1; exit $PIPESTATUS) & w=$!; while kill -0 $w 2>/dev/null; do M exec talker -- sh -c 'echo x > /tmp/x; rm /tmp/x'; done; wait $w"
       )
       assert.deepStrictEqual([watched.status, watched.stdout], [141, "created x\n"])
     })
@@ -200,6 +199,11 @@ describe("machinen run", () => {
       const { code, stderr } = yield* run(["--timeout", "500ms", "--", "sleep", "1000"])
       assert.strictEqual(code, 124)
       assert.include(stderr, "EXEC_AGENT_TIMEOUT")
+      const bomb = "b() { b | b & }; b; sleep 1000"
+      const [elapsed, starved] = yield* Effect.timed(run(["--timeout", "3s", "--", "sh", "-c", bomb]))
+      assert.strictEqual(starved.code, 124)
+      // the limit and a start; not the seconds that a guest is otherwise given to power off
+      assert.isBelow(Duration.toMillis(elapsed), 10_000)
       const unlimited = yield* run(["--timeout", "0", "--", "sh", "-c", "sleep 1; echo done"])
       assert.deepStrictEqual([unlimited.code, unlimited.stdout], [0, "done\n"])
     })

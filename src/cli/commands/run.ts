@@ -94,15 +94,23 @@ export const run = (tail: ReadonlyArray<string>) =>
         const machinen = yield* Machinen
         const { command: effective, vm } = yield* machinen.boot(options)
         if (effective === undefined) return yield* nothing
+        // A guest that is too busy to hear us would take its grace on top; one that writes to the host's files may finish that.
+        const writesToHost = Option.isSome(input.rootDisk) || input.mountLive.length > 0
+        const inTime = <A, E, R>(running: Effect.Effect<A, E, R>) =>
+          withinLimit(running, limit).pipe(
+            Effect.tapError((error) =>
+              error instanceof ExecError && error.code === "EXEC_AGENT_TIMEOUT" && !writesToHost ? vm.kill : Effect.void
+            )
+          )
         if (input.tty) {
           const spec = { argv: effective, env: terminal.environment() }
           const running = terminal.relay(vm.terminal(spec, terminal.size()), { detachKeys: false })
-          const code = yield* withinLimit(running, limit)
+          const code = yield* inTime(running)
           yield* vm.stop()
           return yield* new ExitWith({ code: code === "detached" ? 129 : code })
         }
         const main = Effect.flatMap(vm.startMain(yield* stdio.stdin), relay)
-        const code = yield* withinLimit(main, limit)
+        const code = yield* inTime(main)
         // its end is the VM's: what is left is gone before we are
         yield* vm.wait
         return yield* new ExitWith({ code })
