@@ -57,7 +57,7 @@ export const prepare = Effect.fn("rawRestore.prepare")(function* (saved: Saved) 
 
 /** The hello of a host that takes over a running guest, behind zeros that complete whatever was torn (docs/protocol.md §1). */
 const greeting = () => {
-  const hello = Buffer.concat([Buffer.from([1, 0, 0, 0, 17, 1]), randomBytes(16), Buffer.from([0x5a])])
+  const hello = Buffer.concat([Buffer.from([1, 0, 0, 0, 17, 2]), randomBytes(16), Buffer.from([0x5a])])
   return { hello, bytes: Buffer.concat([Buffer.alloc(65_544), hello]) }
 }
 

@@ -1,7 +1,8 @@
 import { existsSync, mkdirSync, readFileSync, truncateSync } from "node:fs"
+import { connect, type Socket } from "node:net"
 import * as path from "node:path"
 import { afterEach, assert, layer } from "@effect/vitest"
-import { Chunk, Effect, Fiber, Option, Stream } from "effect"
+import { Chunk, Deferred, Effect, Fiber, Option, Stream } from "effect"
 import { Assets } from "../../src/Assets.ts"
 import { Machinen } from "../../src/Machinen.ts"
 import {
@@ -144,6 +145,50 @@ layer(live(home), { excludeTestServices: true })("a VM", (it) => {
       const fd = `/proc/${vm.pid}/fd/5`
       assert.throws(() => truncateSync(fd, 0), /EPERM/)
       assert.strictEqual(yield* sh(vm, "echo unharmed"), "unharmed")
+    })
+  )
+
+  /** Connections to the agent that ask for nothing, up to as many as there may be. */
+  const holdConnections = (vsockPath: string, count: number) =>
+    Effect.forEach(
+      Array.from({ length: count }),
+      () =>
+        Effect.acquireRelease(
+          Effect.async<Socket, Error>((resume) => {
+            const socket = connect(vsockPath)
+            socket.once("error", (cause) => resume(Effect.fail(cause)))
+            socket.once("data", () => resume(Effect.succeed(socket.on("error", () => {}))))
+            socket.write("CONNECT 1978\n")
+          }),
+          (socket) => Effect.sync(() => socket.destroy())
+        ),
+      { concurrency: 32 }
+    )
+
+  it.scoped("stops in order while clients hold every connection there may be", () =>
+    Effect.gen(function* () {
+      const { vm } = yield* (yield* Machinen).boot({ image: "micro" })
+      const held = yield* holdConnections(vm.entry.vsockPath, 512)
+      const exit = yield* vm.stop()
+      assert.isTrue(exit.orderly)
+      assert.strictEqual(exit.reason, "stop")
+      assert.deepStrictEqual(exit.vmm, { code: 0, signal: null })
+      assert.strictEqual(held.length, 512)
+    })
+  )
+
+  it.scoped("tells how its main command ended while clients hold every connection there may be", () =>
+    Effect.gen(function* () {
+      const { vm } = yield* (yield* Machinen).boot({ image: "micro", command: ["sh", "-c", "read line; exit 9"] })
+      const go = yield* Deferred.make<void>()
+      const line = Stream.fromEffect(Effect.as(Deferred.await(go), new TextEncoder().encode("go\n")))
+      const main = yield* vm.startMain(line)
+      yield* holdConnections(vm.entry.vsockPath, 511)
+      yield* Deferred.succeed(go, undefined)
+      assert.strictEqual((yield* main.exit).code, 9)
+      const exit = yield* vm.wait
+      assert.isTrue(exit.orderly)
+      assert.deepStrictEqual(exit.main, { code: 9, signal: null })
     })
   )
 

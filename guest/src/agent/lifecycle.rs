@@ -140,7 +140,7 @@ impl Output {
             }
             self.asked = true;
             let opener = self.sessions.wait_for(up).await.ok()?.clone()?;
-            self.stream = opener.open(PORT).await.ok().map(FrameWriter::new);
+            self.stream = opener.open_urgent(PORT).await.ok().map(FrameWriter::new);
         }
         self.stream.as_mut()
     }

@@ -185,7 +185,7 @@ async fn serve_session(context: Arc<Context>, session: Opener, mut incoming: mps
         let (context, session) = (Arc::clone(&context), session.clone());
         tokio::spawn(async move {
             if request.port != OPERATIONS_PORT {
-                return request.refuse().await;
+                return request.refuse();
             }
             // An opener that is gone already wants nothing.
             if let Ok(stream) = request.accept().await {

@@ -1,12 +1,12 @@
 //! The guest's end: answers hellos, serves sessions.
 
-use crate::link::{End, Link, Shared};
-use crate::session::{Driver, Incoming, Opener};
+use crate::link::{End, Link};
+use crate::mux::Side;
+use crate::stream::{Incoming, Opener, Running, Session};
 use std::future::poll_fn;
 use std::io;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
-use yamux::Mode;
 
 /// Serves one session after the other on `port` until it reaches end of file.
 ///
@@ -20,25 +20,27 @@ where
     T: AsyncRead + AsyncWrite + Unpin,
     F: FnMut(Opener, mpsc::Receiver<Incoming>),
 {
-    let link = Shared::new(Link::new(port));
+    let mut link = Link::new(port);
     let mut next = None;
     loop {
         let epoch = match next.take() {
             Some(epoch) => epoch,
-            None => match poll_fn(|cx| link.lock().poll_hello(cx, None)).await? {
+            None => match poll_fn(|cx| link.poll_hello(cx, None)).await? {
                 Some(epoch) => epoch,
                 None => return Ok(()),
             },
         };
-        link.lock().begin(&epoch, 0);
-        let (incoming, arrivals) = mpsc::channel(16);
-        let (driver, session) = Driver::new(link.clone(), Mode::Server, incoming);
+        link.begin(&epoch, 0);
+        let (incoming, arrivals) = mpsc::channel(Side::Host.limit(true));
+        let running = Running(Session::new(Side::Guest, link.take_output()));
         // The sender is kept so that the opener tells "over" from "not yet".
-        let (_current, current) = watch::channel(Some(session));
+        let (_current, current) = watch::channel(Some(running.0.clone()));
         on_session(Opener::new(current), arrivals);
-        match driver.run().await {
+        let end = poll_fn(|cx| link.poll_session(cx, &running.0, &incoming)).await;
+        let unsent = running.0.lock().end();
+        match end {
             End::Hello(epoch) => next = Some(epoch),
-            End::OutOfSync => link.lock().complain(),
+            End::OutOfSync => link.complain(unsent.into_bytes()),
             End::Port(None) => return Ok(()),
             End::Port(Some(error)) => return Err(error),
         }

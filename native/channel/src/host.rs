@@ -1,13 +1,13 @@
 //! The host's end: says hello, and again whenever the session is lost.
 
-use crate::chunk::{Epoch, TAKEOVER_PADS};
-use crate::link::{End, Link, Shared};
-use crate::session::{Driver, Incoming, Opener};
+use crate::frame::{Epoch, TAKEOVER_PADS};
+use crate::link::{End, Link};
+use crate::mux::Side;
+use crate::stream::{Incoming, Opener, Running, Session};
 use std::future::poll_fn;
 use std::io;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
-use yamux::Mode;
 
 /// What a host holds of its channel.
 pub struct HostSession<F> {
@@ -27,21 +27,22 @@ pub fn connect_host<T>(port: T, resume: bool) -> HostSession<impl Future<Output 
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
-    let (incoming, arrivals) = mpsc::channel(16);
+    let (incoming, arrivals) = mpsc::channel(Side::Guest.limit(true));
     let (current, opener) = watch::channel(None);
     let driver = async move {
-        let link = Shared::new(Link::new(port));
+        let mut link = Link::new(port);
         let mut pads = if resume { TAKEOVER_PADS } else { 0 };
         loop {
             let mut epoch = Epoch::default();
             getrandom::fill(&mut epoch)?;
-            link.lock().begin(&epoch, pads);
-            if poll_fn(|cx| link.lock().poll_hello(cx, Some(&epoch))).await?.is_none() {
+            link.begin(&epoch, pads);
+            if poll_fn(|cx| link.poll_hello(cx, Some(&epoch))).await?.is_none() {
                 return Ok(());
             }
-            let (driver, session) = Driver::new(link.clone(), Mode::Client, incoming.clone());
-            current.send_replace(Some(session));
-            let end = driver.run().await;
+            let running = Running(Session::new(Side::Host, link.take_output()));
+            current.send_replace(Some(running.0.clone()));
+            let end = poll_fn(|cx| link.poll_session(cx, &running.0, &incoming)).await;
+            drop(running);
             current.send_replace(None);
             match end {
                 End::Hello(_) | End::OutOfSync => pads = TAKEOVER_PADS,

@@ -1,27 +1,31 @@
 //! The channel between shim and guest: many streams over one virtio-serial port (docs/protocol.md, section 1).
 //!
 //! ```text
-//! Stream, Opener, Incoming     what users hold                          stream.rs, session.rs
-//! yamux                        many streams, one window each            crate yamux
-//! Link                         chunks in, chunks out, buffered          link.rs
-//! chunk                        hello | data | pad, pure functions       chunk.rs
+//! Stream, Opener, Incoming     what users hold                          stream.rs
+//! Mux                          the streams of a session, bounded        mux.rs, output.rs
+//! Link                         frames in, frames out, hellos            link.rs
+//! Frame                        as bytes, pure functions                 frame.rs
 //! the port                     any AsyncRead + AsyncWrite
 //! ```
 //!
-//! Yamux alone would do on a socket. The chunks exist because a restored guest is in the middle of a session with a host that is
-//! gone: they let a new host cut in anywhere, and let both ends agree on the byte where the new session begins.
+//! A restored guest is in the middle of a session with a host that is gone. Therefore a new host can cut in anywhere, and both ends agree
+//! on the byte where the new session begins.
 
-mod chunk;
+mod frame;
 mod guest;
 mod host;
 mod link;
-mod session;
+mod mux;
+mod output;
 mod stream;
 
 pub use guest::serve_guest;
 pub use host::{HostSession, connect_host};
-pub use session::{Incoming, Opener};
-pub use stream::Stream;
+pub use stream::{Incoming, Opener, Stream};
 
-/// Streams open at once, both directions together. Further ones are refused.
+/// Streams the host may have open at once, urgent ones apart. Further ones are refused.
 pub const MAX_STREAMS: usize = 512;
+/// Streams the guest may have open at once, likewise.
+pub const MAX_GUEST_STREAMS: usize = 64;
+/// What either end of a stream may send before the other has read: all that an end keeps of a stream nobody reads.
+pub const WINDOW: usize = 256 * 1024;

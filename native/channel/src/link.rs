@@ -1,76 +1,70 @@
-//! The byte stream of one session, as yamux wants it, over the chunks on the port.
+//! The port with its buffers: finds hellos, and carries the frames of a session both ways.
 
-use crate::chunk::{self, Chunk, Epoch, HEAD, HELLO_LEN, Search, Writer};
+use crate::frame::{self, Epoch, Found, HEAD, HELLO_LEN, Search};
+use crate::mux::Mux;
+use crate::stream::{Incoming, Session};
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::mpsc;
 
-/// Room for a whole chunk plus the next one's beginning, so that a sender of full chunks is read with few calls.
-const IN_CAPACITY: usize = 2 * chunk::MAX_CHUNK;
-/// Once so much is waiting it is offered to the port without waiting for yamux to run dry.
-const OUT_EAGER: usize = 128 * 1024;
-/// What an idle link may keep allocated for the next burst.
-const OUT_KEEP: usize = 256 * 1024;
+/// Room for a whole frame plus the next one's beginning, so that a sender of full frames is read with few calls.
+const INPUT: usize = 2 * frame::MAX_FRAME;
+/// Reads from the port before others get their turn.
+const TURN: usize = 16;
 
-/// Why a session's byte stream ended.
+/// Why a session ended.
 #[derive(Debug)]
 pub(crate) enum End {
     /// The peer (a host) started another session.
     Hello(Epoch),
-    /// Bytes came that are no chunk.
+    /// Bytes came that are no frame, or a frame that breaks the rules.
     OutOfSync,
     /// The port is closed or broken: `None` is an orderly end of file.
     Port(Option<io::Error>),
 }
 
-/// The port with its buffers. Outlives sessions.
+/// Outlives sessions.
 pub(crate) struct Link<T> {
     port: T,
-    input: Vec<u8>,
+    input: Box<[u8]>,
     /// Unread part of `input`.
     start: usize,
     end: usize,
-    /// Verified payload not yet read by yamux: it starts at `start`; the end byte follows it.
-    payload: usize,
+    /// What is to be sent between sessions, and how much of it has left.
     output: Vec<u8>,
     sent: usize,
-    writer: Writer,
-    ended: Option<End>,
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
     pub(crate) fn new(port: T) -> Self {
-        Link {
-            port,
-            input: vec![0; IN_CAPACITY],
-            start: 0,
-            end: 0,
-            payload: 0,
-            output: Vec::new(),
-            sent: 0,
-            writer: Writer::default(),
-            ended: None,
-        }
+        Link { port, input: vec![0; INPUT].into(), start: 0, end: 0, output: Vec::new(), sent: 0 }
     }
 
     /// Forgets what the last session left to send and begins one with `hello` after so many `pads`.
     ///
-    /// A chunk that was half sent stays half sent: the peer is looking for the hello, not for chunks.
+    /// A frame that was half sent stays half sent: the peer is looking for the hello, not for frames.
     pub(crate) fn begin(&mut self, epoch: &Epoch, pads: usize) {
-        self.ended = None;
         self.sent = 0;
-        self.writer = Writer::default();
         self.output.clear();
         self.output.resize(pads, 0);
-        chunk::put_hello(&mut self.output, epoch);
+        frame::put_hello(&mut self.output, epoch);
     }
 
-    /// Tells the host, who cannot know otherwise, that this session is over: a byte that begins no chunk puts it out of sync.
-    pub(crate) fn complain(&mut self) {
-        self.writer.finish(&mut self.output);
-        self.output.push(chunk::NO_CHUNK);
+    /// Tells the host, which cannot know otherwise, that the session is over which left `unsent`: a byte that begins no frame puts it
+    /// out of sync.
+    pub(crate) fn complain(&mut self, unsent: Vec<u8>) {
+        self.sent = 0;
+        self.output = unsent;
+        self.output.push(frame::NO_FRAME);
+    }
+
+    /// What is left to send, for the session to begin with.
+    pub(crate) fn take_output(&mut self) -> Vec<u8> {
+        self.output.drain(..std::mem::take(&mut self.sent));
+        std::mem::take(&mut self.output)
     }
 
     /// Reads up to and including a hello (`wanted`, or any), sending what is to be sent meanwhile. `None`: end of file.
@@ -79,12 +73,11 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
         cx: &mut Context<'_>,
         wanted: Option<&Epoch>,
     ) -> Poll<io::Result<Option<Epoch>>> {
-        self.payload = 0;
         if let Poll::Ready(Err(error)) = self.poll_send(cx) {
             return Poll::Ready(Err(error));
         }
         loop {
-            match chunk::find_hello(&self.input[self.start..self.end]) {
+            match frame::find_hello(&self.input[self.start..self.end]) {
                 Search::Found(at, epoch) if wanted.is_none_or(|wanted| *wanted == epoch) => {
                     self.start += at + HELLO_LEN;
                     return Poll::Ready(Ok(Some(epoch)));
@@ -100,37 +93,13 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
         }
     }
 
-    /// Why the session ended, if it was the link's doing.
-    pub(crate) fn take_end(&mut self) -> Option<End> {
-        self.ended.take()
-    }
-
-    /// Appends bytes to the session's stream.
-    pub(crate) fn put(&mut self, bytes: &[u8]) {
-        self.writer.put(&mut self.output, bytes);
-    }
-
-    /// Sends everything put so far.
-    pub(crate) fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.writer.finish(&mut self.output);
+    /// Sends what belongs to no session.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.sent < self.output.len() {
-            match Pin::new(&mut self.port).poll_write(cx, &self.output[self.sent..]) {
-                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                Poll::Ready(Ok(n)) => self.sent += n,
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-                Poll::Pending => {
-                    if self.sent >= OUT_EAGER {
-                        self.output.drain(..self.sent);
-                        self.sent = 0;
-                    }
-                    return Poll::Pending;
-                }
+            match ready!(Pin::new(&mut self.port).poll_write(cx, &self.output[self.sent..]))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                n => self.sent += n,
             }
-        }
-        self.sent = 0;
-        self.output.clear();
-        if self.output.capacity() > OUT_KEEP {
-            self.output.shrink_to(OUT_KEEP);
         }
         Pin::new(&mut self.port).poll_flush(cx)
     }
@@ -139,7 +108,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
-        } else if self.input.len() - self.start < chunk::MAX_CHUNK {
+        } else if self.input.len() - self.start < frame::MAX_FRAME {
             self.input.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
@@ -150,96 +119,81 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
         Poll::Ready(Ok(n))
     }
 
-    /// Makes sure that verified payload is there. Nothing of a chunk is handed out before its end byte was seen: a torn one
-    /// is completed by the next host's pads, and those must not be taken for data.
-    fn poll_payload(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
-        while self.payload == 0 {
-            match chunk::decode(&self.input[self.start..self.end]) {
-                Chunk::Pads(n) => self.start += n,
-                Chunk::Data(len) => {
-                    self.start += HEAD;
-                    self.payload = len;
-                }
-                Chunk::Hello(epoch) => {
-                    self.start += HELLO_LEN;
-                    return Poll::Ready(Err(End::Hello(epoch)));
-                }
-                Chunk::Invalid => {
-                    self.start += 1;
-                    return Poll::Ready(Err(End::OutOfSync));
-                }
-                Chunk::Incomplete => match ready!(self.poll_fill(cx)) {
-                    Ok(0) => return Poll::Ready(Err(End::Port(None))),
-                    Ok(_) => {}
-                    Err(error) => return Poll::Ready(Err(End::Port(Some(error)))),
-                },
+    /// Carries frames until the session is over. New streams go to `incoming`.
+    pub(crate) fn poll_session(
+        &mut self,
+        cx: &mut Context<'_>,
+        session: &Arc<Session>,
+        incoming: &mpsc::Sender<Incoming>,
+    ) -> Poll<End> {
+        session.lock().set_driver(cx);
+        for _ in 0..TURN {
+            if let Err(end) = self.take_frames(session, incoming) {
+                return Poll::Ready(end);
+            }
+            if let Poll::Ready(Err(error)) = self.poll_send_frames(cx, &mut session.lock()) {
+                return Poll::Ready(End::Port(Some(error)));
+            }
+            match ready!(self.poll_fill(cx)) {
+                Ok(0) => return Poll::Ready(End::Port(None)),
+                Ok(_) => {}
+                Err(error) => return Poll::Ready(End::Port(Some(error))),
             }
         }
-        Poll::Ready(Ok(()))
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
-    fn poll_take(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
-        if let Err(end) = ready!(self.poll_payload(cx)) {
-            self.ended = Some(end);
-            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+    /// Hands on every whole frame that is there. Nothing of a frame is handed on before its end byte was seen: a torn one is completed
+    /// by the next host's pads, and those must not be taken for data.
+    fn take_frames(&mut self, session: &Arc<Session>, incoming: &mpsc::Sender<Incoming>) -> Result<(), End> {
+        let mut asked = Vec::new();
+        let ended = {
+            let mut mux = session.lock();
+            loop {
+                match frame::decode(&self.input[self.start..self.end]) {
+                    Found::Pads(n) => self.start += n,
+                    Found::Frame(frame, length) => {
+                        // Of a data frame, what is behind the stream's id.
+                        let data = self.input.get(self.start + HEAD + 4..self.start + length - 1).unwrap_or_default();
+                        let taken = mux.take(frame, data);
+                        self.start += length;
+                        match taken {
+                            Ok(stream) => asked.extend(stream),
+                            Err(_) => break Err(End::OutOfSync),
+                        }
+                    }
+                    Found::Hello(epoch) => {
+                        self.start += HELLO_LEN;
+                        break Err(End::Hello(epoch));
+                    }
+                    Found::Invalid => {
+                        self.start += 1;
+                        break Err(End::OutOfSync);
+                    }
+                    Found::Incomplete => break Ok(()),
+                }
+            }
+        };
+        for asked in asked {
+            // It holds as many as a session may have. Where nobody takes them any more, dropping one refuses the stream.
+            let _ = incoming.try_send(Incoming::new(session, &asked));
         }
-        let n = buf.len().min(self.payload);
-        buf[..n].copy_from_slice(&self.input[self.start..self.start + n]);
-        self.start += n;
-        self.payload -= n;
-        if self.payload == 0 {
-            // Its end byte.
-            self.start += 1;
+        ended
+    }
+
+    /// Sends what the session has to send.
+    fn poll_send_frames(&mut self, cx: &mut Context<'_>, mux: &mut Mux) -> Poll<io::Result<()>> {
+        loop {
+            mux.put_due();
+            let bytes = mux.output.front();
+            if bytes.is_empty() {
+                return Pin::new(&mut self.port).poll_flush(cx);
+            }
+            match ready!(Pin::new(&mut self.port).poll_write(cx, bytes))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                n => mux.left(n),
+            }
         }
-        Poll::Ready(Ok(n))
-    }
-}
-
-/// A link shared by yamux (which reads and writes it) and the session's driver (which sends and asks why it ended).
-pub(crate) struct Shared<T>(Arc<Mutex<Link<T>>>);
-
-impl<T> Shared<T> {
-    pub(crate) fn new(link: Link<T>) -> Self {
-        Shared(Arc::new(Mutex::new(link)))
-    }
-
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Link<T>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl<T> Clone for Shared<T> {
-    fn clone(&self) -> Self {
-        Shared(Arc::clone(&self.0))
-    }
-}
-
-impl<T: AsyncRead + AsyncWrite + Unpin> futures_io::AsyncRead for Shared<T> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
-        self.lock().poll_take(cx, buf)
-    }
-}
-
-/// Writes never wait. Yamux stops reading while it has a ping to answer and cannot write; were both ends full, neither would
-/// ever go on. What accumulates is bounded by the streams' windows.
-impl<T: AsyncRead + AsyncWrite + Unpin> futures_io::AsyncWrite for Shared<T> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let mut link = self.lock();
-        link.put(buf);
-        if link.output.len() - link.sent >= OUT_EAGER
-            && let Poll::Ready(Err(error)) = link.poll_send(cx)
-        {
-            return Poll::Ready(Err(error));
-        }
-        Poll::Ready(Ok(buf.len()))
-    }
-
-    /// Does nothing: yamux flushes after every frame, the driver once yamux has no more to say.
-    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.lock().poll_send(cx)
     }
 }

@@ -1,68 +1,159 @@
-//! What users of the channel read and write.
+//! What users of the channel hold: what opens and accepts streams, and what they read and write.
 
-use crate::session::Raw;
-use futures_io::{AsyncRead as _, AsyncWrite as _};
+use crate::frame::{Id, Reason};
+use crate::mux::{Asked, Mux, Side};
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::sync::watch;
+
+/// One session, shared by its streams, its openers and what carries its frames.
+#[derive(Debug)]
+pub(crate) struct Session(Mutex<Mux>);
+
+impl Session {
+    pub(crate) fn new(side: Side, first: Vec<u8>) -> Arc<Self> {
+        Arc::new(Session(Mutex::new(Mux::new(side, first))))
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Mux> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Ends a session when dropped.
+pub(crate) struct Running(pub(crate) Arc<Session>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.lock().end();
+    }
+}
+
+/// Opens streams to the other end.
+///
+/// The host's opener outlives sessions: between two it waits. The guest's belongs to one session and fails after it.
+#[derive(Clone, Debug)]
+pub struct Opener {
+    session: watch::Receiver<Option<Arc<Session>>>,
+}
+
+impl Opener {
+    pub(crate) fn new(session: watch::Receiver<Option<Arc<Session>>>) -> Self {
+        Opener { session }
+    }
+
+    /// Whether a session is up, so that [`Opener::open`] would not wait for one.
+    pub fn is_connected(&self) -> bool {
+        self.session.borrow().as_ref().is_some_and(|session| !session.lock().is_over())
+    }
+
+    /// Bytes of memory the session holds for its peer: what was received and is unread, and what is unsent.
+    pub fn held(&self) -> usize {
+        self.session.borrow().as_ref().map_or(0, |session| session.lock().held())
+    }
+
+    /// Opens a stream to `port` of the other end and waits until it was accepted.
+    ///
+    /// # Errors
+    /// Those of [`Opener::open_with`].
+    pub async fn open(&self, port: u32) -> io::Result<Stream> {
+        self.start(port, &[], false).await
+    }
+
+    /// The same, with `first` on its way behind the request: nobody waits for a round trip. Who refuses the stream does not read it. It
+    /// has to fit into [`crate::WINDOW`]: an answer is not heard before all of it has left.
+    ///
+    /// # Errors
+    /// `ConnectionRefused` when the other end does not want it, `ResourceBusy` at the limit of streams, `ConnectionReset` when
+    /// the session ended meanwhile, `BrokenPipe` when there will not be another.
+    pub async fn open_with(&self, port: u32, first: &[u8]) -> io::Result<Stream> {
+        self.start(port, first, false).await
+    }
+
+    /// As [`Opener::open`], for what must get through when all other streams are taken: the end of the machine.
+    ///
+    /// # Errors
+    /// Those of [`Opener::open_with`].
+    pub async fn open_urgent(&self, port: u32) -> io::Result<Stream> {
+        self.start(port, &[], true).await
+    }
+
+    async fn start(&self, port: u32, first: &[u8], urgent: bool) -> io::Result<Stream> {
+        let session = self.session.clone().wait_for(Option::is_some).await.ok().and_then(|session| session.clone());
+        let session = session.ok_or(io::ErrorKind::BrokenPipe)?;
+        let id = session.lock().place(urgent)?;
+        let mut stream = Stream { session, id };
+        poll_fn(|cx| stream.session.lock().poll_ask(id, port, urgent, cx)).await?;
+        let written = stream.write_all(first).await;
+        // A stream that was refused meanwhile cannot be written: why is what the caller wants to know.
+        poll_fn(|cx| stream.session.lock().poll_answer(id, cx)).await?;
+        written.map(|()| stream)
+    }
+}
+
+/// A stream the other end wants to open. Dropped undecided it is refused.
+#[derive(Debug)]
+pub struct Incoming {
+    /// The port it is for.
+    pub port: u32,
+    /// `None` once it is decided.
+    stream: Option<Stream>,
+}
+
+impl Incoming {
+    pub(crate) fn new(session: &Arc<Session>, asked: &Asked) -> Self {
+        Incoming { port: asked.port, stream: Some(Stream { session: Arc::clone(session), id: asked.id }) }
+    }
+
+    /// Accepts it.
+    ///
+    /// # Errors
+    /// When the opener or the session is gone.
+    pub async fn accept(mut self) -> io::Result<Stream> {
+        if let Some(stream) = &self.stream {
+            poll_fn(|cx| stream.session.lock().poll_accept(stream.id, cx)).await?;
+        }
+        self.stream.take().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    /// Tells the opener that nobody listens there.
+    pub fn refuse(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        if let Some(stream) = &self.stream {
+            stream.session.lock().leave(stream.id, Reason::Refused);
+        }
+    }
+}
 
 /// One stream of the channel.
 ///
 /// `shutdown` closes it for writing; the other end reads what was sent, then end of file. Dropping it before resets it: the other
-/// end gets `ConnectionReset` once it has read what had arrived. Reads end with `ConnectionReset`, too, when the session is over.
+/// end gets `ConnectionReset` once it has read what had arrived, and at once when it writes. Reads end with `ConnectionReset`, too, when
+/// the session is over.
 #[derive(Debug)]
 pub struct Stream {
-    /// `None` only while dropping.
-    raw: Option<Raw>,
-    shut: bool,
-    /// The peer will send no more.
-    finished: bool,
-}
-
-impl Stream {
-    pub(crate) fn new(raw: Raw) -> Self {
-        Stream { raw: Some(raw), shut: false, finished: false }
-    }
-
-    fn raw(&mut self) -> io::Result<&mut Raw> {
-        self.raw.as_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
-    }
-}
-
-/// Yamux reports every stream that can no longer be written as `WriteZero`.
-fn reset(error: io::Error) -> io::Error {
-    if error.kind() == io::ErrorKind::WriteZero { io::ErrorKind::ConnectionReset.into() } else { error }
+    session: Arc<Session>,
+    id: Id,
 }
 
 impl AsyncRead for Stream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.finished || buf.remaining() == 0 {
-            return Poll::Ready(Ok(()));
-        }
-        let shut = self.shut;
-        let raw = self.raw()?;
-        let n = ready!(Pin::new(&mut raw.stream).poll_read(cx, buf.initialize_unfilled())).map_err(reset)?;
-        if n > 0 {
-            buf.advance(n);
-            return Poll::Ready(Ok(()));
-        }
-        // Yamux says end of file for everything. A stream we have not closed is closed only if it was reset; one that we did
-        // close may have been finished or reset, which cannot be told apart.
-        if raw.session.is_over() || (raw.stream.is_closed() && !shut) {
-            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
-        }
-        self.finished = true;
-        Poll::Ready(Ok(()))
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.session.lock().poll_read(self.id, buf, cx)
     }
 }
 
 impl AsyncWrite for Stream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        if buf.is_empty() {
-            return Poll::Ready(Ok(0));
-        }
-        Pin::new(&mut self.raw()?.stream).poll_write(cx, buf).map_err(reset)
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.session.lock().poll_write(self.id, buf, cx)
     }
 
     /// Nothing to do: what was written is on its way.
@@ -70,24 +161,13 @@ impl AsyncWrite for Stream {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.shut {
-            ready!(Pin::new(&mut self.raw()?.stream).poll_close(cx)).map_err(reset)?;
-            self.shut = true;
-        }
-        Poll::Ready(Ok(()))
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.session.lock().poll_shut(self.id, cx)
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if let Some(raw) = self.raw.take()
-            && self.shut
-            && !self.finished
-            && !raw.stream.is_closed()
-        {
-            let session = std::sync::Arc::clone(&raw.session);
-            session.linger(raw);
-        }
+        self.session.lock().leave(self.id, Reason::Dropped);
     }
 }

@@ -3,8 +3,13 @@
 // Clippy exempts test functions only, not what they call.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use machinen_channel::{HostSession, Incoming, MAX_STREAMS, Opener, Stream, connect_host, serve_guest};
+use machinen_channel::{
+    HostSession, Incoming, MAX_GUEST_STREAMS, MAX_STREAMS, Opener, Stream, connect_host, serve_guest,
+};
+use proptest::prelude::*;
 use std::io::{self, ErrorKind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::sync::mpsc;
@@ -17,7 +22,7 @@ const CLOSED: u32 = 9;
 async fn accept_all(mut arrivals: mpsc::Receiver<Incoming>, taken: mpsc::UnboundedSender<(u32, Stream)>) {
     while let Some(incoming) = arrivals.recv().await {
         match incoming.port {
-            CLOSED => incoming.refuse().await,
+            CLOSED => incoming.refuse(),
             ECHO => drop(tokio::spawn(async move { echo(incoming.accept().await?).await })),
             port => drop(taken.send((port, incoming.accept().await.unwrap()))),
         }
@@ -296,7 +301,7 @@ async fn exchange(guest_port: &mut DuplexStream, host_port: &mut DuplexStream, u
 }
 
 #[tokio::test]
-async fn a_restored_guest_is_taken_over_in_mid_chunk() {
+async fn a_restored_guest_is_taken_over_in_mid_frame() {
     bounded(async {
         let (mut middle, right) = duplex(200_000);
         let mut guest = guest(right);
@@ -314,8 +319,8 @@ async fn a_restored_guest_is_taken_over_in_mid_chunk() {
         let mut middle = relay.await.unwrap();
         first.task.abort();
 
-        // Half a chunk, as a snapshot would leave it.
-        middle.write_all(&[2, 0, 0, 255, 255, 1, 1, 1]).await.unwrap();
+        // Half a frame, as a snapshot would leave it.
+        middle.write_all(&[4, 0, 0, 255, 255, 0, 0, 0, 1, 1, 1]).await.unwrap();
 
         let (near, mut far) = duplex(100_000);
         let second = host(near, true);
@@ -387,8 +392,16 @@ async fn streams_over_the_limit_are_refused_and_the_session_goes_on() {
             open.push(host.opener.open(1).await.unwrap());
         }
         assert_eq!(host.opener.open(1).await.unwrap_err().kind(), ErrorKind::ResourceBusy);
+        // What ends the machine still gets through, and what the guest opens is counted apart.
+        let urgent = host.opener.open_urgent(ECHO).await.unwrap();
+        assert!(round_trip(urgent, pattern(1, 10)).await == pattern(1, 10));
         let opener = guest.sessions.recv().await.unwrap();
+        let mut guests = Vec::new();
+        for _ in 0..MAX_GUEST_STREAMS {
+            guests.push(opener.open(ECHO).await.unwrap());
+        }
         assert_eq!(opener.open(1).await.unwrap_err().kind(), ErrorKind::ResourceBusy);
+        assert!(round_trip(opener.open_urgent(ECHO).await.unwrap(), pattern(2, 10)).await == pattern(2, 10));
         open.truncate(10);
         while guest.streams.try_recv().is_ok() {}
         while host.opener.open(1).await.is_err() {
@@ -416,4 +429,164 @@ async fn both_directions_full_at_once() {
         }
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_small_request_takes_its_turn_among_those_that_send_much() {
+    bounded(async {
+        let (left, right) = duplex(100_000);
+        let (host, _guest) = (host(left, false), guest(right));
+        // Started before the others, so that they fill all there is to fill.
+        let mut asking = host.opener.open(ECHO).await.unwrap();
+        let others = Arc::new(AtomicUsize::new(0));
+        for _ in 0..30 {
+            let others = Arc::clone(&others);
+            let (mut reader, mut writer) = tokio::io::split(host.opener.open(ECHO).await.unwrap());
+            tokio::spawn(async move { while writer.write_all(&[1; 65_536]).await.is_ok() {} });
+            tokio::spawn(async move {
+                let mut buffer = vec![0; 65_536];
+                while let Ok(n @ 1..) = reader.read(&mut buffer).await {
+                    others.fetch_add(n, Ordering::Relaxed);
+                }
+            });
+        }
+        for _ in 0..1000 {
+            tokio::task::yield_now().await;
+        }
+        for n in 0..20 {
+            let before = others.load(Ordering::Relaxed);
+            asking.write_all(&[n]).await.unwrap();
+            assert_eq!(asking.read_u8().await.unwrap(), n);
+            let meanwhile = others.load(Ordering::Relaxed) - before;
+            // Behind what both ends have put already, and a share of each of the others.
+            assert!(meanwhile < 16 << 20, "{meanwhile} bytes went first");
+        }
+        drop(host.opener.open(ECHO).await.unwrap());
+        assert!(host.opener.held() > 1 << 20, "nobody was in the way");
+    })
+    .await;
+}
+
+/// What one stream of the test below does: sends so many bytes in pieces, reads in pieces, and leaves as it is told.
+#[derive(Clone, Debug)]
+struct Plan {
+    from_host: bool,
+    sent: usize,
+    answered: usize,
+    piece: usize,
+    /// Drops the stream after so many bytes of the answer.
+    leaves_after: Option<usize>,
+}
+
+fn plan() -> impl Strategy<Value = Plan> {
+    let size = || prop_oneof![0usize..100, 0usize..900_000];
+    (any::<bool>(), size(), size(), 1usize..100_000, prop::option::of(0usize..300_000)).prop_map(
+        |(from_host, sent, answered, piece, leaves_after)| Plan { from_host, sent, answered, piece, leaves_after },
+    )
+}
+
+/// Opens, sends and reads at once; what is read is what was sent, in order and whole unless this end leaves.
+async fn run_plan(opener: Opener, plan: Plan) {
+    let first = pattern(plan.sent, plan.sent.min(plan.piece));
+    let header = [plan.sent as u64, plan.answered as u64].map(u64::to_be_bytes).concat();
+    let stream = opener.open_with(2, &[&header[..], &first].concat()).await.unwrap();
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let all = pattern(plan.sent, plan.sent);
+    let send = async {
+        for piece in all[first.len()..].chunks(plan.piece) {
+            writer.write_all(piece).await?;
+        }
+        writer.shutdown().await
+    };
+    let read = async {
+        let (mut read, mut buffer) = (Vec::new(), vec![0; plan.piece]);
+        loop {
+            if plan.leaves_after.is_some_and(|n| read.len() >= n) {
+                return;
+            }
+            match reader.read(&mut buffer).await.unwrap() {
+                0 => break,
+                n => read.extend_from_slice(&buffer[..n]),
+            }
+        }
+        assert!(read == pattern(plan.answered, plan.answered));
+    };
+    if plan.leaves_after.is_some() {
+        tokio::select! { _ = send => {}, () = read => {} }
+    } else {
+        tokio::join!(async { send.await.unwrap() }, read);
+    }
+}
+
+/// The other end: answers as the header says, and checks what it is sent as far as the opener stays.
+async fn answer_plan(stream: Stream) {
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let (Ok(sent), Ok(answered)) = (reader.read_u64().await, reader.read_u64().await) else { return };
+    let (sent, answered) = (usize::try_from(sent).unwrap(), usize::try_from(answered).unwrap());
+    let answer = async {
+        // The opener may leave.
+        let _ = writer.write_all(&pattern(answered, answered)).await;
+        let _ = writer.shutdown().await;
+    };
+    let read = async {
+        let mut read = Vec::new();
+        let whole = reader.read_to_end(&mut read).await.is_ok();
+        let expected = pattern(sent, sent);
+        assert!(if whole { read == expected } else { expected.starts_with(&read) });
+    };
+    tokio::join!(answer, read);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+    /// Many streams at once from both ends over a pipe of any size: every byte arrives, in order, and nothing of it is left behind.
+    #[test]
+    fn honest_ends_understand_each_other(plans in prop::collection::vec(plan(), 1..12), pipe in 1usize..100_000) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(bounded(async move {
+            let (left, right) = duplex(pipe.max(plans.iter().map(|plan| plan.sent + plan.answered).sum::<usize>() / 4000));
+            let HostSession { opener, mut incoming, driver } = connect_host(left, false);
+            tokio::spawn(driver);
+            let (opened, mut sessions) = mpsc::unbounded_channel();
+            tokio::spawn(serve_guest(right, move |opener, mut arrivals| {
+                opened.send(opener).unwrap();
+                tokio::spawn(async move {
+                    while let Some(incoming) = arrivals.recv().await {
+                        tokio::spawn(async move { answer_plan(incoming.accept().await.unwrap()).await });
+                    }
+                });
+            }));
+            tokio::spawn(async move {
+                while let Some(incoming) = incoming.recv().await {
+                    tokio::spawn(async move { answer_plan(incoming.accept().await.unwrap()).await });
+                }
+            });
+            let guest = sessions.recv().await.unwrap();
+            let mut running = JoinSet::new();
+            for plan in plans {
+                running.spawn(run_plan(if plan.from_host { opener.clone() } else { guest.clone() }, plan));
+            }
+            while let Some(done) = running.join_next().await {
+                done.unwrap();
+            }
+            // As many as there may be can be open again: none is left.
+            let mut all = JoinSet::new();
+            for _ in 0..MAX_STREAMS {
+                let opener = opener.clone();
+                all.spawn(async move {
+                    loop {
+                        match opener.open(3).await {
+                            Err(error) if error.kind() == ErrorKind::ResourceBusy => tokio::task::yield_now().await,
+                            opened => return opened.unwrap(),
+                        }
+                    }
+                });
+            }
+            let mut open = Vec::new();
+            while let Some(stream) = all.join_next().await {
+                open.push(stream.unwrap());
+            }
+            assert_eq!(open.len(), MAX_STREAMS);
+        }));
+    }
 }

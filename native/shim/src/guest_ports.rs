@@ -1,14 +1,17 @@
 //! Guest to host: what a guest reaches when it dials a port of its host.
 
 use crate::state::State;
-use crate::{doorbell, lifecycle, proxy};
+use crate::{doorbell, lifecycle, proxy, vsock};
 use machinen_channel::Incoming;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
+
+/// Calls served at once, those of earlier sessions among them.
+const MAX_CALLS: usize = 2 * machinen_channel::MAX_GUEST_STREAMS;
 
 /// Where a listener for a port of the host is to be found.
 pub fn socket(vsock_path: &Path, port: u32) -> PathBuf {
@@ -20,23 +23,35 @@ pub fn socket(vsock_path: &Path, port: u32) -> PathBuf {
 /// Serves what the guest opens, until the channel ends and everything that came over it is dealt with.
 pub async fn serve(mut arrivals: mpsc::Receiver<Incoming>, vsock_path: PathBuf, state: Arc<State>) {
     let mut calls = JoinSet::new();
+    let lifecycle = Arc::new(Semaphore::new(lifecycle::MAX_CALLS));
     while let Some(incoming) = arrivals.recv().await {
         while calls.try_join_next().is_some() {}
+        // A session has fewer; those of one that has ended may be stuck in a socket that nobody reads.
+        if calls.len() >= MAX_CALLS {
+            incoming.refuse();
+            continue;
+        }
         let listener = socket(&vsock_path, incoming.port);
-        calls.spawn(call(incoming, listener, Arc::clone(&state)));
+        calls.spawn(call(incoming, listener, Arc::clone(&state), Arc::clone(&lifecycle)));
     }
     while calls.join_next().await.is_some() {}
 }
 
 /// A call that fails has ended for the guest as well; there is nobody else to tell.
-async fn call(incoming: Incoming, listener: PathBuf, state: Arc<State>) -> io::Result<()> {
+async fn call(incoming: Incoming, listener: PathBuf, state: Arc<State>, lifecycle: Arc<Semaphore>) -> io::Result<()> {
     match incoming.port {
-        lifecycle::PORT => lifecycle::record(incoming.accept().await?, &state).await,
+        lifecycle::PORT => match lifecycle.try_acquire() {
+            Ok(_call) => lifecycle::record(incoming.accept().await?, &state).await,
+            Err(_) => {
+                incoming.refuse();
+                Ok(())
+            }
+        },
         doorbell::PORT => doorbell::answer(incoming, &listener, &state).await,
         _ => match UnixStream::connect(listener).await {
             Ok(socket) => proxy::run(socket, incoming.accept().await?).await,
             Err(_) => {
-                incoming.refuse().await;
+                incoming.refuse();
                 Ok(())
             }
         },
@@ -50,7 +65,7 @@ pub async fn serve_lifecycle(listener: UnixListener, state: Arc<State>, mut over
         tokio::select! {
             biased;
             // One VM announces one end; whoever calls more often waits.
-            Ok((stream, _)) = listener.accept(), if calls.len() < 8 => {
+            stream = vsock::next_client(&listener), if calls.len() < lifecycle::MAX_CALLS => {
                 let state = Arc::clone(&state);
                 calls.spawn(async move { lifecycle::record(stream, &state).await });
             }

@@ -8,7 +8,11 @@ use std::io::{self, ErrorKind};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 pub const PORT: u32 = 1980;
+/// Streams served at once. A guest announces one end, and has one main command whose output it sends.
+pub const MAX_CALLS: usize = 8;
 const BUFFER: usize = 16 * 1024;
+/// Longest payload of an `end` frame, which is held in memory.
+const MAX_END: u32 = 4 * 1024;
 
 /// An `end` frame; empty when the guest powers off without a main command.
 #[derive(Deserialize)]
@@ -19,17 +23,17 @@ struct Announcement {
 
 /// Records frames until the end, which is confirmed by closing the stream.
 pub async fn record(mut stream: impl AsyncRead + AsyncWrite + Unpin, state: &State) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
     while let Some(Head { kind, length }) = frame::head(&mut stream).await? {
         let mut payload = (&mut stream).take(length.into());
         match kind {
             STDOUT | STDERR => {
-                let mut buffer = vec![0; BUFFER];
                 while let n @ 1.. = payload.read(&mut buffer).await? {
                     // A disk that is slow slows the command down.
                     state.output.write_all(&buffer[..n]).await;
                 }
             }
-            END => {
+            END if length <= MAX_END => {
                 let mut json = Vec::new();
                 payload.read_to_end(&mut json).await?;
                 let Announcement { code, signal } = serde_json::from_slice(&json)?;

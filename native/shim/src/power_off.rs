@@ -21,14 +21,23 @@ pub enum Agent {
 }
 
 impl Agent {
-    /// Resolves when the guest has taken the request, or is in the middle of it.
+    /// Resolves when the guest has taken the request, is in the middle of it, or may yet end for another reason.
     ///
     /// # Errors
     /// When there is nobody to ask, or the agent says no: waiting is pointless then.
     pub async fn power_off(self) -> io::Result<()> {
         match self {
             Agent::Channel(opener) if !opener.is_connected() => Err(ErrorKind::NotConnected.into()),
-            Agent::Channel(opener) => request(opener.open(PORT).await?).await,
+            Agent::Channel(opener) => loop {
+                match opener.open_urgent(PORT).await {
+                    Ok(stream) => return request(stream).await,
+                    // The session broke off: in the next one there is somebody to ask again.
+                    Err(error) if error.kind() == ErrorKind::ConnectionReset => tokio::task::yield_now().await,
+                    // The guest is alive, and holds on to more streams than it may.
+                    Err(error) if error.kind() == ErrorKind::ResourceBusy => return Ok(()),
+                    Err(error) => return Err(error),
+                }
+            },
             Agent::Socket(path) => {
                 let mut socket = UnixStream::connect(path).await?;
                 socket.write_all(format!("CONNECT {PORT}\n").as_bytes()).await?;

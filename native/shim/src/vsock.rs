@@ -4,13 +4,17 @@ use crate::hang_up::hung_up;
 use crate::{line, proxy};
 use machinen_channel::Opener;
 use std::io::{self, ErrorKind};
+use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// Connections served at once; the channel has no more streams either.
+/// Connections served at once; the channel has no more streams for them either.
 const MAX_CLIENTS: usize = machinen_channel::MAX_STREAMS;
+/// How long to wait when a client cannot be accepted, as for want of a descriptor: the listener stays readable, and no event says that
+/// some part of the process has closed one.
+const PAUSE: Duration = Duration::from_millis(100);
 /// `CONNECT 4294967295`.
 const MAX_LINE: usize = 18;
 
@@ -19,17 +23,25 @@ pub async fn serve(listener: UnixListener, opener: Opener, mut over: watch::Rece
     let mut clients = JoinSet::new();
     loop {
         tokio::select! {
-            accepted = listener.accept(), if clients.len() < MAX_CLIENTS => match accepted {
-                Ok((client, _)) => drop(clients.spawn(serve_client(client, opener.clone()))),
-                // Out of descriptors: as soon as a connection ends there are some.
-                Err(_) => drop(clients.join_next().await),
-            },
+            client = next_client(&listener), if clients.len() < MAX_CLIENTS => {
+                clients.spawn(serve_client(client, opener.clone()));
+            }
             Some(_) = clients.join_next() => {}
             () = async { drop(over.wait_for(|over| *over).await) } => break,
         }
     }
     drop(listener);
     while clients.join_next().await.is_some() {}
+}
+
+/// The next client, however long one cannot be accepted.
+pub async fn next_client(listener: &UnixListener) -> UnixStream {
+    loop {
+        match listener.accept().await {
+            Ok((client, _)) => return client,
+            Err(_) => tokio::time::sleep(PAUSE).await,
+        }
+    }
 }
 
 /// A client that breaks the rules, or asks for what is refused, is told by the end of its connection.

@@ -174,3 +174,25 @@ fn helpers_that_keep_the_console_open_do_not_keep_the_vm() {
     assert!(since.elapsed() < PATIENCE / 2);
     assert_eq!(exit["consoleTail"], "bye\n");
 }
+
+#[test]
+fn stop_is_orderly_while_clients_hold_all_streams() {
+    let mut shim = start_ready(&["serve"]);
+    let held: Vec<_> = (0..512).map(|_| shim.dial(7)).collect();
+    let mut control = shim.control(r#"{"op":"stop"}"#);
+    assert_eq!(common::line(&mut control), json!({"ok": true}));
+    let exit = shim.exited();
+    assert_eq!((&exit["reason"], &exit["orderly"]), (&json!("stop"), &json!(true)));
+    assert_eq!(exit["vmm"], json!({"code": 0, "signal": null}));
+    drop(held);
+}
+
+#[test]
+fn the_end_of_a_main_command_is_heard_while_clients_hold_all_streams() {
+    let mut shim = start_ready(&["serve", "--main", "7"]);
+    let held: Vec<_> = (0..511).map(|_| shim.dial(7)).collect();
+    let main = shim.dial(9);
+    let exit = shim.exited();
+    assert_eq!((&exit["main"], &exit["orderly"]), (&json!({"code": 7, "signal": null}), &json!(true)));
+    drop((main, held));
+}

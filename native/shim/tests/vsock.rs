@@ -140,3 +140,98 @@ fn the_doorbell_is_passed_on_to_whoever_waits_for_it() {
     drop(bell);
     shim.until(|shim| std::fs::read_to_string(shim.path("vmm.log")).unwrap().contains("doorbell: {\"nowMs\":7}"));
 }
+
+/// A call of the guest's to the lifecycle port, whose bytes are the test's.
+fn lifecycle_call(shim: &common::Shim) -> UnixStream {
+    let mut near = shim.dial(10);
+    near.write_all(&1980u32.to_be_bytes()).unwrap();
+    near
+}
+
+/// Whether the other end closes the connection; it says nothing.
+fn has_ended(call: &mut UnixStream) -> bool {
+    call.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+    match call.read(&mut [0]) {
+        Ok(n) => n == 0,
+        Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+    }
+}
+
+/// A frame of section 3, or its beginning.
+fn frame(kind: u8, length: usize, payload: &[u8]) -> Vec<u8> {
+    [&[kind], &u32::try_from(length).unwrap().to_be_bytes()[..], payload].concat()
+}
+
+#[test]
+fn an_end_frame_longer_than_any_end_is_not_held() {
+    let mut shim = start_ready(&["serve"]);
+    for length in [4097, 1 << 20] {
+        let mut call = lifecycle_call(&shim);
+        call.write_all(&frame(19, length, b"{")).unwrap();
+        assert!(has_ended(&mut call), "it is still listened to");
+    }
+    // The longest there may be counts.
+    let end = format!("{{\"code\":3,\"signal\":null{}}}", " ".repeat(4096 - 24));
+    assert_eq!(end.len(), 4096);
+    let mut call = lifecycle_call(&shim);
+    call.write_all(&frame(19, end.len(), end.as_bytes())).unwrap();
+    assert_eq!(call.read(&mut [0]).unwrap(), 0);
+    shim.signal(nix::sys::signal::Signal::SIGTERM);
+    assert_eq!(shim.exited()["main"], json!({"code": 3, "signal": null}));
+}
+
+#[test]
+fn eight_calls_at_once_reach_the_lifecycle_port() {
+    let shim = start_ready(&["serve"]);
+    let mut calls: Vec<_> = (0..8)
+        .map(|_| {
+            let mut call = lifecycle_call(&shim);
+            call.write_all(&frame(17, 2, b"x\n")).unwrap();
+            call
+        })
+        .collect();
+    shim.until(|shim| std::fs::read(shim.path("output.log")).is_ok_and(|log| log.len() == 16));
+    let mut ninth = lifecycle_call(&shim);
+    assert!(has_ended(&mut ninth), "it was let in");
+    // One that ends makes room.
+    drop(calls.pop());
+    shim.until(|shim| {
+        let mut next = lifecycle_call(shim);
+        let _ = next.write_all(&frame(17, 2, b"y\n"));
+        next.set_read_timeout(Some(std::time::Duration::from_millis(50))).unwrap();
+        matches!(next.read(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock)
+    });
+}
+
+/// Processor time a process or a thread has used, in clock ticks.
+fn ticks(of: &str) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{of}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn without_descriptors_clients_wait_and_nothing_spins() {
+    let shim = start_ready(&["serve"]);
+    let limit = |n: usize| {
+        let limit = format!("--nofile={n}:4096");
+        let pid = shim.child.id().to_string();
+        assert!(std::process::Command::new("prlimit").args(["--pid", &pid, &limit]).status().unwrap().success());
+    };
+    // The connections that asked whether it is ready are closed by then.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let is_open = |fd: &usize| std::fs::read_link(format!("/proc/{}/fd/{fd}", shim.child.id())).is_ok();
+    limit((0..).find(|fd| !is_open(fd)).unwrap());
+    let mut waiting = shim.connect(7);
+    // As long as this thread takes to use 50 ticks: on a busy host a shim that spins gets no more than it does.
+    let pid = shim.child.id().to_string();
+    let (before, began) = (ticks(&pid), ticks("thread-self"));
+    while ticks("thread-self") < began + 50 {}
+    let used = ticks(&pid) - before;
+    assert!(used < 10, "{used} ticks, of 50");
+    limit(4096);
+    waiting.write_all(b"x").unwrap();
+    let mut greeting = [0; 5];
+    waiting.read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting, b"OK 7\n");
+}

@@ -127,7 +127,7 @@ async fn session(
             10 => drop(tokio::spawn(dial(incoming, opener.clone()))),
             11 => drop(tokio::spawn(fill(incoming, guest.memory.clone()))),
             1978 => drop(tokio::spawn(agent(incoming, opener.clone(), guest.deaf))),
-            _ => incoming.refuse().await,
+            _ => incoming.refuse(),
         }
     }
     Ok(())
