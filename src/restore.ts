@@ -8,7 +8,7 @@ import { Assets } from "./Assets.ts"
 import * as Bundle from "./Bundle.ts"
 import { Digests } from "./Digests.ts"
 import { decodeName, refuseUnknown, validateMemory, validateVcpus } from "./domain/BootOptions.ts"
-import type { BundleManifest } from "./domain/BundleManifest.ts"
+import { type BundleManifest, channelVersion } from "./domain/BundleManifest.ts"
 import { BootError } from "./domain/errors.ts"
 import type { OptionNames } from "./domain/knownOptions.ts"
 import { type LiveMount, type LiveMountOption, type Mount, overridden } from "./domain/mounts.ts"
@@ -405,6 +405,7 @@ export const misfits = Effect.fn("restore.misfits")(function* (
     differ("the VMM's version", there.vmmVersion, here.vmmVersion)
     differ("the machine type", there.machine, here.machine)
     differ("the list of devices", there.devices.join(" "), here.devices.join(" "))
+    differ("the version of the guest's channel", manifest.channel, channelVersion)
   }
   // measured, not stated: two measurements of one host differ by a little
   if (sameMachine && Math.abs(there.tscKhz - here.tscKhz) > here.tscKhz / 100)

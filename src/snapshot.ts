@@ -3,7 +3,7 @@ import { FileSystem } from "@effect/platform"
 import { Effect } from "effect"
 import * as Bundle from "./Bundle.ts"
 import { Digests } from "./Digests.ts"
-import type { BundleDisk, EngineName } from "./domain/BundleManifest.ts"
+import { type BundleDisk, channelVersion, type EngineName } from "./domain/BundleManifest.ts"
 import { BootError, SnapshotError } from "./domain/errors.ts"
 import { type OptionNames, unknownOption, unknownOptionText } from "./domain/knownOptions.ts"
 import type { Disk } from "./domain/Vm.ts"
@@ -228,6 +228,7 @@ const factsOf = Effect.fnUntraced(
         shares: (entry.liveMounts ?? []).length > 0
       }),
       kernelSha256: yield* digests.remembered(entry.kernel ?? ""),
+      channel: channelVersion,
       memoryMib: entry.memoryMib,
       vcpus: entry.vcpus,
       network: entry.network,

@@ -7,6 +7,9 @@ import { Disk, MachineFingerprint, VmId, VmName } from "./Vm.ts"
 export const EngineName = Schema.Literal("vmstate", "criu")
 export type EngineName = typeof EngineName.Type
 
+/** The version of the channel to a guest's agent (docs/protocol.md §1), which goes on as it was in a bundle of the engine `vmstate`. */
+export const channelVersion = 2
+
 /** A file's name in the bundle's directory; never a path. */
 const BlobName = Schema.String.pipe(Schema.pattern(/^[a-z][a-z.-]*$/))
 
@@ -46,6 +49,8 @@ export class BundleManifest extends Schema.Class<BundleManifest>("BundleManifest
   command: Schema.optional(Schema.Array(Schema.String)),
   machine: MachineFingerprint,
   kernelSha256: Schema.String,
+  /** What the agent in it speaks. A bundle of an older version has no word of it. */
+  channel: Schema.optionalWith(Schema.Int, { default: () => 1 }),
   memoryMib: Schema.Int.pipe(Schema.positive()),
   vcpus: Schema.Int.pipe(Schema.positive()),
   /** A bundle of an older version has no word of it. */

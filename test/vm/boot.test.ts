@@ -185,6 +185,7 @@ layer(live(home), { excludeTestServices: true })("a VM", (it) => {
       const main = yield* vm.startMain(line)
       yield* holdConnections(vm.entry.vsockPath, 511)
       yield* Deferred.succeed(go, undefined)
+      yield* Stream.runDrain(main.output)
       assert.strictEqual((yield* main.exit).code, 9)
       const exit = yield* vm.wait
       assert.isTrue(exit.orderly)
