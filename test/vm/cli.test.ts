@@ -348,11 +348,19 @@ describe("usage", () => {
 
   it.live("has completions, help and a version", () =>
     Effect.gen(function* () {
-      for (const args of [["--completions", "bash"], ["--help"], ["run", "--help"], ["--version"]]) {
-        const { code, stdout } = yield* machinen(args)
+      for (const [args, text] of [
+        [["--completions", "bash"], "complete -F _machinen_bash_completions"],
+        [["--help"], "session-kill"],
+        [["run", "--help"], "--mount-live"],
+        [["--version"], "0.1.0"]
+      ] as const) {
+        const { code, stdout } = yield* machinen(args, { env: { MACHINEN_BOOT_TIMEOUT: "60" } })
         assert.strictEqual(code, 0)
-        assert.isNotEmpty(stdout.trim())
+        assert.include(stdout, text)
       }
+      const unusable = yield* machinen(["ls"], { env: { MACHINEN_BOOT_TIMEOUT: "60" } })
+      assert.deepStrictEqual([unusable.code, unusable.stdout], [2, ""])
+      assert.include(unusable.stderr, "(PARSE_ENVIRONMENT_INVALID)")
     })
   )
 

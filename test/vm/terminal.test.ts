@@ -664,13 +664,16 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
 
 /** To the clients that windows run. */
 const signalClients = (home: string, signal: NodeJS.Signals) => {
+  let signalled = 0
   for (const pid of readdirSync("/proc").filter((entry) => /^[0-9]+$/.test(entry))) {
     try {
       const argv = readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0")
       const env = readFileSync(`/proc/${pid}/environ`, "utf8")
       if (argv[1] === cliPath && argv[2] === "attach" && env.includes(`MACHINEN_HOME=${home}\0`)) {
         process.kill(Number(pid), signal)
+        signalled += 1
       }
     } catch {}
   }
+  assert.isAbove(signalled, 0)
 }
