@@ -4,7 +4,7 @@ import { Schema } from "effect"
 export const ImageId = Schema.String.pipe(Schema.pattern(/^[0-9a-f]{64}$/), Schema.brand("ImageId"))
 export type ImageId = typeof ImageId.Type
 
-const component = "[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
+const component = "[a-z0-9]+(?:(?:[.]|_{1,2}|-+)[a-z0-9]+)*"
 const namePattern = new RegExp(`^${component}(?:/${component})*(?::[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?$`)
 
 /** What a user calls an image: `web`, `team/web:1.2`. Not what could be an id. */
