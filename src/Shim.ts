@@ -1,4 +1,18 @@
-import { Context, Deferred, Effect, Layer, Option, Ref, Schedule, Schema, type Scope, Stream } from "effect"
+import { existsSync } from "node:fs"
+import * as path from "node:path"
+import {
+  Context,
+  Deferred,
+  type Duration,
+  Effect,
+  Layer,
+  Option,
+  Ref,
+  Schedule,
+  Schema,
+  type Scope,
+  Stream
+} from "effect"
 import { BootError, RegistryError } from "./domain/errors.ts"
 import type { ProcessIdentity } from "./domain/ProcessIdentity.ts"
 import { ExitRecord, ShimEvent, ShimPlan } from "./domain/ShimPlan.ts"
@@ -372,7 +386,7 @@ const endOf = (
   }).pipe(
     Effect.scoped,
     Effect.catchAll((cause) =>
-      Effect.flatMap(endsSoon(shim), (ended) =>
+      Effect.flatMap(endsWithin(shim, isEnding(controlPath, cause) ? "30 seconds" : "1 second"), (ended) =>
         ended
           ? Effect.succeed(lost)
           : new RegistryError({
@@ -385,9 +399,13 @@ const endOf = (
     )
   )
 
-/** A process that is killed closes its sockets a moment before it is gone, and tells of neither. */
-const endsSoon = (who: ProcessIdentity) =>
+/** A shim that nobody listens for any more, or whose VM's directory it has removed, is on its way out; how soon, depends on the host. */
+const isEnding = (controlPath: string, { code }: NodeJS.ErrnoException) =>
+  ["ECONNREFUSED", "ECONNRESET", "EPIPE"].includes(code ?? "") || !existsSync(path.dirname(controlPath))
+
+/** A process tells nobody but its parent of its end: that is looked for. */
+const endsWithin = (who: ProcessIdentity, limit: Duration.DurationInput) =>
   processes.isAlive(who).pipe(
-    Effect.repeat({ schedule: Schedule.spaced("20 millis").pipe(Schedule.upTo("1 second")), while: (alive) => alive }),
+    Effect.repeat({ schedule: Schedule.spaced("20 millis").pipe(Schedule.upTo(limit)), while: (alive) => alive }),
     Effect.map((alive) => !alive)
   )
