@@ -105,10 +105,12 @@ export const parseExcludes = (text: string): ReadonlyArray<string> =>
 const fnmatch = (patterns: ReadonlyArray<string>): ((relative: string) => boolean) =>
   patterns.length === 0 ? () => false : picomatch([...patterns], { dot: true, bash: true })
 
+const isDirectory = (node: Node | undefined) => node !== undefined && (node.mode & 0o170000) === directory
+
 /** Puts something at a place; what a directory held goes with it when it is replaced by something else. */
 const put = (tree: Tree, name: string, node: Node) => {
-  const isDirectory = (node.mode & 0o170000) === directory
-  if (!isDirectory) {
+  // only a directory has anything below it: looking for that at every file would take the square of their number
+  if (isDirectory(tree.get(name)) && !isDirectory(node)) {
     for (const other of [...tree.keys()]) if (other.startsWith(`${name}/`)) tree.delete(other)
   }
   tree.set(name, node)
@@ -201,6 +203,9 @@ const entriesOf = (
   return [[".", { mode: directory | 0o755 }], ...walked, ...finals]
 }
 
+/** Small files are gathered to this many bytes: a write for each costs more than the file. */
+const writtenAtOnce = 1024 * 1024
+
 /** Writes the archive piece by piece; `out` has its name only when it is whole. */
 const write = Effect.fnUntraced(function* (out: string, entries: ReadonlyArray<readonly [string, Node]>) {
   const fs = yield* FileSystem.FileSystem
@@ -212,12 +217,22 @@ const write = Effect.fnUntraced(function* (out: string, entries: ReadonlyArray<r
       yield* Effect.scoped(
         Effect.gen(function* () {
           const target = yield* fs.open(draft, { flag: "w" })
+          let [pieces, length]: [Array<Uint8Array>, number] = [[], 0]
+          const flush = Effect.suspend(() => {
+            const bytes = Buffer.concat(pieces)
+            ;[pieces, length] = [[], 0]
+            return target.writeAll(bytes)
+          })
           for (const [index, [name, { data, ...rest }]] of entries.entries()) {
             const bytes = data === undefined || data instanceof Uint8Array ? data : yield* readWhole(data)
             const entry = { ...rest, name, ...(bytes === undefined ? {} : { data: bytes }) }
-            for (const piece of cpioPieces(entry, index + 1)) if (piece.length > 0) yield* target.writeAll(piece)
+            const added = cpioPieces(entry, index + 1)
+            pieces.push(...added)
+            length += added.reduce((sum, piece) => sum + piece.length, 0)
+            if (length >= writtenAtOnce) yield* flush
           }
-          yield* target.writeAll(Buffer.concat(cpioPieces({ name: "TRAILER!!!", mode: 0 }, entries.length + 1)))
+          pieces.push(...cpioPieces({ name: "TRAILER!!!", mode: 0 }, entries.length + 1))
+          yield* flush
         })
       )
       yield* fs.rename(draft, out)
