@@ -8,7 +8,7 @@ import {
   Effect,
   Layer,
   Option,
-  type ParseResult,
+  ParseResult,
   Ref,
   Schedule,
   Schema,
@@ -34,6 +34,7 @@ import { ExecError, FilesError } from "./domain/errors.ts"
 import { ExitStatus } from "./domain/Vm.ts"
 import * as FileTree from "./FileTree.ts"
 import type { GuestConfig } from "./Initramfs.ts"
+import { boundedLines } from "./platform/boundedLines.ts"
 import { Tail } from "./platform/Tail.ts"
 import * as tar from "./platform/tar.ts"
 import type { Connection } from "./platform/UnixSocket.ts"
@@ -73,7 +74,10 @@ export interface RunningCommand {
   readonly pid: number
   /** Both channels in the order they were sent. Not reading it stops the command's writes; it may be run once. */
   readonly output: Stream.Stream<CommandOutput, ExecError>
-  /** Completes once `output` has been read to its end. */
+  /**
+   * How the command ended. Completes once `output` has been read to its end. While nobody reads that, this does: 1 MiB is kept for a reader that comes
+   * later, the rest is dropped, and such a reader fails EXEC_OUTPUT_TOO_LARGE behind what was kept.
+   */
   readonly exit: Effect.Effect<ExitStatus, ExecError>
   /** Sends a signal (by number) to the command's process group. */
   readonly signal: (signal: number) => Effect.Effect<void>
@@ -99,6 +103,8 @@ export interface ExecOptions {
   readonly onOutput?: (piece: CommandOutput) => Effect.Effect<void>
   /** The channels whose output the result holds; the field of any other is empty. Default: both. */
   readonly keep?: ReadonlyArray<CommandOutput["channel"]>
+  /** Most that the result holds; a command that prints more is killed, and fails EXEC_OUTPUT_TOO_LARGE. Default 256 MiB. */
+  readonly maxOutputBytes?: number
   /**
    * How long to wait for the guest to take the command, and after which pause to try again when it cannot be reached. A VM that is gone, and
    * a command that has started, are not tried again. Without it, a guest that is held (paused, being captured) is waited for.
@@ -119,6 +125,18 @@ export interface FileRange {
   readonly offset?: number
   /** Default: to the end. */
   readonly length?: number
+}
+
+export interface CopyOptions {
+  /** Patterns of fnmatch, for the path below a directory or for any name. */
+  readonly excludes?: ReadonlyArray<string>
+  /** A source that is a symbolic link stands for what it leads to (default); with `false` the link itself is copied. */
+  readonly follow?: boolean
+}
+
+export interface PullOptions extends CopyOptions {
+  /** Most that the guest may send, in bytes: contents without holes, and at least 512 for each file. FILES_TOO_LARGE beyond it. Default: no bound. */
+  readonly maxBytes?: number
 }
 
 /** What is a restored guest's own. */
@@ -156,24 +174,20 @@ export interface AgentClient
   ) => Effect.Effect<void, FilesError>
   /** The file, or `length` bytes of it from `offset` on. Not reading it stops the guest's reads. */
   readonly readFile: (path: string, range?: FileRange) => Stream.Stream<Uint8Array, FilesError>
-  /** Copies the contents of a host directory into a guest directory, made if missing; a host file to that guest path. */
-  readonly push: (
-    hostPath: string,
-    guestPath: string,
-    options?: { readonly excludes?: ReadonlyArray<string> }
-  ) => Effect.Effect<void, FilesError>
+  /**
+   * Copies the contents of a host directory into a guest directory, made if missing; a host file to that guest path, or to where a link there leads. A
+   * file gets its name when all of it has come, and what had the name stays until then; of a directory that fails half-way, the files that came whole stay.
+   */
+  readonly push: (hostPath: string, guestPath: string, options?: CopyOptions) => Effect.Effect<void, FilesError>
   /** The other way round. */
-  readonly pull: (
-    guestPath: string,
-    hostPath: string,
-    options?: { readonly excludes?: ReadonlyArray<string> }
-  ) => Effect.Effect<void, FilesError>
+  readonly pull: (guestPath: string, hostPath: string, options?: PullOptions) => Effect.Effect<void, FilesError>
   /**
    * The root filesystem as a tar stream that another machine can start from: owners, modes, extended attributes, links and devices; not what is
    * mounted in it. No entry is younger than `newest`, in seconds since 1970.
    */
   readonly image: (options?: { readonly newest?: number }) => Stream.Stream<Uint8Array, FilesError>
-  readonly stat: (path: string) => Effect.Effect<FileStat, FilesError>
+  /** With `follow` of what a symbolic link leads to, else of the link itself. */
+  readonly stat: (path: string, options?: { readonly follow?: boolean }) => Effect.Effect<FileStat, FilesError>
   /**
    * Freezes the guest's commands until the scope closes; with `sync` its filesystems are written out first. Operations asked for meanwhile
    * wait.
@@ -225,8 +239,7 @@ export class Agent extends Context.Tag("machinen/Agent")<
         return Effect.gen(function* () {
           const connection = yield* Effect.mapError(accept, unavailable)
           const line = yield* connection.bytes.pipe(
-            Stream.decodeText(),
-            Stream.splitLines,
+            boundedLines(maxHello, () => new Error("a line without an end")),
             Stream.runHead,
             Effect.mapError(unavailable)
           )
@@ -251,6 +264,9 @@ export class Agent extends Context.Tag("machinen/Agent")<
     })
   )
 }
+
+/** Longest line at the doorbell, in characters. */
+const maxHello = 4096
 
 const encodeRequest = (request: AgentRequest) => JSON.stringify(Schema.encodeSync(AgentRequest)(request))
 
@@ -380,15 +396,16 @@ const makeClient = (
       }
       yield* Effect.forkScoped(sendAll(operation.send, stdin))
     }
-    const piece: Running["piece"] = Effect.flatMap(Effect.mapError(operation.frame, Option.map(toExecError)), (frame) =>
-      Option.getOrElse(Option.map(toOutput(frame), Effect.succeed), () => piece)
+    const next: Running["piece"] = Effect.flatMap(Effect.mapError(operation.frame, Option.map(toExecError)), (frame) =>
+      Option.getOrElse(Option.map(toOutput(frame), Effect.succeed), () => next)
     )
+    const ended = Effect.mapError(operation.result, toExecError)
+    const { drained, output, piece } = yield* drainable(next, operation.isOver, ended)
     const running: Running = {
       pid: operation.started.pid ?? 0,
       piece,
-      output: Stream.repeatEffectOption(piece),
-      exit: operation.result.pipe(
-        Effect.mapError(toExecError),
+      output,
+      exit: Effect.zipRight(drained, ended).pipe(
         Effect.flatMap((json) =>
           Effect.mapError(decodeExit(json), (cause) => protocolError("unreadable exit status", cause))
         )
@@ -434,17 +451,25 @@ const makeClient = (
           })
         )
 
-  const collect = (command: Commandlike, { connect, keep = ["stdout", "stderr"], onOutput }: ExecOptions) =>
+  const collect = (
+    command: Commandlike,
+    { connect, keep = ["stdout", "stderr"], maxOutputBytes = defaultMaxOutput, onOutput }: ExecOptions
+  ) =>
     Effect.scoped(
       Effect.gen(function* () {
         const running = yield* startWithin(command, connect)
         const parts: { stdout: Array<Uint8Array>; stderr: Array<Uint8Array> } = { stdout: [], stderr: [] }
         const said = new Tail(stderrTail)
+        let kept = 0
         yield* forEachOf(running.piece, (piece) =>
           Effect.suspend(() => {
             const { bytes, channel } = piece
-            // copied: a piece may be a view of a larger buffer that would be kept alive
-            if (keep.includes(channel)) parts[channel].push(Buffer.from(bytes))
+            if (keep.includes(channel)) {
+              kept += bytes.length
+              if (kept > maxOutputBytes) return Effect.fail(outputTooLarge(command, maxOutputBytes))
+              // copied: a piece may be a view of a larger buffer that would be kept alive
+              parts[channel].push(Buffer.from(bytes))
+            }
             if (channel === "stderr") said.push(bytes)
             return onOutput === undefined ? Effect.void : onOutput(piece)
           })
@@ -512,7 +537,16 @@ const makeClient = (
           })
         )
         // what went wrong at this end first: the guest's answer is missing then
-        yield* Effect.mapError(succeeded, hostIo(hostPath))
+        yield* Effect.mapError(succeeded, (cause) =>
+          cause instanceof tar.PulledTooMuch
+            ? new FilesError({
+                code: "FILES_TOO_LARGE",
+                message: `${guestPath} is larger than allowed: ${cause.message}`,
+                hint: "allow more (`maxBytes`), or leave something out (`excludes`)",
+                cause
+              })
+            : hostIo(hostPath)(cause)
+        )
         yield* Effect.mapError(answered, toFilesError(guestPath))
       })
     )
@@ -522,13 +556,11 @@ const makeClient = (
       Stream.mapError(toFilesError(guestPath))
     )
 
-  const pullInto = (shim: string, guestPath: string, excludes: ReadonlyArray<string>, dir: string) =>
-    copy({ op: "pull", path: guestPath, excludes }, guestPath, dir, (connection, request) =>
-      tar.pull(shim, connection, request, dir)
-    )
-
-  const stat = Effect.fn("Agent.stat")(function* (path: string) {
-    const json = yield* Effect.mapError(ask({ op: "stat", path }), toFilesError(path))
+  const stat = Effect.fn("Agent.stat")(function* (
+    path: string,
+    { follow = false }: { readonly follow?: boolean } = {}
+  ) {
+    const json = yield* Effect.mapError(ask({ op: "stat", path, follow }), toFilesError(path))
     return yield* Effect.mapError(decodeStat(json), toFilesError(path))
   })
 
@@ -595,38 +627,24 @@ const makeClient = (
     readFile: (path, range = {}) =>
       Stream.unwrap(Effect.as(checkRange(range), receive({ op: "read", path, ...range }, path))),
     image: (options) => receive({ op: "image", ...options }, "/"),
-    push: Effect.fn("Agent.push")(function* (hostPath, guestPath, options) {
-      const info = yield* Effect.mapError(
-        fs.stat(hostPath),
-        (cause) =>
-          new FilesError({
-            code: "FILES_HOST_DIR_NOT_FOUND",
-            message: `there is no file or directory ${hostPath} on the host`,
-            cause
-          })
-      )
-      const asFile = info.type !== "Directory"
+    push: Effect.fn("Agent.push")(function* (hostPath, guestPath, { excludes = [], follow = true } = {}) {
+      const isLink = !follow && Option.isSome(yield* Effect.option(fs.readLink(hostPath)))
+      const info = isLink ? undefined : yield* Effect.mapError(fs.stat(hostPath), nothingToPush(hostPath))
+      const file = info?.type !== "Directory"
       const archiver = yield* Effect.mapError(shim, hostIo(hostPath))
-      const target = asFile ? path.posix.dirname(guestPath) : guestPath
-      yield* copy({ op: "push", path: target }, target, hostPath, (connection, request) =>
-        tar.push(archiver, connection, request, hostPath, path.posix.basename(guestPath), options?.excludes ?? [])
+      const pushed = { path: hostPath, name: path.posix.basename(guestPath), follow, excludes }
+      yield* copy({ op: "push", path: guestPath, file }, guestPath, hostPath, (connection, request) =>
+        tar.push(archiver, connection, request, pushed)
       )
     }),
-    pull: Effect.fn("Agent.pull")(function* (guestPath, hostPath, options) {
-      const { kind } = yield* stat(guestPath)
+    pull: Effect.fn("Agent.pull")(function* (guestPath, hostPath, { excludes = [], follow = true, maxBytes } = {}) {
+      const kind = (yield* stat(guestPath, { follow })).kind === "directory" ? "directory" : "file"
       const archiver = yield* Effect.mapError(shim, hostIo(hostPath))
-      if (kind === "directory") {
-        yield* Effect.mapError(fs.makeDirectory(hostPath, { recursive: true }), hostIo(hostPath))
-        return yield* pullInto(archiver, guestPath, options?.excludes ?? [], hostPath)
-      }
-      yield* Effect.scoped(
-        Effect.gen(function* () {
-          // beside the target, so that the rename cannot cross filesystems; a failed pull leaves nothing under the target's name
-          const staging = yield* fs.makeTempDirectoryScoped({ directory: path.dirname(hostPath), prefix: ".machinen-" })
-          yield* pullInto(archiver, guestPath, [], staging)
-          yield* fs.rename(path.join(staging, path.posix.basename(guestPath)), hostPath)
-        })
-      ).pipe(Effect.mapError(hostIo(hostPath)))
+      const pulled = { kind, path: hostPath, ...(maxBytes === undefined ? {} : { maxBytes }) } as const
+      const request = { op: "pull", path: guestPath, follow, excludes } as const
+      yield* copy(request, guestPath, hostPath, (connection, request) =>
+        tar.pull(archiver, connection, request, pulled)
+      )
     }),
     stat,
     freeze: Effect.fn("Agent.freeze")(function* ({ lazyUmount, sync, timeout }) {
@@ -682,7 +700,7 @@ const frameReader = (read: Connection["read"]) => {
   const more = read.pipe(
     Effect.mapError(
       Option.match({
-        onNone: () => protocolError("the connection to the guest ended in the middle"),
+        onNone: () => protocolError("the connection to the guest ended in the middle", new StreamEnded()),
         onSome: lostConnection
       })
     ),
@@ -710,6 +728,77 @@ const forEachOf = <A, E, R>(next: Effect.Effect<A, Option.Option<E>>, use: (a: A
     Effect.forever,
     Effect.catchAll(Option.match({ onNone: () => Effect.void, onSome: Effect.fail }))
   )
+
+/** How much of a command's output is kept for a reader that comes after `exit` was asked for, in bytes. */
+const maxUnread = 1024 * 1024
+/** How much of a command's output a result holds unless its caller says otherwise, in bytes. */
+const defaultMaxOutput = 256 * 1024 * 1024
+
+const outputTooLarge = (command: Commandlike, bytes: number) =>
+  new ExecError({
+    code: "EXEC_OUTPUT_TOO_LARGE",
+    message: `the command printed more than ${bytes} bytes and was killed: ${shown(command)}`,
+    hint: "read its output as it comes (`vm.start`), keep less of it (`keep`), or allow more (`maxOutputBytes`)"
+  })
+
+/**
+ * Output that somebody may read. `drained` reads it for as long as nobody else does, so that its end comes; a reader that begins later gets first what
+ * was kept, and one that leaves lets `drained` go on. `over`: the end has come, or there will be none.
+ */
+const drainable = Effect.fnUntraced(function* (
+  next: Running["piece"],
+  over: Effect.Effect<boolean>,
+  ended: Effect.Effect<unknown, ExecError>
+) {
+  const turns = yield* Effect.makeSemaphore(1)
+  const unread = yield* Effect.makeLatch(true)
+  const kept: Array<CommandOutput> = []
+  let [isRead, isDraining, isCut, bytes] = [false, false, false, 0]
+  const dropped = new ExecError({
+    code: "EXEC_OUTPUT_TOO_LARGE",
+    message: `nobody read the command's output while its end was awaited, and only ${maxUnread} bytes of it were kept`,
+    hint: "begin to read `output` before `exit` is awaited"
+  })
+  const keep = (piece: CommandOutput) => {
+    isCut = isCut || bytes + piece.bytes.length > maxUnread
+    if (isCut) return
+    bytes += piece.bytes.length
+    kept.push({ ...piece, bytes: Buffer.from(piece.bytes) })
+  }
+  const afterKept: Running["piece"] = Effect.suspend(() => {
+    const first = kept.shift()
+    if (first !== undefined) return Effect.succeed(first)
+    if (isCut) return Effect.fail(Option.some(dropped))
+    const end = Effect.zipRight(Effect.mapError(ended, Option.some), Effect.fail(Option.none()))
+    return Effect.if(over, { onTrue: () => end, onFalse: () => next })
+  })
+  const piece: Running["piece"] = Effect.suspend(() => {
+    isRead = true
+    return isDraining ? turns.withPermits(1)(afterKept) : next
+  })
+  const turn = turns.withPermits(1)(
+    Effect.if(over, {
+      onTrue: () => Effect.fail(Option.none()),
+      onFalse: () => (isRead ? Effect.void : Effect.map(next, keep))
+    })
+  )
+  const drained = Effect.suspend(() => {
+    isDraining = true
+    // why there is no more is the result's to tell
+    return Effect.ignore(Effect.forever(unread.whenOpen(turn)))
+  }).pipe(Effect.unlessEffect(over))
+  const output = Stream.unwrap(Effect.as(unread.close, Stream.repeatEffectOption(piece))).pipe(
+    Stream.ensuring(
+      Effect.zipRight(
+        Effect.sync(() => {
+          isRead = false
+        }),
+        unread.open
+      )
+    )
+  )
+  return { drained, output, piece }
+})
 
 const checkRange = (range: FileRange): Effect.Effect<void, FilesError> =>
   Object.values(range).every((n) => Number.isSafeInteger(n) && n >= 0)
@@ -788,6 +877,9 @@ const mayBeReachedLater = ({ cause, code }: ExecError): boolean =>
 
 const lostConnection = (cause: unknown) =>
   new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "the connection to the guest broke", cause })
+
+/** The guest, or its shim, has gone: nobody broke the protocol. */
+class StreamEnded extends Error {}
 
 const protocolError = (message: string, cause?: unknown) => new ExecError({ code: "EXEC_PROTOCOL", message, cause })
 
@@ -876,6 +968,16 @@ const toFilesError =
           return new FilesError({ code: "FILES_GUEST_IO", message, cause })
       }
     }
+    const isViolation =
+      error instanceof ExecError && error.code === "EXEC_PROTOCOL" && !(error.cause instanceof StreamEnded)
+    if (isViolation || error instanceof ParseResult.ParseError) {
+      return new FilesError({
+        code: "FILES_PROTOCOL",
+        message: `the guest agent's answer about ${guestPath} is not what the protocol says: ${error.message}`,
+        hint: "run `machinen install`: kernel and guest binary must come from the same release",
+        cause: error
+      })
+    }
     return new FilesError({
       code: "FILES_AGENT_UNAVAILABLE",
       message: `the guest agent cannot be reached for ${guestPath}`,
@@ -883,6 +985,13 @@ const toFilesError =
       cause: error
     })
   }
+
+const nothingToPush = (hostPath: string) => (cause: unknown) =>
+  new FilesError({
+    code: "FILES_HOST_DIR_NOT_FOUND",
+    message: `there is no file or directory ${hostPath} on the host`,
+    cause
+  })
 
 const hostIo = (hostPath: string) => (cause: unknown) =>
   cause instanceof FilesError

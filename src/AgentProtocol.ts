@@ -190,10 +190,26 @@ export const AgentRequest = Schema.Union(
     offset: Schema.optional(Schema.Int),
     length: Schema.optional(Schema.Int)
   }),
-  Schema.Struct({ op: Schema.Literal("push"), path: Schema.String }),
-  Schema.Struct({ op: Schema.Literal("pull"), path: Schema.String, excludes: Schema.Array(Schema.String) }),
+  Schema.Struct({
+    op: Schema.Literal("push"),
+    path: Schema.String,
+    /** The path is that of one file, not of the directory that is unpacked into. */
+    file: Schema.optionalWith(Schema.Boolean, { default: () => false })
+  }),
+  Schema.Struct({
+    op: Schema.Literal("pull"),
+    path: Schema.String,
+    /** A symbolic link stands for what it leads to. */
+    follow: Schema.optionalWith(Schema.Boolean, { default: () => false }),
+    excludes: Schema.Array(Schema.String)
+  }),
   Schema.Struct({ op: Schema.Literal("image"), newest: Schema.optional(Schema.Int) }),
-  Schema.Struct({ op: Schema.Literal("stat"), path: Schema.String }),
+  Schema.Struct({
+    op: Schema.Literal("stat"),
+    path: Schema.String,
+    /** A symbolic link stands for what it leads to. */
+    follow: Schema.optionalWith(Schema.Boolean, { default: () => false })
+  }),
   Schema.Struct({ op: Schema.Literal("list"), path: Schema.String }),
   Schema.Struct({
     op: Schema.Literal("mkdir"),
@@ -286,7 +302,7 @@ export class TerminalSession extends Schema.Class<TerminalSession>("TerminalSess
   ended: Schema.NullOr(ExitStatus)
 }) {}
 
-/** What is in a directory, by name. */
+/** What is in a directory, by name. A byte that is not UTF-8 is the lone surrogate U+DC00 + byte, here and in every path of the guest's. */
 export class DirectoryEntry extends FileStat.extend<DirectoryEntry>("DirectoryEntry")({ name: Schema.String }) {}
 
 /** What happened below a watched directory; paths are relative to it. */

@@ -1,9 +1,13 @@
 import { Chunk, Effect, Option, Schema, type Scope, Stream } from "effect"
 import type { AgentRefusal, Operation } from "./Agent.ts"
 import { type AgentRequest, DirectoryEntry, FileChange, FrameType } from "./AgentProtocol.ts"
-import type { ExecError, FilesError } from "./domain/errors.ts"
+import { ExecError, FilesError } from "./domain/errors.ts"
+import { boundedLines } from "./platform/boundedLines.ts"
 
-/** Names in a guest: what there is, making, moving and removing it. All paths are absolute. */
+/**
+ * Names in a guest: what there is, making, moving and removing it. All paths are absolute. A name need not be UTF-8: a byte that is not is the lone
+ * surrogate U+DC00 + byte, in what is told and in what is asked for, so a listed name can be given back as it is.
+ */
 export interface FileTree {
   /** What is in a directory, in the order of the names. A link is described itself. */
   readonly list: (path: string) => Effect.Effect<ReadonlyArray<DirectoryEntry>, FilesError>
@@ -35,9 +39,16 @@ export const make = (
 ): FileTree => ({
   list: Effect.fn("Agent.list")(function* (path: string) {
     const listed = Stream.unwrapScoped(Effect.map(operate({ op: "list", path }), lines))
-    const entries = yield* Stream.runCollect(Stream.mapEffect(listed, decodeEntry)).pipe(
+    const entries = yield* Stream.runCollect(Stream.take(Stream.mapEffect(listed, decodeEntry), maxEntries + 1)).pipe(
       Effect.mapError(toFilesError(path))
     )
+    if (entries.length > maxEntries) {
+      return yield* new FilesError({
+        code: "FILES_TOO_LARGE",
+        message: `${path} has more than ${maxEntries} entries`,
+        hint: "let a command in the guest look through it (find)"
+      })
+    }
     return Chunk.toReadonlyArray(entries).toSorted((a, b) => (a.name < b.name ? -1 : 1))
   }),
   makeDirectory: Effect.fn("Agent.makeDirectory")((path, { mode, recursive = true } = {}) =>
@@ -60,12 +71,20 @@ export const make = (
   )
 })
 
+/** Two paths of 4 KiB, each byte as an escape of six characters, and what stands around them. */
+const maxLine = 64 * 1024
+/** Of one directory: a guest must not fill the memory of its caller. */
+const maxEntries = 1_000_000
+
 /** What an operation sends as text. */
 const lines = ({ frames }: Operation) =>
   frames.pipe(
     Stream.filterMap(({ payload, type }) => (type === FrameType.data ? Option.some(payload) : Option.none())),
-    Stream.decodeText(),
-    Stream.splitLines
+    boundedLines(
+      maxLine,
+      () =>
+        new ExecError({ code: "EXEC_PROTOCOL", message: `the agent sent a line of more than ${maxLine} characters` })
+    )
   )
 
 const decodeEntry = Schema.decode(Schema.parseJson(DirectoryEntry))

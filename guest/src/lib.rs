@@ -8,5 +8,6 @@ pub mod config;
 pub mod errno;
 pub mod frame;
 pub mod init;
+pub mod names;
 pub mod reply;
 pub mod request;

@@ -1,10 +1,11 @@
 //! What the agent answers: results of operations and errors.
 
 use std::io;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::errno;
+use crate::{errno, names};
 
 /// Why an operation failed, for the host to act on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,13 +64,13 @@ impl ErrorReply {
     }
 
     /// An operation on `subject` that the kernel refused.
-    pub fn io(subject: &str, error: &io::Error) -> Self {
+    pub fn io(subject: impl AsRef<Path>, error: &io::Error) -> Self {
         let code = match errno::number(error) {
             Some(libc::ENOENT) => Code::NotFound,
             Some(libc::ENOSPC) => Code::NoSpace,
             _ => Code::Io,
         };
-        Self { code, message: format!("{subject}: {error}"), errno: errno::of(error) }
+        Self { code, message: format!("{}: {error}", subject.as_ref().display()), errno: errno::of(error) }
     }
 }
 
@@ -156,7 +157,7 @@ pub enum FileKind {
     Other,
 }
 
-/// Result of `stat`. A symbolic link is described itself, not what it points to.
+/// Result of `stat`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Stat {
@@ -167,8 +168,8 @@ pub struct Stat {
     pub mtime_ms: i64,
     pub uid: u32,
     pub gid: u32,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub target: Option<String>,
+    #[serde(serialize_with = "names::serialize_some", skip_serializing_if = "Option::is_none")]
+    pub target: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

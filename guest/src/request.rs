@@ -2,6 +2,7 @@
 //! way to the kernel.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer};
@@ -9,6 +10,7 @@ use serde::{Deserialize, Deserializer};
 use zeroize::Zeroizing;
 
 use crate::config::GuestConfig;
+use crate::names;
 use crate::reply::{Code, ErrorReply};
 
 /// The operation a stream asks for.
@@ -25,7 +27,7 @@ pub enum Request {
     Pull(Pull),
     Image(Image),
     Stat(Stat),
-    List(Stat),
+    List(List),
     Mkdir(Mkdir),
     Rename(Rename),
     Remove(Remove),
@@ -94,7 +96,8 @@ pub struct Main {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Write {
-    pub path: String,
+    #[serde(deserialize_with = "names::deserialize")]
+    pub path: PathBuf,
     pub mode: Option<u32>,
     #[serde(default)]
     pub append: bool,
@@ -104,7 +107,8 @@ pub struct Write {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Read {
-    pub path: String,
+    #[serde(deserialize_with = "names::deserialize")]
+    pub path: PathBuf,
     #[serde(default)]
     pub offset: u64,
     pub length: Option<u64>,
@@ -112,12 +116,20 @@ pub struct Read {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Push {
-    pub path: String,
+    #[serde(deserialize_with = "names::deserialize")]
+    pub path: PathBuf,
+    /// The path is that of one file, not of the directory that is unpacked into.
+    #[serde(default)]
+    pub file: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Pull {
-    pub path: String,
+    #[serde(deserialize_with = "names::deserialize")]
+    pub path: PathBuf,
+    /// A symbolic link stands for what it leads to.
+    #[serde(default)]
+    pub follow: bool,
     #[serde(default)]
     pub excludes: Vec<String>,
 }
@@ -131,12 +143,23 @@ pub struct Image {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Stat {
-    pub path: String,
+    #[serde(deserialize_with = "names::deserialize")]
+    pub path: PathBuf,
+    /// A symbolic link stands for what it leads to.
+    #[serde(default)]
+    pub follow: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct List {
+    #[serde(deserialize_with = "names::deserialize")]
+    pub path: PathBuf,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Mkdir {
-    pub path: String,
+    #[serde(deserialize_with = "names::deserialize")]
+    pub path: PathBuf,
     pub mode: Option<u32>,
     #[serde(default)]
     pub recursive: bool,
@@ -144,13 +167,16 @@ pub struct Mkdir {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Rename {
-    pub from: String,
-    pub to: String,
+    #[serde(deserialize_with = "names::deserialize")]
+    pub from: PathBuf,
+    #[serde(deserialize_with = "names::deserialize")]
+    pub to: PathBuf,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Remove {
-    pub path: String,
+    #[serde(deserialize_with = "names::deserialize")]
+    pub path: PathBuf,
     #[serde(default)]
     pub recursive: bool,
 }
@@ -263,7 +289,8 @@ pub enum Destination {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Watch {
     /// A directory.
-    pub path: String,
+    #[serde(deserialize_with = "names::deserialize")]
+    pub path: PathBuf,
     #[serde(default)]
     pub recursive: bool,
 }
@@ -332,14 +359,14 @@ impl Request {
                 check_path(path)
             }
             Self::Read(Read { path, .. })
-            | Self::Push(Push { path })
-            | Self::Stat(Stat { path })
-            | Self::List(Stat { path })
+            | Self::Push(Push { path, .. })
+            | Self::Stat(Stat { path, .. })
+            | Self::List(List { path })
             | Self::Remove(Remove { path, .. })
             | Self::Watch(Watch { path, .. }) => check_path(path),
             Self::Rename(Rename { from, to }) => check_path(from).and_then(|()| check_path(to)),
             Self::Secrets(Secrets { values, .. }) => values.values().try_for_each(|value| no_nul("a secret", value)),
-            Self::Pull(Pull { path, excludes }) => {
+            Self::Pull(Pull { path, excludes, .. }) => {
                 excludes.iter().try_for_each(|pattern| no_nul("excludes", pattern))?;
                 check_path(path)
             }
@@ -474,11 +501,12 @@ fn check_session(name: &str) -> Result<(), ErrorReply> {
     Ok(())
 }
 
-fn check_path(path: &str) -> Result<(), ErrorReply> {
-    if !path.starts_with('/') {
+fn check_path(path: impl AsRef<Path>) -> Result<(), ErrorReply> {
+    let path = path.as_ref();
+    if !path.is_absolute() {
         return bad("path must be absolute");
     }
-    no_nul("path", path)
+    if path.as_os_str().as_encoded_bytes().contains(&0) { bad("path contains a NUL byte") } else { Ok(()) }
 }
 
 fn no_nul(field: &str, text: &str) -> Result<(), ErrorReply> {

@@ -120,6 +120,7 @@ export class ExecError extends Schema.TaggedError<ExecError>()("ExecError", {
     "EXEC_CANCELLED",
     "EXEC_MOUNT_BUSY",
     "EXEC_SECRET_UNKNOWN",
+    "EXEC_OUTPUT_TOO_LARGE",
     "EXEC_FAILED"
   ),
   /** `EXEC_NONZERO_EXIT`: the command's exit code, 128 + signal when a signal ended it. */
@@ -142,6 +143,8 @@ export class FilesError extends Schema.TaggedError<FilesError>()(
     "FILES_PATH_INVALID",
     "FILES_RANGE_INVALID",
     "FILES_WATCH_LIMIT",
+    "FILES_TOO_LARGE",
+    "FILES_PROTOCOL",
     "FILES_GUEST_IO"
   )
 ) {

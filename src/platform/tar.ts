@@ -17,19 +17,37 @@ export interface Courier {
   readonly succeeded: Effect.Effect<void, Error>
 }
 
-/** A directory's contents, or a file by that name, for this request; patterns are fnmatch's, for the path below the directory or for any name. */
-export const push = (
-  shim: string,
-  connection: Connection,
-  request: string,
-  path: string,
-  name: string,
-  excludes: ReadonlyArray<string>
-) => courier([shim, "push", request, path, name, ...excludes], connection)
+/** What goes to a guest. */
+export interface Pushed {
+  /** A directory, whose contents are sent, or a file, which is sent by `name`. */
+  readonly path: string
+  readonly name: string
+  /** A symbolic link at `path` stands for what it leads to. */
+  readonly follow: boolean
+  /** Patterns of fnmatch, for the path below the directory or for any name. */
+  readonly excludes: ReadonlyArray<string>
+}
+
+/** Where what comes from a guest goes. */
+export interface Pulled {
+  readonly kind: "directory" | "file"
+  readonly path: string
+  /** Most that the guest may send, in bytes; no bound when left out. */
+  readonly maxBytes?: number
+}
+
+/** The guest sent more than it may. */
+export class PulledTooMuch extends Error {}
+
+export const push = (shim: string, connection: Connection, request: string, { excludes, follow, name, path }: Pushed) =>
+  courier([shim, "push", request, follow ? "follow" : "link", path, name, ...excludes], connection)
 
 /** What this request brings. Files belong to the caller; devices are not made, and no file gets a set-id bit. */
-export const pull = (shim: string, connection: Connection, request: string, dir: string) =>
-  courier([shim, "pull", request, dir], connection)
+export const pull = (shim: string, connection: Connection, request: string, { kind, maxBytes, path }: Pulled) =>
+  courier([shim, "pull", request, kind, path, String(maxBytes ?? 2n ** 64n - 1n)], connection)
+
+/** What the shim ends with when the guest sent more than it may. */
+const tooLarge = 3
 
 /** Ends with the scope, at the latest; with this process too, by a signal. */
 const courier = ([bin, ...args]: readonly [string, ...ReadonlyArray<string>], { socket }: Connection) =>
@@ -49,7 +67,7 @@ const courier = ([bin, ...args]: readonly [string, ...ReadonlyArray<string>], { 
             ended,
             code === 0
               ? Effect.void
-              : Effect.fail(new Error(Buffer.concat(said).toString().trim() || `it ended with ${signal ?? code}`))
+              : Effect.fail(failureOf(code, Buffer.concat(said).toString().trim() || `it ended with ${signal ?? code}`))
           )
         )
       }),
@@ -72,6 +90,9 @@ const courier = ([bin, ...args]: readonly [string, ...ReadonlyArray<string>], { 
     }
     return courier
   })
+
+const failureOf = (code: number | null, message: string) =>
+  code === tooLarge ? new PulledTooMuch(message) : new Error(message)
 
 const begin = (bin: string, args: ReadonlyArray<string>, stdin: net.Socket) =>
   spawn(bin, args, { stdio: [stdin, "pipe", "pipe"] })

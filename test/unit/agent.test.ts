@@ -3,8 +3,8 @@ import * as net from "node:net"
 import * as path from "node:path"
 import { NodeFileSystem } from "@effect/platform-node"
 import { assert, describe, it } from "@effect/vitest"
-import { Effect, Layer } from "effect"
-import { Agent, type AgentClient, type ExecOptions } from "../../src/Agent.ts"
+import { Chunk, Effect, Fiber, Layer, Stream } from "effect"
+import { Agent, type AgentClient, type ExecOptions, type RunningCommand } from "../../src/Agent.ts"
 import { encodeFrame, FrameType } from "../../src/AgentProtocol.ts"
 import { Assets } from "../../src/Assets.ts"
 import { Vsock } from "../../src/Vsock.ts"
@@ -20,7 +20,7 @@ type Answer = "hang up" | "say nothing" | ReadonlyArray<Uint8Array> | { readonly
 
 interface Server {
   readonly calls: () => number
-  readonly requests: ReadonlyArray<{ readonly op: string; readonly nowMs?: number }>
+  readonly requests: ReadonlyArray<{ readonly op: string; readonly nowMs?: number; readonly path?: string }>
   readonly vsock: string
 }
 
@@ -101,6 +101,18 @@ describe("execRaw", () => {
     )
   )
 
+  it.live("keeps no more than it may, and says what to do", () =>
+    withAgent([[out("a".repeat(1000)), err("b".repeat(1000)), exit(0)]], (client) =>
+      Effect.gen(function* () {
+        const error = yield* Effect.flip(client.execRaw("x", { maxOutputBytes: 1999 }))
+        assert.strictEqual(error.code, "EXEC_OUTPUT_TOO_LARGE")
+        assert.include(error.hint, "vm.start")
+        assert.strictEqual((yield* client.execRaw("x", { maxOutputBytes: 2000 })).stdout.length, 1000)
+        assert.strictEqual((yield* client.execRaw("x", { maxOutputBytes: 1000, keep: ["stderr"] })).stderr.length, 1000)
+      })
+    )
+  )
+
   it.live("tries an unreachable guest again, if it may", () =>
     withAgent(["hang up", "hang up", said], (client, { calls }) =>
       Effect.gen(function* () {
@@ -167,6 +179,112 @@ describe("a copy's clock", () => {
           requests.map(({ op }) => op),
           ["rejuvenate", "clock", "clock", "clock"]
         )
+      })
+    )
+  )
+})
+
+const collected = (output: RunningCommand["output"]) =>
+  Effect.map(Stream.runCollect(output), (pieces) =>
+    Chunk.join(
+      Chunk.map(pieces, ({ bytes }) => text(bytes)),
+      ""
+    )
+  )
+
+describe("a running command", () => {
+  const large = Array.from({ length: 40 }, (_, n) => out(String(n % 10).repeat(50_000)))
+
+  it.live("tells how it ended to somebody who reads none of its output", () =>
+    withAgent([[...large, exit(3)]], (client) =>
+      Effect.gen(function* () {
+        const running = yield* client.start("x")
+        assert.strictEqual((yield* running.exit).code, 3)
+        // what was kept, and that it is not all
+        const error = yield* Effect.flip(collected(running.output))
+        assert.strictEqual(error.code, "EXEC_OUTPUT_TOO_LARGE")
+      }).pipe(Effect.scoped, Effect.timeout("5 seconds"))
+    )
+  )
+
+  it.live("has its output for a reader that begins after its end was asked for", () =>
+    withAgent([[out("a"), err("b"), out("c"), exit(0)]], (client) =>
+      Effect.gen(function* () {
+        const after = yield* client.start("x")
+        assert.strictEqual((yield* after.exit).code, 0)
+        assert.strictEqual(yield* collected(after.output), "abc")
+        const beside = yield* client.start("x")
+        const [exited, said] = yield* Effect.all([beside.exit, collected(beside.output)], { concurrency: 2 })
+        assert.deepStrictEqual([exited.code, said], [0, "abc"])
+      }).pipe(Effect.scoped, Effect.timeout("5 seconds"))
+    )
+  )
+
+  it.live("loses nothing to the wait for its end while somebody reads", () =>
+    withAgent([[...large, exit(0)]], (client) =>
+      Effect.gen(function* () {
+        const running = yield* client.start("x")
+        const reading = yield* Effect.fork(
+          Stream.runFoldEffect(running.output, 0, (sum, { bytes }) =>
+            Effect.as(Effect.sleep("1 millis"), sum + bytes.length)
+          )
+        )
+        yield* Effect.sleep("20 millis")
+        assert.strictEqual((yield* running.exit).code, 0)
+        assert.strictEqual(yield* Fiber.join(reading), 2_000_000)
+      }).pipe(Effect.scoped, Effect.timeout("10 seconds"))
+    )
+  )
+
+  it.live("tells how it ended also when a reader has left half-way", () =>
+    withAgent([[...large, exit(4)]], (client) =>
+      Effect.gen(function* () {
+        const running = yield* client.start("x")
+        yield* Stream.runDrain(Stream.take(running.output, 1))
+        assert.strictEqual((yield* running.exit).code, 4)
+      }).pipe(Effect.scoped, Effect.timeout("5 seconds"))
+    )
+  )
+})
+
+describe("files", () => {
+  const data = (content: string) => encodeFrame(FrameType.data, Buffer.from(content))
+  const entry = (name: string) =>
+    `${JSON.stringify({ name, kind: "file", size: 0, mode: 420, mtimeMs: 0, uid: 0, gid: 0 })}\n`
+  const end = [encodeFrame(FrameType.eof, Buffer.alloc(0)), encodeFrame(FrameType.end, json({ entries: 1 }))]
+
+  it.live("have names of any bytes, which can be asked for as they were told", () =>
+    withAgent([[data(entry("a\udcffb")), ...end]], (client, { requests }) =>
+      Effect.gen(function* () {
+        const [listed] = yield* client.list("/srv")
+        assert.strictEqual(listed?.name, "a\udcffb")
+        yield* Effect.ignore(client.remove(`/srv/${listed?.name}`))
+        assert.deepStrictEqual([requests.at(-1)?.op, requests.at(-1)?.path], ["remove", "/srv/a\udcffb"])
+      })
+    )
+  )
+
+  const nonsense: ReadonlyArray<readonly [what: string, said: ReadonlyArray<Uint8Array>, code: string]> = [
+    ["a line without an end", [data("x".repeat(70_000)), ...end], "FILES_PROTOCOL"],
+    ["a line that is too long", [data(entry("x".repeat(70_000))), ...end], "FILES_PROTOCOL"],
+    ["what is no entry", [data("{}\n"), ...end], "FILES_PROTOCOL"],
+    ["no frame", [Buffer.alloc(64, 0xff)], "FILES_PROTOCOL"]
+  ]
+  for (const [what, said, code] of nonsense) {
+    it.live(`of an agent that says ${what} are an error of the protocol`, () =>
+      withAgent([said], (client) =>
+        Effect.gen(function* () {
+          assert.strictEqual((yield* Effect.flip(client.list("/srv"))).code, code)
+        })
+      )
+    )
+  }
+
+  it.live("of an agent that hangs up are an unreachable agent's", () =>
+    withAgent(["hang up"], (client) =>
+      Effect.gen(function* () {
+        assert.strictEqual((yield* Effect.flip(client.list("/srv"))).code, "FILES_AGENT_UNAVAILABLE")
+        assert.strictEqual((yield* Effect.flip(client.stat("/srv"))).code, "FILES_AGENT_UNAVAILABLE")
       })
     )
   )

@@ -22,7 +22,7 @@ const PIECES: usize = 4;
 /// Packs a directory's contents into a file.
 pub async fn save(directory: &'static str, file: &'static str) -> Result<(), Abort> {
     let packing = spawn_blocking(move || {
-        let source = Source::open(directory, &[]).map_err(|error| ErrorReply::io(directory, &error))?;
+        let source = Source::open(directory, &[], true).map_err(|error| ErrorReply::io(directory, &error))?;
         let mut archive = fs::File::create(file).map_err(|error| ErrorReply::io(file, &error))?;
         Ok(source.pack(Pieces::new(0, |piece| archive.write_all(&piece).map(|()| piece)))?)
     });
@@ -39,13 +39,14 @@ pub async fn load(file: &'static str, directory: &'static str) -> Result<(), Abo
     entries(unpacking).await.map(drop)
 }
 
-/// Unpacks the stream into a directory.
+/// Unpacks the stream into a directory, or as one file.
 pub async fn push<R, W>(request: &request::Push, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let target = Target::open(&request.path).map_err(|error| Abort::io(&request.path, &error))?;
+    let opened = if request.file { Target::file(&request.path) } else { Target::open(&request.path) };
+    let target = opened.map_err(|error| Abort::io(&request.path, &error))?;
     let (pieces, arriving) = mpsc::channel(PIECES);
     let unpacking = spawn_blocking(move || Ok(target.unpack(Arriving { pieces: arriving, piece: Bytes::new() })?));
     exchange.output.send_json(Kind::Started, &Done {}).await?;
@@ -68,8 +69,8 @@ pub async fn pull<R, W>(request: request::Pull, exchange: &mut Exchange<R, W>) -
 where
     W: AsyncWrite + Unpin,
 {
-    let request::Pull { path, excludes } = request;
-    let source = Source::open(&path, &excludes).map_err(|error| Abort::io(&path, &error))?;
+    let request::Pull { path, follow, excludes } = request;
+    let source = Source::open(&path, &excludes, follow).map_err(|error| Abort::io(&path, &error))?;
     send(source, exchange).await
 }
 

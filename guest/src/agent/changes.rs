@@ -5,7 +5,6 @@
 //! another in its place. Every event that says where a directory is leads to a look at that place, so that once all have been read
 //! every directory is watched and known by the path it has.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
 use std::fs;
@@ -31,6 +30,7 @@ use super::operation::Exchange;
 use super::stream::{Abort, CHUNK};
 use crate::errno;
 use crate::frame::Kind;
+use crate::names;
 use crate::reply::{Code, Done, ErrorReply};
 use crate::request::Watch;
 
@@ -81,18 +81,23 @@ where
 #[serde(tag = "kind", rename_all = "lowercase")]
 enum Change<'a> {
     Created {
-        path: Cow<'a, str>,
+        #[serde(serialize_with = "names::serialize")]
+        path: &'a Path,
     },
     /// Closed by somebody who could write to it, or its attributes changed.
     Modified {
-        path: Cow<'a, str>,
+        #[serde(serialize_with = "names::serialize")]
+        path: &'a Path,
     },
     Removed {
-        path: Cow<'a, str>,
+        #[serde(serialize_with = "names::serialize")]
+        path: &'a Path,
     },
     Moved {
-        from: Cow<'a, str>,
-        path: Cow<'a, str>,
+        #[serde(serialize_with = "names::serialize")]
+        from: &'a Path,
+        #[serde(serialize_with = "names::serialize")]
+        path: &'a Path,
     },
     /// The kernel could not keep all events.
     Lost,
@@ -171,7 +176,7 @@ struct Tree {
 
 impl Tree {
     fn open(request: &Watch) -> Result<Self, Abort> {
-        let failed = |error: io::Error| failed(Path::new(&request.path), &error);
+        let failed = |error: io::Error| failed(&request.path, &error);
         let inotify =
             inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).map_err(|errno| failed(errno.into()))?;
         let root = fs::canonicalize(&request.path).map_err(failed)?;
@@ -220,7 +225,7 @@ impl Tree {
                 let Some(entry) = unless_gone(&path, entry)? else { break };
                 let below = directory.join(entry.file_name());
                 if let Some(lines) = lines.as_mut().filter(|_| !known) {
-                    lines.push(&Change::Created { path: below.to_string_lossy() })?;
+                    lines.push(&Change::Created { path: &below })?;
                 }
                 if entry.file_type().is_ok_and(|kind| kind.is_dir()) && !is_mount(&entry.path()) {
                     unseen.push(below);
@@ -283,13 +288,13 @@ impl Tree {
             return Ok(());
         };
         let below = directory.join(OsStr::from_bytes(name.to_bytes()));
-        let path = below.to_string_lossy();
+        let path = below.as_path();
         let is_directory = events.contains(ReadFlags::ISDIR);
         if events.contains(ReadFlags::MOVED_TO)
             && let Some(moving) = self.moving.take_if(|moving| moving.cookie == event.cookie())
         {
             if self.is_the_same(&moving, &below) {
-                lines.push(&Change::Moved { from: moving.from.to_string_lossy(), path })?;
+                lines.push(&Change::Moved { from: &moving.from, path })?;
                 return if is_directory { self.rename(&moving.from, below, lines) } else { Ok(()) };
             }
             self.leave(&moving.from, is_directory, lines)?;
@@ -348,7 +353,7 @@ impl Tree {
                 self.unwatch(watch);
             }
         }
-        lines.push(&Change::Removed { path: from.to_string_lossy() })
+        lines.push(&Change::Removed { path: from })
     }
 
     /// After events were lost directories may be anywhere. The host is told last: it finds what it looks for being watched.
@@ -382,7 +387,7 @@ fn failed(path: &Path, error: &io::Error) -> Abort {
     let limit = match errno::number(error) {
         Some(libc::ENOSPC) => "max_user_watches",
         Some(libc::EMFILE) => "max_user_instances",
-        _ => return Abort::io(&path, error),
+        _ => return Abort::io(path.as_ref(), error),
     };
     let message = format!("{path}: the machine has no more watches to give (fs.inotify.{limit})");
     Abort::Reply(ErrorReply { errno: errno::of(error), ..ErrorReply::new(Code::WatchLimit, message) })
@@ -438,7 +443,7 @@ mod tests {
     }
 
     fn open(path: &Path, recursive: bool) -> Result<Tree, Abort> {
-        Tree::open(&Watch { path: path.to_str().unwrap().to_owned(), recursive })
+        Tree::open(&Watch { path: path.to_owned(), recursive })
     }
 
     fn created(path: &str) -> Value {
@@ -655,10 +660,10 @@ mod tests {
         let (pieces, mut written) = mpsc::channel(1);
         let mut lines = Lines { pieces, piece: Vec::new() };
         for change in [
-            Change::Created { path: "a/ä".into() },
-            Change::Modified { path: "a/ä".into() },
-            Change::Moved { from: "a".into(), path: "b".into() },
-            Change::Removed { path: "b/ä".into() },
+            Change::Created { path: Path::new("a/ä") },
+            Change::Modified { path: Path::new("a/ä") },
+            Change::Moved { from: Path::new("a"), path: Path::new("b") },
+            Change::Removed { path: Path::new(OsStr::from_bytes(b"b/\xff\"")) },
             Change::Lost,
         ] {
             lines.push(&change).unwrap();

@@ -23,7 +23,7 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let path = Path::new(&request.path);
+    let path = &request.path;
     let failed = |error: io::Error| Abort::io(&request.path, &error);
     if let Some(parent) = path.parent().filter(|_| request.recursive) {
         fs::create_dir_all(parent).map_err(failed)?;
@@ -97,10 +97,10 @@ where
     Ok(Transferred { bytes })
 }
 
-/// Describes what is at `path`.
-pub fn stat(path: &Path) -> Result<Stat, ErrorReply> {
-    let failed = |error: io::Error| ErrorReply::io(&path.to_string_lossy(), &error);
-    let found = fs::symlink_metadata(path).map_err(failed)?;
+/// Describes what is at `path`; with `follow` what it leads to, if it is a symbolic link.
+pub fn stat(path: &Path, follow: bool) -> Result<Stat, ErrorReply> {
+    let failed = |error: io::Error| ErrorReply::io(path, &error);
+    let found = if follow { fs::metadata(path) } else { fs::symlink_metadata(path) }.map_err(failed)?;
     let kind = match found.file_type() {
         kind if kind.is_file() => FileKind::File,
         kind if kind.is_dir() => FileKind::Directory,
@@ -112,9 +112,9 @@ pub fn stat(path: &Path) -> Result<Stat, ErrorReply> {
         kind,
         size: found.len(),
         mode: found.mode() & PERMISSIONS,
-        mtime_ms: found.mtime() * 1000 + found.mtime_nsec() / 1_000_000,
+        mtime_ms: found.mtime().saturating_mul(1000).saturating_add(found.mtime_nsec() / 1_000_000),
         uid: found.uid(),
         gid: found.gid(),
-        target: target.map(|target| target.to_string_lossy().into_owned()),
+        target,
     })
 }

@@ -1,10 +1,9 @@
 //! One stream: its request, the operation, the last frame.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use machinen_channel::Opener;
-use serde_json::Value;
+use serde_json::value::{RawValue, to_raw_value};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::stream::{Abort, FrameReader, FrameWriter, split};
@@ -55,9 +54,9 @@ pub async fn serve<S: AsyncRead + AsyncWrite>(context: &Arc<Context>, session: O
 /// How an operation ends.
 pub enum Outcome {
     /// With this result.
-    Done(Value),
+    Done(Box<RawValue>),
     /// With this result, and the machine with it, which is announced there.
-    Last(Value, lifecycle::Output),
+    Last(Box<RawValue>, lifecycle::Output),
 }
 
 async fn run<R, W>(context: &Arc<Context>, exchange: &mut Exchange<R, W>) -> Result<Outcome, Abort>
@@ -94,7 +93,7 @@ where
         Request::Push(request) => json(&archive::push(&request, exchange).await?),
         Request::Pull(request) => json(&archive::pull(request, exchange).await?),
         Request::Image(request) => json(&archive::image(&request, exchange).await?),
-        Request::Stat(request) => json(&files::stat(Path::new(&request.path))?),
+        Request::Stat(request) => json(&files::stat(&request.path, request.follow)?),
         Request::List(request) => json(&tree::list(&request.path, exchange).await?),
         Request::Mkdir(request) => json(&tree::make(&request)?),
         Request::Rename(request) => json(&tree::rename(&request)?),
@@ -142,6 +141,6 @@ fn waits_at_gate(request: &Request) -> bool {
 }
 
 /// Results are plain structures of numbers and strings, which always have a JSON form.
-pub fn json(result: &impl serde::Serialize) -> Value {
-    serde_json::to_value(result).unwrap_or(Value::Null)
+pub fn json(result: &impl serde::Serialize) -> Box<RawValue> {
+    to_raw_value(result).unwrap_or_else(|_| RawValue::NULL.to_owned())
 }

@@ -1,6 +1,7 @@
 //! Frames over a stream of the channel.
 
 use std::io;
+use std::path::Path;
 
 use bytes::{Bytes, BytesMut};
 use serde::Serialize;
@@ -33,7 +34,7 @@ impl Abort {
     }
 
     /// The kernel refused something about `subject`.
-    pub fn io(subject: &str, error: &io::Error) -> Self {
+    pub fn io(subject: impl AsRef<Path>, error: &io::Error) -> Self {
         Self::Reply(ErrorReply::io(subject, error))
     }
 }
@@ -149,7 +150,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     }
 
     /// Sends one frame with a JSON payload.
-    pub async fn send_json(&mut self, kind: Kind, payload: &impl Serialize) -> Result<(), Abort> {
+    pub async fn send_json(&mut self, kind: Kind, payload: &(impl Serialize + ?Sized)) -> Result<(), Abort> {
         let json = serde_json::to_vec(payload).map_err(|error| Abort::io("reply", &error.into()))?;
         self.send(kind, &json).await
     }

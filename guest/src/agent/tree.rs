@@ -1,5 +1,6 @@
 //! The operations on names: what is in a directory, making, moving and removing.
 
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -13,19 +14,21 @@ use super::files;
 use super::operation::Exchange;
 use super::stream::{Abort, CHUNK};
 use crate::frame::Kind;
+use crate::names;
 use crate::reply::{Archived, Code, Done, ErrorReply, Stat};
 use crate::request;
 
 /// One line of `list`.
 #[derive(Serialize)]
 struct Line {
-    name: String,
+    #[serde(serialize_with = "names::serialize")]
+    name: OsString,
     #[serde(flatten)]
     stat: Stat,
 }
 
 /// Sends a line of JSON for everything in a directory, in no order. What vanishes meanwhile is left out.
-pub async fn list<R, W>(path: &str, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
+pub async fn list<R, W>(path: &Path, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
 where
     W: AsyncWrite + Unpin,
 {
@@ -35,11 +38,11 @@ where
     let (mut lines, mut entries) = (Vec::new(), 0);
     for entry in directory {
         let entry = entry.map_err(failed)?;
-        let stat = match files::stat(&entry.path()) {
+        let stat = match files::stat(&entry.path(), false) {
             Err(gone) if gone.code == Code::NotFound => continue,
             stat => stat?,
         };
-        let line = Line { name: entry.file_name().to_string_lossy().into_owned(), stat };
+        let line = Line { name: entry.file_name(), stat };
         serde_json::to_writer(&mut lines, &line).map_err(|error| failed(error.into()))?;
         lines.push(b'\n');
         entries += 1;
@@ -55,7 +58,7 @@ where
 
 /// Makes a directory; with `recursive` also those above it, and one that is there already is fine.
 pub fn make(request: &request::Mkdir) -> Result<Done, ErrorReply> {
-    let path = Path::new(&request.path);
+    let path = &request.path;
     let made = DirBuilder::new()
         .recursive(request.recursive)
         .create(path)
@@ -66,7 +69,7 @@ pub fn make(request: &request::Mkdir) -> Result<Done, ErrorReply> {
 
 pub fn rename(request: &request::Rename) -> Result<Done, ErrorReply> {
     let (from, to) = (&request.from, &request.to);
-    fs::rename(from, to).map_err(|error| ErrorReply::io(&format!("{from} to {to}"), &error))?;
+    fs::rename(from, to).map_err(|error| ErrorReply::io(format!("{} to {}", from.display(), to.display()), &error))?;
     Ok(Done {})
 }
 

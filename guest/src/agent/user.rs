@@ -109,7 +109,7 @@ impl<'a> Group<'a> {
 
 /// An image need not have the file.
 fn read(path: &Path) -> Result<String, ErrorReply> {
-    let failed = |error: &io::Error| ErrorReply::io(&path.to_string_lossy(), error);
+    let failed = |error: &io::Error| ErrorReply::io(path, error);
     match fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(String::new()),
         Err(error) => return Err(failed(&error)),

@@ -6,6 +6,7 @@ mod pieces;
 mod sparse;
 #[cfg(test)]
 mod tests;
+mod times;
 mod unpack;
 
 pub use pack::Source;

@@ -1,32 +1,40 @@
-//! From a tree to an archive. The tree may change meanwhile: what vanishes is left out, what grows is cut at the size it had, what
-//! shrinks is filled with zeros.
+//! From a tree to an archive. The tree may change meanwhile: what vanishes is left out, what grows is cut at the size it had, and a file that
+//! becomes shorter is packed a second time under the same name, which replaces the first.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString};
-use std::fs::{self, File, Metadata};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::ffi::{CStr, CString, OsStr};
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
-use tar::{Builder, EntryType, Header, HeaderMode};
+use tar::{Builder, EntryType, Header};
 
 use crate::sparse::{self, Parts};
-use crate::{Error, Pieces};
+use crate::{Error, Pieces, times};
 
 /// Filesystems the kernel makes up: their files have no end or no meaning elsewhere. Magic numbers of proc, sysfs, cgroup2 and devpts.
 const MADE_UP: [u64; 4] = [0x9fa0, 0x6265_6572, 0x6367_7270, 0x1cd1];
 
 /// Of a tar.
-const BLOCK: usize = 512;
+const BLOCK: u64 = 512;
 /// An attribute, or the list of their names, has no more (XATTR_SIZE_MAX and XATTR_LIST_MAX, linux/limits.h).
 const ATTRIBUTE: usize = 64 * 1024;
+/// A file that says it is shorter is read to its end before its header is written: the files of /proc and /sys do not know their size.
+const FIRST: usize = 64 * 1024;
+/// Longest file whose size only a read can tell: it is held in memory.
+const MAX_UNKNOWN: u64 = 16 << 20;
+const CHANGES: &str = "it keeps changing while it is copied";
+/// How often a name is looked at, or a file is read, before changes to it are an error.
+const TRIES: usize = 5;
 
 /// What is to be packed.
 pub struct Source {
     path: PathBuf,
-    metadata: Metadata,
+    held: Held,
     excludes: Vec<CString>,
     whole: Option<Whole>,
     name: Option<PathBuf>,
@@ -43,10 +51,12 @@ struct Whole {
 const CONFIG: &str = "machinen-config.json";
 
 impl Source {
-    /// Looks at `path`, following it if it is a symbolic link.
-    pub fn open(path: &str, excludes: &[String]) -> io::Result<Self> {
+    /// Looks at `path`; with `follow` at what it leads to, if it is a symbolic link.
+    pub fn open(path: impl AsRef<Path>, excludes: &[String], follow: bool) -> io::Result<Self> {
+        let path = path.as_ref().to_owned();
         let excludes = excludes.iter().map(|pattern| CString::new(pattern.as_str())).collect::<Result<_, _>>()?;
-        Ok(Self { path: path.into(), metadata: fs::metadata(path)?, excludes, whole: None, name: None })
+        let held = Held::look(CWD, path.as_os_str(), follow)?;
+        Ok(Self { path, held, excludes, whole: None, name: None })
     }
 
     /// What a single file is called in the archive, if not as it is.
@@ -56,55 +66,70 @@ impl Source {
 
     /// The filesystem mounted at `path`, with everything a file has: also extended attributes, and with them capabilities and ACLs.
     pub fn filesystem(path: impl AsRef<Path>, newest: Option<u64>) -> io::Result<Self> {
-        let (path, metadata) = (path.as_ref().to_owned(), fs::metadata(path)?);
-        let whole = Some(Whole { device: metadata.dev(), newest });
-        Ok(Self { path, metadata, excludes: Vec::new(), whole, name: None })
+        let source = Self::open(path, &[], true)?;
+        let whole = Some(Whole { device: source.held.stat.st_dev, newest });
+        Ok(Self { whole, ..source })
     }
 
     /// Writes the archive. Returns the number of its entries.
     pub fn pack(&self, pieces: Pieces) -> Result<u64, Error> {
         let failed = |path: &Path, error: io::Error| Error::Io { path: path.to_string_lossy().into_owned(), error };
         let whole = self.whole.as_ref();
-        let buffer = vec![0; ATTRIBUTE];
-        let mut archive = Archive { builder: Builder::new(pieces), entries: 0, links: HashMap::new(), whole, buffer };
-        if self.metadata.is_dir() {
-            let mut pending = self.children(Path::new("")).map_err(|error| failed(&self.path, error))?;
+        let mut archive = Archive {
+            builder: Builder::new(pieces),
+            entries: 0,
+            links: HashMap::new(),
+            whole,
+            buffer: vec![0; ATTRIBUTE],
+            first: vec![0; FIRST],
+        };
+        if self.held.is_directory() {
+            let mut directories = Directories::below(&self.held).map_err(|error| failed(&self.path, error))?;
+            let top = directories.open(Path::new("")).and_then(|top| self.children(top, Path::new("")));
+            let mut pending = top.map_err(|error| failed(&self.path, error))?;
             while let Some(relative) = pending.pop() {
-                let path = self.path.join(&relative);
-                let directory = match archive.add(&path, &relative) {
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                    added => added.map_err(|error| failed(&path, error))?,
-                };
-                if directory && self.is_entered(&path) {
-                    match self.children(&relative) {
-                        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                        children => pending.extend(children.map_err(|error| failed(&path, error))?),
-                    }
+                match self.add(&mut archive, &mut directories, &relative) {
+                    // What has vanished is left out.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    added => pending.extend(added.map_err(|error| failed(&self.path.join(&relative), error))?),
                 }
             }
         } else {
             let own = || Path::new(self.path.file_name().unwrap_or(self.path.as_os_str()));
             let name = self.name.as_deref().unwrap_or_else(own);
-            archive.append(&self.path, name, &self.metadata).map_err(|error| failed(&self.path, error))?;
+            archive.append(&self.held, name).map_err(|error| failed(&self.path, error))?;
         }
         let flushed = archive.builder.into_inner().and_then(|mut pieces| pieces.flush());
         flushed.map_err(|error| failed(&self.path, error))?;
         Ok(archive.entries)
     }
 
-    /// Whether what is in a directory is packed too. One that has vanished is found out by who opens it.
-    fn is_entered(&self, directory: &Path) -> bool {
-        match &self.whole {
-            None => !made_up(directory),
-            Some(Whole { device, .. }) => fs::symlink_metadata(directory).is_ok_and(|found| found.dev() == *device),
+    /// Appends what is there; returns what is in it, if it is a directory that is entered.
+    fn add(&self, archive: &mut Archive, directories: &mut Directories, relative: &Path) -> io::Result<Vec<PathBuf>> {
+        let (parent, name) = (relative.parent().unwrap_or(Path::new("")), relative.file_name().unwrap_or_default());
+        let held = Held::look(directories.open(parent)?, name, false)?;
+        archive.append(&held, relative)?;
+        let entered = match &self.whole {
+            None => !made_up(&held.fd),
+            Some(Whole { device, .. }) => held.stat.st_dev == *device,
+        };
+        if held.is_directory() && entered {
+            self.children(directories.open(relative)?, relative)
+        } else {
+            Ok(Vec::new())
         }
     }
 
     /// What is in a directory and not excluded, last name first.
-    fn children(&self, relative: &Path) -> io::Result<Vec<PathBuf>> {
+    fn children(&self, directory: BorrowedFd, relative: &Path) -> io::Result<Vec<PathBuf>> {
         let mut children = Vec::new();
-        for entry in fs::read_dir(self.path.join(relative))? {
-            let child = relative.join(entry?.file_name());
+        for entry in Dir::read_from(directory)? {
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            if name == b"." || name == b".." {
+                continue;
+            }
+            let child = relative.join(OsStr::from_bytes(name));
             let config = self.whole.is_some() && child == Path::new(CONFIG);
             if !config && !self.excluded(&child)? {
                 children.push(child);
@@ -130,14 +155,81 @@ fn fnmatch(pattern: &CStr, text: &CStr) -> bool {
     unsafe { libc::fnmatch(pattern.as_ptr(), text.as_ptr(), 0) == 0 }
 }
 
-fn made_up(directory: &Path) -> bool {
-    rustix::fs::statfs(directory).is_ok_and(|found| MADE_UP.contains(&found.f_type.cast_unsigned()))
+fn made_up(directory: impl AsFd) -> bool {
+    rustix::fs::fstatfs(directory).is_ok_and(|found| MADE_UP.contains(&found.f_type.cast_unsigned()))
 }
 
-fn described_by(metadata: &Metadata, mut header: Header) -> Header {
-    header.set_metadata_in_mode(metadata, HeaderMode::Complete);
-    header.set_mtime(metadata.mtime().max(0).unsigned_abs());
-    header
+/// What a name stood for when it was looked at, held open: whatever happens to the name later, all that is packed is of this one.
+struct Held {
+    /// A regular file can be read; anything else is only held (O_PATH), for opening a device or a fifo can have effects.
+    fd: OwnedFd,
+    stat: Stat,
+}
+
+impl Held {
+    fn look(parent: BorrowedFd, name: &OsStr, follow: bool) -> io::Result<Self> {
+        let (at, open) =
+            if follow { (AtFlags::empty(), OFlags::empty()) } else { (AtFlags::SYMLINK_NOFOLLOW, OFlags::NOFOLLOW) };
+        for _ in 0..TRIES {
+            let seen = rustix::fs::statat(parent, name, at)?;
+            let access = match kind(&seen) {
+                // Should it be a fifo by now, this does not wait for a writer.
+                FileType::RegularFile => OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY,
+                _ => OFlags::PATH,
+            };
+            let fd = match rustix::fs::openat(parent, name, access | open | OFlags::CLOEXEC, Mode::empty()) {
+                // It is a link or a socket by now.
+                Err(Errno::LOOP | Errno::NXIO) => continue,
+                fd => fd?,
+            };
+            let stat = rustix::fs::fstat(&fd)?;
+            if (stat.st_dev, stat.st_ino, kind(&stat)) == (seen.st_dev, seen.st_ino, kind(&seen)) {
+                return Ok(Self { fd, stat });
+            }
+        }
+        Err(io::Error::other(CHANGES))
+    }
+
+    fn is_directory(&self) -> bool {
+        kind(&self.stat) == FileType::Directory
+    }
+}
+
+fn kind(stat: &Stat) -> FileType {
+    FileType::from_raw_mode(stat.st_mode)
+}
+
+/// Directories below one that is held. The kernel follows no symbolic link on the way to them.
+struct Directories {
+    root: OwnedFd,
+    /// The one that was asked for last: its files come next.
+    last: Option<(PathBuf, OwnedFd)>,
+}
+
+const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+impl Directories {
+    fn below(held: &Held) -> io::Result<Self> {
+        Ok(Self { root: rustix::fs::openat(&held.fd, ".", DIRECTORY, Mode::empty())?, last: None })
+    }
+
+    fn open(&mut self, relative: &Path) -> io::Result<BorrowedFd<'_>> {
+        if relative.as_os_str().is_empty() {
+            return Ok(self.root.as_fd());
+        }
+        let fd = match self.last.take().filter(|(path, _)| path == relative) {
+            Some((_, fd)) => fd,
+            None => {
+                let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+                match rustix::fs::openat2(&self.root, relative, DIRECTORY, Mode::empty(), resolve) {
+                    // Something else has its name, or a name above it.
+                    Err(Errno::LOOP | Errno::NOTDIR) => return Err(Errno::NOENT.into()),
+                    fd => fd?,
+                }
+            }
+        };
+        Ok(self.last.insert((relative.to_owned(), fd)).1.as_fd())
+    }
 }
 
 struct Archive<'a, 'p> {
@@ -148,115 +240,227 @@ struct Archive<'a, 'p> {
     whole: Option<&'a Whole>,
     /// For extended attributes.
     buffer: Vec<u8>,
+    /// For the beginning of a file.
+    first: Vec<u8>,
 }
 
-impl Archive<'_, '_> {
-    /// Appends what is at `path`; says whether it is a directory.
-    fn add(&mut self, path: &Path, name: &Path) -> io::Result<bool> {
-        let metadata = fs::symlink_metadata(path)?;
-        self.append(path, name, &metadata)?;
-        Ok(metadata.is_dir())
-    }
+/// Extended headers of an entry.
+type Records = Vec<(String, Vec<u8>)>;
 
-    fn append(&mut self, path: &Path, name: &Path, metadata: &Metadata) -> io::Result<()> {
-        let kind = metadata.file_type();
-        if kind.is_socket() {
+impl Archive<'_, '_> {
+    /// Nothing of an entry is written before everything has been asked that can fail: a header left behind would describe the next one.
+    fn append(&mut self, held: &Held, name: &Path) -> io::Result<()> {
+        let Held { fd, stat } = held;
+        let identity = (stat.st_dev, stat.st_ino);
+        match kind(stat) {
             // Nothing but the process that made it can use it.
-            return Ok(());
-        }
-        let mut header = described_by(metadata, Header::new_gnu());
-        if let Some(newest) = self.whole.and_then(|whole| whole.newest) {
-            header.set_mtime(metadata.mtime().max(0).unsigned_abs().min(newest));
-        }
-        let second_name = self.links.contains_key(&(metadata.dev(), metadata.ino()));
-        if self.whole.is_some() && !second_name {
-            self.append_attributes(path)?;
-        }
-        if kind.is_file() {
-            self.append_file(path, name, metadata, header)?;
-        } else if kind.is_symlink() {
-            let target = fs::read_link(path)?;
-            header.set_size(0);
-            self.builder.append_link(&mut header, name, target)?;
-        } else {
-            if kind.is_char_device() || kind.is_block_device() {
-                header.set_device_major(rustix::fs::major(metadata.rdev()))?;
-                header.set_device_minor(rustix::fs::minor(metadata.rdev()))?;
+            FileType::Socket => return Ok(()),
+            FileType::RegularFile => {
+                if let Some(first) = self.links.get(&identity) {
+                    let mut header = self.described(Header::new_gnu(), stat, EntryType::Link);
+                    self.builder.append_link(&mut header, name, first)?;
+                    self.entries += 1;
+                    return Ok(());
+                }
+                self.append_file(File::from(fd.try_clone()?), name, *stat)?;
+                if stat.st_nlink > 1 {
+                    self.links.insert(identity, name.to_owned());
+                }
             }
-            header.set_size(0);
-            self.builder.append_data(&mut header, name, io::empty())?;
+            FileType::Symlink => {
+                let target = rustix::fs::readlinkat(fd, "", Vec::new())?;
+                let mut header = self.begin(held, EntryType::Symlink)?;
+                self.builder.append_link(&mut header, name, OsStr::from_bytes(target.as_bytes()))?;
+            }
+            other => {
+                let entry_type = match other {
+                    FileType::Directory => EntryType::Directory,
+                    FileType::Fifo => EntryType::Fifo,
+                    FileType::CharacterDevice => EntryType::Char,
+                    _ => EntryType::Block,
+                };
+                let mut header = self.begin(held, entry_type)?;
+                if matches!(entry_type, EntryType::Char | EntryType::Block) {
+                    header.set_device_major(rustix::fs::major(stat.st_rdev))?;
+                    header.set_device_minor(rustix::fs::minor(stat.st_rdev))?;
+                }
+                self.builder.append_data(&mut header, name, io::empty())?;
+            }
         }
         self.entries += 1;
         Ok(())
     }
 
-    /// Extended attributes, for the entry that comes next, the way GNU tar and libarchive write them.
-    fn append_attributes(&mut self, path: &Path) -> io::Result<()> {
-        let attributes = attributes(path, &mut self.buffer)?;
-        let records = attributes.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
-        if attributes.is_empty() { Ok(()) } else { self.builder.append_pax_extensions(records) }
+    /// The header of what has no content, with the extended ones before it written.
+    fn begin(&mut self, held: &Held, entry_type: EntryType) -> io::Result<Header> {
+        let records = self.records(&held.fd, &held.stat)?;
+        write_records(&mut self.builder, &records)?;
+        Ok(self.described(Header::new_gnu(), &held.stat, entry_type))
     }
 
-    fn append_file(&mut self, path: &Path, name: &Path, metadata: &Metadata, mut header: Header) -> io::Result<()> {
-        let identity = (metadata.dev(), metadata.ino());
-        if let Some(first) = self.links.get(&identity) {
-            header.set_entry_type(EntryType::Link);
-            header.set_size(0);
-            return self.builder.append_link(&mut header, name, first);
-        }
-        // Should it have become a fifo meanwhile, this does not wait for a writer.
-        let file = rustix::fs::openat(CWD, path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
-        let (file, size) = (File::from(file), metadata.len());
-        // Fewer blocks than it is long: it has holes. Images are read by others, who may not know that form.
-        let parts = if self.whole.is_none() && metadata.blocks() < size / 512 {
-            Some(sparse::parts(&file, size)?)
-        } else {
-            None
+    fn described(&self, mut header: Header, stat: &Stat, entry_type: EntryType) -> Header {
+        header.set_entry_type(entry_type);
+        header.set_mode(stat.st_mode & 0o7777);
+        header.set_uid(stat.st_uid.into());
+        header.set_gid(stat.st_gid.into());
+        header.set_mtime(times::header_seconds(self.seconds(stat)));
+        header.set_size(0);
+        header
+    }
+
+    fn seconds(&self, stat: &Stat) -> i64 {
+        let newest = self.whole.and_then(|whole| whole.newest).and_then(|newest| i64::try_from(newest).ok());
+        newest.map_or(stat.st_mtime, |newest| stat.st_mtime.min(newest))
+    }
+
+    /// What a plain header has no room for. An image is in whole seconds, so that the same tree gives the same bytes.
+    fn records(&mut self, fd: impl AsFd, stat: &Stat) -> io::Result<Records> {
+        let (mut records, nanoseconds) = match self.whole {
+            Some(_) => (attributes(fd, &mut self.buffer)?, 0),
+            None => (Vec::new(), stat.st_mtime_nsec),
         };
-        if let Some(parts) = parts {
-            let (map, data) = (sparse::write_map(&parts), parts.iter().map(|part| part.length).sum::<u64>());
-            let digits = size.to_string();
-            let described = [
-                (sparse::MAJOR, b"1".as_slice()),
-                (sparse::MINOR, b"0"),
-                (sparse::NAME, name.as_os_str().as_encoded_bytes()),
-                (sparse::SIZE, digits.as_bytes()),
-            ];
-            self.builder.append_pax_extensions(described)?;
-            // What other programs read of the extended headers depends on the format of this one.
-            let mut header = described_by(metadata, Header::new_ustar());
-            header.set_size(map.len() as u64 + data);
-            self.append_content(&mut header, name, map.as_slice().chain(Parts::new(&file, &parts)))?;
-        } else {
-            self.append_content(&mut header, name, file.chain(io::repeat(0)).take(size))?;
+        let seconds = self.seconds(stat);
+        if nanoseconds != 0 || i64::try_from(times::header_seconds(seconds)) != Ok(seconds) {
+            records.push((times::KEY.into(), times::write(seconds, nanoseconds).into_bytes()));
         }
-        if metadata.nlink() > 1 {
-            self.links.insert(identity, name.to_owned());
-        }
-        Ok(())
+        Ok(records)
     }
 
-    /// The builder's own way reads 8 KiB at a time, and in an emulated machine it is the number of system calls that counts.
-    fn append_content(&mut self, header: &mut Header, name: &Path, mut content: impl Read) -> io::Result<()> {
-        self.builder.append_data(header, name, io::empty())?;
-        let pieces = self.builder.get_mut();
-        let mut written = 0;
-        loop {
-            let n = match content.read(pieces.spare()?) {
-                Ok(0) => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                n => n?,
-            };
-            pieces.advance(n);
-            written += n;
+    fn append_file(&mut self, mut file: File, name: &Path, mut stat: Stat) -> io::Result<()> {
+        for _ in 0..TRIES {
+            if self.append_content(&file, name, &stat)? == 0 {
+                return Ok(());
+            }
+            let now = rustix::fs::fstat(&file)?;
+            if now.st_size >= stat.st_size {
+                return Err(io::Error::other("it ends before the size that the kernel tells of it"));
+            }
+            stat = now;
+            file.rewind()?;
         }
-        pieces.write_all(&[0; BLOCK][..written.next_multiple_of(BLOCK) - written])
+        Err(io::Error::other(CHANGES))
+    }
+
+    /// Appends a file that has this size. Returns how many zeros its entry ends with because a read gave less.
+    fn append_content(&mut self, mut file: &File, name: &Path, stat: &Stat) -> io::Result<u64> {
+        let size = stat.st_size.unsigned_abs();
+        let mut records = self.records(file, stat)?;
+        // Fewer blocks than it is long: it may have holes. Images are read by others, who may not know that form.
+        if self.whole.is_none() && stat.st_blocks.unsigned_abs() < size / BLOCK {
+            let parts = sparse::parts(file, size)?;
+            // The search has moved it.
+            file.rewind()?;
+            if !sparse::is_solid(&parts, size) {
+                let (map, data) = (sparse::write_map(&parts), parts.iter().map(|part| part.length).sum::<u64>());
+                records.extend([
+                    (sparse::MAJOR.into(), b"1".to_vec()),
+                    (sparse::MINOR.into(), b"0".to_vec()),
+                    (sparse::NAME.into(), name.as_os_str().as_bytes().to_vec()),
+                    (sparse::SIZE.into(), size.to_string().into_bytes()),
+                ]);
+                let stored = map.len() as u64 + data;
+                // What other programs read of the extended headers depends on the format of this one.
+                let header = self.described(Header::new_ustar(), stat, EntryType::Regular);
+                return self.write_entry(
+                    &records,
+                    header,
+                    name,
+                    stored,
+                    map.as_slice().chain(Parts::new(file, &parts)),
+                );
+            }
+        }
+        let header = self.described(Header::new_gnu(), stat, EntryType::Regular);
+        if size >= FIRST as u64 {
+            return self.write_entry(&records, header, name, size, file);
+        }
+        let mut first = std::mem::take(&mut self.first);
+        let missing = self.append_read(file, &records, header, name, &mut first);
+        self.first = first;
+        missing
+    }
+
+    /// Appends what a read gives, whatever the kernel tells of the file's size.
+    fn append_read(
+        &mut self,
+        file: &File,
+        records: &Records,
+        header: Header,
+        name: &Path,
+        first: &mut [u8],
+    ) -> io::Result<u64> {
+        let n = fill(file, first)?;
+        if n < first.len() {
+            return self.write_entry(records, header, name, n as u64, &first[..n]);
+        }
+        let grown = rustix::fs::fstat(file)?.st_size.unsigned_abs();
+        if grown > n as u64 {
+            return self.write_entry(records, header, name, grown, (&*first).chain(file));
+        }
+        let mut all = first.to_vec();
+        file.take(MAX_UNKNOWN).read_to_end(&mut all)?;
+        if all.len() as u64 > MAX_UNKNOWN {
+            return Err(Errno::FBIG.into());
+        }
+        self.write_entry(records, header, name, all.len() as u64, all.as_slice())
+    }
+
+    /// Writes headers and `size` bytes of content; returns how many of them are zeros because the content was shorter. The builder's own
+    /// way reads 8 KiB at a time, and in an emulated machine it is the number of system calls that counts.
+    fn write_entry(
+        &mut self,
+        records: &Records,
+        mut header: Header,
+        name: &Path,
+        size: u64,
+        mut content: impl Read,
+    ) -> io::Result<u64> {
+        write_records(&mut self.builder, records)?;
+        header.set_size(size);
+        self.builder.append_data(&mut header, name, io::empty())?;
+        let pieces = self.builder.get_mut();
+        let mut left = size;
+        while left > 0 {
+            let spare = pieces.spare()?;
+            let length = spare.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            match content.read(&mut spare[..length]) {
+                Ok(0) => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                n => {
+                    let n = n?;
+                    pieces.advance(n);
+                    left -= n as u64;
+                }
+            }
+        }
+        io::copy(&mut io::repeat(0).take(left + size.next_multiple_of(BLOCK) - size), pieces)?;
+        Ok(left)
     }
 }
 
-/// The extended attributes of what is at `path` as records of a pax header, in order. A filesystem that has none of them has none.
-fn attributes(path: &Path, buffer: &mut [u8]) -> io::Result<Vec<(String, Vec<u8>)>> {
-    let length = match rustix::fs::llistxattr(path, &mut *buffer) {
+/// Fills the buffer, unless the file ends before.
+fn fill(mut file: &File, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            n => filled += n?,
+        }
+    }
+    Ok(filled)
+}
+
+fn write_records(builder: &mut Builder<Pieces>, records: &Records) -> io::Result<()> {
+    let texts = records.iter().map(|(key, value)| (key.as_str(), value.as_slice()));
+    if records.is_empty() { Ok(()) } else { builder.append_pax_extensions(texts) }
+}
+
+/// The extended attributes of what is held, the way GNU tar and libarchive write them, in order. A filesystem that has none of them has none.
+fn attributes(held: impl AsFd, buffer: &mut [u8]) -> io::Result<Records> {
+    // The one way that leads to a link or a device that is held without being open.
+    let path = format!("/proc/self/fd/{}", held.as_fd().as_raw_fd());
+    let length = match rustix::fs::listxattr(&path, &mut *buffer) {
         Err(Errno::OPNOTSUPP) => 0,
         length => length?,
     };
@@ -265,7 +469,7 @@ fn attributes(path: &Path, buffer: &mut [u8]) -> io::Result<Vec<(String, Vec<u8>
     // Each name ends with NUL.
     for name in names.split_inclusive(|byte| *byte == 0).filter_map(|name| CStr::from_bytes_with_nul(name).ok()) {
         let Ok(key) = name.to_str() else { continue };
-        match rustix::fs::lgetxattr(path, name, &mut *buffer) {
+        match rustix::fs::getxattr(&path, name, &mut *buffer) {
             // Removed meanwhile.
             Err(Errno::NODATA) => {}
             length => found.push((format!("SCHILY.xattr.{key}"), buffer[..length?].to_vec())),

@@ -58,6 +58,11 @@ pub fn parts(file: &File, size: u64) -> io::Result<Vec<Part>> {
     Ok(parts)
 }
 
+/// Whether there is no hole.
+pub fn is_solid(parts: &[Part], size: u64) -> bool {
+    matches!(parts, [Part { offset: 0, length }] if *length == size)
+}
+
 fn add(parts: &mut Vec<Part>, next: Part, smallest_hole: u64) {
     match parts.last_mut() {
         Some(last) if next.offset - (last.offset + last.length) < smallest_hole => {
@@ -111,7 +116,7 @@ pub fn read_map(source: &mut impl Read, mut left: u64, size: u64) -> io::Result<
     if data == left { Ok(parts) } else { Err(invalid("a map of other parts than there are")) }
 }
 
-/// The parts of a file one after the other; zeros where it has become shorter.
+/// The parts of a file one after the other, up to where it has become shorter.
 pub struct Parts<'a> {
     file: &'a File,
     parts: &'a [Part],
@@ -135,13 +140,7 @@ impl Read for Parts<'_> {
                 continue;
             }
             let length = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            let read = match self.file.read_at(&mut buffer[..length], part.offset + self.done) {
-                Ok(0) => {
-                    buffer[..length].fill(0);
-                    length
-                }
-                read => read?,
-            };
+            let read = self.file.read_at(&mut buffer[..length], part.offset + self.done)?;
             self.done += read as u64;
             return Ok(read);
         }
@@ -188,6 +187,45 @@ mod tests {
         assert!(read_map(&mut write_map(&[part(510, 4)]).as_slice(), 512 + 4, 512).is_err());
         assert!(read_map(&mut io::repeat(b'1'), u64::MAX, 512).is_err());
         assert!(read_map(&mut "9\n".repeat(1 << 20).as_bytes(), u64::MAX, u64::MAX).is_err());
+    }
+
+    /// Whatever is read as a map makes sense, and takes no more memory than a map may.
+    #[test]
+    fn no_text_makes_a_map_that_leads_out_of_the_file() {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut below = |limit: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 33) % limit
+        };
+        let mut taken = 0;
+        for _ in 0..20_000 {
+            let size = below(5000);
+            let count = below(5);
+            let mut text = format!("{}\n", if below(8) == 0 { below(9) } else { count });
+            let (mut at, mut data) = (0, 0);
+            for _ in 0..count {
+                let (offset, length) = (at + below(600), below(600));
+                (at, data) = (offset + length, data + length);
+                let _ = write!(text, "{offset}\n{length}\n");
+            }
+            let mut map = text.into_bytes();
+            map.resize(map.len().next_multiple_of(BLOCK), 0);
+            if below(3) == 0 {
+                let at = usize::try_from(below(map.len() as u64)).unwrap();
+                map[at] = u8::try_from(below(256)).unwrap();
+            }
+            let left = map.len() as u64 + if below(4) == 0 { below(3000) } else { data };
+            let Ok(parts) = read_map(&mut map.as_slice(), left, size) else { continue };
+            taken += 1;
+            let mut end = 0;
+            for Part { offset, length } in parts {
+                assert!(offset >= end && offset + length <= size);
+                end = offset + length;
+            }
+        }
+        assert!(taken > 1000, "{taken}");
     }
 
     #[test]

@@ -13,11 +13,11 @@ use super::{Pieces, Source, Target};
 use crate::Error;
 
 fn unpack(target: &Path, archive: impl Read) -> Result<u64, Error> {
-    Target::open(target.to_str().unwrap()).unwrap().unpack(archive)
+    Target::open(target).unwrap().unpack(archive)
 }
 
 fn pack(path: &Path, excludes: &[String]) -> (u64, Vec<u8>) {
-    collect(&Source::open(path.to_str().unwrap(), excludes).unwrap())
+    collect(&Source::open(path, excludes, true).unwrap())
 }
 
 fn collect(source: &Source) -> (u64, Vec<u8>) {
@@ -204,7 +204,7 @@ fn what_is_unpacked_for_a_caller_is_the_callers_and_hands_out_no_rights() {
         builder.append_data(&mut header, name, io::empty()).unwrap();
     }
     let to = TempDir::new().unwrap();
-    let target = Target::open(to.path().to_str().unwrap()).unwrap().for_caller();
+    let target = Target::open(to.path()).unwrap().for_caller();
     target.unpack(builder.into_inner().unwrap().as_slice()).unwrap();
     let (directory, tool) = (to.path().join("d").metadata().unwrap(), to.path().join("d/tool").metadata().unwrap());
     assert_eq!((directory.mode() & 0o7777, tool.mode() & 0o7777), (0o555, 0o755));
@@ -249,4 +249,309 @@ fn a_whole_filesystem_keeps_attributes_and_devices_and_has_no_older_configuratio
     assert_eq!(found["sub"], attribute(b"on a directory"));
     assert!(found["plain"].is_empty() && found["second"].is_empty());
     assert!(!found.contains_key("machinen-config.json") && found.contains_key("sub/machinen-config.json"));
+}
+
+#[test]
+fn a_file_is_what_a_read_gives_whatever_its_size_is_said_to_be() {
+    let to = TempDir::new().unwrap();
+    for file in ["/proc/version", "/proc/kallsyms", "/sys/kernel/mm/transparent_hugepage/enabled"] {
+        let Ok(content) = fs::read(file) else { continue };
+        assert_ne!(content.len() as u64, fs::metadata(file).unwrap().len(), "{file} tells its size");
+        let (_, bytes) = pack(Path::new(file), &[]);
+        Target::file(to.path().join("copy")).unwrap().unpack(bytes.as_slice()).unwrap();
+        assert!(fs::read(to.path().join("copy")).unwrap() == content, "{file}");
+    }
+    // What is larger than its beginning, and says that it is empty.
+    assert!(fs::read("/proc/kallsyms").unwrap().len() > 1 << 20);
+}
+
+#[test]
+fn a_file_that_becomes_shorter_is_packed_again_as_it_is() {
+    let (from, to) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let path = from.path().join("file");
+    fs::write(&path, vec![7; 2 << 20]).unwrap();
+    let mut bytes = Vec::new();
+    let source = Source::open(from.path(), &[], true).unwrap();
+    let entries = source
+        .pack(Pieces::new(0, |piece| {
+            if bytes.is_empty() {
+                fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(300_000).unwrap();
+            }
+            bytes.extend_from_slice(&piece);
+            Ok(piece)
+        }))
+        .unwrap();
+    assert_eq!((entries, unpack(to.path(), bytes.as_slice()).unwrap()), (1, 2));
+    assert!(fs::read(to.path().join("file")).unwrap() == vec![7; 300_000]);
+}
+
+#[test]
+fn times_are_exact_to_the_nanosecond_before_1970_and_far_away() {
+    let (from, to) = (TempDir::new_in("/dev/shm").unwrap(), TempDir::new_in("/dev/shm").unwrap());
+    let times =
+        [(0, 0), (1_700_000_000, 123_456_789), (-1, 500_000_000), (-2_000_000_000, 0), (1 << 34, 1), (1 << 36, 0)];
+    for (n, &(tv_sec, tv_nsec)) in times.iter().enumerate() {
+        let time = rustix::fs::Timespec { tv_sec, tv_nsec };
+        let times = rustix::fs::Timestamps { last_access: time, last_modification: time };
+        fs::write(from.path().join(n.to_string()), "").unwrap();
+        fs::create_dir(from.path().join(format!("d{n}"))).unwrap();
+        symlink("x", from.path().join(format!("l{n}"))).unwrap();
+        for name in [n.to_string(), format!("d{n}"), format!("l{n}")] {
+            let at = from.path().join(name);
+            rustix::fs::utimensat(rustix::fs::CWD, &at, &times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).unwrap();
+        }
+    }
+    let (_, bytes) = pack(from.path(), &[]);
+    unpack(to.path(), bytes.as_slice()).unwrap();
+    for (n, &(tv_sec, tv_nsec)) in times.iter().enumerate() {
+        for name in [n.to_string(), format!("d{n}"), format!("l{n}")] {
+            let found = to.path().join(&name).symlink_metadata().unwrap();
+            assert_eq!((found.mtime(), found.mtime_nsec()), (tv_sec, tv_nsec), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_link_is_itself_or_what_it_leads_to() {
+    let from = TempDir::new().unwrap();
+    fs::create_dir(from.path().join("dir")).unwrap();
+    fs::write(from.path().join("dir/file"), "x").unwrap();
+    symlink("dir", from.path().join("way")).unwrap();
+    for (follow, is_link) in [(false, true), (true, false)] {
+        let to = TempDir::new().unwrap();
+        let (_, bytes) = collect(&Source::open(from.path().join("way"), &[], follow).unwrap());
+        if is_link {
+            Target::file(to.path().join("copy")).unwrap().unpack(bytes.as_slice()).unwrap();
+            assert_eq!(fs::read_link(to.path().join("copy")).unwrap(), Path::new("dir"));
+        } else {
+            unpack(to.path(), bytes.as_slice()).unwrap();
+            assert!(to.path().join("file").exists());
+        }
+    }
+}
+
+/// While a directory is packed, somebody keeps changing it for a link to another.
+#[test]
+fn a_swapped_link_leads_nowhere_else() {
+    let (from, secret) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let (sub, kept, way) = (from.path().join("sub"), from.path().join("kept"), from.path().join("way"));
+    fs::create_dir(&sub).unwrap();
+    for n in 0..50 {
+        fs::write(sub.join(n.to_string()), "mine").unwrap();
+        fs::write(secret.path().join(n.to_string()), "secret").unwrap();
+    }
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let packed = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                fs::rename(&sub, &kept).unwrap();
+                symlink(secret.path(), &way).unwrap();
+                fs::rename(&way, &sub).unwrap();
+                fs::remove_file(&sub).unwrap();
+                fs::rename(&kept, &sub).unwrap();
+            }
+        });
+        let mut packed = Vec::new();
+        for _ in 0..300 {
+            let source = Source::open(from.path(), &["kept".to_owned()], true).unwrap();
+            let mut bytes = Vec::new();
+            let done = source.pack(Pieces::new(0, |piece| {
+                bytes.extend_from_slice(&piece);
+                Ok(piece)
+            }));
+            packed.push((done.is_ok(), bytes));
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        packed
+    });
+    let holds = |bytes: &[u8], text: &[u8]| bytes.windows(text.len()).any(|window| window == text);
+    assert!(packed.iter().any(|(done, bytes)| *done && holds(bytes, b"mine")));
+    assert!(packed.iter().all(|(_, bytes)| !holds(bytes, b"secret\0")));
+}
+
+/// A name that vanishes between two looks leaves nothing behind that would describe the next entry.
+#[test]
+fn what_vanishes_gives_nothing_to_the_next() {
+    let from = TempDir::new().unwrap();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    fs::write(from.path().join("z"), "").unwrap();
+    let marked = from.path().join("a");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                let beside = from.path().join("machinen-config.json");
+                fs::write(&beside, "").unwrap();
+                rustix::fs::setxattr(&beside, "user.mark", b"x", rustix::fs::XattrFlags::empty()).unwrap();
+                fs::rename(&beside, &marked).unwrap();
+                fs::remove_file(&marked).unwrap();
+            }
+        });
+        let mut seen = 0;
+        for _ in 0..2000 {
+            let (_, bytes) = collect(&Source::filesystem(from.path(), None).unwrap());
+            let mut archive = tar::Archive::new(bytes.as_slice());
+            for entry in archive.entries().unwrap() {
+                let mut entry = entry.unwrap();
+                let marks = entry.pax_extensions().unwrap().into_iter().flatten().count();
+                match entry.path().unwrap().to_str().unwrap() {
+                    "a" => seen += 1,
+                    name => assert_eq!(marks, 0, "{name}"),
+                }
+            }
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(seen > 0);
+    });
+}
+
+#[test]
+fn one_file_replaces_files_and_what_links_lead_to_and_nothing_else() {
+    let (from, to) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let at = |name: &str| to.path().join(name);
+    fs::write(from.path().join("new"), "new").unwrap();
+    let (_, bytes) = pack(&from.path().join("new"), &[]);
+    fs::write(at("real"), "old").unwrap();
+    fs::hard_link(at("real"), at("other")).unwrap();
+    symlink("real", at("link")).unwrap();
+    Target::file(at("link")).unwrap().unpack(bytes.as_slice()).unwrap();
+    assert_eq!(fs::read_link(at("link")).unwrap(), Path::new("real"));
+    assert_eq!(fs::read_to_string(at("real")).unwrap(), "new");
+    assert_eq!(fs::read_to_string(at("other")).unwrap(), "old");
+
+    symlink("nowhere", at("dangling")).unwrap();
+    fs::create_dir(at("dir")).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, at("fifo"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    for name in ["dangling", "dir", "fifo"] {
+        assert!(Target::file(at(name)).is_err(), "{name}");
+    }
+    let (_, directory) = pack(from.path().parent().unwrap(), &["*".to_owned()]);
+    assert!(matches!(Target::file(at("x")).unwrap().unpack(directory.as_slice()), Err(Error::Refused(_))));
+    assert!(!at("x").exists());
+}
+
+#[test]
+fn a_file_has_its_name_only_when_it_is_whole() {
+    let (from, to) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    fs::write(from.path().join("file"), vec![7; 100_000]).unwrap();
+    let (_, bytes) = pack(from.path(), &[]);
+    for half in [bytes.len() / 2, 600] {
+        unpack(to.path(), &bytes[..half]).unwrap_err();
+        assert_eq!(fs::read_dir(to.path()).unwrap().count(), 0);
+    }
+    fs::write(to.path().join("file"), "old").unwrap();
+    unpack(to.path(), &bytes[..bytes.len() / 2]).unwrap_err();
+    assert_eq!(fs::read_to_string(to.path().join("file")).unwrap(), "old");
+    unpack(to.path(), bytes.as_slice()).unwrap();
+    assert_eq!(fs::read(to.path().join("file")).unwrap().len(), 100_000);
+}
+
+/// Of an archive no bigger than this.
+fn disk_use(directory: &Path) -> u64 {
+    let below = |entry: fs::DirEntry| {
+        let found = entry.path().symlink_metadata().unwrap();
+        if found.is_dir() { disk_use(&entry.path()) } else { found.blocks() * 512 }
+    };
+    fs::read_dir(directory).unwrap().map(|entry| below(entry.unwrap())).sum()
+}
+
+#[test]
+fn the_old_form_of_holes_is_refused() {
+    let mut header = Header::new_gnu();
+    header.set_entry_type(EntryType::GNUSparse);
+    header.set_path("bomb").unwrap();
+    header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header.set_size(0);
+    let gnu = header.as_gnu_mut().unwrap();
+    gnu.sparse[0].offset.copy_from_slice(b"02000000000\0");
+    gnu.sparse[0].numbytes.copy_from_slice(b"00000000000\0");
+    gnu.realsize.copy_from_slice(b"02000000000\0");
+    header.set_cksum();
+    let mut bytes = header.as_bytes().to_vec();
+    bytes.resize(10_240, 0);
+    let to = TempDir::new().unwrap();
+    let refused = unpack(to.path(), bytes.as_slice()).unwrap_err();
+    assert!(refused.to_string().contains("PAX 1.0"), "{refused}");
+    assert_eq!(fs::read_dir(to.path()).unwrap().count(), 0);
+}
+
+/// The same numbers every time.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 >> 33).unwrap() % limit
+    }
+}
+
+/// Damages an archive, and puts the checksums of its headers right again half of the time, so that the damage is looked at.
+fn damaged(bytes: &[u8], numbers: &mut Numbers) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    for _ in 0..=numbers.below(6) {
+        let at = numbers.below(bytes.len());
+        match numbers.below(5) {
+            0 => bytes[at] = u8::try_from(numbers.below(256)).unwrap(),
+            1 => bytes[at] ^= 1 << numbers.below(8),
+            2 => bytes.truncate((at + 1).max(512)),
+            3 => {
+                let from = numbers.below(bytes.len()) / 512 * 512;
+                let block = bytes[from..bytes.len().min(from + 512)].to_vec();
+                let at = at / 512 * 512;
+                let room = block.len().min(bytes.len() - at);
+                bytes[at..at + room].copy_from_slice(&block[..room]);
+            }
+            // The kind of an entry, or a digit of its size.
+            _ => {
+                let field = if numbers.below(2) == 0 { 156 } else { 124 + numbers.below(11) };
+                let at = at / 512 * 512 + field;
+                if at < bytes.len() {
+                    bytes[at] = b"01234567LKxgSDVM"[numbers.below(16)];
+                }
+            }
+        }
+    }
+    if numbers.below(2) == 0 {
+        for header in bytes.chunks_exact_mut(512).filter(|header| header[257..].starts_with(b"ustar")) {
+            let sum: u32 =
+                header[..148].iter().chain(&header[156..]).map(|&byte| u32::from(byte)).sum::<u32>() + 8 * 32;
+            header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        }
+    }
+    bytes
+}
+
+#[test]
+fn no_archive_leads_out_or_fills_the_disk_or_panics() {
+    let from = TempDir::new().unwrap();
+    let path = |name: &str| from.path().join(name);
+    fs::create_dir_all(path(&format!("d/{}", "n".repeat(120)))).unwrap();
+    fs::write(path(&format!("d/{}/f", "n".repeat(120))), "long").unwrap();
+    fs::write(path("d/file"), vec![7; 3000]).unwrap();
+    fs::hard_link(path("d/file"), path("d/same")).unwrap();
+    symlink("d/file", path("link")).unwrap();
+    let sparse = fs::File::create(path("sparse")).unwrap();
+    sparse.set_len(1 << 20).unwrap();
+    sparse.write_all_at(b"middle", 500_000).unwrap();
+    let (_, whole) = pack(from.path(), &[]);
+
+    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    let (mut refused, mut taken) = (0, 0);
+    for _ in 0..3000 {
+        let bytes = damaged(&whole, &mut numbers);
+        let around = TempDir::new_in("/dev/shm").unwrap();
+        let target = around.path().join("target");
+        match Target::open(&target).unwrap().for_caller().unpack(bytes.as_slice()) {
+            Ok(_) => taken += 1,
+            Err(_) => refused += 1,
+        }
+        assert_eq!(fs::read_dir(around.path()).unwrap().count(), 1);
+        assert!(disk_use(&target) <= 8 * bytes.len() as u64, "{} for {}", disk_use(&target), bytes.len());
+        rustix::fs::chmod(&target, 0o700.into()).unwrap();
+    }
+    assert!(refused > 500 && taken > 200, "{refused} refused, {taken} taken");
 }

@@ -2,18 +2,20 @@
 //! target. The kernel itself sees to that (`openat2`), so nothing depends on who looks at what first.
 
 use std::cell::Cell;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 use tar::{Entry, EntryType};
 
 use crate::sparse::{self, Part};
-use crate::{Error, errno, invalid};
+use crate::{Error, errno, invalid, times};
 
 /// Written at once: in an emulated machine it is the number of system calls that counts.
 const CHUNK: usize = 256 * 1024;
@@ -21,22 +23,45 @@ const CHUNK: usize = 256 * 1024;
 /// What the headers of one entry may take: long names and extended attributes are read into memory as a whole.
 const MAX_HEADERS: u64 = 1 << 20;
 
-/// The directory that is unpacked into.
+/// The directory that is unpacked into, or one file in it.
 pub struct Target {
     root: OwnedFd,
     resolve: ResolveFlags,
     keeps_owners: bool,
+    /// Of the one file.
+    name: Option<OsString>,
 }
 
 impl Target {
     /// Opens the directory, making it if it is missing.
-    pub fn open(path: &str) -> io::Result<Self> {
+    pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
+        let path = path.as_ref();
         fs::create_dir_all(path)?;
         let root = rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         // Nothing leads out of the root directory, so absolute symbolic links are as good as others there.
-        let whole = Path::new(path).components().eq([Component::RootDir]);
+        let whole = path.components().eq([Component::RootDir]);
         let confined = if whole { ResolveFlags::IN_ROOT } else { ResolveFlags::BENEATH };
-        Ok(Self { root, resolve: confined | ResolveFlags::NO_MAGICLINKS, keeps_owners: true })
+        Ok(Self { root, resolve: confined | ResolveFlags::NO_MAGICLINKS, keeps_owners: true, name: None })
+    }
+
+    /// One file, link or fifo by this path, whatever it is called in the archive. A symbolic link that is there stands for what it leads to; a file is
+    /// replaced.
+    pub fn file(path: impl AsRef<Path>) -> io::Result<Self> {
+        let path = path.as_ref();
+        let place = if path.is_symlink() { fs::canonicalize(path)? } else { path.to_owned() };
+        let (Some(parent), Some(name)) = (place.parent(), place.file_name()) else {
+            return Err(io::ErrorKind::IsADirectory.into());
+        };
+        let target = Self::open(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })?;
+        match rustix::fs::statat(&target.root, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => {}
+            found => match FileType::from_raw_mode(found?.st_mode) {
+                FileType::RegularFile | FileType::Symlink => {}
+                FileType::Directory => return Err(Errno::ISDIR.into()),
+                _ => return Err(io::Error::other("a device, fifo or socket is there, which no file replaces")),
+            },
+        }
+        Ok(Self { name: Some(name.to_owned()), ..target })
     }
 
     /// Everything belongs to the caller: nothing has a set-id bit that would hand out the caller's rights, and devices are not made.
@@ -58,13 +83,20 @@ impl Target {
             let mut entry = entry.map_err(|error| malformed(&error))?;
             left.set(u64::MAX);
             let shown = String::from_utf8_lossy(&entry.path_bytes()).chars().take(256).collect::<String>();
-            let name =
-                inside(&entry.path().map_err(|error| malformed(&error))?).map_err(|error| failed(&shown, error))?;
+            let name = match &self.name {
+                Some(name) => PathBuf::from(name),
+                None => {
+                    inside(&entry.path().map_err(|error| malformed(&error))?).map_err(|error| failed(&shown, error))?
+                }
+            };
             directories.leave(&name);
             self.add(&mut entry, &name, &mut directories, &mut buffer).map_err(|error| failed(&shown, error))?;
             // Whatever of its data has not been used: only headers may be left to the next turn.
             io::copy(&mut entry, &mut io::sink()).map_err(|error| malformed(&error))?;
             count += 1;
+        }
+        if count == 0 && self.name.is_some() {
+            return Err(Error::Refused("there is no file in it".into()));
         }
         directories.leave(Path::new(""));
         left.set(u64::MAX);
@@ -81,6 +113,14 @@ impl Target {
     ) -> io::Result<()> {
         let attributes = Attributes::of(entry, self.keeps_owners)?;
         let kind = entry.header().entry_type();
+        if self.name.is_some() {
+            match kind {
+                EntryType::Directory => return Err(Errno::ISDIR.into()),
+                EntryType::Char | EntryType::Block if !self.keeps_owners => return Err(invalid("a device")),
+                EntryType::Link => return Err(invalid("a hard link to another file")),
+                _ => {}
+            }
+        }
         let Some(last) = name.file_name() else {
             // The target itself: how it looks is not the archive's business.
             return if kind.is_dir() { Ok(()) } else { Err(io::ErrorKind::IsADirectory.into()) };
@@ -96,16 +136,18 @@ impl Target {
         let parent = self.make_directory(name.parent().unwrap_or(Path::new("")))?;
         let parent = parent.as_fd();
         match kind {
-            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                remove(parent, last.as_ref())?;
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let file = rustix::fs::openat(parent, last, flags, Mode::RUSR | Mode::WUSR)?;
+            // The older form of GNU tar, which nobody sends: 512 bytes of it stand for any number of zeros.
+            EntryType::GNUSparse => return Err(invalid("a file with holes in another form than PAX 1.0")),
+            EntryType::Regular | EntryType::Continuous => {
+                let draft = Draft::begin(parent)?;
                 match sparse_size(entry)? {
-                    Some(size) => copy_parts(entry, &file, size, buffer)?,
-                    None => copy(entry, &file, buffer)?,
+                    Some(size) => copy_parts(entry, &draft.file, size, buffer)?,
+                    None => copy(entry, &draft.file, buffer)?,
                 }
-                attributes.set_on(&file)?;
-                rustix::fs::futimens(&file, &attributes.times)?;
+                attributes.set_on(&draft.file)?;
+                rustix::fs::futimens(&draft.file, &attributes.times)?;
+                attributes.check_time(&rustix::fs::fstat(&draft.file)?)?;
+                draft.place(last)?;
             }
             EntryType::Link => self.link(entry, name, parent)?,
             EntryType::Symlink => {
@@ -201,12 +243,11 @@ struct Attributes {
 }
 
 impl Attributes {
-    fn of(entry: &Entry<impl Read>, keeps_owners: bool) -> io::Result<Self> {
+    fn of(entry: &mut Entry<impl Read>, keeps_owners: bool) -> io::Result<Self> {
+        let time = time(entry)?;
         let header = entry.header();
         let id =
             |id: u64| u32::try_from(id).ok().filter(|id| *id != u32::MAX).ok_or_else(|| invalid("an impossible owner"));
-        let seconds = i64::try_from(header.mtime()?).map_err(|_| invalid("an impossible time"))?;
-        let time = Timespec { tv_sec: seconds, tv_nsec: 0 };
         Ok(Self {
             mode: Mode::from_raw_mode(header.mode()? & if keeps_owners { 0o7777 } else { 0o1777 }),
             uid: keeps_owners.then(|| id(header.uid()?).map(Uid::from_raw)).transpose()?,
@@ -232,7 +273,83 @@ impl Attributes {
         if has_mode {
             rustix::fs::chmodat(parent, name, self.mode, AtFlags::empty())?;
         }
-        rustix::fs::utimensat(parent, name, &self.times, AtFlags::SYMLINK_NOFOLLOW)
+        rustix::fs::utimensat(parent, name, &self.times, AtFlags::SYMLINK_NOFOLLOW)?;
+        self.check_time(&rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?)
+    }
+
+    /// A filesystem gives a file the nearest time that it can hold, and does not say so. FAT counts in steps of two seconds.
+    fn check_time(&self, found: &Stat) -> rustix::io::Result<()> {
+        let difference = found.st_mtime.abs_diff(self.times.last_modification.tv_sec);
+        if difference <= 2 { Ok(()) } else { Err(Errno::OVERFLOW) }
+    }
+}
+
+fn time(entry: &mut Entry<impl Read>) -> io::Result<Timespec> {
+    let impossible = || invalid("an impossible time");
+    for extension in entry.pax_extensions()?.into_iter().flatten() {
+        let extension = extension?;
+        if extension.key() == Ok(times::KEY) {
+            return extension.value().ok().and_then(times::read).ok_or_else(impossible);
+        }
+    }
+    let seconds = i64::try_from(entry.header().mtime()?).map_err(|_| impossible())?;
+    Ok(Timespec { tv_sec: seconds, tv_nsec: 0 })
+}
+
+/// A file that gets its name when it is whole. Until then it has none, so that nothing is left of it even when this process is killed; where the
+/// filesystem has no such files, it has a name of its own, which goes with the draft.
+struct Draft<'a> {
+    parent: BorrowedFd<'a>,
+    file: OwnedFd,
+    name: Option<String>,
+}
+
+static DRAFTS: AtomicU64 = AtomicU64::new(0);
+
+impl<'a> Draft<'a> {
+    fn begin(parent: BorrowedFd<'a>) -> rustix::io::Result<Self> {
+        let (flags, mode) = (OFlags::WRONLY | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
+        match rustix::fs::openat(parent, ".", flags | OFlags::TMPFILE, mode) {
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => {}
+            file => return Ok(Self { parent, file: file?, name: None }),
+        }
+        loop {
+            let name = format!(".machinen-{}-{}", std::process::id(), DRAFTS.fetch_add(1, Ordering::Relaxed));
+            let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+            match rustix::fs::openat(parent, &name, flags, mode) {
+                Err(Errno::EXIST) => {}
+                file => return Ok(Self { parent, file: file?, name: Some(name) }),
+            }
+        }
+    }
+
+    /// Replaces what has the name: writing into an old file would change its other names too.
+    fn place(mut self, last: &OsStr) -> rustix::io::Result<()> {
+        if let Some(name) = &self.name {
+            rustix::fs::renameat(self.parent, name, self.parent, last)?;
+            self.name = None;
+            return Ok(());
+        }
+        let link = || {
+            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            rustix::fs::linkat(CWD, path, self.parent, last, AtFlags::SYMLINK_FOLLOW)
+        };
+        match link() {
+            Err(Errno::EXIST) => {
+                remove(self.parent, last.as_ref())?;
+                link()
+            }
+            linked => linked,
+        }
+    }
+}
+
+impl Drop for Draft<'_> {
+    fn drop(&mut self) {
+        if let Some(name) = &self.name {
+            // What failed before is what gets reported.
+            let _ = rustix::fs::unlinkat(self.parent, name, AtFlags::empty());
+        }
     }
 }
 

@@ -31,7 +31,7 @@ fn archive(entries: &[(EntryType, &str, &str)]) -> Vec<u8> {
 }
 
 fn unpack(bytes: &[u8], target: &Path) -> Result<u64, Error> {
-    Target::open(target.to_str().unwrap()).unwrap().unpack(bytes)
+    Target::open(target).unwrap().unpack(bytes)
 }
 
 /// A target directory beside a directory that must not be touched.

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Copied in one call, after which `cancel` is looked at.
 const STEP: u64 = 64 << 20;
-const BUFFER: u64 = 256 * 1024;
+const BUFFER: usize = 256 * 1024;
 
 /// Makes all copies, and counts the bytes written. On failure none is left.
 ///
@@ -88,6 +88,7 @@ pub fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<(u64, u
 
 fn copy_range(from: &File, to: &File, start: u64, end: u64, cancel: &AtomicBool) -> io::Result<u64> {
     let (mut at, mut in_kernel) = (start, true);
+    let mut buffer = Vec::new();
     while at < end {
         if cancel.load(Ordering::Relaxed) {
             return Err(Errno::ECANCELED.into());
@@ -102,7 +103,8 @@ fn copy_range(from: &File, to: &File, start: u64, end: u64, cancel: &AtomicBool)
                 result => result?,
             }
         } else {
-            copy_by_hand(from, to, at, (end - at).min(BUFFER))?
+            buffer.resize(BUFFER, 0);
+            copy_by_hand(from, to, at, end - at, &mut buffer)?
         };
         if copied == 0 {
             // It was cut meanwhile: what is missing becomes a hole.
@@ -120,9 +122,9 @@ fn copy_in_kernel(from: &File, to: &File, at: u64, length: u64) -> Result<u64, E
     copy_file_range(from, Some(&mut offset_in), to, Some(&mut offset_out), length).map(|n| n as u64)
 }
 
-fn copy_by_hand(from: &File, to: &File, at: u64, length: u64) -> io::Result<u64> {
-    let mut buffer = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
-    let n = from.read_at(&mut buffer, at)?;
+fn copy_by_hand(from: &File, to: &File, at: u64, length: u64, buffer: &mut [u8]) -> io::Result<u64> {
+    let length = buffer.len().min(usize::try_from(length).unwrap_or(usize::MAX));
+    let n = from.read_at(&mut buffer[..length], at)?;
     to.write_all_at(&buffer[..n], at)?;
     Ok(n as u64)
 }

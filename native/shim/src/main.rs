@@ -74,8 +74,8 @@ fn main() -> ExitCode {
         _ => {
             eprintln!(
                 "usage: machinen-shim            (the plan is read from stdin)\n       machinen-shim tsc-khz\n       \
-                 machinen-shim digest <file>...\n       machinen-shim push <request> <path> <name> <exclude>...\n       \
-                 machinen-shim pull <request> <directory>"
+                 machinen-shim digest <file>...\n       machinen-shim push <request> follow|link <path> <name> <exclude>...\n       \
+                 machinen-shim pull <request> directory|file <path> <limit>"
             );
             ExitCode::from(2)
         }

@@ -3,6 +3,7 @@
 //! here a stream that breaks is no failure. The data never pass through the caller.
 
 use std::io::{self, BufReader, ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -15,12 +16,28 @@ use crate::frame::{self, DATA, EOF, ERROR, HEAD, MAX, STARTED};
 /// Read from the stream at once.
 const BUFFER: usize = 256 * 1024;
 
+/// Why a copy failed at this end.
+pub enum Failure {
+    Archive(Error),
+    /// The guest sent more than the caller takes.
+    TooLarge(u64),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Archive(error)
+    }
+}
+
 /// Begins the operation and sends what `pack` writes, each piece as a frame.
-pub fn send(request: &str, pack: impl FnOnce(Pieces) -> Result<u64, Error>) -> Result<u64, Error> {
-    let Ok(Some(mut stream)) = begin(request) else { return Ok(0) };
-    let Ok(mut answers) = stream.try_clone() else { return Ok(0) };
-    // It may say half-way why it takes no more.
-    let listening = thread::spawn(move || relay(&mut answers));
+pub fn send(request: &str, pack: impl FnOnce(Pieces) -> Result<u64, Error>) -> Result<(), Failure> {
+    let Ok(Some(mut stream)) = begin(request) else { return Ok(()) };
+    let Ok(mut answers) = stream.try_clone() else { return Ok(()) };
+    let listening = thread::spawn(move || {
+        let _ = relay(&mut answers);
+        // The guest has said its last word. It may have refused half-way: then the next piece finds no stream, and no more files are read.
+        let _ = answers.shutdown(Shutdown::Both);
+    });
     let mut refused = false;
     let packed = pack(Pieces::new(HEAD, |mut piece| {
         let length = u32::try_from(piece.len() - HEAD).unwrap_or(u32::MAX);
@@ -34,23 +51,30 @@ pub fn send(request: &str, pack: impl FnOnce(Pieces) -> Result<u64, Error>) -> R
         let _ = stream.write_all(&frame::encode_head(EOF, 0));
     }
     let _ = listening.join();
-    Ok(0)
+    Ok(())
 }
 
-/// Begins the operation and gives `unpack` its data to read.
-pub fn receive(request: &str, unpack: impl FnOnce(&mut dyn Read) -> Result<u64, Error>) -> Result<u64, Error> {
-    let Ok(Some(stream)) = begin(request) else { return Ok(0) };
-    let mut data = BufReader::with_capacity(BUFFER, Receiving { stream, left: 0, end: None });
+/// Begins the operation and gives `unpack` its data to read, up to so many bytes.
+pub fn receive(
+    request: &str,
+    limit: u64,
+    unpack: impl FnOnce(&mut dyn Read) -> Result<u64, Error>,
+) -> Result<(), Failure> {
+    let Ok(Some(stream)) = begin(request) else { return Ok(()) };
+    let mut data = BufReader::with_capacity(BUFFER, Receiving { stream, left: 0, allowed: limit, end: None });
     let unpacked = unpack(&mut data);
     let mut data = data.into_inner();
     match data.end {
+        Some(End::TooLarge) => return Err(Failure::TooLarge(limit)),
         // The guest has given up, or is gone: the caller knows why.
-        Some(ERROR) => return Ok(0),
-        Some(EOF) | None => unpacked?,
-        Some(_) => return Err(Error::Refused("the guest said its last word before the end of its data".into())),
+        Some(End::Frame(ERROR)) => return Ok(()),
+        Some(End::Frame(EOF)) | None => unpacked?,
+        Some(End::Frame(_)) => {
+            return Err(Error::Refused("the guest said its last word before the end of its data".into()).into());
+        }
     };
     let _ = relay(&mut data.stream);
-    Ok(0)
+    Ok(())
 }
 
 /// Sends the request and passes the answer on. `None`: it was another than `started`, or none.
@@ -58,7 +82,7 @@ fn begin(request: &str) -> io::Result<Option<UnixStream>> {
     // Should the caller be gone already, what is passed on finds no reader.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     let mut stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-    // As the caller had it, it was not.
+    // Node left the socket non-blocking; the copies here need it blocking.
     stream.set_nonblocking(false)?;
     stream.write_all(&frame::request(request.as_bytes()))?;
     Ok((relay(&mut stream)? == Some(STARTED)).then_some(stream))
@@ -102,8 +126,18 @@ struct Receiving {
     stream: UnixStream,
     /// Of the frame that is being read.
     left: u32,
-    /// What came instead of data; of a stream that broke off, or of what is no frame, that is an error.
-    end: Option<u8>,
+    /// How many bytes may still come.
+    allowed: u64,
+    end: Option<End>,
+}
+
+/// What came instead of more data.
+#[derive(Clone, Copy)]
+enum End {
+    /// A frame of this kind; an error when the stream broke off, or when what came is no frame.
+    Frame(u8),
+    /// More than the caller takes.
+    TooLarge,
 }
 
 impl Read for Receiving {
@@ -113,18 +147,21 @@ impl Read for Receiving {
                 return Ok(0);
             }
             match read_head(&mut self.stream) {
-                Ok(Some((DATA, length))) if length <= MAX => self.left = length,
+                Ok(Some((DATA, length))) if length <= MAX => match self.allowed.checked_sub(length.into()) {
+                    Some(allowed) => (self.left, self.allowed) = (length, allowed),
+                    None => self.end = Some(End::TooLarge),
+                },
                 Ok(Some((kind, length))) => {
                     let whole = pass_on(&mut self.stream, kind, length).unwrap_or(false);
-                    self.end = Some(if whole { kind } else { ERROR });
+                    self.end = Some(End::Frame(if whole { kind } else { ERROR }));
                 }
-                Ok(None) | Err(_) => self.end = Some(ERROR),
+                Ok(None) | Err(_) => self.end = Some(End::Frame(ERROR)),
             }
         }
         let length = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
         let read = self.stream.read(&mut buffer[..length]).unwrap_or(0);
         if read == 0 {
-            (self.left, self.end) = (0, Some(ERROR));
+            (self.left, self.end) = (0, Some(End::Frame(ERROR)));
         }
         self.left = self.left.saturating_sub(u32::try_from(read).unwrap_or(u32::MAX));
         Ok(read)

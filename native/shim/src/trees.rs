@@ -5,40 +5,56 @@ use std::process::ExitCode;
 
 use machinen_archive::{Error, Source, Target};
 
-use crate::operation;
+use crate::operation::{self, Failure};
 
-/// `push <request> <path> <name> <exclude>...`: a directory's contents, or a file by that name, sent to a guest.
+/// The exit code of a copy that the guest made larger than the caller takes.
+const TOO_LARGE: u8 = 3;
+
+/// `push <request> <follow|link> <path> <name> <exclude>...`: a directory's contents, or a file by that name, sent to a guest.
 pub fn push(arguments: &[OsString]) -> ExitCode {
-    report(texts(arguments).and_then(|texts| {
-        let [request, path, name, excludes @ ..] = texts.as_slice() else { return Err(usage()) };
-        let source = Source::open(path, excludes).map_err(|error| Error::Io { path: path.clone(), error })?;
-        operation::send(request, |pieces| source.named(name).pack(pieces))
+    let [request, links, path, name, excludes @ ..] = arguments else { return report(Err(usage())) };
+    report(texts(excludes).and_then(|excludes| {
+        let (request, name) = (text(request)?, text(name)?);
+        let source = Source::open(path, &excludes, links == "follow")
+            .map_err(|error| Error::Io { path: path.to_string_lossy().into_owned(), error })?;
+        operation::send(&request, |pieces| source.named(&name).pack(pieces))
     }))
 }
 
-/// `pull <request> <directory>`: what a guest sends is not trusted, and belongs to who calls this.
+/// `pull <request> <directory|file> <path> <limit>`: unpacks what a guest sends, up to so many bytes, into a directory or as one file. It is not
+/// trusted, and belongs to the caller.
 pub fn pull(arguments: &[OsString]) -> ExitCode {
-    report(texts(arguments).and_then(|texts| {
-        let [request, directory] = texts.as_slice() else { return Err(usage()) };
-        let target = Target::open(directory).map_err(|error| Error::Io { path: directory.clone(), error })?;
-        operation::receive(request, |data| target.for_caller().unpack(data))
+    let [request, kind, path, limit] = arguments else { return report(Err(usage())) };
+    report(text(request).and_then(|request| {
+        let limit = text(limit)?.parse().map_err(|_| usage())?;
+        let opened = if kind == "file" { Target::file(path) } else { Target::open(path) };
+        let target = opened.map_err(|error| Error::Io { path: path.to_string_lossy().into_owned(), error })?;
+        operation::receive(&request, limit, |data| target.for_caller().unpack(data))
     }))
 }
 
-fn texts(arguments: &[OsString]) -> Result<Vec<String>, Error> {
-    arguments.iter().map(|argument| argument.clone().into_string().map_err(|_| usage())).collect()
+fn texts(arguments: &[OsString]) -> Result<Vec<String>, Failure> {
+    arguments.iter().map(text).collect()
 }
 
-fn usage() -> Error {
-    Error::Refused("these are not the arguments of a copy".into())
+fn text(argument: &OsString) -> Result<String, Failure> {
+    argument.clone().into_string().map_err(|_| usage())
 }
 
-fn report(done: Result<u64, Error>) -> ExitCode {
+fn usage() -> Failure {
+    Error::Refused("these are not the arguments of a copy".into()).into()
+}
+
+fn report(done: Result<(), Failure>) -> ExitCode {
     match done {
-        Ok(_) => ExitCode::SUCCESS,
-        Err(failed) => {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Archive(failed)) => {
             eprintln!("{failed}");
             ExitCode::FAILURE
+        }
+        Err(Failure::TooLarge(limit)) => {
+            eprintln!("the guest sent more than {limit} bytes");
+            ExitCode::from(TOO_LARGE)
         }
     }
 }

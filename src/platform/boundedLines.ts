@@ -1,0 +1,21 @@
+import { Effect, Stream } from "effect"
+
+/** Lines of text from a peer that may never end one: `tooLong` when a line has more than `max` characters. */
+export const boundedLines =
+  <E2>(max: number, tooLong: () => E2) =>
+  <E, R>(bytes: Stream.Stream<Uint8Array, E, R>): Stream.Stream<string, E | E2, R> =>
+    Stream.suspend(() => {
+      const decoder = new TextDecoder()
+      let rest = ""
+      const take = (piece: Uint8Array) =>
+        Effect.suspend(() => {
+          const lines = `${rest}${decoder.decode(piece, { stream: true })}`.split("\n")
+          rest = lines.pop() ?? ""
+          const isTooLong = rest.length > max || lines.some((line) => line.length > max)
+          return isTooLong ? Effect.fail(tooLong()) : Effect.succeed(lines)
+        })
+      return Stream.concat(
+        Stream.mapConcatEffect(bytes, take),
+        Stream.suspend(() => (rest === "" ? Stream.empty : Stream.make(rest)))
+      )
+    })
