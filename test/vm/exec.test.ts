@@ -14,7 +14,7 @@ import * as path from "node:path"
 import { afterAll, assert, layer } from "@effect/vitest"
 import { Chunk, Deferred, Effect, Fiber, Option, Stream } from "effect"
 import type { CommandSpec } from "../../src/Agent.ts"
-import { Guest, guest, settled, sh, sha256, temporaryHome, text } from "../fixtures.ts"
+import { cli, Guest, guest, settled, sh, sha256, temporaryHome, text } from "../fixtures.ts"
 
 const home = temporaryHome()
 afterAll(() => settled(home))
@@ -110,6 +110,32 @@ layer(guest(home, { memoryMib: 512, rootDiskSizeBytes: 4 * 2 ** 30 }), { exclude
         const vm = yield* Guest
         const { exitCode, stderr, stdout } = yield* vm.execRaw({ argv: ["sh", "-c", "echo out; echo err >&2; exit 3"] })
         assert.deepStrictEqual([exitCode, text(stdout), text(stderr)], [3, "out\n", "err\n"])
+      })
+    )
+
+    it.effect("shows output that is no text without loss in JSON", () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        const script = "printf 'a\\377'; echo text >&2"
+        const { stdout } = yield* cli(home, ["exec", "--json", vm.id, "--", "sh", "-c", script])
+        const { stderr, stderrBase64, stdoutBase64 } = JSON.parse(stdout)
+        assert.deepStrictEqual([stderr, stderrBase64, stdoutBase64], ["text\n", undefined, "Yf8="])
+      })
+    )
+
+    it.effect("is killed when it prints more than is kept", () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        const error = yield* Effect.flip(vm.execRaw({ argv: ["cat", "/dev/zero"] }, { maxOutputBytes: mib }))
+        assert.strictEqual(error.code, "EXEC_OUTPUT_TOO_LARGE")
+        yield* untilGuestPrints("ps | grep -c '[c]at /dev/zero' || true", "0")
+      })
+    )
+
+    it.scoped("tells how it ended to somebody who reads none of its output", () =>
+      Effect.gen(function* () {
+        const running = yield* (yield* Guest).start("head -c 10000000 /dev/zero; exit 5")
+        assert.strictEqual((yield* Effect.timeout(running.exit, "20 seconds")).code, 5)
       })
     )
 
@@ -419,7 +445,8 @@ layer(guest(home, { memoryMib: 512, rootDiskSizeBytes: 4 * 2 ** 30 }), { exclude
         // what a first copy left: a link out of the target, under the name of a directory of the second
         symlinkSync(outside, path.join(target, "sub"))
         yield* sh(vm, "mkdir -p /srv/hostile/sub; echo owned >/srv/hostile/sub/file")
-        yield* Effect.exit(vm.pull("/srv/hostile", target))
+        const refused = yield* Effect.flip(vm.pull("/srv/hostile", target))
+        assert.include(refused.message, "leads out of the target")
         assert.deepStrictEqual(readdirSync(outside), [])
       })
     )
@@ -431,7 +458,11 @@ layer(guest(home, { memoryMib: 512, rootDiskSizeBytes: 4 * 2 ** 30 }), { exclude
         const source = mkdtempSync(path.join(home, "push-"))
         mkdirSync(path.join(source, "sub"))
         writeFileSync(path.join(source, "sub", "file"), "x")
-        yield* Effect.exit(vm.push(source, "/srv/in"))
+        const refused = yield* Effect.flip(vm.push(source, "/srv/in"))
+        assert.deepStrictEqual(
+          [refused.code, refused.message.includes("leads out of the target")],
+          ["FILES_PATH_INVALID", true]
+        )
         assert.strictEqual(yield* sh(vm, "ls /srv/out"), "")
       })
     )

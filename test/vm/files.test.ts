@@ -2,7 +2,7 @@ import { execFileSync, spawn } from "node:child_process"
 import * as fs from "node:fs"
 import * as path from "node:path"
 import { afterAll, assert, layer } from "@effect/vitest"
-import { Chunk, Effect, Fiber, Stream } from "effect"
+import { Chunk, Effect, Fiber, Option, Stream } from "effect"
 import { Agent } from "../../src/Agent.ts"
 import { encodeFrame, FrameType } from "../../src/AgentProtocol.ts"
 import type { FilesError } from "../../src/domain/errors.ts"
@@ -258,8 +258,17 @@ archive.close()
           Effect.sync(() => spawn("sh", ["-c", swap, "sh", outside], { cwd: target, detached: true, stdio: "ignore" })),
           (child) => Effect.sync(() => process.kill(-(child.pid ?? 0), "SIGKILL"))
         )
-        for (let turn = 0; turn < 5; turn++) yield* Effect.exit(vm.pull("/srv/many", target))
+        let arrived = 0
+        for (let turn = 0; turn < 5; turn++) {
+          yield* Effect.exit(vm.pull("/srv/many", target))
+          arrived += ["sub", "kept"].flatMap((dir) => {
+            const at = path.join(target, dir)
+            const isThere = fs.lstatSync(at, { throwIfNoEntry: false })?.isDirectory() === true
+            return isThere ? fs.readdirSync(at) : []
+          }).length
+        }
         assert.deepStrictEqual(fs.readdirSync(outside), [])
+        assert.isAbove(arrived, 0)
       })
     )
 
@@ -309,11 +318,11 @@ archive.close()
         const source = fresh()
         fs.writeFileSync(path.join(source, "file"), Buffer.alloc(256 * mib, 1))
         const copying = yield* startCli(home, ["cp", source, `${vm.id}:/srv/killed`])
-        yield* vm.exec("until test -e /srv/killed/file; do sleep 0.01; done", { timeout: "20 seconds" })
+        yield* vm.exec("until test -d /srv/killed; do sleep 0.01; done", { timeout: "20 seconds" })
         assert.lengthOf(couriers(), 1)
         yield* copying.kill("SIGKILL")
         yield* eventually("its end", () => couriers().length === 0)
-        assert.strictEqual(yield* sh(vm, "rm -r /srv/killed; echo fine"), "fine")
+        yield* vm.exec("while ls -A /srv/killed | grep -q .; do sleep 0.01; done", { timeout: "20 seconds" })
       })
     )
 
@@ -323,11 +332,11 @@ archive.close()
         const source = fresh()
         fs.writeFileSync(path.join(source, "file"), Buffer.alloc(64 * mib, 1))
         const fiber = yield* Effect.fork(vm.push(source, "/srv/interrupted"))
-        yield* vm.exec("until test -e /srv/interrupted/file; do sleep 0.01; done", { timeout: "20 seconds" })
+        yield* vm.exec("until test -d /srv/interrupted; do sleep 0.01; done", { timeout: "20 seconds" })
         assert.lengthOf(couriers(), 1)
         yield* Fiber.interrupt(fiber)
         assert.deepStrictEqual(couriers(), [])
-        assert.strictEqual(yield* sh(vm, "echo fine"), "fine")
+        yield* vm.exec("while ls -A /srv/interrupted | grep -q .; do sleep 0.01; done", { timeout: "20 seconds" })
       })
     )
 
@@ -378,6 +387,173 @@ archive.close()
         )
         yield* sh(vm, "mkdir /srv/crowd; cd /srv/crowd; seq -f %010g 20000 | xargs touch")
         assert.lengthOf(yield* vm.list("/srv/crowd"), 20_000)
+      })
+    )
+
+    it.effect(
+      "go where cp and docker cp put them: links, directories and what is missing",
+      () =>
+        Effect.gen(function* () {
+          const vm = yield* Guest
+          const host = fresh()
+          const at = (name: string) => path.join(host, name)
+          fs.writeFileSync(at("tool"), "tool")
+          fs.mkdirSync(at("dir"))
+          fs.writeFileSync(at("dir/inside"), "inside")
+          fs.symlinkSync("dir", at("link"))
+          fs.symlinkSync("tool", at("filelink"))
+          yield* sh(
+            vm,
+            `mkdir -p /srv/cp/target /srv/cp/taken; cd /srv/cp; ln -s target way; ln -s nowhere dangling; echo old >file; ln file other
+           ln -s file tofile; ln -s /srv taken/dir; echo made >target/made; ln -s target/made tomade`
+          )
+          const cp = (...args: ReadonlyArray<string>) =>
+            cli(home, ["cp", ...args.map((a) => a.replace(/^VM:/, `${vm.id}:`))])
+          const fits: ReadonlyArray<readonly [from: string, to: string, look: string, shown: string]> = [
+            ["tool", "VM:/bin", "test -L /bin && cat /usr/bin/tool; rm /usr/bin/tool", "tool"],
+            ["dir", "VM:/srv/cp/way", "ls target; rm -r target/dir", "dir\nmade"],
+            ["dir/.", "VM:/srv/cp/way", "ls target; rm target/inside", "inside\nmade"],
+            ["dir", "VM:/srv/cp/new", "ls new; rm -r new", "inside"],
+            ["dir/", "VM:/srv/cp/new/", "ls new; rm -r new", "inside"],
+            ["tool", "VM:/srv/cp/tofile", "test -L tofile && cat file other", "toolold"],
+            ["link", "VM:/srv/cp/copied", "readlink copied; rm copied", "dir"],
+            ["link/", "VM:/srv/cp/copied", "ls copied; rm -r copied", "inside"],
+            ["filelink", "VM:/srv/cp/target/", "readlink target/filelink; rm target/filelink", "tool"]
+          ]
+          for (const [from, to, look, shown] of fits) {
+            const { code, stderr } = yield* cp(`${host}/${from}`, to)
+            assert.deepStrictEqual([code, stderr], [0, ""], `${from} ${to}`)
+            assert.strictEqual(yield* sh(vm, `cd /srv/cp; ${look}`), shown, `${from} ${to}`)
+          }
+          const followed = yield* cp("-L", at("link"), "VM:/srv/cp/followed")
+          assert.deepStrictEqual([followed.code, yield* sh(vm, "ls /srv/cp/followed")], [0, "inside"])
+
+          const refused: ReadonlyArray<readonly [from: string, to: string, why: RegExp]> = [
+            [at("tool"), "VM:/srv/cp/missing/", /no directory/],
+            [at("tool"), "VM:/srv/cp/no/such", /no directory/],
+            [at("dir"), "VM:/srv/cp/no/such", /no directory/],
+            [at("dir"), "VM:/srv/cp/file", /no directory/],
+            [at("dir"), "VM:/srv/cp/taken", /no directory/],
+            [at("tool"), "VM:/srv/cp/dangling", /leads nowhere/],
+            [at("tool"), "VM:/dev/null", /device/],
+            [at("tool"), "VM:rel", /begins with a slash[\s\S]*:\/rel/],
+            ["-", "VM:/srv/cp/x", /exec/],
+            ["VM:/srv/cp/file", "-", /exec/],
+            ["VM:/srv/cp/file", `${host}/missing/`, /no directory/],
+            ["VM:/srv/cp/target", at("tool"), /no directory/],
+            ["VM:/srv/cp/file", "/dev/null", /device/],
+            ["VM:/dev/null", at("device"), /device/]
+          ]
+          const before = yield* sh(vm, "cd /srv/cp; find . | sort; ls -l /dev/null | cut -c1")
+          for (const [from, to, why] of refused) {
+            const { code, stderr } = yield* cp(from, to)
+            assert.notStrictEqual(code, 0, `${from} ${to}`)
+            assert.match(stderr, why, `${from} ${to}`)
+          }
+          assert.strictEqual(yield* sh(vm, "cd /srv/cp; find . | sort; ls -l /dev/null | cut -c1"), before)
+          assert.deepStrictEqual(fs.readdirSync(host).sort(), ["dir", "filelink", "link", "tool"])
+          assert.isTrue(fs.statSync("/dev/null").isCharacterDevice())
+
+          for (const [from, to] of [
+            ["VM:/bin", at("bin")],
+            ["VM:/srv/cp/tomade", host]
+          ] as const) {
+            assert.deepInclude(yield* cp(from, to), { code: 0, stderr: "" }, `${from} ${to}`)
+          }
+          assert.strictEqual(fs.readlinkSync(at("bin")), "usr/bin")
+          assert.strictEqual(fs.readlinkSync(at("tomade")), "target/made")
+          fs.symlinkSync("tool", at("here"))
+          assert.strictEqual((yield* cp("-L", "VM:/srv/cp/tomade", at("here"))).code, 0)
+          assert.deepStrictEqual([fs.readlinkSync(at("here")), fs.readFileSync(at("tool"), "utf8")], ["tool", "made\n"])
+          assert.strictEqual((yield* cp("-L", "VM:/srv/cp/way", at("followed"))).code, 0)
+          assert.strictEqual(fs.readFileSync(at("followed/made"), "utf8"), "made\n")
+          yield* sh(vm, "rm -r /srv/cp")
+        }),
+      180_000
+    )
+
+    it.effect("are what a read gives, whatever their size is said to be, both ways", () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        const back = path.join(fresh(), "kallsyms")
+        yield* vm.pull("/proc/kallsyms", back)
+        assert.strictEqual(sha256(fs.readFileSync(back)), (yield* sh(vm, "sha256sum /proc/kallsyms")).slice(0, 64))
+        yield* vm.push("/proc/version", "/srv/version")
+        assert.strictEqual(
+          yield* sh(vm, "cat /srv/version; rm /srv/version"),
+          fs.readFileSync("/proc/version", "utf8").trimEnd()
+        )
+        const setting = path.join(fresh(), "setting")
+        yield* vm.pull("/sys/kernel/mm/transparent_hugepage/enabled", setting)
+        assert.strictEqual(
+          fs.readFileSync(setting, "utf8").trimEnd(),
+          yield* sh(vm, "cat /sys/kernel/mm/transparent_hugepage/enabled")
+        )
+      })
+    )
+
+    it.effect("keep fractions of a second, both ways", () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        const [source, back] = [fresh(), fresh()]
+        execFileSync("touch", ["-d", "2001-02-03 04:05:06.123456789Z", path.join(source, "file")])
+        execFileSync("touch", ["-d", "1960-01-01 00:00:00.5Z", path.join(source, "old")])
+        const stat = "stat -c %y file old"
+        const told = execFileSync("sh", ["-c", stat], {
+          cwd: source,
+          encoding: "utf8",
+          env: { TZ: "UTC0", PATH: process.env["PATH"] }
+        })
+        yield* vm.push(source, "/srv/times")
+        assert.strictEqual(yield* sh(vm, `cd /srv/times; TZ=UTC0 ${stat}`), told.trimEnd())
+        yield* vm.pull("/srv/times", back)
+        assert.strictEqual(
+          execFileSync("sh", ["-c", stat], {
+            cwd: back,
+            encoding: "utf8",
+            env: { TZ: "UTC0", PATH: process.env["PATH"] }
+          }),
+          told
+        )
+      })
+    )
+
+    it.effect("whose names are not UTF-8 are listed, watched, read and removed by the names they are told with", () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        yield* sh(
+          vm,
+          `mkdir /srv/bytes; cd /srv/bytes; echo x >"$(printf 'a\\377b')"; ln -s "$(printf 'to\\200')" link`
+        )
+        const [first, second] = yield* vm.list("/srv/bytes")
+        assert.deepStrictEqual([first?.name, second?.target], ["a\udcffb", "to\udc80"])
+        const name = `/srv/bytes/${first?.name}`
+        assert.strictEqual((yield* vm.stat(name)).size, 2)
+        assert.strictEqual((yield* Stream.runCollect(vm.readFile(name))).length, 1)
+        const told = yield* Effect.scoped(
+          Effect.gen(function* () {
+            const changes = yield* vm.watch("/srv/bytes")
+            yield* vm.remove(name)
+            return yield* Stream.runHead(changes)
+          })
+        )
+        assert.deepStrictEqual(Option.getOrUndefined(told), { kind: "removed", path: "a\udcffb" })
+        assert.strictEqual(yield* sh(vm, "ls /srv/bytes"), "link")
+      })
+    )
+
+    it.scoped("are pulled up to a size", () =>
+      Effect.gen(function* () {
+        const vm = yield* Guest
+        yield* sh(vm, "mkdir /srv/size; head -c 3000000 /dev/urandom >/srv/size/file")
+        const dir = fresh()
+        for (const from of ["/srv/size", "/srv/size/file"]) {
+          const error = yield* Effect.flip(vm.pull(from, path.join(dir, "copy"), { maxBytes: mib }))
+          assert.strictEqual(error.code, "FILES_TOO_LARGE")
+          fs.rmSync(path.join(dir, "copy"), { recursive: true, force: true })
+        }
+        yield* vm.pull("/srv/size/file", path.join(dir, "copy"), { maxBytes: 4 * mib })
+        assert.deepStrictEqual([fs.readdirSync(dir), fs.statSync(path.join(dir, "copy")).size], [["copy"], 3_000_000])
       })
     )
 

@@ -1,8 +1,8 @@
 import * as path from "node:path"
 import { Args, Command, Options } from "@effect/cli"
 import { FileSystem } from "@effect/platform"
-import { Effect } from "effect"
-import { ParseError } from "../../domain/errors.ts"
+import { Effect, Option } from "effect"
+import { FilesError, ParseError } from "../../domain/errors.ts"
 import { Machinen } from "../../Machinen.ts"
 import type { Vm } from "../../Vm.ts"
 
@@ -10,35 +10,121 @@ const place = (name: string) =>
   Args.text({ name }).pipe(Args.withDescription("VM:/path in a guest, or a path on the host"))
 
 /** `vm:/path`; a host path with a colon is written with a slash before it (`./a:b`), as for docker cp. */
-const parse = (text: string): { readonly vm: string; readonly path: string } | { readonly path: string } => {
+const parse = Effect.fnUntraced(function* (text: string) {
+  if (text === "-") {
+    return yield* new ParseError({
+      code: "PARSE_FLAG_MALFORMED",
+      message: "- is no file: cp does not read or write streams",
+      hint: "machinen exec web -- cat /file >file, or ./- for a file of that name"
+    })
+  }
   const colon = text.indexOf(":")
   const slash = text.indexOf("/")
-  return colon > 0 && (slash === -1 || colon < slash || text.charAt(colon + 1) === "/") && !/^[./]/.test(text)
-    ? { vm: text.slice(0, colon), path: text.slice(colon + 1) }
-    : { path: text }
-}
-
-/** Copying into an existing directory means below it, under the source's name, as cp does. */
-const toGuest = Effect.fnUntraced(function* (vm: Vm, source: string, target: string, excludes: ReadonlyArray<string>) {
-  const fs = yield* FileSystem.FileSystem
-  const guest = yield* Effect.option(vm.stat(target === "" ? "/" : target))
-  const intoDirectory = target.endsWith("/") || (guest._tag === "Some" && guest.value.kind === "directory")
-  const info = yield* Effect.option(fs.stat(source))
-  const contentsOnly =
-    source.endsWith("/.") || (info._tag === "Some" && info.value.type === "Directory" && guest._tag === "None")
-  const to = intoDirectory && !contentsOnly ? path.posix.join(target, path.basename(path.resolve(source))) : target
-  yield* vm.push(path.resolve(source), path.posix.normalize(to), { excludes })
+  const isGuest = colon > 0 && (slash === -1 || colon < slash || text.charAt(colon + 1) === "/") && !/^[./]/.test(text)
+  if (!isGuest) return { path: text }
+  const [vm, inGuest] = [text.slice(0, colon), text.slice(colon + 1)]
+  if (!inGuest.startsWith("/")) {
+    return yield* new ParseError({
+      code: "PARSE_FLAG_MALFORMED",
+      message: `${text}: a path in a VM begins with a slash`,
+      hint: `${vm}:/${inGuest}, or ./${text} for a file of the host`
+    })
+  }
+  return { vm, path: inGuest }
 })
 
-const toHost = Effect.fnUntraced(function* (vm: Vm, source: string, target: string, excludes: ReadonlyArray<string>) {
-  const fs = yield* FileSystem.FileSystem
-  const host = yield* Effect.option(fs.stat(target))
-  const intoDirectory = host._tag === "Some" && host.value.type === "Directory" && !source.endsWith("/.")
-  yield* vm.pull(
-    path.posix.normalize(source),
-    path.resolve(intoDirectory ? path.join(target, path.posix.basename(source)) : target),
-    { excludes }
-  )
+interface Source {
+  readonly isDirectory: boolean
+  /** What it is called below a directory; nothing: its contents go there. */
+  readonly name: string | undefined
+}
+
+/** One of the two machines. */
+interface Side {
+  readonly paths: path.PlatformPath
+  /** What is there, if anything; with `follow` what a link leads to. */
+  readonly kind: (place: string, follow: boolean) => Effect.Effect<Option.Option<string>, FilesError>
+}
+
+const refused = (message: string, hint?: string) =>
+  new FilesError({ code: "FILES_PATH_INVALID", message, ...(hint === undefined ? {} : { hint }) })
+
+/** Where a copy belongs, as `cp -R` and `docker cp` have it. */
+const destination = Effect.fnUntraced(function* ({ kind, paths }: Side, target: string, source: Source) {
+  const there = Option.getOrUndefined(yield* kind(target, true))
+  if (there === "directory") {
+    if (source.name === undefined) return target
+    const below = paths.join(target, source.name)
+    const taken = source.isDirectory ? Option.getOrElse(yield* kind(below, false), () => "directory") : "directory"
+    return taken === "directory" ? below : yield* refused(`${below} is there and is no directory`)
+  }
+  if (there !== undefined) {
+    return source.isDirectory || target.endsWith("/") ? yield* refused(`${target} is no directory`) : target
+  }
+  if (Option.isSome(yield* kind(target, false))) return yield* refused(`${target} is a link that leads nowhere`)
+  const parent = source.isDirectory || !target.endsWith("/") ? paths.dirname(target) : target
+  if (Option.getOrUndefined(yield* kind(parent, true)) !== "directory") {
+    return yield* refused(`there is no directory ${parent}`, "make it first (mkdir -p)")
+  }
+  return target
+})
+
+/** A link stands for what it leads to when a slash says that a directory is meant. */
+const meansDirectory = (source: string) => /(^|\/)\.?$/.test(source)
+const meansContents = (source: string) => /(^|\/)\.$/.test(source)
+
+interface Flags {
+  readonly excludes: ReadonlyArray<string>
+  readonly follow: boolean
+}
+
+const guestSide = (vm: Vm): Side => ({
+  paths: path.posix,
+  kind: (place, follow) =>
+    vm.stat(place, { follow }).pipe(
+      Effect.map(({ kind }) => Option.some(kind)),
+      Effect.catchIf(
+        ({ code }) => code === "FILES_NOT_FOUND",
+        () => Effect.succeedNone
+      )
+    )
+})
+
+const hostSide = Effect.map(
+  FileSystem.FileSystem,
+  (fs): Side => ({
+    paths: path,
+    kind: (place, follow) =>
+      Effect.gen(function* () {
+        if (!follow && Option.isSome(yield* Effect.option(fs.readLink(place)))) return Option.some("symlink")
+        return Option.map(yield* Effect.option(fs.stat(place)), ({ type }) => type.toLowerCase())
+      })
+  })
+)
+
+const toGuest = Effect.fnUntraced(function* (vm: Vm, from: string, to: string, flags: Flags) {
+  const [host, guest] = [yield* hostSide, guestSide(vm)]
+  const follow = flags.follow || meansDirectory(from)
+  const kind = yield* host.kind(from, follow)
+  const source = path.resolve(from)
+  const name = meansContents(from) ? undefined : path.basename(source)
+  // what is not there is push's to tell
+  const target = Option.isNone(kind)
+    ? to
+    : yield* destination(guest, to, { isDirectory: kind.value === "directory", name })
+  yield* vm.push(source, path.posix.normalize(target), { ...flags, follow })
+})
+
+const toHost = Effect.fnUntraced(function* (vm: Vm, from: string, to: string, flags: Flags & { maxBytes?: number }) {
+  const [host, guest] = [yield* hostSide, guestSide(vm)]
+  const follow = flags.follow || meansDirectory(from)
+  const kind = yield* guest.kind(from, follow)
+  const source = path.posix.normalize(from)
+  const name = meansContents(from) ? undefined : path.posix.basename(source) || undefined
+  const target = Option.isNone(kind)
+    ? to
+    : yield* destination(host, to, { isDirectory: kind.value === "directory", name })
+  yield* vm.pull(source, path.resolve(target), { ...flags, follow })
 })
 
 const exclude = Options.text("exclude").pipe(
@@ -46,16 +132,27 @@ const exclude = Options.text("exclude").pipe(
   Options.withDescription("a pattern for paths below a directory, or for any name; may be repeated")
 )
 
+const followLink = Options.boolean("follow-link", { aliases: ["L"] }).pipe(
+  Options.withDescription("copy what a link leads to when the source is one; else the link itself")
+)
+
+const maxBytes = Options.integer("max-bytes").pipe(
+  Options.optional,
+  Options.withDescription("most that a guest may send")
+)
+
 /** `machinen cp VM:/path HOST` and back. */
-export const cp = Command.make("cp", { exclude, from: place("from"), to: place("to") }, (input) =>
+export const cp = Command.make("cp", { exclude, followLink, maxBytes, from: place("from"), to: place("to") }, (input) =>
   Effect.gen(function* () {
     const machinen = yield* Machinen
-    const from = parse(input.from)
-    const to = parse(input.to)
-    if ("vm" in from && !("vm" in to))
-      return yield* toHost(yield* machinen.attach(from.vm), from.path, to.path, input.exclude)
-    if ("vm" in to && !("vm" in from))
-      return yield* toGuest(yield* machinen.attach(to.vm), from.path, to.path, input.exclude)
+    const from = yield* parse(input.from)
+    const to = yield* parse(input.to)
+    const flags = { excludes: input.exclude, follow: input.followLink }
+    if ("vm" in from && !("vm" in to)) {
+      const limit = Option.match(input.maxBytes, { onNone: () => ({}), onSome: (maxBytes) => ({ maxBytes }) })
+      return yield* toHost(yield* machinen.attach(from.vm), from.path, to.path, { ...flags, ...limit })
+    }
+    if ("vm" in to && !("vm" in from)) return yield* toGuest(yield* machinen.attach(to.vm), from.path, to.path, flags)
     return yield* new ParseError({
       code: "PARSE_FLAG_MALFORMED",
       message: "one of the two places is in a VM, the other on the host",

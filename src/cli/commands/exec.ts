@@ -1,3 +1,4 @@
+import { isUtf8 } from "node:buffer"
 import { Args, Command, Options } from "@effect/cli"
 import { Effect, Option } from "effect"
 import { ParseError } from "../../domain/errors.ts"
@@ -11,6 +12,12 @@ import * as terminal from "../terminal.ts"
 import { commandArgs, relay, timeLimit, withinLimit } from "./run.ts"
 
 export const vmArg = Args.text({ name: "vm" }).pipe(Args.withDescription("a VM's name, id or pid"))
+
+/** Output as JSON has it; what is no UTF-8 is there as base64 as well. */
+const asText = (channel: "stdout" | "stderr", bytes: Uint8Array) => ({
+  [channel]: Buffer.from(bytes).toString(),
+  ...(isUtf8(bytes) ? {} : { [`${channel}Base64`]: Buffer.from(bytes).toString("base64") })
+})
 
 const jsonAndTerminal = new ParseError({
   code: "PARSE_FLAG_MALFORMED",
@@ -89,8 +96,8 @@ export const exec = (tail: ReadonlyArray<string>) =>
             exitCode: result.exitCode,
             signal: result.signal,
             oomKilled: result.oomKilled,
-            stdout: Buffer.from(result.stdout).toString(),
-            stderr: Buffer.from(result.stderr).toString()
+            ...asText("stdout", result.stdout),
+            ...asText("stderr", result.stderr)
           })
           return yield* new ExitWith({ code: result.exitCode })
         }
