@@ -440,7 +440,7 @@ impl Rejuvenate {
 fn check_config(config: &GuestConfig) -> Result<(), ErrorReply> {
     config.cmd.iter().try_for_each(|argument| no_nul("config.cmd", argument))?;
     config.user.iter().try_for_each(|user| no_nul("config.user", user))?;
-    config.cwd.iter().try_for_each(|cwd| check_path(cwd))?;
+    config.cwd.iter().try_for_each(check_path)?;
     check_env(&config.env)
 }
 

@@ -31,7 +31,7 @@ where
 {
     match &request.to {
         &Destination::Port(port) => {
-            let mut connection = connect(port).await.map_err(|error| Abort::io(&format!("port {port}"), &error))?;
+            let mut connection = connect(port).await.map_err(|error| Abort::io(format!("port {port}"), &error))?;
             // Not being able to is no reason to refuse.
             let _ = connection.set_nodelay(true);
             let (read, write) = connection.split();

@@ -41,7 +41,7 @@ pub async fn revive(context: &Arc<Context>, request: Revive) -> Result<Rejuvenat
     archive::load(SHARED_MEMORY_ARCHIVE, SHARED_MEMORY).await?;
     let mut pipes = Pipes::make(&record).map_err(|error| Abort::io("pipes", &error))?;
     for n in 0..record.trees.len() {
-        link_remaps(Path::new(&directory(n))).map_err(|error| Abort::io(&directory(n), &error))?;
+        link_remaps(Path::new(&directory(n))).map_err(|error| Abort::io(directory(n), &error))?;
     }
     for (n, tree) in record.trees.iter().enumerate() {
         if request.lazy {
