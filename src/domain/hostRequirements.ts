@@ -42,6 +42,7 @@ export const basePackages = {
       "tail",
       "tee",
       "timeout",
+      "touch",
       "wc"
     ]
   ],
