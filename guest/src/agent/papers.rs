@@ -9,6 +9,9 @@ use std::path::Path;
 use rustix::fs::FallocateFlags;
 use rustix::mount::MountFlags;
 
+use crate::init::late;
+use crate::init::names::Names;
+
 /// What a program looks at to learn whether it has been copied; empty in a machine that is no copy.
 const GENERATION: &str = "generation";
 const GENERATION_DIR: &str = "run/machinen";
@@ -22,17 +25,28 @@ pub struct Papers {
     random: io::Result<File>,
     generation: io::Result<File>,
     machine_id: io::Result<File>,
+    names: Names,
 }
 
 impl Papers {
     /// Opens what there is below `root`, `/` in a machine.
     pub fn prepare(root: &Path) -> Self {
-        Papers { random: File::open(RANDOM), generation: open_generation(root), machine_id: open_machine_id(root) }
+        Papers {
+            random: File::open(RANDOM),
+            generation: open_generation(root),
+            machine_id: open_machine_id(root),
+            names: Names::open(root),
+        }
     }
 
     /// The kernel's generator.
     pub fn random(&self) -> io::Result<&File> {
         self.random.as_ref().map_err(again)
+    }
+
+    /// Gives the machine another name.
+    pub fn rename(&self, hostname: &str) -> io::Result<()> {
+        late::rename(hostname, &self.names)
     }
 
     pub fn renew_generation(&self, generation: &str) -> io::Result<()> {

@@ -9,7 +9,7 @@ use rustix::mount::MountFlags;
 use rustix::process::{Resource, Rlimit};
 
 use super::root::make_directory;
-use super::{Failed, Phases, Step, cgroup, network};
+use super::{Failed, Phases, Step, cgroup, console, names, network};
 use crate::config::{BootConfig, RootKind};
 
 /// Mounts of the new root besides /dev and /sys, in order. `favordynmods`: without it every move into a group, and so every command,
@@ -60,6 +60,11 @@ pub fn complete(boot: &BootConfig, phases: &mut Phases) -> Result<(), Failed> {
     fs::write("/proc/self/oom_score_adj", "-1000").step("oom_score_adj")?;
     rustix::process::setrlimit(Resource::Nofile, AGENT_FILES).step("open files")?;
     set_hostname(&boot.hostname).step("hostname")?;
+    // A disk that is the caller's own may have its own idea. An image whose files cannot be written runs without.
+    if let Err(error) = names::write(Path::new("/"), &boot.hostname, boot.root == RootKind::Disk) {
+        console::say(&format!("machinen-init: /etc/hostname, /etc/hosts: {error}"));
+    }
+    phases.mark("names");
     if !boot.revive {
         reserve_pids().step("pids")?;
     }
@@ -75,6 +80,18 @@ pub fn complete(boot: &BootConfig, phases: &mut Phases) -> Result<(), Failed> {
 /// Lets commands to come have pids of their own range.
 pub fn reserve_pids() -> io::Result<()> {
     fs::write("/proc/sys/kernel/ns_last_pid", RESERVED_PIDS)
+}
+
+/// The kernel's host name.
+pub fn hostname() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// Gives a running machine another name, in its files as well.
+pub fn rename(hostname: &str, files: &names::Names) -> io::Result<()> {
+    let old = self::hostname();
+    set_hostname(hostname)?;
+    files.rename(&old, hostname)
 }
 
 /// Sets the kernel's host name.

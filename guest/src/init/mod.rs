@@ -15,6 +15,7 @@ mod disks;
 mod grow;
 pub mod late;
 mod mounts;
+pub mod names;
 pub mod network;
 mod phases;
 mod reaper;

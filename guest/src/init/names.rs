@@ -1,0 +1,219 @@
+//! The machine's name in its files: /etc/hostname, and /etc/hosts, by which programs find the address of `localhost` and of their own host.
+
+use std::fmt::Write as _;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+const HOSTNAME: &str = "etc/hostname";
+const HOSTS: &str = "etc/hosts";
+/// The address of the machine's own name, as Debian has it: it is there without a network, too.
+const OWN_ADDRESS: &str = "127.0.1.1";
+/// What every machine has, each with the line for a file without it.
+const LOCALHOST: [(&str, &str); 2] =
+    [("127.0.0.1", "127.0.0.1\tlocalhost\n"), ("::1", "::1\tlocalhost ip6-localhost ip6-loopback\n")];
+/// Larger files are left alone.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Writes both files below `root`. What an image says of other hosts stays. With `keep` a file that is there stays as it is.
+pub fn write(root: &Path, name: &str, keep: bool) -> io::Result<()> {
+    let hosts = root.join(HOSTS);
+    fs::create_dir_all(root.join("etc"))?;
+    // Of the machine this root was copied from, or of the one the image was made in.
+    let old = read(&root.join(HOSTNAME))?;
+    if old.is_none() || !keep {
+        replace(&root.join(HOSTNAME), &format!("{name}\n"))?;
+    }
+    match read(&hosts)? {
+        Some(_) if keep => Ok(()),
+        text => {
+            let text = text.unwrap_or_default();
+            let new = complete(&renamed(&text, old.as_deref().unwrap_or_default().trim(), name), name);
+            if new == text { Ok(()) } else { replace(&hosts, &new) }
+        }
+    }
+}
+
+/// The text of a file that is a regular one, `None` if there is nothing. A link leads to what another program keeps.
+fn read(path: &Path) -> io::Result<Option<String>> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_file() && found.len() <= MAX_FILE => Ok(Some(fs::read_to_string(path)?)),
+        Ok(_) => Err(io::Error::other("not a small regular file")),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    set(&open(path, true)?, text)
+}
+
+fn open(path: &Path, create: bool) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(create).truncate(false).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    options.mode(0o644).open(path)
+}
+
+fn set(file: &File, text: &str) -> io::Result<()> {
+    file.write_all_at(text.as_bytes(), 0)?;
+    file.set_len(text.len() as u64)
+}
+
+/// Both files, open: a copy of the machine only has to write them.
+#[derive(Debug)]
+pub struct Names {
+    hostname: io::Result<File>,
+    hosts: io::Result<File>,
+}
+
+impl Names {
+    pub fn open(root: &Path) -> Self {
+        Self { hostname: open(&root.join(HOSTNAME), false), hosts: open(&root.join(HOSTS), false) }
+    }
+
+    /// The machine that was called `old` is called `new`. A file that calls it otherwise, or is not there, is somebody else's affair.
+    pub fn rename(&self, old: &str, new: &str) -> io::Result<()> {
+        edit(&self.hostname, |text| if text.trim() == old { format!("{new}\n") } else { text.to_owned() })?;
+        edit(&self.hosts, |text| renamed(text, old, new))
+    }
+}
+
+fn edit(file: &io::Result<File>, change: impl FnOnce(&str) -> String) -> io::Result<()> {
+    let Ok(file) = file else { return Ok(()) };
+    let length = file.metadata()?.len();
+    if length > MAX_FILE {
+        return Ok(());
+    }
+    let mut text = vec![0; usize::try_from(length).unwrap_or(0)];
+    file.read_exact_at(&mut text, 0)?;
+    let Ok(text) = String::from_utf8(text) else { return Ok(()) };
+    let new = change(&text);
+    if new == text { Ok(()) } else { set(file, &new) }
+}
+
+/// Address and names of a line of hosts(5).
+fn entry(line: &str) -> Option<(&str, impl Iterator<Item = &str>)> {
+    let mut fields = line.split('#').next().unwrap_or_default().split_ascii_whitespace();
+    Some((fields.next()?, fields))
+}
+
+/// The same file for a machine with another name: the line of its own address that has the old one has the new one.
+fn renamed(text: &str, old: &str, new: &str) -> String {
+    let own = |line: &str| {
+        entry(line).is_some_and(|(address, mut names)| address == OWN_ADDRESS && names.any(|name| name == old))
+    };
+    text.split_inclusive('\n').map(|line| if own(line) { own_line(new) } else { line.to_owned() }).collect()
+}
+
+fn own_line(name: &str) -> String {
+    format!("{OWN_ADDRESS}\t{name}\n")
+}
+
+/// The same file with lines for `localhost` and for `name`, if there are none.
+fn complete(text: &str, name: &str) -> String {
+    let knows = |address: Option<&str>, wanted: &str| {
+        text.lines().filter_map(entry).any(|(found, mut names)| {
+            address.is_none_or(|address| address == found) && names.any(|name| name == wanted)
+        })
+    };
+    let mut all = text.to_owned();
+    if !all.is_empty() && !all.ends_with('\n') {
+        all.push('\n');
+    }
+    for (address, line) in LOCALHOST {
+        if !knows(Some(address), "localhost") {
+            all.push_str(line);
+        }
+    }
+    if !knows(None, name) {
+        // Writing to a string cannot fail.
+        let _ = write!(all, "{}", own_line(name));
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    const FRESH: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\tbox\n";
+
+    /// A root whose /etc has these files.
+    fn root(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("etc")).unwrap();
+        for (name, text) in files {
+            fs::write(root.path().join(name), text).unwrap();
+        }
+        root
+    }
+
+    fn text(root: &tempfile::TempDir, name: &str) -> String {
+        fs::read_to_string(root.path().join(name)).unwrap()
+    }
+
+    #[test]
+    fn an_empty_root_is_given_both_files() {
+        let root = tempfile::tempdir().unwrap();
+        for _ in 0..2 {
+            write(root.path(), "box", false).unwrap();
+            assert_eq!((text(&root, HOSTNAME), text(&root, HOSTS)), ("box\n".to_owned(), FRESH.to_owned()));
+        }
+    }
+
+    #[test]
+    fn entries_of_an_image_stay() {
+        let own = "# mine\n127.0.0.1 localhost\n::1 ip6-localhost localhost # both\n10.0.0.1 db\n10.0.0.2 box.lan box";
+        let root = root(&[(HOSTS, own)]);
+        write(root.path(), "box", false).unwrap();
+        assert_eq!(text(&root, HOSTS), format!("{own}\n"));
+    }
+
+    #[test]
+    fn what_an_image_lacks_is_added() {
+        let root = root(&[(HOSTS, "127.0.0.1 localhost\n10.0.0.1 db\n"), (HOSTNAME, "builder\n")]);
+        write(root.path(), "box", false).unwrap();
+        let added = "::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\tbox\n";
+        assert_eq!(text(&root, HOSTS), format!("127.0.0.1 localhost\n10.0.0.1 db\n{added}"));
+        assert_eq!(text(&root, HOSTNAME), "box\n");
+    }
+
+    #[test]
+    fn the_name_of_the_machine_an_image_was_made_in_goes() {
+        let root = tempfile::tempdir().unwrap();
+        for name in ["builder", "box"] {
+            write(root.path(), name, false).unwrap();
+        }
+        assert_eq!((text(&root, HOSTNAME), text(&root, HOSTS)), ("box\n".to_owned(), FRESH.to_owned()));
+    }
+
+    #[test]
+    fn files_of_a_disk_that_is_the_callers_stay() {
+        let root = root(&[(HOSTS, "mine\n"), (HOSTNAME, "mine\n")]);
+        write(root.path(), "box", true).unwrap();
+        Names::open(root.path()).rename("box", "copy").unwrap();
+        assert_eq!((text(&root, HOSTNAME), text(&root, HOSTS)), ("mine\n".to_owned(), "mine\n".to_owned()));
+    }
+
+    #[test]
+    fn a_copy_has_its_own_name_and_no_other() {
+        let root = root(&[(HOSTS, "10.0.0.1 box-db box\n")]);
+        write(root.path(), "a-long-name", false).unwrap();
+        let before = text(&root, HOSTS);
+        Names::open(root.path()).rename("a-long-name", "b").unwrap();
+        assert_eq!(text(&root, HOSTS), before.replace("a-long-name", "b"));
+        assert_eq!(text(&root, HOSTNAME), "b\n");
+    }
+
+    #[test]
+    fn a_link_is_not_followed() {
+        let root = root(&[("etc/theirs", "theirs\n")]);
+        symlink("theirs", root.path().join(HOSTS)).unwrap();
+        assert!(write(root.path(), "box", false).is_err());
+        Names::open(root.path()).rename("theirs", "copy").unwrap();
+        assert_eq!(text(&root, "etc/theirs"), "theirs\n");
+    }
+}
