@@ -9,7 +9,6 @@ import {
   Layer,
   Option,
   ParseResult,
-  Ref,
   Schedule,
   Schema,
   type Scope,
@@ -25,6 +24,8 @@ import {
   FrameDecoder,
   FrameType,
   GuestStats,
+  inputPiece,
+  inputWindow,
   pieces,
   Rejuvenation
 } from "./AgentProtocol.ts"
@@ -283,6 +284,8 @@ export interface Operation {
   /** The result, or the failure, is known. */
   readonly isOver: Effect.Effect<boolean>
   readonly send: Connection["write"]
+  /** Sends input to a command, as far ahead of it as the guest gives credit. Nothing else ever waits behind input. */
+  readonly sendInput: Connection["write"]
 }
 
 interface Running extends RunningCommand {
@@ -323,7 +326,12 @@ const makeClient = (
       return yield* protocolError(`the agent began with a frame of type ${first.type}`)
     }
     const result = yield* Deferred.make<unknown, ExecError | AgentRefusal>()
-    const step = Effect.fnUntraced(function* (frame: Frame) {
+    const credit = yield* Effect.makeSemaphore(inputWindow)
+    const step: (frame: Frame) => Operation["frame"] = Effect.fnUntraced(function* (frame) {
+      if (frame.type === FrameType.credit) {
+        yield* credit.release(Buffer.from(frame.payload).readUInt32BE())
+        return yield* stepped
+      }
       if (frame.type !== FrameType.end) return frame
       yield* Deferred.complete(result, parseJson(frame.payload))
       // the guest waits for our end before it lets the machine go, and the shim for both
@@ -342,7 +350,13 @@ const makeClient = (
       frames: Stream.repeatEffectOption(frame),
       result: Deferred.await(result),
       isOver: Deferred.isDone(result),
-      send: connection.write
+      send: connection.write,
+      sendInput: (bytes) =>
+        Effect.forEach(
+          pieces(bytes, inputPiece),
+          (piece) => Effect.zipRight(credit.take(piece.length), connection.write(encodeFrame(FrameType.data, piece))),
+          { discard: true }
+        )
     }
     return operation
   })
@@ -370,31 +384,24 @@ const makeClient = (
   const tellTime = tell(() => ({ op: "clock", nowMs: Date.now() }))
 
   /** Sends bytes as data frames, then eof. A peer that is gone ends it quietly: the other half tells why. */
-  const sendAll = <E>(send: Connection["write"], bytes: Stream.Stream<Uint8Array, E>) =>
+  const sendAll = <E>(
+    send: Connection["write"],
+    bytes: Stream.Stream<Uint8Array, E>,
+    sendData: Connection["write"] = (piece) => send(encodeFrame(FrameType.data, piece))
+  ) =>
     bytes.pipe(
-      Stream.mapConcat(pieces),
-      Stream.runForEachWhile((piece) => Effect.isSuccess(send(encodeFrame(FrameType.data, piece)))),
+      Stream.mapConcat((bytes) => pieces(bytes)),
+      Stream.runForEachWhile((piece) => Effect.isSuccess(sendData(piece))),
       Effect.zipRight(Effect.ignore(send(encodeFrame(FrameType.eof, new Uint8Array(0)))))
     )
 
   const run = Effect.fnUntraced(function* (
     request: Extract<AgentRequest, { op: "exec" | "main" }>,
-    stdin: Stream.Stream<Uint8Array> | undefined,
-    isDetached: Effect.Effect<boolean>
+    stdin: Stream.Stream<Uint8Array> | undefined
   ) {
     const operation = yield* operate(request).pipe(Effect.mapError(toExecError))
     if (stdin !== undefined) {
-      // What we send may be stuck behind input the command does not read, the end of this stream included: say it beside it.
-      const { pid } = operation.started
-      if (pid !== undefined) {
-        yield* Effect.addFinalizer(() =>
-          Effect.unlessEffect(
-            ask({ op: "kill", pid }).pipe(Effect.interruptible, Effect.timeout("2 seconds"), Effect.ignore),
-            Effect.zipWith(operation.isOver, isDetached, (over, detached) => over || detached)
-          )
-        )
-      }
-      yield* Effect.forkScoped(sendAll(operation.send, stdin))
+      yield* Effect.forkScoped(sendAll(operation.send, stdin, operation.sendInput))
     }
     const next: Running["piece"] = Effect.flatMap(Effect.mapError(operation.frame, Option.map(toExecError)), (frame) =>
       Option.getOrElse(Option.map(toOutput(frame), Effect.succeed), () => next)
@@ -430,8 +437,7 @@ const makeClient = (
         ...(user === undefined ? {} : { user }),
         ...(secrets === undefined ? {} : { secrets })
       },
-      stdin,
-      Effect.succeed(false)
+      stdin
     )
   })
 
@@ -567,11 +573,12 @@ const makeClient = (
   return {
     ...Terminal.make({
       open: (request) =>
-        Effect.map(Effect.mapError(operate(request), toExecError), ({ frames, result, send, started }) => ({
+        Effect.map(Effect.mapError(operate(request), toExecError), ({ frames, result, send, sendInput, started }) => ({
           pid: started.pid ?? 0,
           frames: Stream.mapError(frames, toExecError),
           result: Effect.mapError(result, toExecError),
-          send
+          send,
+          sendInput
         })),
       ask: (request) => Effect.mapError(ask(request), toExecError)
     }),
@@ -595,12 +602,8 @@ const makeClient = (
       })
     }),
     startMain: Effect.fn("Agent.startMain")(function* (stdin) {
-      const isDetached = yield* Ref.make(false)
-      const running = yield* run({ op: "main", stdin: stdin !== undefined, detach: false }, stdin, Ref.get(isDetached))
-      const detach = ask({ op: "detach" }).pipe(
-        Effect.mapError(toExecError),
-        Effect.zipRight(Ref.set(isDetached, true))
-      )
+      const running = yield* run({ op: "main", stdin: stdin !== undefined, detach: false }, stdin)
+      const detach = Effect.mapError(ask({ op: "detach" }), toExecError)
       const main: MainCommand = { ...running, detach }
       return main
     }),
@@ -883,6 +886,17 @@ class StreamEnded extends Error {}
 
 const protocolError = (message: string, cause?: unknown) => new ExecError({ code: "EXEC_PROTOCOL", message, cause })
 
+const executableHint = (errno: string | undefined) => {
+  switch (errno) {
+    case "ENOEXEC":
+      return "a shell script begins with `#!/bin/sh`; a program has to be made for this processor"
+    case "ENOENT":
+      return "install what runs it, or mend its first line"
+    default:
+      return "check its mode, and those of the directories above it"
+  }
+}
+
 const toExecError = (error: ExecError | AgentRefusal): ExecError => {
   if (error._tag === "ExecError") return error
   const { code, errno, message } = error.fault
@@ -896,9 +910,17 @@ const toExecError = (error: ExecError | AgentRefusal): ExecError => {
         cause
       })
     case "AGENT_NOT_EXECUTABLE":
-      return new ExecError({ code: "EXEC_NOT_EXECUTABLE", message, hint: "check its mode and its format", cause })
+      return new ExecError({ code: "EXEC_NOT_EXECUTABLE", message, hint: executableHint(errno), cause })
     case "AGENT_CWD_INVALID":
-      return new ExecError({ code: "EXEC_CWD_INVALID", message, hint: "create the directory first", cause })
+      return new ExecError({
+        code: "EXEC_CWD_INVALID",
+        message,
+        hint:
+          errno === "EACCES"
+            ? "let the command's user into the directory, or name another"
+            : "create the directory first",
+        cause
+      })
     case "AGENT_TIMEOUT":
       return new ExecError({ code: "EXEC_AGENT_TIMEOUT", message, cause })
     case "AGENT_MOUNT_BUSY":

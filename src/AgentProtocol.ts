@@ -15,23 +15,35 @@ export const FrameType = {
   stdout: 17,
   stderr: 18,
   end: 19,
-  error: 20
+  error: 20,
+  credit: 21
 } as const
 export type FrameType = (typeof FrameType)[keyof typeof FrameType]
 
 const frameTypes: ReadonlySet<number> = new Set(Object.values(FrameType))
-/** Types whose payload is one JSON document, delivered whole; the others are byte streams, delivered as they arrive. */
-const wholeTypes: ReadonlySet<number> = new Set([FrameType.request, FrameType.started, FrameType.end, FrameType.error])
+/** Types whose payload is delivered whole: JSON documents, and a number. The others are byte streams, delivered as they arrive. */
+const wholeTypes: ReadonlySet<number> = new Set([
+  FrameType.request,
+  FrameType.started,
+  FrameType.end,
+  FrameType.error,
+  FrameType.credit
+])
 
 /** Types whose payload has one length only, in bytes. */
 const fixedLengths: ReadonlyMap<number, number> = new Map([
   [FrameType.eof, 0],
   [FrameType.signal, 1],
-  [FrameType.resize, 4]
+  [FrameType.resize, 4],
+  [FrameType.credit, 4]
 ])
 
 export const maxPayload = 1024 * 1024
 export const maxRequest = 4 * 1024 * 1024
+/** How many bytes of input a command may be sent before the guest gives credit for more. */
+export const inputWindow = 1024 * 1024
+/** Largest piece of input: the guest may keep back up to a quarter of the window before it gives credit. */
+export const inputPiece = 64 * 1024
 const headerSize = 5
 
 /** One frame, or a part of one: byte streams are passed on in the pieces they arrive in. */
@@ -51,11 +63,11 @@ export const encodeHeader = (type: FrameType, length: number): Buffer => {
 export const encodeFrame = (type: FrameType, payload: Uint8Array): Buffer =>
   Buffer.concat([encodeHeader(type, payload.length), payload])
 
-/** Pieces no larger than a frame may be. */
-export const pieces = (bytes: Uint8Array): ReadonlyArray<Uint8Array> => {
-  if (bytes.length <= maxPayload) return bytes.length === 0 ? [] : [bytes]
+/** Pieces no larger than a frame may be, or than `most`. */
+export const pieces = (bytes: Uint8Array, most = maxPayload): ReadonlyArray<Uint8Array> => {
+  if (bytes.length <= most) return bytes.length === 0 ? [] : [bytes]
   const parts: Array<Uint8Array> = []
-  for (let at = 0; at < bytes.length; at += maxPayload) parts.push(bytes.subarray(at, at + maxPayload))
+  for (let at = 0; at < bytes.length; at += most) parts.push(bytes.subarray(at, at + most))
   return parts
 }
 
@@ -145,6 +157,7 @@ const identity = {
       cmd: Schema.optional(Schema.Array(Schema.String)),
       env: Environment,
       cwd: Schema.optional(Schema.String),
+      makeCwd: Schema.optional(Schema.Boolean),
       user: Schema.optional(Schema.String)
     })
   )
@@ -221,7 +234,6 @@ export const AgentRequest = Schema.Union(
   Schema.Struct({ op: Schema.Literal("remove"), path: Schema.String, recursive: Schema.Boolean }),
   Schema.Struct({ op: Schema.Literal("secrets"), values: Environment, forget: Schema.Boolean }),
   Schema.Struct({ op: Schema.Literal("stats") }),
-  Schema.Struct({ op: Schema.Literal("kill"), pid: Schema.Int }),
   Schema.Struct({ op: Schema.Literal("hostname"), hostname: Schema.String }),
   Schema.Struct({ op: Schema.Literal("clock"), nowMs: Schema.Int }),
   Schema.Struct({

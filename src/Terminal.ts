@@ -1,5 +1,5 @@
 import { Effect, Schema, type Scope, Stream } from "effect"
-import { type AgentRequest, encodeFrame, type Frame, FrameType, pieces, TerminalSession } from "./AgentProtocol.ts"
+import { type AgentRequest, encodeFrame, type Frame, FrameType, TerminalSession } from "./AgentProtocol.ts"
 import { checkCommand } from "./domain/commandCheck.ts"
 import { ExecError } from "./domain/errors.ts"
 import { ExitStatus } from "./domain/Vm.ts"
@@ -68,6 +68,7 @@ interface Wire {
       readonly frames: Stream.Stream<Frame, ExecError>
       readonly result: Effect.Effect<unknown, ExecError>
       readonly send: (bytes: Uint8Array) => Effect.Effect<void, unknown>
+      readonly sendInput: (bytes: Uint8Array) => Effect.Effect<void, unknown>
     },
     ExecError,
     Scope.Scope
@@ -83,7 +84,7 @@ export const make = (wire: Wire): TerminalClient => ({
       (session === undefined ? undefined : checkSession(session)) ??
       checkCommand({ argv, env, ...rest })
     if (bad !== undefined) return yield* bad
-    const { frames, pid, result, send } = yield* wire.open({
+    const { frames, pid, result, send, sendInput } = yield* wire.open({
       op: "pty",
       argv,
       env,
@@ -100,10 +101,7 @@ export const make = (wire: Wire): TerminalClient => ({
         Stream.filter(frames, ({ type }) => type === FrameType.stdout),
         ({ payload }) => payload
       ),
-      write: (bytes) =>
-        Effect.forEach(pieces(bytes), (piece) => Effect.mapError(send(encodeFrame(FrameType.data, piece)), gone), {
-          discard: true
-        }),
+      write: (bytes) => Effect.mapError(sendInput(bytes), gone),
       resize: (size) =>
         Effect.suspend(() => {
           const bad = checkSize(size)

@@ -7,6 +7,8 @@ use bytes::{Buf, Bytes, BytesMut};
 pub const HEADER: usize = 5;
 /// Largest payload of every frame but a request.
 pub const MAX_PAYLOAD: usize = 1 << 20;
+/// How many bytes of data a host may send to a command before it is given credit for more.
+pub const INPUT_WINDOW: usize = 1 << 20;
 /// Largest payload of a request: `argv` and `env` may hold what `execve` accepts, JSON-escaped.
 pub const MAX_REQUEST: usize = 4 << 20;
 
@@ -24,6 +26,8 @@ pub enum Kind {
     Stderr = 18,
     End = 19,
     Error = 20,
+    /// How many more bytes of data the host may send.
+    Credit = 21,
 }
 
 impl Kind {
@@ -40,6 +44,7 @@ impl Kind {
             18 => Self::Stderr,
             19 => Self::End,
             20 => Self::Error,
+            21 => Self::Credit,
             _ => return None,
         })
     }
@@ -57,7 +62,7 @@ impl Kind {
         match self {
             Self::Eof => Some(0),
             Self::Signal => Some(1),
-            Self::Resize => Some(4),
+            Self::Resize | Self::Credit => Some(4),
             _ => None,
         }
     }

@@ -33,7 +33,6 @@ pub enum Request {
     Remove(Remove),
     Secrets(Secrets),
     Stats,
-    Kill(Kill),
     Hostname(Hostname),
     Clock(Clock),
     Freeze(Freeze),
@@ -209,11 +208,6 @@ pub struct Secrets {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-pub struct Kill {
-    pub pid: i32,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Hostname {
     pub hostname: String,
 }
@@ -326,7 +320,6 @@ impl Request {
             // What is wrong with it is not told: the parser would quote the value.
             "secrets" => Self::Secrets(from_json(json).or_else(|_| bad("the secrets are not names and texts"))?),
             "stats" => Self::Stats,
-            "kill" => Self::Kill(from_json(json)?),
             "hostname" => Self::Hostname(from_json(json)?),
             "clock" => Self::Clock(from_json(json)?),
             "freeze" => Self::Freeze(from_json(json)?),
@@ -379,7 +372,6 @@ impl Request {
             | Self::Image(_)
             | Self::Sessions
             | Self::Tunnel(_)
-            | Self::Kill(_)
             | Self::Stats
             | Self::Clock(_)
             | Self::Freeze(_)

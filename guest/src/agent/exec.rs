@@ -2,26 +2,23 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bytes::{Buf, Bytes};
 use machinen_channel::Opener;
 use rustix::io::ioctl_fionread;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::unix::pipe;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, Notify, watch};
 
 use super::Context;
 use super::command::{self, Running};
 use super::operation::Exchange;
 use super::stream::{Abort, CHUNK, Chunk, FrameReader, FrameWriter};
-use crate::frame::{Frame, Kind};
+use crate::frame::{Frame, INPUT_WINDOW, Kind};
 use crate::reply::{Exit, Started};
 use crate::request::Exec;
 
-/// How far the agent reads ahead of a command that does not read its input, so that signals and the end of the stream behind
-/// the input are seen all the same.
-const MAX_AHEAD: usize = 1 << 20;
 /// Highest signal number there is.
 const MAX_SIGNAL: u8 = 64;
 
@@ -56,17 +53,31 @@ where
             Err(abort) if !bond.is_outlived(&abort) => return Err(abort),
             _ => {}
         }
+        let credit = Credit::default();
         let obeyed = async {
-            let abort = obey(input, stdin, &running).await;
+            let abort = obey(input, stdin, &running, &credit).await;
             if bond.is_outlived(&abort) {
                 std::future::pending::<()>().await;
             }
             abort
         };
-        let mut outlet = Outlet { stream, bond, detached };
+        let stream = Mutex::new(stream);
+        // Beside the reading: a host that takes no output is heard all the same.
+        let granted = async {
+            // A stream that is lost is noticed by who reads it.
+            loop {
+                let bytes = credit.due().await;
+                if stream.lock().await.send(Kind::Credit, &bytes).await.is_err() {
+                    break;
+                }
+            }
+            std::future::pending().await
+        };
+        let mut outlet = Outlet { stream: &stream, bond, detached };
         tokio::select! {
             ended = pump_until_end(&running, &mut outlet) => ended,
             abort = obeyed => Err(abort),
+            () = granted => Err(Abort::Gone),
         }
     }
     .await;
@@ -110,7 +121,7 @@ impl<W: AsyncWrite + Unpin> Output for FrameWriter<W> {
 
 /// The stream, as long as it is to be one's.
 struct Outlet<'a, W, D> {
-    stream: &'a mut FrameWriter<W>,
+    stream: &'a Mutex<&'a mut FrameWriter<W>>,
     bond: Bond<'a>,
     /// From then on.
     detached: &'a mut D,
@@ -121,7 +132,7 @@ impl<W: AsyncWrite + Unpin, D: Output> Output for Outlet<'_, W, D> {
         if self.bond.is_detached() {
             return self.detached.send_chunk(chunk, kind, length).await;
         }
-        match self.stream.send_chunk(chunk, kind, length).await {
+        match self.stream.lock().await.send_chunk(chunk, kind, length).await {
             Err(abort) if self.bond.is_outlived(&abort) => self.detached.send_chunk(chunk, kind, length).await,
             sent => sent,
         }
@@ -227,71 +238,135 @@ impl Steered for Running {
     }
 }
 
+/// What a host may send before more credit: it never has to wait with a signal, or with the end of the stream, behind input that the
+/// command does not read.
+#[derive(Default)]
+pub struct Credit {
+    used: AtomicUsize,
+    changed: Notify,
+}
+
+impl Credit {
+    /// Less than that is not worth a frame.
+    const LEAST: usize = INPUT_WINDOW / 4;
+
+    /// The command has taken that much, or never will.
+    fn used(&self, bytes: usize) {
+        if self.used.fetch_add(bytes, Ordering::Relaxed) + bytes >= Self::LEAST {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Waits until there is something to grant: the payload of a `credit` frame.
+    pub async fn due(&self) -> [u8; 4] {
+        while self.used.load(Ordering::Relaxed) < Self::LEAST {
+            self.changed.notified().await;
+        }
+        u32::try_from(self.used.swap(0, Ordering::Relaxed)).unwrap_or(u32::MAX).to_be_bytes()
+    }
+}
+
+/// Input on its way to a command.
+struct Ahead<I> {
+    stdin: Option<I>,
+    pieces: VecDeque<Bytes>,
+    /// Of all pieces.
+    bytes: usize,
+    /// No more will come.
+    finished: bool,
+}
+
+impl<I: Input> Ahead<I> {
+    /// Takes what the host has sent. Whatever is for nobody is used at once.
+    fn push(&mut self, piece: Bytes, credit: &Credit) -> Result<(), Abort> {
+        if self.stdin.is_none() || self.finished {
+            credit.used(piece.len());
+            return Ok(());
+        }
+        self.bytes += piece.len();
+        if self.bytes > INPUT_WINDOW {
+            return Err(Abort::bad("more input than there is credit for"));
+        }
+        if !piece.is_empty() {
+            self.pieces.push_back(piece);
+        }
+        Ok(())
+    }
+
+    /// Gives the command what it takes; ends its input after the last of it.
+    fn feed(&mut self, credit: &Credit) {
+        if let Some(stdin) = &self.stdin {
+            while let Some(front) = self.pieces.front_mut() {
+                match stdin.try_write(front) {
+                    Ok(n) => {
+                        credit.used(n);
+                        self.bytes -= n;
+                        front.advance(n);
+                        if front.is_empty() {
+                            self.pieces.pop_front();
+                        }
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                    Err(_) => {
+                        // The command has closed its input: the rest is for nobody.
+                        credit.used(std::mem::take(&mut self.bytes));
+                        self.pieces.clear();
+                        self.finished = true;
+                    }
+                }
+            }
+        }
+        if self.finished {
+            self.stdin = None;
+        }
+    }
+
+    /// Waits until the command takes bytes, or is known to take none.
+    async fn writable(&self) {
+        if let Some(stdin) = &self.stdin {
+            stdin.writable().await;
+        }
+    }
+}
+
 /// Does what the host's frames say until there are no more: passes input on, steers the command. Returns why it ended.
 pub async fn obey<R: AsyncRead + Unpin>(
     input: &mut FrameReader<R>,
-    mut stdin: Option<impl Input>,
+    stdin: Option<impl Input>,
     command: &impl Steered,
+    credit: &Credit,
 ) -> Abort {
-    let mut ahead: VecDeque<Bytes> = VecDeque::new();
-    let mut finished = false;
+    let mut ahead = Ahead { stdin, pieces: VecDeque::new(), bytes: 0, finished: false };
     loop {
-        if finished && ahead.is_empty() {
-            stdin = None;
-        }
-        let may_read = ahead.iter().map(Bytes::len).sum::<usize>() < MAX_AHEAD;
-        tokio::select! {
-            () = writable(stdin.as_ref()), if !ahead.is_empty() => {
-                if !feed(stdin.as_ref(), &mut ahead) {
-                    // The command has closed its input: the rest is for nobody.
-                    stdin = None;
-                    ahead.clear();
-                }
+        let obeyed = tokio::select! {
+            () = ahead.writable(), if ahead.bytes > 0 => {
+                ahead.feed(credit);
+                Ok(())
             }
-            frame = input.next(), if may_read => match frame {
-                Ok(Frame { kind: Kind::Data, payload }) => {
-                    if stdin.is_some() && !finished && !payload.is_empty() {
-                        ahead.push_back(payload);
-                    }
+            frame = input.next() => match frame {
+                Ok(Frame { kind: Kind::Data, payload }) => ahead.push(payload, credit),
+                Ok(Frame { kind: Kind::Eof, .. }) => {
+                    ahead.finished = true;
+                    ahead.feed(credit);
+                    Ok(())
                 }
-                Ok(Frame { kind: Kind::Eof, .. }) => finished = true,
                 Ok(Frame { kind: Kind::Signal, payload }) => match payload.first() {
-                    Some(&signal @ 1..=MAX_SIGNAL) => command.signal(signal.into()),
-                    _ => return Abort::bad("no such signal"),
-                },
-                Ok(Frame { kind: Kind::Resize, payload }) => {
-                    let &[c0, c1, r0, r1] = payload.as_ref() else { return Abort::bad("no such size") };
-                    let (columns, rows) = (u16::from_be_bytes([c0, c1]), u16::from_be_bytes([r0, r1]));
-                    if let Err(abort) = command.resize(columns, rows) {
-                        return abort;
+                    Some(&signal @ 1..=MAX_SIGNAL) => {
+                        command.signal(signal.into());
+                        Ok(())
                     }
-                }
-                Ok(Frame { kind, .. }) => return Abort::bad(format!("unexpected {kind:?} frame")),
-                Err(abort) => return abort,
+                    _ => Err(Abort::bad("no such signal")),
+                },
+                Ok(Frame { kind: Kind::Resize, payload }) => match payload.as_ref() {
+                    &[c0, c1, r0, r1] => command.resize(u16::from_be_bytes([c0, c1]), u16::from_be_bytes([r0, r1])),
+                    _ => Err(Abort::bad("no such size")),
+                },
+                Ok(Frame { kind, .. }) => Err(Abort::bad(format!("unexpected {kind:?} frame"))),
+                Err(abort) => Err(abort),
             },
+        };
+        if let Err(abort) = obeyed {
+            return abort;
         }
     }
-}
-
-async fn writable(stdin: Option<&impl Input>) {
-    if let Some(stdin) = stdin {
-        stdin.writable().await;
-    }
-}
-
-/// Writes what it takes. False: it will never take more.
-fn feed(stdin: Option<&impl Input>, ahead: &mut VecDeque<Bytes>) -> bool {
-    let Some(stdin) = stdin else { return false };
-    while let Some(front) = ahead.front_mut() {
-        match stdin.try_write(front) {
-            Ok(n) => {
-                front.advance(n);
-                if front.is_empty() {
-                    ahead.pop_front();
-                }
-            }
-            Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
-        }
-    }
-    true
 }

@@ -10,6 +10,7 @@ mod criu;
 mod doorbell;
 mod exec;
 mod files;
+mod format;
 mod freeze;
 mod gate;
 mod lifecycle;
@@ -42,7 +43,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::config::{BootConfig, GuestConfig, Share};
 use crate::init::{Failed, Phases, Step, give_up, late};
-use crate::reply::Rejuvenated;
+use crate::reply::{ErrorReply, Rejuvenated};
 pub use criu::hook as criu_hook;
 use criu::{LazyPages, MainCommand};
 use gate::Gate;
@@ -111,11 +112,24 @@ impl Context {
     }
 }
 
+/// Runs on a thread what may wait for a file system whose server does not answer (9p, FUSE): the agent goes on meanwhile.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ErrorReply> {
+    // Only a panic could lose the result, and that ends the whole agent.
+    tokio::task::spawn_blocking(work).await.map_err(|error| ErrorReply::io("thread", &error.into()))
+}
+
 /// Serves until the machine is reset. Comes back only when it cannot serve at all.
 pub fn run(guest: Guest) -> Result<Infallible, Failed> {
     keep_heap();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().step("runtime")?;
-    runtime.block_on(serve(guest))
+    runtime().step("runtime")?.block_on(serve(guest))
+}
+
+/// Threads for what blocks: one for each stream there can be, such as a watch's for as long as it lasts, and as many again for what must
+/// not wait for one of those to end.
+const THREADS: usize = 2 * machinen_channel::MAX_STREAMS;
+
+fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(THREADS).build()
 }
 
 /// What is free below the top of the heap stays the agent's, up to this much.

@@ -8,11 +8,12 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::stream::{Abort, FrameReader, FrameWriter, split};
 use super::{
-    Context, archive, changes, clock, command, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets,
-    stats, terminal, tree, tunnel,
+    Context, archive, blocking, changes, clock, criu, exec, files, freeze, lifecycle, main_command, rejuvenate,
+    secrets, stats, terminal, tree, tunnel,
 };
 use crate::frame::{Frame, Kind};
 use crate::init::late;
+use crate::init::names::Names;
 use crate::reply::{Done, ErrorReply};
 use crate::request::Request;
 
@@ -93,20 +94,16 @@ where
         Request::Push(request) => json(&archive::push(&request, exchange).await?),
         Request::Pull(request) => json(&archive::pull(request, exchange).await?),
         Request::Image(request) => json(&archive::image(&request, exchange).await?),
-        Request::Stat(request) => json(&files::stat(&request.path, request.follow)?),
+        Request::Stat(request) => json(&blocking(move || files::stat(&request.path, request.follow)).await??),
         Request::List(request) => json(&tree::list(&request.path, exchange).await?),
-        Request::Mkdir(request) => json(&tree::make(&request)?),
-        Request::Rename(request) => json(&tree::rename(&request)?),
+        Request::Mkdir(request) => json(&blocking(move || tree::make(&request)).await??),
+        Request::Rename(request) => json(&blocking(move || tree::rename(&request)).await??),
         Request::Remove(request) => json(&tree::remove(request).await?),
         Request::Secrets(request) => json(&secrets::take(context, request)?),
         Request::Stats => json(&stats::stats(context)?),
-        Request::Kill(request) => {
-            command::kill(request.pid);
-            json(&Done {})
-        }
         Request::Hostname(request) => {
-            let name = request.hostname;
-            late::set_hostname(&name).map_err(|error| ErrorReply::io("hostname", &error))?;
+            let renamed = late::rename(&request.hostname, &Names::open(&context.root));
+            renamed.map_err(|error| ErrorReply::io("hostname", &error))?;
             json(&Done {})
         }
         Request::Clock(request) => {
@@ -114,7 +111,7 @@ where
             json(&Done {})
         }
         Request::Freeze(request) => json(&freeze::freeze(context, &request, exchange).await?),
-        Request::Rejuvenate(request) => json(&rejuvenate::rejuvenate(context, request)?),
+        Request::Rejuvenate(request) => json(&rejuvenate::rejuvenate(context, request).await?),
         Request::Dump(request) => json(&criu::dump(context, &request, exchange).await?),
         Request::Revive(request) => json(&criu::revive(context, request).await?),
         Request::Detach => json(&main_command::detach(context)?),
@@ -135,7 +132,6 @@ fn waits_at_gate(request: &Request) -> bool {
             | Request::Revive(_)
             | Request::Stats
             | Request::Clock(_)
-            | Request::Kill(_)
             | Request::Poweroff
     )
 }

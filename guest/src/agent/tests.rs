@@ -109,8 +109,8 @@ async fn an_operation_waits_at_the_gate_with_what_was_sent_to_it() {
     waiting.write_all(&frame::encode(Kind::Data, b"abc").unwrap()).await.unwrap();
     waiting.write_all(&frame::encode(Kind::Eof, b"").unwrap()).await.unwrap();
     // Answered while the other waits, and after it was received.
-    let (kind, _) = answer(ask(&host, json!({"op": "kill", "pid": -1})).await).await.unwrap();
-    assert_eq!((kind, path.exists()), (Kind::End, false));
+    let (kind, _) = answer(ask(&host, json!({"op": "freeze"})).await).await.unwrap();
+    assert_eq!((kind, path.exists()), (Kind::Error, false));
     machine.context.gate.open();
     assert_eq!(answer(waiting).await, Some((Kind::End, json!({"bytes": 3}))));
     assert_eq!(std::fs::read(&path).unwrap(), b"abc");
@@ -152,11 +152,11 @@ async fn what_waited_for_the_last_host_is_not_done_for_the_next() {
     let mut flooding = ask(&host, write(&path)).await;
     let flood = frame::encode(Kind::Data, &[0; 1 << 20]).unwrap();
     flooding.write_all(&flood).await.unwrap();
-    assert!(answer(ask(&host, json!({"op": "kill", "pid": -1})).await).await.is_some());
+    assert!(answer(ask(&host, json!({"op": "freeze"})).await).await.is_some());
 
     let next = machine.next_host().await;
     let mut late = ask(&next, json!({"op": "stat", "path": "/"})).await;
-    assert!(answer(ask(&next, json!({"op": "kill", "pid": -1})).await).await.is_some());
+    assert!(answer(ask(&next, json!({"op": "freeze"})).await).await.is_some());
     assert!(machine.context.gate.is_restored());
     tokio::select! {
         biased;

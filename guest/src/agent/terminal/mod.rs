@@ -5,6 +5,7 @@ mod screen;
 mod session;
 
 use std::num::NonZeroU16;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -155,7 +156,7 @@ fn start(context: &Arc<Context>, request: Request, size: Size) -> Result<Arc<Ses
     Ok(session)
 }
 
-/// Shows a session to the host and passes on what it types, until the session ends or either leaves.
+/// Shows a session to the host and passes on what it types, until the session ends, either leaves or somebody else takes it.
 async fn attend<R, W>(
     session: &Arc<Session>,
     replay: &[u8],
@@ -167,13 +168,22 @@ where
     W: AsyncWrite + Unpin,
 {
     let Exchange { input, output, .. } = exchange;
+    let credit = exec::Credit::default();
+    let taken = client.taken();
     let shown = async {
         output.send_json(Kind::Started, &Started { pid: session.pid().as_raw_pid().cast_unsigned() }).await?;
         for piece in replay.chunks(CHUNK) {
             output.send(Kind::Stdout, piece).await?;
         }
         loop {
-            match client.next().await {
+            let seen = tokio::select! {
+                seen = client.next() => seen,
+                credit = credit.due() => {
+                    output.send(Kind::Credit, &credit).await?;
+                    continue;
+                }
+            };
+            match seen {
                 Seen::Output(bytes) => output.send(Kind::Stdout, &bytes).await?,
                 Seen::Ended(exit) => return Ok(exit),
                 Seen::Taken => {
@@ -182,8 +192,16 @@ where
             }
         }
     };
+    let mut shown = pin!(shown);
+    tokio::select! {
+        biased;
+        () = taken => {}
+        shown = &mut shown => return shown,
+        abort = exec::obey(input, Some(Keyboard(Arc::clone(session))), session.as_ref(), &credit) => return Err(abort),
+    }
+    // The host types into it no more. It may have stopped reading: it is told why once it reads again.
     tokio::select! {
         shown = shown => shown,
-        abort = exec::obey(input, Some(Keyboard(Arc::clone(session))), session.as_ref()) => Err(abort),
+        () = input.closed() => Err(Abort::Gone),
     }
 }

@@ -140,23 +140,31 @@ impl Session {
         Ok(exit)
     }
 
-    /// Shows output, and waits for a client that is slow.
+    /// Shows output, and waits for a client that is slow, unless somebody else takes its place.
     async fn pass(&self, output: &[u8]) {
-        let client = {
+        let (client, mut turn) = {
             let mut view = self.view();
             if let Some(screen) = &mut view.screen {
                 screen.process(output);
             }
-            view.client.clone()
+            // The next client has seen this on the screen: only this one is owed it.
+            (view.client.clone(), self.turn.subscribe())
         };
         if let Some(client) = client {
-            // One that has left meanwhile has no need of it.
-            let _ = client.send(Bytes::copy_from_slice(output)).await;
+            tokio::select! {
+                // One that has left meanwhile has no need of it.
+                _ = client.send(Bytes::copy_from_slice(output)) => {}
+                _ = turn.changed() => {}
+            }
         }
     }
 
     /// SIGHUP for the command and for what is in the foreground, as the kernel would send it; then nothing of the session is left.
     async fn end(&self, pty: &Pty) -> io::Result<Exit> {
+        // Hung up while the last of its output is being shown.
+        if self.process.is_reaped() {
+            return self.process.wait().await;
+        }
         self.process.signal(libc::SIGHUP);
         if let Ok(foreground) = rustix::termios::tcgetpgrp(pty.slave()) {
             let _ = rustix::process::kill_process_group(foreground, Signal::HUP);
@@ -250,6 +258,15 @@ pub enum Seen {
 }
 
 impl Client {
+    /// Waits until somebody else has taken the session.
+    pub fn taken(&self) -> impl Future<Output = ()> + use<> {
+        let (mut turn, number) = (self.turn.clone(), self.number);
+        async move {
+            // It cannot fail: the sender is the session's own.
+            let _ = turn.wait_for(|turn| *turn != number).await;
+        }
+    }
+
     pub async fn next(&mut self) -> Seen {
         if *self.turn.borrow() != self.number {
             return Seen::Taken;
@@ -291,9 +308,7 @@ impl Input for Keyboard {
 
 impl Steered for Session {
     fn signal(&self, signal: i32) {
-        if self.exit().is_none() {
-            self.process.signal(signal);
-        }
+        self.process.signal(signal);
     }
 
     fn resize(&self, columns: u16, rows: u16) -> Result<(), Abort> {
