@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use super::{Context, clock, shares};
-use crate::init::{cgroup, late, network};
+use crate::init::{cgroup, network};
 use crate::reply::{Code, ErrorReply, Kept, Rejuvenated};
 use crate::request::Rejuvenate;
 
@@ -17,13 +17,14 @@ const RESEED: libc::c_ulong = 0x5207;
 
 /// Renews what identifies the machine, then thaws its commands and opens the gate. Without new randomness and the right time it
 /// stays frozen.
-pub fn rejuvenate(context: &Arc<Context>, request: Rejuvenate) -> Result<Rejuvenated, ErrorReply> {
+pub async fn rejuvenate(context: &Arc<Context>, request: Rejuvenate) -> Result<Rejuvenated, ErrorReply> {
     if !context.gate.is_restored() {
         return Err(ErrorReply::new(Code::BadRequest, "this machine is not a copy that waits to be made itself"));
     }
     let mut done = renew(context, request)?;
     if !context.shares.is_empty() {
-        done.note("shares", shares::renew(context)?.map_or(Ok(()), |why| Err(io::Error::other(why))));
+        let later = shares::renew(context).await?;
+        done.note(shares::WHAT, later.map_or(Ok(()), |why| Err(io::Error::other(why))));
         *context.rejuvenated() = Some(done.clone());
     }
     cgroup::thaw_workload().map_err(|error| ErrorReply::io("thaw", &error))?;
@@ -40,7 +41,7 @@ pub fn renew(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, Erro
     random.map_err(|error| ErrorReply::io("random", &error))?;
     let clock_step_ms = clock::set(request.now_ms).map_err(|error| ErrorReply::io("clock", &error))?;
     let mut done = Rejuvenated { renewed: vec!["random", "clock"], kept: Vec::new(), clock_step_ms };
-    done.note("hostname", late::set_hostname(&request.hostname));
+    done.note("hostname", papers.rename(&request.hostname));
     done.note("machine-id", papers.renew_machine_id(&request.machine_id));
     // A machine that has run nothing before is a copy to nobody in it.
     if request.config.is_none() {
@@ -63,6 +64,12 @@ pub fn renew(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, Erro
 }
 
 impl Rejuvenated {
+    /// Something that was kept for the time being.
+    pub fn settle(&mut self, what: &'static str, renewed: io::Result<()>) {
+        self.kept.retain(|kept| kept.what != what);
+        self.note(what, renewed);
+    }
+
     fn note(&mut self, what: &'static str, renewed: io::Result<()>) {
         match renewed {
             Ok(()) => self.renewed.push(what),

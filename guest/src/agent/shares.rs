@@ -9,11 +9,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Context;
+use super::{Context, blocking};
 use crate::config::Share;
-use crate::init::shares;
+use crate::init::{Failed, shares};
 use crate::reply::{Code, ErrorReply};
 
+/// What `rejuvenate` calls them.
+pub const WHAT: &str = "shares";
 /// How many are named.
 const NAMED: usize = 8;
 /// The kernel has no event for the last file of a dead mount being closed; until then the device takes no other mount.
@@ -90,19 +92,21 @@ fn mount_on(line: &str, devices: &BTreeSet<u64>) -> Option<String> {
 }
 
 /// Mounts them anew in a copy. `Some`: somebody holds files of the original's, and they come once those are closed.
-pub fn renew(context: &Arc<Context>) -> Result<Option<String>, ErrorReply> {
-    let all = &context.shares;
-    if all.is_empty() {
+pub async fn renew(context: &Arc<Context>) -> Result<Option<String>, ErrorReply> {
+    if context.shares.is_empty() {
         return Ok(None);
     }
-    shares::abandon(all).map_err(|error| ErrorReply::io("shared directories", &error))?;
-    match shares::mount(all) {
+    let shares = context.shares.clone();
+    let abandoned = blocking(move || shares::abandon(&shares)).await?;
+    abandoned.map_err(|error| ErrorReply::io("shared directories", &error))?;
+    match mount(context).await {
         Ok(()) => Ok(None),
         Err(failed) if failed.is_busy() => {
             let context = Arc::clone(context);
             tokio::spawn(async move {
-                while shares::mount(&context.shares).is_err() {
-                    tokio::time::sleep(AGAIN).await;
+                let mounted = while_busy(|| mount(&context)).await;
+                if let Some(done) = context.rejuvenated().as_mut() {
+                    done.settle(WHAT, mounted.map_err(|failed| io::Error::other(failed.to_string())));
                 }
             });
             Ok(Some("mounted once nobody holds files of the original's any more".to_owned()))
@@ -111,9 +115,46 @@ pub fn renew(context: &Arc<Context>) -> Result<Option<String>, ErrorReply> {
     }
 }
 
+/// On a thread: the host's file system answers, or does not.
+async fn mount(context: &Context) -> Result<(), Failed> {
+    let shares = context.shares.clone();
+    match blocking(move || shares::mount(&shares)).await {
+        Ok(mounted) => mounted,
+        Err(reply) => Err(Failed::new("shared directories", io::Error::other(reply.message))),
+    }
+}
+
+/// Tries again as long as the device is somebody else's. Any other failure is for good.
+async fn while_busy<F: Future<Output = Result<(), Failed>>>(mut mount: impl FnMut() -> F) -> Result<(), Failed> {
+    loop {
+        match mount().await {
+            Err(failed) if failed.is_busy() => tokio::time::sleep(AGAIN).await,
+            done => return done,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    async fn tried(outcomes: &[Option<io::ErrorKind>]) -> (usize, bool) {
+        let mut tries = 0;
+        let mounted = while_busy(|| {
+            let outcome = outcomes.get(tries).copied().flatten();
+            tries += 1;
+            std::future::ready(outcome.map_or(Ok(()), |kind| Err(Failed::new("mount", kind.into()))))
+        });
+        let mounted = mounted.await.is_ok();
+        (tries, mounted)
+    }
+
+    #[tokio::test]
+    async fn only_a_busy_device_is_tried_again() {
+        const BUSY: Option<io::ErrorKind> = Some(io::ErrorKind::ResourceBusy);
+        assert_eq!(tried(&[BUSY, BUSY, None]).await, (3, true));
+        assert_eq!(tried(&[BUSY, Some(io::ErrorKind::NotADirectory), None]).await, (2, false));
+    }
 
     #[test]
     fn finds_what_a_process_holds() {

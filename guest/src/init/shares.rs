@@ -23,13 +23,26 @@ pub fn mount(shares: &[Share]) -> Result<(), Failed> {
         return Ok(());
     }
     root::mount(TAG, ALL, "9p", MountFlags::empty(), Some(OPTIONS))?;
-    let mounted = shares.iter().try_for_each(|Share { guest, tag }| {
-        make_mount_point(guest)?;
-        rustix::mount::mount_bind(format!("{ALL}/{tag}"), guest).step(format!("mount {guest}"))
-    });
+    let mounted = mount_parts(shares);
     rustix::mount::unmount(ALL, UnmountFlags::DETACH).step(format!("detach {ALL}"))?;
     fs::remove_dir(ALL).step(ALL)?;
     mounted
+}
+
+/// All of them or none.
+fn mount_parts(shares: &[Share]) -> Result<(), Failed> {
+    for (n, Share { guest, tag }) in shares.iter().enumerate() {
+        let mounted = make_mount_point(guest)
+            .and_then(|()| rustix::mount::mount_bind(format!("{ALL}/{tag}"), guest).step(format!("mount {guest}")));
+        if mounted.is_err() {
+            for Share { guest, .. } in shares[..n].iter().rev() {
+                // What is left mounted would be no worse than the failure that is reported.
+                let _ = rustix::mount::unmount(guest, UnmountFlags::DETACH);
+            }
+            return mounted;
+        }
+    }
+    Ok(())
 }
 
 /// Takes them away from under whoever holds files there: those get EIO from then on. For a machine whose host knows nothing of them.
