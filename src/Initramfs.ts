@@ -46,6 +46,8 @@ export interface GuestConfig {
     readonly cmd?: ReadonlyArray<string>
     readonly env: Readonly<Record<string, string>>
     readonly cwd?: string
+    /** Make it if it is missing. */
+    readonly makeCwd?: boolean
     readonly user?: string
   }
   /** `/machinen-boot.json`: what only this boot needs. */

@@ -306,7 +306,7 @@ const guestOf = (plan: BootPlan, entry: VmEntry): Initramfs.GuestConfig => ({
   config: {
     ...(plan.command === undefined ? {} : { cmd: plan.command }),
     env: { ...(entry.name === undefined ? {} : { MACHINEN_VM_NAME: entry.name }), ...plan.env },
-    ...(plan.cwd === undefined ? {} : { cwd: plan.cwd }),
+    ...(plan.cwd === undefined ? {} : { cwd: plan.cwd, makeCwd: plan.makeCwd }),
     ...(plan.user === undefined ? {} : { user: plan.user })
   },
   boot: {

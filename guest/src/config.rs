@@ -15,6 +15,9 @@ pub struct GuestConfig {
     pub env: BTreeMap<String, String>,
     /// Working directory of every command that names none.
     pub cwd: Option<String>,
+    /// It is the image's own, and made when a command begins there and it is missing, as container runtimes do.
+    #[serde(rename = "makeCwd")]
+    pub make_cwd: bool,
     /// `user[:group]`, names or numbers, of every command that names none; root otherwise.
     pub user: Option<String>,
 }

@@ -95,6 +95,8 @@ export interface BootPlan {
   readonly command: readonly [string, ...ReadonlyArray<string>] | undefined
   readonly env: Readonly<Record<string, string>>
   readonly cwd: string | undefined
+  /** It is the image's own: made in the guest if it is missing. */
+  readonly makeCwd: boolean
   readonly user: string | undefined
   readonly name: VmName | undefined
   readonly memoryMib: number
@@ -172,6 +174,7 @@ export const validate = Effect.fnUntraced(function* (options: BootOptions, host:
     command: first === undefined ? undefined : [first, ...rest],
     env,
     cwd,
+    makeCwd: false,
     user: options.user,
     name: name === undefined ? undefined : yield* decodeName(name),
     memoryMib: yield* validateMemory(options.memoryMib ?? defaultMemoryMib, host),

@@ -55,6 +55,7 @@ export const applied = Effect.fnUntraced(function* (plan: BootPlan, image: Image
     command: first === undefined ? undefined : [first, ...rest],
     env,
     cwd: plan.cwd ?? image.cwd,
+    makeCwd: plan.cwd === undefined && image.cwd !== undefined,
     user: plan.user ?? image.user
   }
   return merged

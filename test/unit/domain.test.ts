@@ -67,6 +67,7 @@ describe("boot options", () => {
         command: undefined,
         env: {},
         cwd: undefined,
+        makeCwd: false,
         user: undefined,
         name: undefined,
         memoryMib: 512,

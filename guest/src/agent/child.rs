@@ -22,19 +22,30 @@ impl Child {
 
     /// Waits for its end and leaves it to be reaped.
     pub async fn ended(&self) -> io::Result<()> {
-        self.0.readable().await?.retain_ready();
-        Ok(())
+        loop {
+            let mut guard = self.0.readable().await?;
+            if self.look(WaitIdOptions::NOWAIT)?.is_some() {
+                guard.retain_ready();
+                return Ok(());
+            }
+            guard.clear_ready();
+        }
     }
 
     /// Waits for its end (not for that of what it started) and reaps it.
     pub async fn wait(&self) -> io::Result<WaitIdStatus> {
-        loop {
-            let mut guard = self.0.readable().await?;
-            match waitid(WaitId::PidFd(self.0.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG)? {
-                Some(status) => return Ok(status),
-                None => guard.clear_ready(),
-            }
-        }
+        self.ended().await?;
+        self.reap()
+    }
+
+    /// Reaps it, once it has ended.
+    pub fn reap(&self) -> io::Result<WaitIdStatus> {
+        self.look(WaitIdOptions::empty())?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
+    }
+
+    /// How it ended, if it has.
+    fn look(&self, how: WaitIdOptions) -> io::Result<Option<WaitIdStatus>> {
+        Ok(waitid(WaitId::PidFd(self.0.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG | how)?)
     }
 
     /// Kills it alone. One that has ended is what was wanted.

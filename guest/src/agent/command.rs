@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::ptr;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
@@ -18,6 +19,7 @@ use tokio::net::unix::pipe;
 use zeroize::Zeroize;
 
 use super::child::Child;
+use super::format;
 use super::secrets::Secrets;
 use super::user::User;
 use super::vfork;
@@ -30,15 +32,18 @@ use crate::request::Exec;
 
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where nothing says otherwise.
-const DEFAULT_ENV: [(&str, &str); 3] = [("PATH", DEFAULT_PATH), ("HOME", "/root"), ("TERM", "xterm")];
+const DEFAULT_ENV: [(&str, &str); 4] =
+    [("PATH", DEFAULT_PATH), ("HOME", "/root"), ("TERM", "xterm"), ("LANG", "C.UTF-8")];
 /// What a command may leave in a pipe before it waits for the agent; more means fewer, larger frames.
 const PIPE_BYTES: usize = 256 * 1024;
 
-/// A command that was started and not yet reaped: its pid, and so its process group, are its own until `wait` returns.
+/// A command that was started: its pid, and so its process group, are its own until `wait` returns.
 pub struct Process {
     pub pid: Pid,
     child: Child,
     oom_kills: u64,
+    /// Once it has been reaped.
+    exit: OnceLock<Exit>,
 }
 
 /// A command with pipes.
@@ -86,8 +91,12 @@ fn execute<T>(
     let cwd = working_directory(config, request)?;
     let name = request.argv.first().map_or("", String::as_str);
     let program = resolve(name, path_of(&environment), &cwd)?;
-    let image = Image::new(&request.argv, &environment, &cwd, &program);
-    image.and_then(|image| spawn(&image, user.as_ref())).map_err(|error| refused(name, &error))
+    let image = Image::new(&request.argv, &environment, &cwd, &program).map_err(|error| refused(name, &error))?;
+    spawn(&image, user.as_ref()).map_err(|error| match image.step.load(Ordering::Relaxed) {
+        Image::ENTERS => cwd_refused(&cwd, &error),
+        Image::EXECUTES => refused_program(name, &cwd.join(&program), &error),
+        _ => refused(name, &error),
+    })
 }
 
 /// What somebody who names no command gets: `$SHELL`, or the best there is, as after a login.
@@ -110,11 +119,15 @@ fn unreaped() -> MutexGuard<'static, BTreeSet<i32>> {
     UNREAPED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Kills a command's process group, whatever its stream is busy with. One that has ended is what was wanted.
-pub fn kill(pid: i32) {
-    if unreaped().contains(&pid) {
+/// Sends a signal to a command's process group. A command that has been reaped gets none: its number may be another's. A number that is
+/// no signal is not an error.
+fn signal(pid: Pid, signal: i32) {
+    let pid = pid.as_raw_pid();
+    // Held until it is sent: nobody reaps in between.
+    let unreaped = unreaped();
+    if unreaped.contains(&pid) {
         // SAFETY: plain numbers. The pid is of a child that has not been reaped, and it leads its group.
-        unsafe { libc::kill(-pid, libc::SIGKILL) };
+        unsafe { libc::kill(-pid, signal) };
     }
 }
 
@@ -123,7 +136,8 @@ impl Running {
     pub fn adopt(pid: Pid, stdout: pipe::Receiver, stderr: pipe::Receiver) -> io::Result<Self> {
         let (child, oom_kills) = (Child::of(pid)?, cgroup::oom_kills()?);
         unreaped().insert(pid.as_raw_pid());
-        Ok(Self { process: Process { pid, child, oom_kills }, stdin: None, stdout, stderr })
+        let process = Process { pid, child, oom_kills, exit: OnceLock::new() };
+        Ok(Self { process, stdin: None, stdout, stderr })
     }
 }
 
@@ -133,21 +147,38 @@ impl Process {
         self.child.ended().await
     }
 
-    /// Waits for the command itself (not for what it started) and reaps it.
+    /// Waits for the command itself (not for what it started) and reaps it. Says the same again when asked again.
     pub async fn wait(&self) -> io::Result<Exit> {
-        let status = self.child.wait().await?;
-        unreaped().remove(&self.pid.as_raw_pid());
-        let Some(signal) = status.terminating_signal() else {
-            return Ok(Exit::Code(status.exit_status().unwrap_or(0)));
+        if let Some(exit) = self.exit.get() {
+            return Ok(*exit);
+        }
+        self.child.ended().await?;
+        let exit = {
+            // Held while it is reaped: whoever wants to signal it does so before, or not at all.
+            let mut unreaped = unreaped();
+            let status = self.child.reap()?;
+            unreaped.remove(&self.pid.as_raw_pid());
+            match status.terminating_signal() {
+                None => Exit::Code(status.exit_status().unwrap_or(0)),
+                Some(signal) => Exit::Signal { signal, oom_killed: signal == libc::SIGKILL && self.saw_oom_kill()? },
+            }
         };
-        let oom_killed = signal == libc::SIGKILL && cgroup::oom_kills()? > self.oom_kills;
-        Ok(Exit::Signal { signal, oom_killed })
+        Ok(*self.exit.get_or_init(|| exit))
+    }
+
+    /// Whether anything has been killed for want of memory since it began.
+    fn saw_oom_kill(&self) -> io::Result<bool> {
+        Ok(cgroup::oom_kills()? > self.oom_kills)
+    }
+
+    /// Whether its pid may be another's.
+    pub fn is_reaped(&self) -> bool {
+        self.exit.get().is_some()
     }
 
     /// Sends a signal to the process group. One that has no member left, or a number that is no signal, is not an error.
     pub fn signal(&self, signal: i32) {
-        // SAFETY: plain numbers. The group is the command's own: it is not reaped before `wait` returns.
-        unsafe { libc::kill(-self.pid.as_raw_pid(), signal) };
+        self::signal(self.pid, signal);
     }
 }
 
@@ -160,12 +191,22 @@ fn working_directory(config: &GuestConfig, request: &Exec) -> Result<PathBuf, Er
     let cwd = Path::new("/").join(request.cwd.as_deref().or(config.cwd.as_deref()).unwrap_or("/"));
     // Looked at beforehand: from a failed start one cannot tell whether directory or program was missing.
     let error = match fs::metadata(&cwd) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && config.make_cwd && request.cwd.is_none() => {
+            match fs::create_dir_all(&cwd) {
+                Ok(()) => return Ok(cwd),
+                Err(error) => error,
+            }
+        }
         Ok(found) if found.is_dir() => return Ok(cwd),
         Ok(_) => io::Error::from_raw_os_error(libc::ENOTDIR),
         Err(error) => error,
     };
+    Err(cwd_refused(&cwd, &error))
+}
+
+fn cwd_refused(cwd: &Path, error: &io::Error) -> ErrorReply {
     let message = format!("working directory {}: {error}", cwd.display());
-    Err(ErrorReply { code: Code::CwdInvalid, message, errno: errno::of(&error) })
+    ErrorReply { code: Code::CwdInvalid, message, errno: errno::of(error) }
 }
 
 /// The file to execute, as a shell would look it up.
@@ -197,6 +238,23 @@ fn refused(name: &str, error: &io::Error) -> ErrorReply {
     };
     let name: String = name.chars().take(256).collect();
     ErrorReply { code, message: format!("{name}: {error}"), errno: errno::of(error) }
+}
+
+/// The same for a program that is there: what the kernel missed is not always the program itself.
+fn refused_program(name: &str, program: &Path, error: &io::Error) -> ErrorReply {
+    let mut reply = refused(name, error);
+    let why = match error.raw_os_error() {
+        Some(libc::ENOENT) => format::interpreter(program).map(|interpreter| {
+            reply.code = Code::NotExecutable;
+            format!("it is there, but not {interpreter}, which is to run it")
+        }),
+        Some(libc::ENOEXEC) => Some(format::foreign(program)),
+        _ => None,
+    };
+    if let Some(why) = why {
+        reply.message = format!("{}: {why}", reply.message);
+    }
+    reply
 }
 
 /// What a command has for its standard files.
@@ -236,7 +294,7 @@ fn spawn(image: &Image, user: Option<&User>, stdio: Stdio<'_>) -> io::Result<Pro
     // SAFETY: `become_command` makes system calls on memory prepared before, and nothing else.
     let spawned = unsafe { vfork::spawn(&|| image.become_command(workload, user, stdio)) }?;
     unreaped().insert(spawned.pid.as_raw_pid());
-    Ok(Process { pid: spawned.pid, child: Child::by_pidfd(spawned.pidfd)?, oom_kills })
+    Ok(Process { pid: spawned.pid, child: Child::by_pidfd(spawned.pidfd)?, oom_kills, exit: OnceLock::new() })
 }
 
 /// Writing "0" here moves the writer into the commands' control group.
@@ -253,9 +311,16 @@ struct Image {
     strings: Vec<CString>,
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
+    /// How far the child has come, which runs in the same memory.
+    step: AtomicU8,
 }
 
 impl Image {
+    /// It goes to its working directory.
+    const ENTERS: u8 = 1;
+    /// It executes its program.
+    const EXECUTES: u8 = 2;
+
     fn new(argv: &[String], environment: &BTreeMap<&str, &str>, cwd: &Path, program: &Path) -> io::Result<Self> {
         let c_path = |path: &Path| CString::new(path.as_os_str().as_encoded_bytes());
         let arguments = argv.iter().map(|argument| CString::new(argument.as_str()));
@@ -269,6 +334,7 @@ impl Image {
             argv: pointers(arguments),
             envp: pointers(variables),
             strings,
+            step: AtomicU8::new(0),
         })
     }
 
@@ -294,7 +360,9 @@ impl Image {
         write_file(c"/proc/self/oom_score_adj", b"0")?;
         rustix::process::setrlimit(Resource::Nofile, COMMAND_FILES)?;
         user.map_or(Ok(()), User::assume)?;
+        self.step.store(Self::ENTERS, Ordering::Relaxed);
         rustix::process::chdir(self.cwd.as_c_str())?;
+        self.step.store(Self::EXECUTES, Ordering::Relaxed);
         // SAFETY: all pointers are to NUL-terminated strings or end an array of such, and outlive the call. Not `execvp`, which runs
         // a file of unknown format as a shell script.
         unsafe { libc::execve(self.program.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
@@ -337,7 +405,8 @@ mod tests {
         };
         let request = Exec { env: [("A".into(), "request".into())].into(), ..Default::default() };
         let environment = environment(&config, &request);
-        let expected = [("A", "request"), ("HOME", "/root"), ("PATH", "/image"), ("TERM", "xterm")];
+        let expected =
+            [("A", "request"), ("HOME", "/root"), ("LANG", "C.UTF-8"), ("PATH", "/image"), ("TERM", "xterm")];
         assert_eq!(environment.into_iter().collect::<Vec<_>>(), expected);
     }
 
@@ -361,5 +430,18 @@ mod tests {
         assert_eq!((reply.code, reply.errno.as_deref()), (Code::CwdInvalid, Some("ENOTDIR")));
         let reply = working_directory(&GuestConfig::default(), &request("/nowhere")).unwrap_err();
         assert_eq!((reply.code, reply.errno.as_deref()), (Code::CwdInvalid, Some("ENOENT")));
+    }
+
+    #[test]
+    fn only_the_working_directory_of_an_image_is_made() {
+        let root = tempfile::tempdir().unwrap();
+        let (own, other) = (root.path().join("a/b"), root.path().join("c"));
+        let cwd = |path: &Path| Some(path.to_str().unwrap().to_owned());
+        let mut config = GuestConfig { cwd: cwd(&own), ..Default::default() };
+        assert!(working_directory(&config, &Exec::default()).is_err());
+        config.make_cwd = true;
+        assert!(working_directory(&config, &Exec { cwd: cwd(&other), ..Default::default() }).is_err());
+        assert_eq!(working_directory(&config, &Exec::default()).unwrap(), own);
+        assert!(own.is_dir() && !other.exists());
     }
 }

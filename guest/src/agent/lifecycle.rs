@@ -19,6 +19,8 @@ use crate::init::{cgroup, reset};
 const PORT: u32 = 1980;
 /// How long the announcement may take to reach the host. One that does not answer must not keep the machine alive.
 const ANNOUNCED_WITHIN: Duration = Duration::from_secs(1);
+/// How long everything may take to be written; the machine's own disk is written by `FREEZE` in any case.
+const SYNCED_WITHIN: Duration = Duration::from_secs(10);
 /// `FIFREEZE`, `_IOWR('X', 119, int)`: writes everything out and leaves the filesystem as clean as an unmounted one.
 const FREEZE: libc::c_ulong = 0xc004_5877;
 /// `FITHAW`, `_IOWR('X', 120, int)`.
@@ -87,7 +89,8 @@ impl Lifecycle {
         let _ = cgroup::kill_workload();
         let announced = async { tokio::join!(output.end(result), delivered) };
         let _ = tokio::time::timeout(ANNOUNCED_WITHIN, announced).await;
-        rustix::fs::sync();
+        // On a thread: a file system whose server does not answer must not keep the machine alive.
+        let _ = tokio::time::timeout(SYNCED_WITHIN, tokio::task::spawn_blocking(rustix::fs::sync)).await;
         let _ = freeze_disk(&self.writable, FREEZE);
         reset()
     }
