@@ -1,4 +1,4 @@
-import { existsSync, mkdirSync, readFileSync, truncateSync } from "node:fs"
+import { existsSync, mkdirSync, readFileSync, readlinkSync, truncateSync } from "node:fs"
 import { connect, type Socket } from "node:net"
 import * as path from "node:path"
 import { afterEach, assert, layer } from "@effect/vitest"
@@ -128,21 +128,33 @@ layer(live(home), { excludeTestServices: true })("a VM", (it) => {
     })
   )
 
-  it.scoped("keeps the guest's memory to itself: in no core file, shared with no other guest, of one size", () =>
+  for (const prepared of [true, false]) {
+    const how = prepared ? "begun as a template" : "booted with a kernel"
+    it.scoped(`keeps the guest's memory to itself, ${how}: in no core file, shared with no other guest`, () =>
+      Effect.gen(function* () {
+        const { vm } = yield* (yield* Machinen).boot({ image: "micro", prepared })
+        const smaps = readFileSync(`/proc/${vm.pid}/smaps`, "utf8").split(/^(?=[0-9a-f]+-[0-9a-f]+ )/m)
+        const memory = smaps.filter((mapping) =>
+          prepared ? /\/templates\/\w+\/memory$/m.test(mapping) : mapping.includes("machinen-memory")
+        )
+        assert.isAbove(memory.length, 0)
+        for (const mapping of memory) {
+          const flags = /^VmFlags: (.*)$/m.exec(mapping)?.[1]?.split(" ") ?? []
+          assert.include(flags, "dd") // left out of core files
+          assert.notInclude(flags, "mg") // not for KSM
+        }
+        const status = readFileSync(`/proc/${vm.pid}/status`, "utf8")
+        assert.match(status, /^NoNewPrivs:\t1$/m)
+        assert.match(readFileSync(`/proc/${vm.pid}/limits`, "utf8"), /^Max core file size +0 +0 /m)
+      })
+    )
+  }
+
+  it.scoped("has memory whose size nobody changes, not even its VMM", () =>
     Effect.gen(function* () {
-      const { vm } = yield* (yield* Machinen).boot({ image: "micro" })
-      const smaps = readFileSync(`/proc/${vm.pid}/smaps`, "utf8").split(/^(?=[0-9a-f]+-[0-9a-f]+ )/m)
-      const memory = smaps.filter((mapping) => mapping.includes("machinen-memory"))
-      assert.isAbove(memory.length, 0)
-      for (const mapping of memory) {
-        const flags = /^VmFlags: (.*)$/m.exec(mapping)?.[1]?.split(" ") ?? []
-        assert.include(flags, "dd") // left out of core files
-        assert.notInclude(flags, "mg") // not for KSM
-      }
-      const status = readFileSync(`/proc/${vm.pid}/status`, "utf8")
-      assert.match(status, /^NoNewPrivs:\t1$/m)
-      assert.match(readFileSync(`/proc/${vm.pid}/limits`, "utf8"), /^Max core file size +0 +0 /m)
+      const { vm } = yield* (yield* Machinen).boot({ image: "micro", prepared: false })
       const fd = `/proc/${vm.pid}/fd/5`
+      assert.include(readlinkSync(fd), "machinen-memory")
       assert.throws(() => truncateSync(fd, 0), /EPERM/)
       assert.strictEqual(yield* sh(vm, "echo unharmed"), "unharmed")
     })

@@ -1,9 +1,18 @@
 import { execFileSync, spawnSync } from "node:child_process"
-import { mkdirSync, readFileSync, writeFileSync } from "node:fs"
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
 import { Duration, Effect } from "effect"
-import { type CliOptions, cli, cliPath, environment, settled, startCli, temporaryHome } from "../fixtures.ts"
+import {
+  type CliOptions,
+  cli,
+  cliPath,
+  environment,
+  settled,
+  startCli,
+  temporaryDirectory,
+  temporaryHome
+} from "../fixtures.ts"
 
 const home = temporaryHome()
 afterEach(() => settled(home))
@@ -520,8 +529,18 @@ describe("a detached VM", () => {
 
   it.live("collects garbage, or says what it would", () =>
     Effect.gen(function* () {
-      assert.deepStrictEqual(json((yield* machinen(["gc", "--json"])).stdout), [])
-      assert.deepStrictEqual(json((yield* machinen(["gc", "--dry-run", "--json"])).stdout), [])
+      // a cache of its own: in the user's, templates of other checkouts are not this test's business
+      const options = { env: { MACHINEN_CACHE_DIR: temporaryDirectory() } }
+      const collected = (...flags: ReadonlyArray<string>) =>
+        Effect.map(machinen(["gc", "--json", ...flags], options), ({ stdout }) => json(stdout))
+      const dead = path.join(home, "vms", "a00000000001")
+      mkdirSync(dead, { recursive: true })
+      const found = [{ id: "a00000000001", removedPaths: [dead], failedPaths: [] }]
+      assert.deepStrictEqual(yield* collected("--dry-run"), found)
+      assert.isTrue(existsSync(dead))
+      assert.deepStrictEqual(yield* collected(), found)
+      assert.isFalse(existsSync(dead))
+      assert.deepStrictEqual(yield* collected(), [])
     })
   )
 })
