@@ -84,6 +84,7 @@ export const kernelArguments = (accel: Accelerator, tscKhz: number): string =>
     "quiet",
     "acpi=off",
     "noreplace-smp",
+    "dummy.numdummies=0", // the driver would give every guest a card dummy0; `ip link add` makes one where it is wanted
     "no_timer_check",
     // Mounting waits for RCU grace periods, which otherwise last jiffies: 25 ms of every boot (measured).
     "rcupdate.rcu_expedited=1",

@@ -372,6 +372,17 @@ layer(live(home, cache), { excludeTestServices: true })("a build that fails", (i
 })
 
 layer(live(home, cache), { excludeTestServices: true })("machinen provision", (it) => {
+  it.effect("may have a /tmp that leads nowhere", () =>
+    Effect.gen(function* () {
+      const out = path.join(temporaryDirectory(), "no-tmp.tar.gz")
+      const line = "rm -r /tmp && ln -s /nowhere /tmp"
+      const built = yield* cli(home, ["provision", "--base", "micro", "--run", line, "--out", out], { env: cache })
+      assert.strictEqual(built.code, 0, built.stderr)
+      const ran = yield* cli(home, ["run", "--image", out, "--", "readlink", "/tmp"], { env: cache })
+      assert.deepStrictEqual(ran, { ...ran, code: 0, stdout: "/nowhere\n" })
+    })
+  )
+
   it.effect("runs a recipe and lines, copies files, shows what it does, and bakes", () =>
     Effect.gen(function* () {
       const dir = temporaryDirectory()

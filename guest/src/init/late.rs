@@ -48,7 +48,8 @@ pub fn complete(boot: &BootConfig, phases: &mut Phases) -> Result<(), Failed> {
     for (target, link) in LINKS {
         rustix::fs::symlink(target, link).step(link)?;
     }
-    if !Path::new("/tmp").exists() {
+    // A link of the image that leads nowhere stays as it is: programs that need a /tmp say so.
+    if Path::new("/tmp").symlink_metadata().is_err() {
         make_directory("/tmp", 0o1777).step("/tmp")?;
         // mkdir's mode is cut by the umask.
         rustix::fs::chmod("/tmp", rustix::fs::Mode::from_raw_mode(0o1777)).step("/tmp")?;
