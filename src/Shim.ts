@@ -406,6 +406,7 @@ const isEnding = (controlPath: string, { code }: NodeJS.ErrnoException) =>
 /** A process tells nobody but its parent of its end: that is looked for. */
 const endsWithin = (who: ProcessIdentity, limit: Duration.DurationInput) =>
   processes.isAlive(who).pipe(
-    Effect.repeat({ schedule: Schedule.spaced("20 millis").pipe(Schedule.upTo(limit)), while: (alive) => alive }),
-    Effect.map((alive) => !alive)
+    Effect.filterOrFail((alive) => !alive),
+    Effect.retry(Schedule.upTo(Schedule.spaced("20 millis"), limit)),
+    Effect.isSuccess
   )
