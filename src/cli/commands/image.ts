@@ -1,6 +1,7 @@
 import * as path from "node:path"
 import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect, Option } from "effect"
+import { printable } from "../../domain/printable.ts"
 import { ImageStore, type StoredImage } from "../../ImageStore.ts"
 import { Machinen } from "../../Machinen.ts"
 import { Mountdisk, type MountImage } from "../../Mountdisk.ts"
@@ -103,7 +104,7 @@ const inspect = Command.make("inspect", { json, image: reference }, (input) =>
 
 const packages = (found: Readonly<Record<string, string>>) =>
   Object.entries(found)
-    .map(([name, version]) => `${name} ${version}`)
+    .map(([name, version]) => printable(`${name} ${version}`))
     .join("\n")
 
 const rm = Command.make("rm", { json, images: Args.atLeast(reference, 1) }, (input) =>
