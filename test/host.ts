@@ -37,7 +37,7 @@ export const live = (
     )
   )
 
-/** Processes that mention a path on their command line or hold it open as their plan: shims, VMMs and gvproxies of that home. */
+/** Processes that mention a path on their command line or in their environment, or have a file open below it: shims, VMMs and gvproxies of that home. */
 export const processesOf = (home: string): ReadonlyArray<{ readonly pid: number; readonly argv: string }> =>
   readdirSync("/proc")
     .filter((entry) => /^[0-9]+$/.test(entry))
@@ -52,7 +52,8 @@ export const processesOf = (home: string): ReadonlyArray<{ readonly pid: number;
           }
         })
         const ours = ["machinen-shim", "qemu-system", "gvproxy -mtu"].some((program) => argv.includes(program))
-        return ours && (argv.includes(home) || open) ? [{ pid: Number(pid), argv }] : []
+        const serves = () => readFileSync(`/proc/${pid}/environ`, "utf8").includes(`MACHINEN_VM_DIR=${home}/`)
+        return ours && (argv.includes(home) || open || serves()) ? [{ pid: Number(pid), argv }] : []
       } catch {
         return []
       }

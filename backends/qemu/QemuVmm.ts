@@ -115,7 +115,8 @@ export const layer = Layer.effect(
               : {
                   network: {
                     fd: netFd,
-                    gvproxy: { argv: network.gvproxy, env: gvproxyEnv },
+                    // its command line says nothing of the VM it serves
+                    gvproxy: { argv: network.gvproxy, env: { ...gvproxyEnv, MACHINEN_VM_DIR: spec.dir } },
                     forwards: network.forwards.map((forward) => ({
                       host: hostSocket(forward),
                       guestPort: forward.guestPort

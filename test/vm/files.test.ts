@@ -256,7 +256,7 @@ archive.close()
         const swap = 'while :; do mv -T sub kept; ln -sT "$1" sub; rm -f sub; mv -T kept sub; done 2>/dev/null'
         yield* Effect.acquireRelease(
           Effect.sync(() => spawn("sh", ["-c", swap, "sh", outside], { cwd: target, detached: true, stdio: "ignore" })),
-          (child) => Effect.sync(() => process.kill(-(child.pid ?? 0), "SIGKILL"))
+          ({ pid }) => Effect.sync(() => pid !== undefined && process.kill(-pid, "SIGKILL"))
         )
         let arrived = 0
         for (let turn = 0; turn < 5; turn++) {

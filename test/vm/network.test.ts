@@ -166,8 +166,9 @@ print(json.dumps([open_, sorted(set(map(str, said)))]))
           assert.strictEqual(String(yield* get(`http://127.0.0.1:${port}/`)), "the guest")
           assert.strictEqual(yield* sh(vm, `wget -q -O - http://192.168.127.254:${host}/`), "the host")
           const [victim] = gvproxies()
-          process.kill(victim?.pid ?? 0, "SIGKILL")
-          yield* eventually("its end", () => gvproxies().every(({ pid }) => pid !== victim?.pid))
+          assert.isDefined(victim)
+          process.kill(victim.pid, "SIGKILL")
+          yield* eventually("its end", () => gvproxies().every(({ pid }) => pid !== victim.pid))
         }
         // a client of the guest's alone brings it back too
         assert.strictEqual(yield* sh(vm, `wget -q -O - http://192.168.127.254:${host}/`), "the host")

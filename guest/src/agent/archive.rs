@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{self, Read, Write as _};
+use std::path::Path;
 
 use bytes::{Buf, Bytes};
 use machinen_archive::{Error, Pieces, Source, Target};
@@ -13,6 +14,8 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::operation::Exchange;
 use super::stream::{Abort, CHUNK};
 use crate::frame::{HEADER, Kind};
+use crate::init::late;
+use crate::init::names::Names;
 use crate::reply::{Archived, Code, Done, ErrorReply};
 use crate::request;
 
@@ -80,6 +83,9 @@ where
     W: AsyncWrite + Unpin,
 {
     let source = Source::filesystem("/", request.newest).map_err(|error| Abort::io("/", &error))?;
+    // The name in its files is this machine's alone: the same build gives the same image.
+    let unnamed = Names::open(Path::new("/")).rename(&late::hostname(), "localhost");
+    unnamed.map_err(|error| Abort::io("/etc/hostname, /etc/hosts", &error))?;
     send(source, exchange).await
 }
 
