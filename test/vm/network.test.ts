@@ -3,7 +3,7 @@ import * as http from "node:http"
 import * as net from "node:net"
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
-import { Effect, type Scope, Stream } from "effect"
+import { Effect, Schedule, type Scope, Stream } from "effect"
 import type { BootOptions } from "../../src/domain/BootOptions.ts"
 import { Machinen } from "../../src/Machinen.ts"
 import type { Vm } from "../../src/Vm.ts"
@@ -162,8 +162,10 @@ print(json.dumps([open_, sorted(set(map(str, said)))]))
         const [port, host] = [yield* freePort, yield* hostServer(Buffer.from("the host"))]
         const vm = yield* boot({ portForward: [{ hostPort: port, guestPort: 80 }] })
         yield* serve(vm, 80, Buffer.from("the guest"))
+        // what ends soon after it was started is begun again after a pause, in which clients are turned away
+        const again = Schedule.upTo(Schedule.spaced("100 millis"), "10 seconds")
         for (let round = 0; round < 3; round++) {
-          assert.strictEqual(String(yield* get(`http://127.0.0.1:${port}/`)), "the guest")
+          assert.strictEqual(String(yield* Effect.retry(get(`http://127.0.0.1:${port}/`), again)), "the guest")
           assert.strictEqual(yield* sh(vm, `wget -q -O - http://192.168.127.254:${host}/`), "the host")
           const [victim] = gvproxies()
           assert.isDefined(victim)
