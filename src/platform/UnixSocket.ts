@@ -90,9 +90,9 @@ const read = (socket: net.Socket, failure: () => NodeJS.ErrnoException | undefin
   return take
 }
 
-/** Connects to a listening unix socket. */
+/** Connects to a listening unix socket. What the caller must not be interrupted in, is not interrupted here either. */
 export const connect = (path: string): Effect.Effect<Connection, NodeJS.ErrnoException, Scope.Scope> =>
-  Effect.acquireRelease(
+  acquire(
     Effect.async<net.Socket, NodeJS.ErrnoException>((resume) => {
       const socket = net.connect({ path, allowHalfOpen: true })
       const fail = (error: Error) => resume(Effect.fail(error))
@@ -102,9 +102,17 @@ export const connect = (path: string): Effect.Effect<Connection, NodeJS.ErrnoExc
         resume(Effect.succeed(socket))
       })
       return destroy(socket)
-    }).pipe(Effect.interruptible),
-    destroy
-  ).pipe(Effect.map(fromSocket))
+    })
+  )
+
+/** A socket for the scope. Waiting for it may be interrupted where the caller may be. */
+const acquire = <E>(waiting: Effect.Effect<net.Socket, E>): Effect.Effect<Connection, E, Scope.Scope> =>
+  Effect.uninterruptibleMask((restore) =>
+    restore(waiting).pipe(
+      Effect.tap((socket) => Effect.addFinalizer(() => destroy(socket))),
+      Effect.map(fromSocket)
+    )
+  )
 
 /**
  * Listens on a path and hands out its first connection, also one that comes before somebody asks for it; later ones are refused. The socket
@@ -133,5 +141,5 @@ export const listenOnce = (
           return Option.isSome(arrived) ? Effect.flatMap(arrived.value, destroy) : Effect.void
         })
     )
-    return Effect.acquireRelease(Effect.interruptible(Deferred.await(first)), destroy).pipe(Effect.map(fromSocket))
+    return acquire(Deferred.await(first))
   })

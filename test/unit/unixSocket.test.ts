@@ -1,6 +1,6 @@
 import * as path from "node:path"
 import { assert, describe, it } from "@effect/vitest"
-import { Chunk, Effect, Fiber, Option, Scope, Stream } from "effect"
+import { Chunk, Deferred, Effect, Fiber, Option, Scope, Stream } from "effect"
 import * as UnixSocket from "../../src/platform/UnixSocket.ts"
 import { temporaryDirectory } from "../sourceTree.ts"
 
@@ -40,6 +40,30 @@ describe("a connection", () => {
         const bytes = exit._tag === "Success" ? exit.value : yield* ours.read
         assert.deepStrictEqual([...bytes], [round])
       }
+    })
+  )
+
+  it.scopedLive("is made in a region that must not be interrupted, though an interruption waits", () =>
+    Effect.gen(function* () {
+      const file = path.join(yield* temporaryDirectory, "s")
+      const accept = yield* UnixSocket.listenOnce(file)
+      const begun = yield* Deferred.make<void>()
+      let isConnected = false
+      const fiber = yield* Deferred.succeed(begun, undefined).pipe(
+        Effect.zipRight(Effect.sleep("20 millis")),
+        Effect.zipRight(UnixSocket.connect(file)),
+        Effect.tap(() =>
+          Effect.sync(() => {
+            isConnected = true
+          })
+        ),
+        Effect.uninterruptible,
+        Effect.fork
+      )
+      yield* Deferred.await(begun)
+      yield* Fiber.interrupt(fiber)
+      assert.isTrue(isConnected)
+      yield* Effect.timeout(accept, "5 seconds")
     })
   )
 
