@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bytes::{Buf, Bytes};
@@ -73,12 +74,21 @@ where
             }
             std::future::pending().await
         };
+        let mut granted = pin!(granted);
         let mut outlet = Outlet { stream: &stream, bond, detached };
-        tokio::select! {
+        let ended = tokio::select! {
             ended = pump_until_end(&running, &mut outlet) => ended,
             abort = obeyed => Err(abort),
-            () = granted => Err(Abort::Gone),
+            () = &mut granted => Err(Abort::Gone),
+        };
+        if ended.is_ok() {
+            // A frame of credit that is half sent is sent whole: the end comes behind it.
+            tokio::select! {
+                _ = stream.lock() => {}
+                () = granted => {}
+            }
         }
+        ended
     }
     .await;
     if attended.is_err() {

@@ -33,7 +33,8 @@ fn start_apart(shared: &Path, read_only: bool, vmm: &str) -> Option<Shim> {
 /// Does something where the shim is.
 fn on_the_host(shim: &Shim, what: &str) {
     let target = shim.child.id().to_string();
-    let done = Command::new("nsenter").args(["--mount", "--target", &target, "sh", "-ec", what]).status().unwrap();
+    let done =
+        Command::new("nsenter").args(["--mount", "--root", "--target", &target, "sh", "-ec", what]).status().unwrap();
     assert!(done.success(), "{what}");
 }
 
