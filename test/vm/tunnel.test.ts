@@ -38,11 +38,10 @@ def attend(serve, c):
         try: serve(c)
         except OSError: pass
 def listen(server, serve):
-    server.listen(128)
     while True: threading.Thread(target=attend, args=(serve, server.accept()[0]), daemon=True).start()
 def tcp(port, family=socket.AF_INET, address="127.0.0.1"):
-    s = socket.socket(family); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind((address, port)); return s
-unix = socket.socket(socket.AF_UNIX); unix.bind("/tmp/echo.sock")
+    s = socket.socket(family); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind((address, port)); s.listen(128); return s
+unix = socket.socket(socket.AF_UNIX); unix.bind("/tmp/echo.sock"); unix.listen(128)
 all = [(tcp(7001), echo), (tcp(7002), digest), (tcp(7003), speaks_first), (tcp(7004), endless), (tcp(7005), resets),
   (tcp(7006), notes_reset), (tcp(7007, socket.AF_INET6, "::1"), echo), (unix, echo)]
 for server, serve in all[1:]: threading.Thread(target=listen, args=(server, serve), daemon=True).start()
