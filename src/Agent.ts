@@ -327,11 +327,15 @@ const makeClient = (
     }
     const result = yield* Deferred.make<unknown, ExecError | AgentRefusal>()
     const credit = yield* Effect.makeSemaphore(inputWindow)
-    const step: (frame: Frame) => Operation["frame"] = Effect.fnUntraced(function* (frame) {
-      if (frame.type === FrameType.credit) {
-        yield* credit.release(Buffer.from(frame.payload).readUInt32BE())
-        return yield* stepped
-      }
+    // no generator goes round here: a guest that sends nothing but credit would make each wait for the next
+    const step = (frame: Frame): Operation["frame"] =>
+      frame.type === FrameType.credit
+        ? Effect.zipRight(
+            credit.release(Buffer.from(frame.payload).readUInt32BE()),
+            Effect.suspend(() => stepped)
+          )
+        : taken(frame)
+    const taken: (frame: Frame) => Operation["frame"] = Effect.fnUntraced(function* (frame) {
       if (frame.type !== FrameType.end) return frame
       yield* Deferred.complete(result, parseJson(frame.payload))
       // the guest waits for our end before it lets the machine go, and the shim for both

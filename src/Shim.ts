@@ -379,8 +379,10 @@ const endOf = (
 ): Effect.Effect<ExitRecord, RegistryError> =>
   Effect.gen(function* () {
     const { answer, rest } = yield* request(controlPath, body)
+    const { message = "it refused", ok } = yield* decodeAnswer(answer)
+    if (!ok) return yield* Effect.fail(new Error(message))
     const line = yield* rest.pipe(Stream.decodeText(), Stream.splitLines, Stream.runHead)
-    if (Option.isNone(line)) return yield* Effect.fail(new Error(answer === "" ? gone.message : answer))
+    if (Option.isNone(line)) return yield* Effect.fail(gone)
     const event = yield* Schema.decodeUnknown(Schema.parseJson(ShimEvent))(line.value)
     return event.event === "exited" ? event.exit : lost
   }).pipe(

@@ -207,6 +207,21 @@ describe("a running command", () => {
     )
   )
 
+  it.live("of an agent whose credit is no number fails, and a flood of it is read through", () => {
+    const credit = encodeFrame(FrameType.credit, Buffer.from([0, 0, 0, 1]))
+    const flood = Buffer.concat(Array.from({ length: 50_000 }, () => credit))
+    return Effect.gen(function* () {
+      const codeOf = (said: ReadonlyArray<Uint8Array>) =>
+        withAgent([said], (client) =>
+          Effect.either(Effect.scoped(Effect.flatMap(client.start("x"), ({ exit }) => exit)))
+        )
+      const broken = yield* codeOf([encodeFrame(FrameType.credit, Buffer.from([1])), exit(0)])
+      assert.strictEqual(broken._tag === "Left" ? broken.left.code : "it went on", "EXEC_PROTOCOL")
+      const flooded = yield* codeOf([flood, exit(4)])
+      assert.strictEqual(flooded._tag === "Right" ? flooded.right.code : flooded.left.message, 4)
+    }).pipe(Effect.timeout("20 seconds"))
+  })
+
   it.live("has its output for a reader that begins after its end was asked for", () =>
     withAgent([[out("a"), err("b"), out("c"), exit(0)]], (client) =>
       Effect.gen(function* () {
