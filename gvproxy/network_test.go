@@ -128,8 +128,18 @@ func TestAGuestHasSoManyConnectionsAndThenRoomForNewOnes(t *testing.T) {
 			t.Fatal("no limit")
 		}
 	}
-	if connections, _ := n.count(); connections > maxConnections+10 || len(open) < maxConnections-10 {
+	if connections, _ := n.count(); connections > maxConnections+maxDialing || len(open) < maxConnections-10 {
 		t.Fatal(connections, len(open))
+	}
+	var buffers int64
+	for _, endpoint := range n.stack.RegisteredEndpoints() {
+		if endpoint, ok := endpoint.(tcpip.Endpoint); ok {
+			options := endpoint.SocketOptions()
+			buffers += options.GetReceiveBufferSize() + options.GetSendBufferSize()
+		}
+	}
+	if few := int64(2 * manyConnections * bufferSize); buffers < few || buffers > few+2*smallBufferSize*(maxConnections-manyConnections)+20<<20 {
+		t.Fatal("the buffers may hold ", buffers)
 	}
 	if _, err := n.dial(t.Context(), 80); err != errFull {
 		t.Fatal("a client of the host's: ", err)
@@ -146,6 +156,56 @@ func TestAGuestHasSoManyConnectionsAndThenRoomForNewOnes(t *testing.T) {
 		_ = client.Close()
 	}
 	until(t, "all have ended", func() bool { connections, _ := n.count(); return connections < 10 })
+	client, err := connect(t, s, ofHost(listener.Addr()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = client.Close()
+}
+
+func TestAddressesThatDoNotAnswerKeepAGuestFromNothing(t *testing.T) {
+	_, s := newGuest(t)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	// One place for connections that nobody accepts: Linux leaves those behind the second without an answer.
+	silent, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(silent)
+	if err := syscall.Bind(silent, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Listen(silent, 0); err != nil {
+		t.Fatal(err)
+	}
+	name, err := syscall.Getsockname(silent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := tcpip.FullAddress{NIC: 1, Addr: address(host), Port: uint16(name.(*syscall.SockaddrInet4).Port)}
+	// Long enough for those to ask again that found no place.
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+	defer cancel()
+	unanswered := make(chan error)
+	for range 20 {
+		go func() {
+			_, err := gonet.DialContextTCP(ctx, s, to, ipv4.ProtocolNumber)
+			unanswered <- err
+		}()
+	}
+	timedOut := 0
+	for range 20 {
+		if err := <-unanswered; err == context.DeadlineExceeded {
+			timedOut++
+		}
+	}
+	if timedOut < 11 {
+		t.Fatal("no more than that do not answer: ", timedOut)
+	}
 	client, err := connect(t, s, ofHost(listener.Addr()))
 	if err != nil {
 		t.Fatal(err)

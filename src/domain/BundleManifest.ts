@@ -8,7 +8,7 @@ export const EngineName = Schema.Literal("vmstate", "criu")
 export type EngineName = typeof EngineName.Type
 
 /** The version of the channel to a guest's agent (docs/protocol.md §1), which goes on as it was in a bundle of the engine `vmstate`. */
-export const channelVersion = 2
+export const channelVersion = 3
 
 /** A file's name in the bundle's directory; never a path. */
 const BlobName = Schema.String.pipe(Schema.pattern(/^[a-z][a-z.-]*$/))

@@ -13,7 +13,7 @@ const DATA: u8 = 4;
 const CREDIT: u8 = 5;
 const FINISH: u8 = 6;
 const RESET: u8 = 7;
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 const END: u8 = 0x5a;
 /// Begins nothing: sent by a guest that dropped a session.
 pub(crate) const NO_FRAME: u8 = 0xff;
@@ -327,7 +327,7 @@ mod tests {
         assert_eq!(bytes(Frame::Finish { id: 3 }), [6, 0, 0, 0, 4, 0, 0, 0, 3, 0x5a]);
         assert_eq!(bytes(Frame::Reset { id: 3, reason: Reason::Busy }), [7, 0, 0, 0, 5, 0, 0, 0, 3, 2, 0x5a]);
         let hello = hello_bytes(&[7; 16]);
-        assert_eq!(hello[..6], [1, 0, 0, 0, 17, 2]);
+        assert_eq!(hello[..6], [1, 0, 0, 0, 17, 3]);
         assert_eq!((hello.len(), hello[22]), (HELLO_LEN, 0x5a));
     }
 
@@ -379,7 +379,7 @@ mod tests {
     #[test]
     fn what_no_peer_of_ours_says_is_no_frame() {
         // The hello of the version before this one.
-        assert_eq!(decode(&[1, 0, 0, 0, 17, 1]), Found::Invalid);
+        assert_eq!(decode(&[1, 0, 0, 0, 17, VERSION - 1]), Found::Invalid);
         assert_eq!(decode(&[8]), Found::Invalid);
         assert_eq!(decode(&[NO_FRAME]), Found::Invalid);
         let mut urgent = bytes(Frame::Open { id: 1, port: 1, urgent: true });

@@ -2,7 +2,8 @@
 //!
 //! Everything an end keeps for its peer is bounded, whatever the peer sends and though it may read nothing:
 //!
-//! - Received and unread: `WINDOW` bytes a stream. More than was granted ends the session.
+//! - Received and unread: `WINDOW` bytes a stream, `LARGE_WINDOW` of at most `MAX_LARGE` streams, whose readers have kept up. More than was
+//!   granted ends the session.
 //! - Put and unsent: data waits once `BACKLOG` bytes are unsent, or `SHARE` of one stream. Frames that carry no data wait at `BACKLOG +
 //!   CONTROL`: until then they are marks on their stream, of which each has at most one of a kind.
 //! - Streams: `MAX_STREAMS` that the host opened, `MAX_GUEST_STREAMS` that the guest opened, and `RESERVE` of either. Further ones are
@@ -10,7 +11,7 @@
 
 use crate::frame::{Frame, Id, MAX_DATA, Reason};
 use crate::output::Output;
-use crate::{MAX_GUEST_STREAMS, MAX_STREAMS, WINDOW};
+use crate::{LARGE_WINDOW, MAX_GUEST_STREAMS, MAX_LARGE, MAX_STREAMS, WINDOW};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::task::{Context, Poll, Waker};
@@ -76,8 +77,10 @@ struct Slot {
     received: VecDeque<u8>,
     /// What the peer may send.
     window: usize,
-    /// What was read, and is not granted to the peer again yet. With `window` and `received` it always makes `WINDOW`.
+    /// What was read, and is not granted to the peer again yet. With `window` and `received` it always makes `size`.
     consumed: usize,
+    /// `WINDOW`, or `LARGE_WINDOW`.
+    size: usize,
     /// What we may send.
     credit: usize,
     /// What of it is in the output.
@@ -105,6 +108,7 @@ impl Slot {
             received: VecDeque::new(),
             window: WINDOW,
             consumed: 0,
+            size: WINDOW,
             credit: WINDOW,
             unsent: 0,
             finished: false,
@@ -146,6 +150,8 @@ pub(crate) struct Mux {
     slots: HashMap<Id, Slot>,
     /// How many of them we opened.
     ours: usize,
+    /// How many of them have a large window.
+    large: usize,
     next: Id,
     pub(crate) output: Output,
     /// Streams with a credit or a reset to send.
@@ -169,6 +175,7 @@ impl Mux {
             over: false,
             slots: HashMap::new(),
             ours: 0,
+            large: 0,
             next: if side == Side::Host { 1 } else { 2 },
             output: Output::new(first),
             due: VecDeque::new(),
@@ -220,6 +227,7 @@ impl Mux {
     fn remove(&mut self, id: Id) {
         let Some(slot) = self.slots.remove(&id) else { return };
         self.ours -= usize::from(self.side.opened(id));
+        self.large -= usize::from(slot.size == LARGE_WINDOW);
         if slot.due {
             self.due.retain(|due| *due != id);
         }
@@ -343,7 +351,7 @@ impl Mux {
         buf.put_slice(&bytes[..n]);
         slot.received.drain(..n);
         slot.consumed += n;
-        if slot.consumed >= WINDOW / 2 && !slot.finished && slot.reset.is_none() && !over {
+        if slot.consumed >= slot.size / 2 && !slot.finished && slot.reset.is_none() && !over {
             self.mark_due(id);
         }
         Poll::Ready(Ok(()))
@@ -453,7 +461,7 @@ impl Mux {
             }
             Frame::Credit { bytes, .. } => {
                 let credit = slot.credit.saturating_add(bytes as usize);
-                if !open || bytes == 0 || credit > WINDOW {
+                if !open || bytes == 0 || credit > LARGE_WINDOW {
                     return Err(Violation);
                 }
                 slot.credit = credit;
@@ -520,9 +528,15 @@ impl Mux {
         if slot.finished || slot.reset.is_some() {
             return;
         }
-        let bytes = std::mem::take(&mut slot.consumed);
+        let mut bytes = std::mem::take(&mut slot.consumed);
+        // A reader that has kept up with half a window waits for the peer from now on, which waits for credit.
+        if slot.received.is_empty() && slot.size == WINDOW && self.large < MAX_LARGE {
+            self.large += 1;
+            slot.size = LARGE_WINDOW;
+            bytes += LARGE_WINDOW - WINDOW;
+        }
         slot.window += bytes;
-        // At most a window.
+        // At most a large window.
         self.output.put(Frame::Credit { id, bytes: u32::try_from(bytes).unwrap_or(u32::MAX) });
     }
 
@@ -640,17 +654,20 @@ mod tests {
                 // What ends a session with a peer is left out, to go on.
                 let _ = happen(&mut mux, &event, &cx);
                 for (id, slot) in &mux.slots {
-                    prop_assert_eq!(slot.window + slot.received.len() + slot.consumed, WINDOW, "{} after {:?}", id, event);
-                    prop_assert!(slot.credit <= WINDOW && slot.received.capacity() <= WINDOW);
+                    prop_assert_eq!(slot.window + slot.received.len() + slot.consumed, slot.size, "{} after {:?}", id, event);
+                    prop_assert!(slot.size == WINDOW || slot.size == LARGE_WINDOW);
+                    prop_assert!(slot.credit <= LARGE_WINDOW && slot.received.capacity() <= slot.size);
                     prop_assert!(slot.unsent < SHARE + MAX_DATA + 100);
                     prop_assert_eq!(slot.due, mux.due.contains(id));
                     prop_assert_eq!(slot.waiting, mux.waiting.contains(id));
                 }
                 prop_assert!(mux.due.len() <= mux.slots.len() && mux.waiting.len() <= mux.slots.len());
+                prop_assert_eq!(mux.large, mux.slots.values().filter(|slot| slot.size == LARGE_WINDOW).count());
+                prop_assert!(mux.large <= MAX_LARGE);
                 prop_assert_eq!(mux.ours, mux.slots.keys().filter(|id| Side::Host.opened(**id)).count());
                 prop_assert!(mux.refusals.len() <= REFUSALS && mux.slots.len() <= STREAMS);
                 prop_assert!(mux.output.len() <= BACKLOG + CONTROL + MAX_DATA + 100);
-                prop_assert!(mux.held() <= OUTPUT + STREAMS * (WINDOW + 1000));
+                prop_assert!(mux.held() <= OUTPUT + STREAMS * (WINDOW + 1000) + MAX_LARGE * (LARGE_WINDOW - WINDOW));
             }
         }
     }

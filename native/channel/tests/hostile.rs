@@ -4,7 +4,10 @@
 // Clippy exempts test functions only, not what they call.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use machinen_channel::{HostSession, Incoming, MAX_GUEST_STREAMS, MAX_STREAMS, Opener, Stream, WINDOW, connect_host};
+use machinen_channel::{
+    HostSession, Incoming, LARGE_WINDOW, MAX_GUEST_STREAMS, MAX_LARGE, MAX_STREAMS, Opener, Stream, WINDOW,
+    connect_host,
+};
 use std::io::ErrorKind;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
@@ -16,6 +19,8 @@ const DATA: u8 = 4;
 const CREDIT: u8 = 5;
 const FINISH: u8 = 6;
 const RESET: u8 = 7;
+/// A hello before its epoch.
+const HELLO: [u8; 6] = [1, 0, 0, 0, 17, 3];
 
 /// What a session may hold that is no stream's: its output (1 MiB, 64 KiB and a frame, in a buffer that has doubled), and its tables.
 const SESSION: usize = 4 << 20;
@@ -52,7 +57,7 @@ impl Peer {
     /// Answers the next hello of the host, whatever comes before it.
     async fn greet(&mut self) {
         loop {
-            let at = self.heard.windows(6).position(|bytes| bytes == [1, 0, 0, 0, 17, 2]);
+            let at = self.heard.windows(6).position(|bytes| bytes == HELLO);
             if let Some(at) = at
                 && self.heard.len() >= at + 23
             {
@@ -244,9 +249,10 @@ async fn a_peer_that_reads_nothing_costs_a_backlog_and_the_writer_waits() {
 }
 
 #[tokio::test]
-async fn credit_beyond_a_window_ends_the_session() {
+async fn credit_beyond_a_large_window_ends_the_session() {
     bounded(async {
-        for credit in [1, 0, 0xf000_0000, u32::MAX] {
+        let more = u32::try_from(LARGE_WINDOW - WINDOW).unwrap();
+        for credit in [more + 1, 0, 0xf000_0000, u32::MAX] {
             let mut peer = Peer::new().await;
             let (stream, id) = peer.accepted().await;
             peer.say(&frame(CREDIT, id, &credit.to_be_bytes())).await;
@@ -276,10 +282,59 @@ async fn credit_is_what_a_writer_gets_and_no_more() {
         while heard < 2 * WINDOW {
             heard += peer.next().await.2.len();
         }
-        // Having one byte left it may not get a whole window once more.
-        peer.say(&frame(CREDIT, id, &u32::try_from(WINDOW).unwrap().to_be_bytes())).await;
-        peer.say(&frame(CREDIT, id, &u32::try_from(WINDOW).unwrap().to_be_bytes())).await;
+        // What is left of that and all of a large window is too much.
+        peer.say(&frame(CREDIT, id, &u32::try_from(WINDOW + 1).unwrap().to_be_bytes())).await;
+        peer.say(&frame(CREDIT, id, &u32::try_from(LARGE_WINDOW).unwrap().to_be_bytes())).await;
         assert_eq!(writing.await.unwrap().map(drop).unwrap_err().kind(), ErrorKind::ConnectionReset);
+        peer.is_refused(None).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn readers_that_keep_up_get_a_large_window_as_far_as_there_are_any() {
+    bounded(async {
+        let mut peer = Peer::new().await;
+        let piece = vec![7; WINDOW / 8];
+        let mut streams = Vec::new();
+        for n in 0..=MAX_LARGE {
+            let (mut stream, id) = peer.accepted().await;
+            for _ in 0..4 {
+                peer.say(&frame(DATA, id, &piece)).await;
+            }
+            stream.read_exact(&mut vec![0; WINDOW / 2]).await.unwrap();
+            let more = if n < MAX_LARGE { LARGE_WINDOW - WINDOW } else { 0 };
+            let granted = u32::try_from(WINDOW / 2 + more).unwrap();
+            assert_eq!(peer.next().await, (CREDIT, id, granted.to_be_bytes().to_vec()), "{n}");
+            streams.push((stream, id));
+        }
+        // Nobody reads any more: all of it is taken, and in the end no byte more.
+        let held = peer.opener.held();
+        for _ in 0..LARGE_WINDOW / piece.len() {
+            peer.say(&frame(DATA, streams[0].1, &piece)).await;
+        }
+        peer.goes_on().await;
+        assert!(peer.opener.held() <= held + LARGE_WINDOW);
+        // One that ends leaves its place to the next whose reader keeps up. Unread data is not keeping up.
+        let (gone, id) = streams.remove(1);
+        drop(gone);
+        while peer.next().await != (RESET, id, vec![0]) {}
+        peer.say(&frame(RESET, id, &[0])).await;
+        let (last, id) = streams.last_mut().unwrap();
+        for (unread, more) in [(1, 0), (0, 1 + LARGE_WINDOW - WINDOW)] {
+            for _ in 0..4 {
+                peer.say(&frame(DATA, *id, &piece)).await;
+            }
+            if unread > 0 {
+                peer.say(&frame(DATA, *id, &[7])).await;
+            }
+            peer.goes_on().await;
+            last.read_exact(&mut vec![0; WINDOW / 2]).await.unwrap();
+            let granted = u32::try_from(WINDOW / 2 + more).unwrap();
+            while peer.next().await != (CREDIT, *id, granted.to_be_bytes().to_vec()) {}
+            last.read_exact(&mut vec![0; unread]).await.unwrap();
+        }
+        peer.say(&frame(DATA, streams[0].1, &[7])).await;
         peer.is_refused(None).await;
     })
     .await;
@@ -332,7 +387,7 @@ async fn a_peer_that_sends_on_credit_it_cannot_have_read_costs_a_backlog() {
         });
         // Half a window at a time, as an honest peer would, but without hearing that it may: 400 MB.
         let piece = frame(DATA, id, &[7; 65_000]);
-        flood(&mut peer, &piece, 6_000, SESSION + WINDOW).await;
+        flood(&mut peer, &piece, 6_000, SESSION + LARGE_WINDOW).await;
         reading.abort();
     })
     .await;
@@ -424,7 +479,7 @@ async fn half_a_hello_is_waited_for_and_a_wrong_one_starts_over() {
     bounded(async {
         let mut peer = Peer::new().await;
         let (stream, _) = peer.accepted().await;
-        peer.say(&[1, 0, 0, 0, 17, 2, 1, 2, 3]).await;
+        peer.say(&[&HELLO[..], &[1, 2, 3]].concat()).await;
         for _ in 0..100 {
             tokio::task::yield_now().await;
         }
