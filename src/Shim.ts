@@ -2,6 +2,7 @@ import { existsSync } from "node:fs"
 import * as path from "node:path"
 import {
   Context,
+  Data,
   Deferred,
   type Duration,
   Effect,
@@ -71,8 +72,8 @@ export interface ShimHandle<E = never> {
   /** Asks the guest to power off; after the grace the VMM is killed. Completes as `exited`; a VM that is gone is what was wanted. */
   readonly stop: (graceMs?: number) => Effect.Effect<ExitRecord, E>
   readonly kill: Effect.Effect<ExitRecord, E>
-  /** From now on the VM outlives its starter. */
-  readonly detach: Effect.Effect<void>
+  /** From now on the VM outlives its starter. Fails when the shim does not say so: the VM ends with its starter, if it has not ended already. */
+  readonly detach: Effect.Effect<void, BootError>
   readonly logs: (source: LogSource, options?: LogOptions) => Stream.Stream<Uint8Array, RegistryError>
   /** Prepares a capture: what never changes is copied already, the rest when the VM is stopped. One at a time. */
   readonly capture: (request: CaptureRequest) => Effect.Effect<Capture, CaptureFailed, Scope.Scope>
@@ -141,7 +142,15 @@ export class Shim extends Context.Tag("machinen/Shim")<
         detach: request(plan.controlPath, { op: "detach" }).pipe(
           Effect.zipRight(Ref.set(detached, true)),
           Effect.scoped,
-          Effect.ignore,
+          Effect.mapError(
+            (cause) =>
+              new BootError({
+                code: "BOOT_DETACHED_READINESS_FAILED",
+                message: `the VM could not be let go: its supervisor (pid ${event.shim.pid}) does not answer: ${cause.message}`,
+                hint: "it has ended, or ends with this process; start another",
+                cause
+              })
+          ),
           // between the shim's answer and our note of it, closing the scope would wait for the end of a VM that goes on
           Effect.uninterruptible
         )
@@ -249,13 +258,19 @@ const startFailed = (event: Extract<ShimEvent, { event: "failed" }>, plan: ShimP
   })
 }
 
-const forwardFailed = ({ code, message }: { readonly code: string; readonly message: string }) => {
-  const [address = message] = message.split(": ")
+/** The cause of BOOT_PORT_FORWARD_IN_USE: which of the host's sockets (`ip:port`) somebody else has. */
+export class HostSocketTaken extends Data.TaggedError("HostSocketTaken")<{
+  readonly message: string
+  readonly hostSocket: string
+}> {}
+
+const forwardFailed = ({ code, message, subject }: Extract<ShimEvent, { event: "failed" }>) => {
   if (code === "EADDRINUSE") {
     return new BootError({
       code: "BOOT_PORT_FORWARD_IN_USE",
-      message: `the host's port ${address} is taken`,
-      hint: "choose another port; `ss -ltnp` tells who listens there"
+      message: `the host's port ${subject} is taken`,
+      hint: "choose another port; `ss -ltnp` tells who listens there",
+      cause: new HostSocketTaken({ message, hostSocket: subject })
     })
   }
   return new BootError({

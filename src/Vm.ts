@@ -1,6 +1,6 @@
 import { Effect, Option, type Stream } from "effect"
 import type { AgentClient } from "./Agent.ts"
-import type { RegistryError } from "./domain/errors.ts"
+import type { BootError, RegistryError } from "./domain/errors.ts"
 import type { ExitRecord } from "./domain/ShimPlan.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import * as processes from "./platform/processes.ts"
@@ -29,7 +29,7 @@ export interface Vm extends AgentClient {
   readonly stop: (graceMs?: number) => Effect.Effect<ExitRecord, RegistryError>
   readonly kill: Effect.Effect<ExitRecord, RegistryError>
   /** Lets the VM outlive the scope and the process that booted it. */
-  readonly detach: Effect.Effect<void>
+  readonly detach: Effect.Effect<void, BootError>
   readonly pause: Effect.Effect<void, VmmControlFailed>
   /** The guest's clock is set to the host's, if the guest answers. */
   readonly resume: Effect.Effect<void, VmmControlFailed>

@@ -3,7 +3,7 @@ import { PassThrough, Readable, Writable } from "node:stream"
 import * as NodeStream from "@effect/platform-node/NodeStream"
 import { Deferred, Effect, Exit, Fiber, identity, Option, Scope, Stream } from "effect"
 import type { CommandOutput } from "./Agent.ts"
-import { ExecError, type RegistryError } from "./domain/errors.ts"
+import { type BootError, ExecError, type RegistryError } from "./domain/errors.ts"
 import type { ExitRecord } from "./domain/ShimPlan.ts"
 import { Machinen } from "./Machinen.ts"
 import { Outlet } from "./platform/Outlet.ts"
@@ -32,7 +32,7 @@ export interface VmControl {
   readonly tail: (channel: CommandOutput["channel"]) => string
   /** When it completes, nothing of the VM is left, and all it wrote has been passed on. */
   readonly wait: Effect.Effect<VmExit, RegistryError>
-  readonly detach: Effect.Effect<void, ExecError | RegistryError, Machinen>
+  readonly detach: Effect.Effect<void, BootError | ExecError | RegistryError, Machinen>
 }
 
 /** Of the main command's output, for each channel. */

@@ -15,6 +15,7 @@ import * as Initramfs from "./Initramfs.ts"
 import { portHolder } from "./platform/portHolder.ts"
 import * as UnixSocket from "./platform/UnixSocket.ts"
 import { Registry } from "./Registry.ts"
+import { HostSocketTaken } from "./Shim.ts"
 import type { VmmHandle } from "./Vmm.ts"
 
 /** The first digit is a letter: digits alone would be taken for a pid. */
@@ -56,12 +57,12 @@ export const namingPortHolder = <A, E, R>(launched: Effect.Effect<A, E | BootErr
     (error): error is BootError => error instanceof BootError && error.code === "BOOT_PORT_FORWARD_IN_USE",
     (error) =>
       Effect.gen(function* () {
+        if (!(error.cause instanceof HostSocketTaken)) return yield* error
+        const taken = error.cause.hostSocket
         const vms = yield* Effect.orElseSucceed((yield* Registry).list, () => [])
-        const holder = vms.find(({ portForward = [] }) =>
-          portForward.some((forward) => error.message.includes(hostSocket(forward)))
-        )
+        const holder = vms.find(({ portForward = [] }) => portForward.some((forward) => hostSocket(forward) === taken))
         if (holder === undefined) {
-          const port = Number(/:(\d+) is taken/.exec(error.message)?.[1])
+          const port = Number(taken.slice(taken.lastIndexOf(":") + 1))
           return yield* Option.match(yield* portHolder(port), {
             onNone: () => error,
             onSome: ({ command, pid }) =>

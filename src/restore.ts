@@ -214,9 +214,12 @@ const refuseUnasked = (bundle: Bundle.Bundle, options: RestoreOptions): Effect.E
       })
 }
 
-/** Lets go of VMs that are ready: from here on they belong to nobody. */
+/** Lets go of VMs that are ready: from here on they belong to nobody. All, or none that goes on. */
 export const detachAll = (restored: ReadonlyArray<Restored>) =>
-  Effect.uninterruptible(Effect.forEach(restored, ({ vm }) => vm.detach, { discard: true }))
+  Effect.forEach(restored, ({ vm }) => vm.detach, { discard: true }).pipe(
+    Effect.tapError(() => Effect.forEach(restored, ({ vm }) => Effect.ignore(vm.kill), { concurrency: "unbounded" })),
+    Effect.uninterruptible
+  )
 
 /** What is chosen for each machine; the rest is the seed's. */
 export type ReviveOptions = Omit<RestoreOptions, "snapDir" | "image" | "network" | "memoryMib">

@@ -21,7 +21,7 @@ import { SnapshotEngines } from "../../src/SnapshotEngine.ts"
 import { type Supervision, Vmm, VmmControlFailed, type VmmHandle } from "../../src/Vmm.ts"
 
 /** Steps of a boot that can be made to fail, or never to end. */
-const steps = ["kernel", "init", "image", "upper", "listen", "launch", "doorbell"] as const
+const steps = ["kernel", "init", "image", "upper", "listen", "launch", "doorbell", "detach"] as const
 export type Step = (typeof steps)[number]
 export type Mood = "fail" | "hang" | "work"
 
@@ -135,7 +135,10 @@ export const layer = Layer.unwrapEffect(
         exited: Deferred.await(exited),
         stop: () => end("stop"),
         kill: end("kill"),
-        detach: note("detach"),
+        detach: Effect.zipRight(
+          at("detach", new BootError({ code: "BOOT_DETACHED_READINESS_FAILED", message: "it does not let go" })),
+          note("detach")
+        ),
         logs: () => Stream.make(Buffer.from("fake console\n")),
         capture: () => Effect.fail(new CaptureFailed({ code: "ESRCH", message: "a fake has no shim" })),
         rename: () => note("rename")

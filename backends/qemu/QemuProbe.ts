@@ -9,6 +9,7 @@ import { VmId } from "../../src/domain/Vm.ts"
 import { VmEntry } from "../../src/domain/VmEntry.ts"
 import { type AcceleratorChoice, HostProbe } from "../../src/HostProbe.ts"
 import * as command from "../../src/platform/command.ts"
+import * as fileState from "../../src/platform/fileState.ts"
 import * as HostLock from "../../src/platform/HostLock.ts"
 import { memoizeSuccess } from "../../src/platform/memoizeSuccess.ts"
 import { writeNote } from "../../src/platform/note.ts"
@@ -109,10 +110,7 @@ export const layer = Layer.effect(
     const vmmVersion = Effect.gen(function* () {
       const dirs = (process.env["PATH"] ?? "").split(path.delimiter)
       const places = binary.includes("/") ? [binary] : dirs.map((dir) => path.join(dir, binary))
-      const info = yield* Effect.firstSuccessOf(places.map((place) => fs.stat(place)))
-      const subject = [binary, info.size, ...Option.toArray(info.mtime).map(Number), ...Option.toArray(info.ino)].join(
-        " "
-      )
+      const subject = JSON.stringify(yield* Effect.firstSuccessOf(places.map(fileState.read)))
       const known = (yield* read).versions[subject]
       if (known !== undefined) return known
       const { stdout } = yield* command.run([binary, "--version"])

@@ -58,7 +58,7 @@ export const layer = Layer.effect(
           Effect.gen(function* () {
             // a guest that stands cannot freeze its processes, and whoever stopped it lets it go on, not we
             if (!(yield* Effect.scoped(Effect.flatMap(connect, isRunning)))) {
-              return yield* new VmmControlFailed({ message: "the VM is paused" })
+              return yield* new VmmControlFailed({ code: "VMM_PAUSED", message: "the VM is paused" })
             }
             const capture = yield* running.capture({
               memory: machine?.memory,

@@ -81,11 +81,11 @@ const failed = (cause: { readonly message: string; readonly code?: string }) => 
   })
 }
 
-const hint = ({ code, message }: { readonly message: string; readonly code?: string }) =>
+const hint = ({ code }: { readonly code?: string }) =>
   code === "ENOSPC"
     ? { hint: "free some space, or choose another directory" }
     : code === "EBUSY"
       ? { hint: "another snapshot of this VM is being taken; wait for it" }
-      : message.includes("is paused")
+      : code === "VMM_PAUSED"
         ? { hint: "let it go on first: `machinen resume`" }
         : {}

@@ -73,6 +73,8 @@ export const ShimEvent = Schema.Union(
     event: Schema.Literal("failed"),
     step: Schema.Literal("plan", "network", "files", "registry", "shares", "vmm"),
     code: Schema.String,
+    /** What the step was busy with: a path, or the host's socket of a forwarded port. */
+    subject: Schema.String,
     message: Schema.String
   }),
   Schema.Struct({ event: Schema.Literal("exited"), exit: ExitRecord })

@@ -295,7 +295,7 @@ export class AssetError extends Schema.TaggedError<AssetError>()(
 /** The hypervisor refused, or cannot be reached, on its own control socket. */
 export class VmmControlFailed extends Schema.TaggedError<VmmControlFailed>()("VmmControlFailed", {
   ...fields(),
-  code: Schema.Literal("VMM_CONTROL_FAILED").pipe(
+  code: Schema.Literal("VMM_CONTROL_FAILED", "VMM_PAUSED").pipe(
     Schema.propertySignature,
     Schema.withConstructorDefault(() => "VMM_CONTROL_FAILED" as const)
   )

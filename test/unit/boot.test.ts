@@ -157,6 +157,18 @@ describe("boot", () => {
     }).pipe(withFakes(home))
   })
 
+  it.effect("a VM that cannot be detached is ended", () => {
+    const home = temporaryHome()
+    return Effect.gen(function* () {
+      const fake = yield* Fake.Fake
+      yield* fake.when("detach", "fail")
+      const error = yield* Effect.flip(Effect.scoped(boot({ detached: true })))
+      assert.strictEqual(error.code, "BOOT_DETACHED_READINESS_FAILED")
+      assert.includeMembers([...(yield* fake.events)], ["launch+", "launch-"])
+      assert.deepStrictEqual(left(home), [])
+    }).pipe(withFakes(home))
+  })
+
   for (const [what, mood] of [
     ["rings wrongly", "fail"],
     ["is waited for in vain", "hang"]

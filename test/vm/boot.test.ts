@@ -296,6 +296,21 @@ layer(live(home), { excludeTestServices: true })("a VM", (it) => {
     })
   )
 
+  it.effect("says so when it cannot be detached", () =>
+    Effect.gen(function* () {
+      const machinen = yield* Machinen
+      const error = yield* Effect.scoped(
+        Effect.gen(function* () {
+          const { vm } = yield* machinen.boot({ image: "micro" })
+          process.kill(vm.machine.shim.pid, "SIGKILL")
+          yield* vm.wait
+          return yield* Effect.flip(vm.detach)
+        })
+      )
+      assert.strictEqual(error.code, "BOOT_DETACHED_READINESS_FAILED")
+    })
+  )
+
   it.scoped("is independent of another", () =>
     Effect.gen(function* () {
       const machinen = yield* Machinen

@@ -24,13 +24,16 @@ pub struct Failed {
     step: Step,
     /// Name of the errno.
     code: String,
+    /// What the step was busy with: a path, or the host's socket of a forwarded port.
+    subject: String,
     message: String,
 }
 
 impl Failed {
     /// `what` was being done when `error` happened.
     pub fn new(step: Step, what: impl Display, error: &io::Error) -> Self {
-        Failed { step, code: code(error), message: format!("{what}: {error}") }
+        let subject = what.to_string();
+        Failed { step, code: code(error), message: format!("{subject}: {error}"), subject }
     }
 }
 
