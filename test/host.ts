@@ -17,10 +17,15 @@ export const environment = (home: string): Record<string, string> => ({
 export const temporaryDirectory = (): string =>
   mkdtempSync(path.join(process.env["MACHINEN_TEST_TMP"] ?? os.tmpdir(), "mn-"))
 
+const homes: Array<string> = []
+process.once("exit", () => {
+  for (const home of homes) rmSync(home, { recursive: true, force: true })
+})
+
 /** A state directory of its own, with a path short enough for sockets; gone with the test run, or with the process outside of one. */
 export const temporaryHome = (): string => {
   const dir = temporaryDirectory()
-  process.on("exit", () => rmSync(dir, { recursive: true, force: true }))
+  homes.push(dir)
   return dir
 }
 
