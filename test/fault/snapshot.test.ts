@@ -373,6 +373,25 @@ describe("kill -9 of the program that takes a snapshot, when", () => {
   }
 })
 
+test("kill -9 of the program that takes a snapshot leaves the VM with the host's time", function* () {
+  yield* detached
+  const dir = fresh()
+  const starter = yield* startCli(home, ["snapshot", "--keep-alive", "src", dir])
+  // The state is saved while the machine stands still. A program that is stopped there keeps it so.
+  yield* reaches(
+    starter,
+    atOnce(() => size(path.join(dir, "state")) !== undefined)
+  )
+  yield* starter.kill("SIGSTOP")
+  yield* Effect.sleep("4 seconds")
+  yield* starter.kill("SIGKILL")
+  yield* inTime(home, starter, starter.result)
+  yield* eventually("the end of the undoing", () => !fs.existsSync(dir))
+  const before = Math.floor(Date.now() / 1000)
+  const { stdout } = yield* cli(home, ["exec", "src", "--", "date", "+%s"])
+  assert.isAtLeast(Number(stdout), before - 1)
+})
+
 describe("kill -9 during a dump by criu", () => {
   const state = (moment: string) => moments.find(([what]) => what === moment)?.[1] ?? assert.fail(moment)
   const reached = ["it is claimed", "there is a disk", "the manifest is written", "it is a bundle"] as const

@@ -86,7 +86,7 @@ pub async fn serve(client: &mut UnixStream, rest: Vec<u8>, request: Request, sta
     if let Err(failure) = maker.converse(memory, files).await {
         // It may be gone.
         let _ = failure.tell(client).await;
-        undo.run().await;
+        undo.run(state.agent.clone()).await;
     }
     Ok(())
 }

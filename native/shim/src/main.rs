@@ -9,7 +9,7 @@
 //!   shares       what the VMM sees of the host's directories
 //!   network      forwarded ports, and gvproxy when it is needed
 //!   vsock, guest_ports, proxy                  sockets <-> channel (section 2)
-//!   doorbell, lifecycle, power_off, frame      what the shim itself says to the guest and hears from it
+//!   doorbell, lifecycle, agent, frame          what the shim itself says to the guest and hears from it
 //!   control      the control socket            state        what all of these share
 //!   capture, undo                              a conversation there: copies of a stopped VM, or nothing
 //!   memory, private_memory, pieces             the guest's memory, and copies of it
@@ -19,6 +19,7 @@
 //! does everything except waiting for the owner and the copies: a blocked disk must not block the guest.
 
 mod accept;
+mod agent;
 mod capture;
 mod cleanup;
 mod control;
@@ -41,7 +42,6 @@ mod operation;
 mod owner;
 mod pieces;
 mod plan;
-mod power_off;
 mod private_memory;
 mod process;
 mod proxy;

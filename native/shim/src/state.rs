@@ -1,5 +1,6 @@
 //! What everything that serves one VM shares.
 
+use crate::agent::Agent;
 use crate::entry::Entry;
 use crate::event::{MainExit, Reason};
 use crate::identity::Identity;
@@ -25,6 +26,7 @@ pub struct State {
     /// The `exited` event, once nothing is left of the VM.
     pub exited: watch::Sender<Option<Arc<str>>>,
     pub vmm: Identity,
+    pub agent: Agent,
     pub memory: Option<Arc<Memory>>,
     /// Held by the one capture there may be, until nothing is left to undo.
     pub capturing: Semaphore,
@@ -38,6 +40,7 @@ pub struct State {
 pub struct Started {
     pub entry: Entry,
     pub vmm: Identity,
+    pub agent: Agent,
     pub vmm_prints: Arc<Transcript>,
     pub memory: Option<Arc<Memory>>,
     pub detached: bool,
@@ -60,7 +63,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl State {
     pub fn new(started: Started, console: Transcript, output: Log, asks: mpsc::Sender<Ask>) -> Self {
-        let Started { entry, vmm, vmm_prints, memory, detached, ready } = started;
+        let Started { entry, vmm, agent, vmm_prints, memory, detached, ready } = started;
         State {
             since: Instant::now(),
             console,
@@ -70,6 +73,7 @@ impl State {
             over: watch::Sender::new(false),
             exited: watch::Sender::new(None),
             vmm,
+            agent,
             memory,
             capturing: Semaphore::new(1),
             detached: AtomicBool::new(detached),

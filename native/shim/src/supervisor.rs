@@ -1,5 +1,6 @@
 //! The life of a VM, step by step.
 
+use crate::agent::Agent;
 use crate::entry::Entry;
 use crate::event::{Event, ExitRecord, ProcessExit, Reason};
 use crate::failed::{Failed, Step};
@@ -8,7 +9,6 @@ use crate::log::Log;
 use crate::memory::Memory;
 use crate::network::{self, Card, Forwards};
 use crate::plan::{Inherit, Plan};
-use crate::power_off::Agent;
 use crate::process::{Inherited, Process};
 use crate::replace::replace;
 use crate::shares::View;
@@ -110,7 +110,6 @@ async fn make_files(plan: &Plan, stops: &mut Stops) -> Result<(), Failed> {
 struct Vm {
     vmm: Process,
     state: Arc<State>,
-    agent: Agent,
     asks: mpsc::Receiver<Ask>,
     console: JoinHandle<()>,
     /// What deals with the guest's streams. Ends by itself once the VM is over.
@@ -192,25 +191,25 @@ impl Vm {
         // 5. Everything that serves it.
         let (ask, asks) = mpsc::channel(16);
         let (identity, detached) = (vmm.identity, plan.detached);
-        let started = Started { entry, vmm: identity, vmm_prints, memory, detached, ready: resumed };
+        let session = port.map(|(port, resume)| connect_host(port, resume));
+        let agent = match &session {
+            Some(session) => Agent::Channel(session.opener.clone()),
+            None => Agent::Socket(vsock_path.clone()),
+        };
+        let started = Started { entry, vmm: identity, agent, vmm_prints, memory, detached, ready: resumed };
         let state = Arc::new(State::new(started, guest_console, output, ask));
         let is_over = state.over.subscribe();
         let mut channel = JoinSet::new();
-        let agent = match port {
-            Some((port, resume)) => {
-                let session = connect_host(port, resume);
+        match session {
+            Some(session) => {
                 let driver = session.driver;
                 // It ends with the VMM's end of the pair.
                 channel.spawn(async move { drop(driver.await) });
                 channel.spawn(guest_ports::serve(session.incoming, vsock_path, Arc::clone(&state)));
-                channel.spawn(vsock::serve(vsock, session.opener.clone(), is_over));
-                Agent::Channel(session.opener)
+                channel.spawn(vsock::serve(vsock, session.opener, is_over));
             }
-            None => {
-                channel.spawn(guest_ports::serve_lifecycle(vsock, Arc::clone(&state), is_over));
-                Agent::Socket(vsock_path)
-            }
-        };
+            None => drop(channel.spawn(guest_ports::serve_lifecycle(vsock, Arc::clone(&state), is_over))),
+        }
         let console = tokio::spawn({
             let state = Arc::clone(&state);
             async move { state.console.drain(console).await }
@@ -221,7 +220,7 @@ impl Vm {
         }
 
         owner::tell(&Event::Started { shim, vmm: vmm.identity }.line());
-        Ok(Vm { vmm, state, agent, asks, console, channel, control })
+        Ok(Vm { vmm, state, asks, console, channel, control })
     }
 
     /// Waits for the VMM's end, and brings it about when it is wanted.
@@ -257,7 +256,7 @@ impl Vm {
                 Ask::Stop(other) => {
                     let latest = Instant::now() + other.unwrap_or(grace).min(MAX_GRACE);
                     if deadline.is_none() {
-                        asking.spawn(self.agent.clone().power_off());
+                        asking.spawn(self.state.agent.clone().power_off());
                     }
                     deadline = Some(deadline.map_or(latest, |deadline| deadline.min(latest)));
                 }

@@ -1,5 +1,6 @@
 //! What remains to be done when the maker of a snapshot is gone.
 
+use crate::agent::Agent;
 use crate::control::MAX_LINE;
 use crate::{cleanup, line};
 use serde::Deserialize;
@@ -11,7 +12,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// How long whoever is there has for all lines.
+/// How long the VMM has for all lines, and the guest for its clock.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Deserialize)]
@@ -22,13 +23,16 @@ pub struct Undo {
 }
 
 impl Undo {
-    /// Lines first: a VM may be standing still.
-    pub async fn run(self) {
+    /// Lines first: a VM may be standing still. Once they have let it go on, the guest is given the time that it has missed, as its maker
+    /// would have done.
+    pub async fn run(self, agent: Agent) {
         if let Some(socket) = &self.socket
             && !self.lines.is_empty()
         {
-            // A VMM that has ended, or does not answer, needs no more.
-            let _ = timeout(PATIENCE, say(socket, &self.lines)).await;
+            // A VMM that has ended, or does not answer, needs no more; a guest that does not answer keeps the time it has.
+            if let Ok(Ok(())) = timeout(PATIENCE, say(socket, &self.lines)).await {
+                let _ = timeout(PATIENCE, agent.set_clock()).await;
+            }
         }
         let remove = move || self.remove.iter().for_each(|path| cleanup::remove(path));
         let _ = tokio::task::spawn_blocking(remove).await;

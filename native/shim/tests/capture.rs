@@ -12,6 +12,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 use tempfile::TempDir;
 
 const PAGE: usize = 4096;
@@ -197,6 +198,23 @@ fn a_maker_that_is_gone() {
         assert_eq!(qmp(&listener), ["one", "two"]);
         shim.until(|_| !making.is_there());
     }
+}
+
+/// A machine's clock stands still with it, and nobody else is there to set it.
+#[test]
+fn a_guest_whose_maker_is_gone_is_given_the_time() {
+    let (shim, making) = (start_shared(), Making::new());
+    let listener = making.listen();
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
+    let mut maker = shim.control(&making.request().to_string());
+    assert_eq!(line(&mut maker), ok());
+    drop(maker);
+    assert_eq!(qmp(&listener), ["one", "two"]);
+    shim.until(|_| !making.is_there());
+    let printed = std::fs::read_to_string(shim.path("vmm.log")).unwrap();
+    let told = printed.lines().find_map(|line| line.strip_prefix("clock: ")).unwrap();
+    let now_ms = serde_json::from_str::<Value>(told).unwrap()["nowMs"].as_u64().unwrap();
+    assert!(u128::from(now_ms) >= since);
 }
 
 /// QEMU may answer to the shim what a client before has asked, at any length.

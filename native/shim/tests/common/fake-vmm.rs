@@ -3,7 +3,7 @@
 //! `fake-vmm serve [--deaf] [--main <code>] [--quiet] [--memory shared|private]`, `fake-vmm mute`, `fake-vmm inspect <console>`, `fake-vmm fail <code> <text>`.
 //! Memory: descriptor 5, read once where it is private; port 11 takes a u32 page and a byte to fill it with, and answers that byte.
 //! Ports: 7 echoes, 8 prints what it gets on the console, 9 starts the main command, 10 dials the port it is told and passes
-//! everything on, 1978 knows `poweroff`; all others are refused.
+//! everything on, 1978 knows `poweroff` and prints what it is told by `clock`; all others are refused.
 
 use machinen_channel::{Incoming, Opener, Stream, serve_guest};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
@@ -202,6 +202,11 @@ async fn agent(incoming: Incoming, opener: Opener, deaf: bool) -> io::Result<()>
     stream.read_exact(&mut request).await?;
     if deaf {
         return stream.read(&mut [0]).await.map(drop);
+    }
+    if request.ends_with(br#""op":"clock"}"#) {
+        eprintln!("clock: {}", String::from_utf8_lossy(&request));
+        stream.write_all(&frame(19, b"{}")).await?;
+        return stream.shutdown().await;
     }
     if request != br#"{"op":"poweroff"}"# {
         return stream.write_all(&frame(20, br#"{"code":"AGENT_OP_UNKNOWN","message":""}"#)).await;

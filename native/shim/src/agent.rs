@@ -1,9 +1,11 @@
-//! Asks the guest's agent to power off.
+//! What the shim itself asks of the guest's agent: to power off, and to set the clock.
 
 use crate::{frame, line};
 use machinen_channel::Opener;
+use serde_json::{Value, json};
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -26,11 +28,26 @@ impl Agent {
     /// # Errors
     /// When there is nobody to ask, or the agent says no: waiting is pointless then.
     pub async fn power_off(self) -> io::Result<()> {
+        self.ask(|| json!({"op": "poweroff"})).await
+    }
+
+    /// Gives the guest the host's time: a machine's clock stands still with it. Resolves when the guest has set it.
+    ///
+    /// # Errors
+    /// As `power_off`.
+    pub async fn set_clock(self) -> io::Result<()> {
+        // A host before 1970 has no time worth giving.
+        let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_millis());
+        self.ask(|| json!({"op": "clock", "nowMs": u64::try_from(now()).unwrap_or(u64::MAX)})).await
+    }
+
+    /// Asks for `what`, which is made when there is a stream to send it on.
+    async fn ask(self, what: impl Fn() -> Value) -> io::Result<()> {
         match self {
             Agent::Channel(opener) if !opener.is_connected() => Err(ErrorKind::NotConnected.into()),
             Agent::Channel(opener) => loop {
                 match opener.open_urgent(PORT).await {
-                    Ok(stream) => return request(stream).await,
+                    Ok(stream) => return request(stream, &what()).await,
                     // The session broke off: in the next one there is somebody to ask again.
                     Err(error) if error.kind() == ErrorKind::ConnectionReset => tokio::task::yield_now().await,
                     // The guest is alive, and holds on to more streams than it may.
@@ -45,15 +62,15 @@ impl Agent {
                 if !greeting.text.starts_with(b"OK ") {
                     return Err(ErrorKind::ConnectionRefused.into());
                 }
-                request(socket).await
+                request(socket, &what()).await
             }
         }
     }
 }
 
 /// The stream stays open until the guest ends it: one that is closed early cancels what was asked for.
-async fn request(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
-    stream.write_all(&frame::request(br#"{"op":"poweroff"}"#)).await?;
+async fn request(mut stream: impl AsyncRead + AsyncWrite + Unpin, what: &Value) -> io::Result<()> {
+    stream.write_all(&frame::request(what.to_string().as_bytes())).await?;
     stream.flush().await?;
     while let Ok(Some(head)) = frame::head(&mut stream).await {
         if head.kind == frame::ERROR {
