@@ -13,6 +13,7 @@ export interface Tmux {
   readonly screen: Effect.Effect<string>
   /** Waits until it shows what is wanted; gives the screen. */
   readonly shows: (wanted: string | RegExp) => Effect.Effect<string>
+  readonly cursorIsShown: Effect.Effect<boolean>
   readonly resize: (columns: number, rows: number) => Effect.Effect<void>
 }
 
@@ -58,6 +59,7 @@ export const window = (
             Effect.retry({ schedule: Schedule.intersect(Schedule.spaced("50 millis"), Schedule.recurs(400)) }),
             Effect.catchAll((seen) => Effect.dieMessage(`${wanted} is not on the screen, which shows:\n${seen}`))
           ),
+        cursorIsShown: Effect.sync(() => tmux("display-message", "-p", "#{cursor_flag}").trim() === "1"),
         resize: (columns, rows) =>
           Effect.sync(() => void tmux("resize-window", "-x", String(columns), "-y", String(rows)))
       }

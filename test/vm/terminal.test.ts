@@ -104,8 +104,6 @@ layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_
   it.effect("takes with it what runs in it when its client leaves, hang-ups ignored or not", () =>
     Effect.gen(function* () {
       const vm = yield* Guest
-      const sleeping = () =>
-        Effect.map(vm.execRaw("ps -o args | grep -c '[s]leep 98765'"), ({ stdout }) => Number(text(stdout)))
       yield* Effect.scoped(
         Effect.gen(function* () {
           const terminal = yield* open(vm, { argv: ["sh", "-i"] })
@@ -113,10 +111,10 @@ layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_
           yield* type("(trap '' HUP TERM; sleep 98765) &\r")
           yield* type("sleep 98765 & trap '' HUP; echo ready$((1+1)); (trap '' HUP; sleep 98765)\r")
           yield* shows("ready2")
-          assert.strictEqual(yield* sleeping(), 3)
+          yield* eventuallyRunning(vm, "sleep 98765", 3)
         })
       )
-      yield* sleeping().pipe(Effect.repeat({ until: (n) => n === 0 }), Effect.timeout("20 seconds"))
+      yield* eventuallyRunning(vm, "sleep 98765", 0)
     })
   )
 
@@ -200,8 +198,6 @@ layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_
       const vm = yield* Guest
       yield* Effect.scoped(open(vm, "echo all done; read x; exit 9", { session: "job" }))
       yield* eventuallyDetached(vm)
-      // nobody is attached: it is typed by another process of the guest
-      yield* sh(vm, "printf x >/dev/null")
       const [job] = yield* vm.sessions
       yield* vm.exec(`kill -HUP ${job?.pid}`)
       const ended = yield* vm.sessions.pipe(
@@ -221,10 +217,11 @@ layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_
     Effect.gen(function* () {
       const vm = yield* Guest
       yield* Effect.scoped(
-        open(vm, { argv: ["sh", "-c", "trap '' HUP; sleep 56789 & sleep 56789"] }, { session: "stubborn" })
+        open(vm, { argv: ["sh", "-c", "set -m; trap '' HUP; sleep 56789 & sleep 56789"] }, { session: "stubborn" })
       )
+      yield* eventuallyRunning(vm, "sleep 56789", 2)
       yield* vm.killSession("stubborn")
-      assert.strictEqual(yield* sh(vm, "ps -o args | grep '[s]leep 56789' || echo none"), "none")
+      assert.strictEqual(yield* running(vm, "sleep 56789"), 0)
       assert.deepStrictEqual(yield* vm.sessions, [])
       assert.strictEqual((yield* Effect.flip(vm.killSession("stubborn"))).code, "EXEC_SESSION_NOT_FOUND")
     })
@@ -258,15 +255,15 @@ layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_
         const session = { session: "shell" }
         // attached while the machine is copied: the copies have lost their clients, not their sessions
         const source = yield* follow(yield* open(vm, { argv: ["sh"] }, session))
-        yield* source.type("V=before; echo ready\r")
-        yield* source.shows("ready")
+        yield* source.type("V=before; echo $V ready\r")
+        yield* source.shows("before ready")
         const { siblings } = yield* machinen.fork(vm, { count: 2 })
         assert.strictEqual(siblings.length, 2)
         for (const [n, { vm: sibling }] of siblings.entries()) {
           const [listed] = yield* sibling.sessions
           assert.deepInclude(listed, { name: "shell", attached: false, ended: null })
           const copy = yield* follow(yield* open(sibling, {}, session))
-          yield* copy.shows("ready")
+          yield* copy.shows("before ready")
           yield* copy.type(`echo $V $V; V=copy${n}; echo now $V\r`)
           yield* copy.shows("before before")
           yield* copy.shows(`now copy${n}`)
@@ -285,15 +282,22 @@ const eventuallyDetached = (vm: Vm) =>
     Effect.timeout("20 seconds")
   )
 
-/** The processes of the guest that run this. */
-const running = (vm: Vm, what: string) =>
-  Effect.map(vm.execRaw(`ps -e -o args= | grep -F -x -c '${what}'`), ({ stdout }) => Number(text(stdout)))
+/** How many processes of the guest run this. */
+const running = (vm: Vm, what: string) => Effect.map(sh(vm, `ps -e -o args= | grep -F -x -c '${what}' || true`), Number)
+
+const eventuallyRunning = (vm: Vm, what: string, n: number) =>
+  running(vm, what).pipe(
+    Effect.repeat({ until: (found) => found === n }),
+    Effect.timeout("20 seconds"),
+    Effect.orElse(() => Effect.dieMessage(`never ${n} × ${what}`))
+  )
 
 layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true, timeout: 60_000 })(
   "in a real terminal",
   (it) => {
     it.scoped("a shell has job control, full-screen programs and the window's size, and the code it ends with", () =>
       Effect.gen(function* () {
+        const vm = yield* Guest
         const window = yield* tmux.window(home, cliPath)
         yield* window.type("stty -g > before; machinen attach tty")
         yield* window.press("Enter")
@@ -305,20 +309,20 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
         // ctrl-c ends what runs in the foreground, ctrl-z stops it, fg brings it back
         yield* window.type("sleep 4321")
         yield* window.press("Enter")
-        yield* eventuallyRunning("sleep 4321", 1)
+        yield* eventuallyRunning(vm, "sleep 4321", 1)
         yield* window.press("C-c")
         yield* window.shows("^C")
-        yield* eventuallyRunning("sleep 4321", 0)
+        yield* eventuallyRunning(vm, "sleep 4321", 0)
         yield* window.type("sleep 54321")
         yield* window.press("Enter")
-        yield* eventuallyRunning("sleep 54321", 1)
+        yield* eventuallyRunning(vm, "sleep 54321", 1)
         yield* window.press("C-z")
         yield* window.shows(/\[1\]\+ +Stopped +sleep 54321/)
         yield* window.type("fg")
         yield* window.press("Enter")
         yield* window.shows(/fg\nsleep 54321$/)
         yield* window.press("C-c")
-        yield* eventuallyRunning("sleep 54321", 0)
+        yield* eventuallyRunning(vm, "sleep 54321", 0)
 
         yield* window.type("clear; top")
         yield* window.press("Enter")
@@ -389,7 +393,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
         yield* window.shows(/vi \/tmp\/poem\nroot@tty/)
         yield* window.type("echo $V; exit 3")
         yield* window.press("Enter")
-        yield* window.shows(/remembered[\s\S]*\n\$$/)
+        yield* window.shows(/^remembered\n[\s\S]*\n\$$/m)
         yield* window.type("echo code $?")
         yield* window.press("Enter")
         yield* window.shows("code 3")
@@ -408,7 +412,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
         ] as const) {
           yield* window.type(`clear; machinen attach ${option} tty -- sh -c 'sleep 7654 & sleep 7654' & p=$!; fg`)
           yield* window.press("Enter")
-          yield* eventuallyRunning("sleep 7654", 2)
+          yield* eventuallyRunning(vm, "sleep 7654", 2)
           yield* Effect.sync(() => signalClients(home, "SIGKILL"))
           yield* window.shows("Killed")
           // nobody has put it back
@@ -423,7 +427,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
             assert.include((yield* cli(home, ["sessions", "tty"])).stdout, "kept")
             assert.strictEqual((yield* cli(home, ["session-kill", "tty", "kept"])).stdout, "kept\n")
           }
-          yield* eventuallyRunning("sleep 7654", 0)
+          yield* eventuallyRunning(vm, "sleep 7654", 0)
         }
       })
     )
@@ -443,6 +447,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
           yield* window.shows(/#$/)
           yield* line("printf '\\033[?25l\\033[?1049hfull%s' screen")
           yield* window.shows("fullscreen")
+          assert.isFalse(yield* window.cursorIsShown)
           yield* end
           yield* window.shows(/\$$/)
           yield* line("echo code $?; stty -g | cmp - before && echo as before")
@@ -450,6 +455,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
           assert.include(shown, `code ${code}`)
           assert.include(shown, said)
           assert.notInclude(shown, "fullscreen")
+          assert.isTrue(yield* window.cursorIsShown)
         }
       })
     )
@@ -586,15 +592,16 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
 
     it.scoped("repl has a prompt, and ctrl-c ends what a line runs, not the shell", () =>
       Effect.gen(function* () {
+        const vm = yield* Guest
         const window = yield* tmux.window(home, cliPath)
         yield* window.type("machinen repl tty")
         yield* window.press("Enter")
         yield* window.shows(/^>$/m)
         yield* window.type("Y=still; sleep 777")
         yield* window.press("Enter")
-        yield* eventuallyRunning("sleep 777", 1)
+        yield* eventuallyRunning(vm, "sleep 777", 1)
         yield* window.press("C-c")
-        yield* eventuallyRunning("sleep 777", 0)
+        yield* eventuallyRunning(vm, "sleep 777", 0)
         yield* window.type("echo $Y here $?")
         yield* window.press("Enter")
         yield* window.shows(/^still here \d+$/m)
@@ -652,13 +659,6 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
         assert.include(unknown.stderr, "EXEC_SESSION_NOT_FOUND")
       })
     )
-
-    const eventuallyRunning = (what: string, n: number) =>
-      Effect.flatMap(Guest, (vm) => running(vm, what)).pipe(
-        Effect.repeat({ until: (found) => found === n }),
-        Effect.timeout("20 seconds"),
-        Effect.orElse(() => Effect.dieMessage(`never ${n} × ${what}`))
-      )
   }
 )
 
