@@ -2,7 +2,7 @@ import { execFileSync } from "node:child_process"
 import { existsSync, readdirSync } from "node:fs"
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
-import { Chunk, Effect, Fiber, Stream } from "effect"
+import { Chunk, Effect, Fiber, Option, Stream } from "effect"
 import type { BootOptions } from "../../src/domain/BootOptions.ts"
 import { Machinen } from "../../src/Machinen.ts"
 import type { RestoreOptions } from "../../src/restore.ts"
@@ -58,6 +58,13 @@ import ctypes, fcntl, mmap, os, pty, select, signal, socket, struct, subprocess,
 libc = ctypes.CDLL(None, use_errno=True)
 os.makedirs("/root/held", exist_ok=True)
 at = lambda name: "/root/held/" + name
+def moved(look):
+    # whether each of the numbers changes, before long
+    before = list(look()); end = time.monotonic() + 10
+    while any(x == y for x, y in zip(look(), before)):
+        if time.monotonic() > end: return False
+        time.sleep(0.01)
+    return True
 def unlinked():
     f = open(at("gone"), "w+b"); data = os.urandom(2 << 20); f.write(data); f.flush(); os.unlink(at("gone"))
     def look(n):
@@ -125,8 +132,14 @@ def shared():
     f = open("/dev/shm/shared", "w+b"); f.truncate(4096); n = mmap.mmap(f.fileno(), 4096); n[:4] = b"file"
     g = os.memfd_create("held"); os.write(g, b"memfd")
     if os.fork() == 0:
-        while True: time.sleep(1)
-    return lambda _: m[:4] == b"anon" and n[:4] == b"file" and os.pread(g, 5, 0) == b"memfd"
+        while True:
+            for memory in m, n: memory[4] = (memory[4] + 1) % 256
+            time.sleep(0.02)
+    def look(_):
+        # what the child writes is seen here
+        if not moved(lambda: (m[4], n[4])): return "no longer shared"
+        return m[:4] == b"anon" and n[:4] == b"file" and os.pread(g, 5, 0) == b"memfd"
+    return look
 def locked():
     f = open(at("lock"), "w"); fcntl.flock(f, fcntl.LOCK_EX)
     def look(n):
@@ -146,14 +159,7 @@ def threads():
             if hashlib.sha256(data).digest() != want: bad.append(i)
             time.sleep(0.02)
     for i in range(8): threading.Thread(target=run, args=(i,), daemon=True).start()
-    last = [list(counts)]
-    def look(n):
-        if bad: return "a sum came out wrong"
-        if n % 50 == 0:
-            now = list(counts); moved = all(x > y for x, y in zip(now, last[0])); last[0] = now
-            return moved
-        return True
-    return look
+    return lambda n: "a sum came out wrong" if bad else moved(lambda: counts) or "a thread stands still"
 def signals():
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     fd = libc.signalfd(-1, struct.pack("Q", 1 << (signal.SIGUSR1 - 1)), 0)
@@ -301,16 +307,26 @@ describe("the engine criu", { timeout: 240_000 }, () => {
   it.scopedLive("a main command goes on with its input open and its output in the log", () =>
     Effect.gen(function* () {
       const source = yield* boot({
-        command: ["sh", "-c", "while [ ! -e /go ]; do sleep 0.05; done; echo out; echo err >&2; cat; echo never"],
+        command: ["sh", "-c", "while [ ! -e /go ]; do sleep 0.05; done; echo out; echo err >&2; cat; exit $?"],
         env: { KEPT: "kept" },
         cwd: "/srv"
       })
-      yield* source.startMainDetached
+      yield* source.startMain(Stream.never)
       const { bundle } = yield* snapshot(source)
       const copy = yield* restore(bundle.dir, { env: { ADDED: "added" } })
       assert.strictEqual(yield* sh(copy, "pwd; echo $KEPT $ADDED; touch /go"), "/srv\nkept added")
+      const log = yield* copy.logs("output", { follow: true }).pipe(
+        Stream.decodeText(),
+        Stream.scan("", (before, more) => before + more),
+        Stream.takeUntil((said) => said.includes("out\n") && said.includes("err\n")),
+        Stream.runLast
+      )
+      assert.match(Option.getOrThrow(log), /^(out\nerr|err\nout)\n$/)
+      // it still reads: nothing but the signal ends it
+      yield* eventuallyIn(copy, "pgrep -x cat")
+      yield* Effect.ignore(copy.execRaw("pkill -x cat")) // the machine ends while it is asked to
       const exit = yield* copy.wait
-      assert.deepStrictEqual([exit.main?.code, exit.orderly], [0, true])
+      assert.deepStrictEqual([exit.main?.code, exit.orderly], [143, true])
       assert.strictEqual(yield* sh(source, "test ! -e /go && echo waits"), "waits")
     }).pipe(Effect.provide(machine))
   )
@@ -346,7 +362,10 @@ describe("the engine criu", { timeout: 240_000 }, () => {
     Effect.gen(function* () {
       const vm = yield* boot()
       yield* vforking(vm)
-      yield* sh(vm, "setsid sh -c 'sleep 1; : > /run/held' </dev/null >/dev/null 2>&1 &")
+      yield* sh(
+        vm,
+        "setsid sh -c 'until [ -e /var/lib/machinen/dump ]; do sleep 0.05; done; sleep 1; : > /run/held' </dev/null >/dev/null 2>&1 &"
+      )
       const { bundle } = yield* snapshot(vm)
       yield* eventuallyIn(vm, "[ -e /root/done ]")
       const copy = yield* restore(bundle.dir)
