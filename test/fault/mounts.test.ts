@@ -61,7 +61,7 @@ describe("a shared directory", () => {
         const starter = yield* startCli(home, ["snapshot", "--keep-alive", "src", bundle])
         yield* eventually(`a file ${file}`, () => lstatSync(path.join(bundle, file), { throwIfNoEntry: false }))
         yield* starter.kill("SIGKILL")
-        yield* starter.result
+        assert.strictEqual((yield* starter.result).signal, "SIGKILL")
         const script = "cat /mnt/s/deep/precious && echo guest >/mnt/s/made"
         const { code, stdout } = yield* cli(home, ["exec", "src", "--", "sh", "-c", script])
         assert.deepStrictEqual([code, stdout], [0, "precious"])
@@ -103,7 +103,7 @@ describe("a copy of a directory", () => {
       const starter = yield* startCli(home, args, { env })
       yield* eventually("a build", () => existsSync(marker))
       yield* starter.kill("SIGKILL")
-      yield* starter.result
+      assert.strictEqual((yield* starter.result).signal, "SIGKILL")
       const complete = () => readdirSync(path.join(cache, "mountdisk")).filter((name) => name.endsWith(".ok"))
       assert.deepStrictEqual(complete(), [])
       const { code, stderr, stdout } = yield* cli(home, args, { env })

@@ -161,16 +161,21 @@ describe("a tree's key", () => {
     [
       "link",
       (dir) =>
-        keepTime(dir, () => {
-          rmSync(path.join(dir, "l"))
-          symlinkSync("bb", path.join(dir, "l"))
-        })
+        keepTime(dir, () =>
+          keepTime(path.join(dir, "l"), () => {
+            rmSync(path.join(dir, "l"))
+            symlinkSync("bb", path.join(dir, "l"))
+          })
+        )
     ]
   ]
   const keepTime = (file: string, act: () => void) => {
-    const { atime, mtime } = statSync(file)
+    // what it knows of time is exact to the nanosecond
+    const times = path.join(temporaryDirectory(), "times")
+    writeFileSync(times, "")
+    execFileSync("touch", ["--no-dereference", "--reference", file, times])
     act()
-    utimesSync(file, atime, mtime)
+    execFileSync("touch", ["--no-dereference", "--reference", times, file])
   }
   const make = () => {
     const dir = atRest({ a: "one", "d/e": "three" })
