@@ -32,6 +32,7 @@ import {
 import { Assets } from "./Assets.ts"
 import { checkCommand } from "./domain/commandCheck.ts"
 import { ExecError, FilesError } from "./domain/errors.ts"
+import { type ExitRecord, hasFailed, howEnded } from "./domain/ShimPlan.ts"
 import { ExitStatus } from "./domain/Vm.ts"
 import * as FileTree from "./FileTree.ts"
 import type { GuestConfig } from "./Initramfs.ts"
@@ -223,7 +224,8 @@ export interface AgentClient
 export class Agent extends Context.Tag("machinen/Agent")<
   Agent,
   {
-    readonly client: (vsockPath: string) => AgentClient
+    /** `exited`: the end of the VM, which explains that of a connection. */
+    readonly client: (vsockPath: string, exited?: Effect.Effect<ExitRecord, unknown>) => AgentClient
     /** Waits for the guest's doorbell and answers it with the time: returns once listening, the inner effect is the wait. */
     readonly doorbell: (vsockPath: string) => Effect.Effect<Effect.Effect<void, ExecError>, ExecError, Scope.Scope>
   }
@@ -261,7 +263,10 @@ export class Agent extends Context.Tag("machinen/Agent")<
         }).pipe(Effect.scoped)
       })
 
-      return Agent.of({ doorbell, client: (vsockPath) => makeClient(vsock, fs, shim, vsockPath) })
+      return Agent.of({
+        doorbell,
+        client: (vsockPath, exited = Effect.never) => makeClient(vsock, fs, shim, vsockPath, exited)
+      })
     })
   )
 }
@@ -304,7 +309,8 @@ const makeClient = (
   vsock: Vsock["Type"],
   fs: FileSystem.FileSystem,
   shim: Assets["Type"]["shim"],
-  vsockPath: string
+  vsockPath: string,
+  exited: Effect.Effect<ExitRecord, unknown>
 ): AgentClient => {
   /** A request that is a function is made when the guest is there to hear it: what it says of the time is not late by a machine's start. */
   const operate = Effect.fnUntraced(function* (request: AgentRequest | (() => AgentRequest)) {
@@ -319,7 +325,7 @@ const makeClient = (
 
   /** An operation that has been asked for on this connection. */
   const begun = Effect.fnUntraced(function* (connection: Pick<Connection, "end" | "read" | "write">) {
-    const next = frameReader(connection.read)
+    const next = frameReader(connection.read, exited)
     const first = yield* next
     const alreadyEnded = first.type === FrameType.end
     if (!alreadyEnded && first.type !== FrameType.started) {
@@ -700,15 +706,23 @@ const renewed = ({ config, env, generation, hostname, mac }: Identity) => ({
   ...(config === undefined ? {} : { config })
 })
 
-/** Reads one frame at a time; an error frame, a violation and an end before the last frame fail. */
-const frameReader = (read: Connection["read"]) => {
+/** How long after a connection the VM's own end may be seen: the shim clears up in between. */
+const endsWithin = "5 seconds"
+
+/** Reads one frame at a time; an error frame, a violation and an end before the last frame fail, that with the VM's end where that is the reason. */
+const frameReader = (read: Connection["read"], exited: Effect.Effect<ExitRecord, unknown>) => {
   const decoder = new FrameDecoder()
   const pending: Array<Frame> = []
+  const explained = (broken: ExecError) =>
+    Effect.disconnect(exited).pipe(
+      Effect.timeout(endsWithin),
+      Effect.matchEffect({ onFailure: () => broken, onSuccess: (exit) => vmEnded(exit) })
+    )
   const more = read.pipe(
-    Effect.mapError(
+    Effect.catchAll(
       Option.match({
-        onNone: () => protocolError("the connection to the guest ended in the middle", new StreamEnded()),
-        onSome: lostConnection
+        onNone: () => explained(protocolError("the connection to the guest ended in the middle", new StreamEnded())),
+        onSome: (cause) => explained(lostConnection(cause))
       })
     ),
     Effect.flatMap((piece) =>
@@ -884,6 +898,13 @@ const mayBeReachedLater = ({ cause, code }: ExecError): boolean =>
 
 const lostConnection = (cause: unknown) =>
   new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "the connection to the guest broke", cause })
+
+const vmEnded = (exit: ExitRecord) =>
+  new ExecError({
+    code: hasFailed(exit) ? "EXEC_VM_FAILED" : "EXEC_VM_ENDED",
+    message: `${howEnded(exit)} while the command was running`,
+    hint: "`machinen ls` shows what is running"
+  })
 
 /** The guest, or its shim, has gone: nobody broke the protocol. */
 class StreamEnded extends Error {}

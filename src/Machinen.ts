@@ -144,7 +144,7 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
         attach: Effect.fn("Machinen.attach")(function* (reference) {
           const entry = yield* registry.find(reference)
           const running = yield* shim.attach(entry)
-          return Vm.make(entry, vmm.attach(entry, running), agent.client(entry.vsockPath))
+          return Vm.make(entry, vmm.attach(entry, running), agent.client(entry.vsockPath, running.exited))
         }),
         list: registry.list,
         gc: (options) =>

@@ -178,7 +178,7 @@ const start = Effect.fnUntraced(function* (
     )
 
   // 5. The guest's word, raced against the machine's end and the deadline; what only the guest may know follows at once.
-  const client = agent.client(vsockPath)
+  const client = agent.client(vsockPath, machine.exited)
   const ready = Effect.zipRight(beginning.ready(client), Launch.entrust(client, secrets))
   yield* Launch.untilReady(
     template === undefined ? ready : Launch.afterTheEnd(ready, machine),

@@ -7,7 +7,7 @@ import { Assets } from "./Assets.ts"
 import { BootError } from "./domain/errors.ts"
 import { hostSocket, macOf, type NetworkMode, type PortForward } from "./domain/Network.ts"
 import type { Secrets } from "./domain/Secrets.ts"
-import type { ExitRecord } from "./domain/ShimPlan.ts"
+import { type ExitRecord, guestFailure } from "./domain/ShimPlan.ts"
 import { type Disk, VmId } from "./domain/Vm.ts"
 import type { VmEntry } from "./domain/VmEntry.ts"
 import { Gvproxy } from "./Gvproxy.ts"
@@ -157,9 +157,7 @@ const consoleTail = (machine: VmmHandle) =>
 const exitedEarly = (exit: ExitRecord) => {
   const vmm = exit.vmm.signal === null ? `code ${exit.vmm.code}` : `signal ${exit.vmm.signal}`
   const printed = exit.vmmLogTail.trim()
-  const panic = /Kernel panic[^\n]*/.exec(exit.consoleTail)?.[0]
-  const init = /machinen-init: [^\n]*/.exec(exit.consoleTail)?.[0]
-  const guest = panic ?? init
+  const guest = guestFailure(exit.consoleTail)
   return guest === undefined
     ? new BootError({
         code: "BOOT_VMM_FAILED",
@@ -169,7 +167,7 @@ const exitedEarly = (exit: ExitRecord) => {
       })
     : new BootError({
         code: "BOOT_GUEST_FAILED",
-        message: `the guest did not come up: ${guest.trim()}`,
+        message: `the guest did not come up: ${guest}`,
         hint: "is the image a root filesystem, and is there enough memory for it?",
         ...nonEmpty(exit.consoleTail)
       })

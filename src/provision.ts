@@ -7,7 +7,7 @@ import { type Booted, boot } from "./boot.ts"
 import { type BootOptions, defaultImage } from "./domain/BootOptions.ts"
 import { ProvisionError } from "./domain/errors.ts"
 import { configFile, type ImageConfig, ImageConfigJson, isEmpty, over } from "./domain/ImageConfig.ts"
-import type { ExitRecord } from "./domain/ShimPlan.ts"
+import { type ExitRecord, howEnded } from "./domain/ShimPlan.ts"
 import * as PhaseTimer from "./PhaseTimer.ts"
 import * as compressed from "./platform/compressed.ts"
 import * as processes from "./platform/processes.ts"
@@ -231,7 +231,7 @@ const whileRunning =
 const vmEnded = (exit: ExitRecord) =>
   new ProvisionError({
     code: "PROVISION_INSTALL_HOOK_FAILED",
-    message: `the build's VM ended (${exit.reason}) before the build was done`,
+    message: `the build's VM ended before the build was done: ${howEnded(exit)}`,
     hint: "did a command of the build power it off, or did it run out of memory?",
     ...shown(exit.consoleTail)
   })
@@ -241,7 +241,7 @@ const hookFailed = Effect.fnUntraced(function* (vm: Vm, failure: unknown) {
   const error = Cause.originalError(failure)
   // the end of the connection is noticed before the end of the machine, which says why
   const code = error instanceof Error && "code" in error ? error.code : undefined
-  if (["EXEC_AGENT_UNAVAILABLE", "EXEC_PROTOCOL", "FILES_AGENT_UNAVAILABLE"].includes(String(code))) {
+  if (["EXEC_AGENT_UNAVAILABLE", "EXEC_VM_ENDED", "EXEC_VM_FAILED", "FILES_AGENT_UNAVAILABLE"].includes(String(code))) {
     const ended = yield* Effect.timeoutOption(Effect.disconnect(vm.wait), "2 seconds")
     if (Option.isSome(ended)) return vmEnded(ended.value)
   }

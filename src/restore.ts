@@ -311,7 +311,7 @@ export const revive = Effect.fn("revive")(
       .pipe(Launch.namingPortHolder, phase("vmm-spawn"))
 
     // 4. The name it gets if it was given none: its pid is known only now. Then the guest becomes one of its own; it serves nobody before.
-    const client = agent.client(vsockPath)
+    const client = agent.client(vsockPath, machine.exited)
     const becoming = Effect.gen(function* () {
       const assigned =
         name === undefined && seed.sourceName !== undefined

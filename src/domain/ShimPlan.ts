@@ -66,6 +66,34 @@ export class ExitRecord extends Schema.Class<ExitRecord>("ExitRecord")({
   vmmLogTail: Schema.String
 }) {}
 
+/** What a guest said that did not come up or could not go on: its kernel's panic, or the last word of our init. */
+export const guestFailure = (console: string): string | undefined =>
+  (/Kernel panic[^\n]*/.exec(console) ?? /machinen-init: [^\n]*/.exec(console))?.[0].trim()
+
+/** Whether nobody, in the guest or outside, had wanted it to end. */
+export const hasFailed = ({ reason }: ExitRecord): boolean => reason === "vmm" || reason === "shim-lost"
+
+/** How a VM ended, in words: a sentence without its full stop. */
+export const howEnded = ({ consoleTail, reason, vmm }: ExitRecord): string => {
+  switch (reason) {
+    case "guest":
+      return "the guest powered itself off"
+    case "stop":
+      return "the VM was stopped"
+    case "kill":
+      return "the VM was stopped by force"
+    case "owner-lost":
+      return "the VM ended with the program that had started it"
+    case "shim-lost":
+      return "the VM ended (nobody recorded how)"
+    case "vmm": {
+      const failure = guestFailure(consoleTail)
+      const code = vmm.signal === null ? `code ${vmm.code}` : `signal ${vmm.signal}`
+      return failure === undefined ? `the VMM ended (${code})` : `the guest failed: ${failure}`
+    }
+  }
+}
+
 /** What the shim says on its stdout, one JSON object a line. */
 export const ShimEvent = Schema.Union(
   Schema.Struct({ event: Schema.Literal("started"), shim: ProcessIdentity, vmm: ProcessIdentity }),

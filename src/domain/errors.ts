@@ -121,6 +121,8 @@ export class ExecError extends Schema.TaggedError<ExecError>()("ExecError", {
     "EXEC_MOUNT_BUSY",
     "EXEC_SECRET_UNKNOWN",
     "EXEC_OUTPUT_TOO_LARGE",
+    "EXEC_VM_ENDED",
+    "EXEC_VM_FAILED",
     "EXEC_FAILED"
   ),
   /** `EXEC_NONZERO_EXIT`: the command's exit code, 128 + signal when a signal ended it. */

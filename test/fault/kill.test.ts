@@ -147,7 +147,7 @@ describe("kill -9 of", () => {
         yield* killPart(part)
         const { code, stderr } = yield* vm.result
         assert.strictEqual(code, 125)
-        assert.match(stderr, /\(EXEC_/)
+        assert.match(stderr, /\(EXEC_VM_FAILED\)/)
         yield* assertNothingLeftAfterNextCommand(home)
       })
     )

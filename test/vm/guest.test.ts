@@ -5,9 +5,11 @@ import type { BootOptions } from "../../src/domain/BootOptions.ts"
 import { Machinen } from "../../src/Machinen.ts"
 import {
   busyboxExt4,
+  cli,
   eventually,
   Guest,
   guest,
+  inTime,
   live,
   settled,
   sh,
@@ -75,15 +77,64 @@ describe("the end from within", () => {
         Effect.gen(function* () {
           const vm = yield* boot({ image: "micro" })
           const waiting = yield* Effect.fork(Effect.flip(vm.execRaw({ argv: ["sleep", "600"] })))
-          // The connection may end before the answer: what counts is what becomes of the VM.
-          yield* Effect.ignore(vm.execRaw({ argv: ["sh", "-c", command] }))
-          const exit = yield* vm.wait
-          assert.deepStrictEqual(exit.vmm, { code: 0, signal: null })
-          yield* Fiber.join(waiting)
+          const errors = [yield* Effect.flip(vm.execRaw({ argv: ["sh", "-c", command] })), yield* Fiber.join(waiting)]
+          for (const { code, message } of errors) {
+            assert.deepStrictEqual(
+              [code, message],
+              ["EXEC_VM_ENDED", "the guest powered itself off while the command was running"]
+            )
+          }
+          const { orderly, reason, vmm } = yield* vm.wait
+          assert.deepStrictEqual(
+            { orderly, reason, vmm },
+            { orderly: false, reason: "guest", vmm: { code: 0, signal: null } }
+          )
         })
       )
     )
   }
+
+  const failures: ReadonlyArray<readonly [command: string, message: RegExp]> = [
+    ["echo c >/proc/sysrq-trigger", /^the guest failed: Kernel panic - not syncing: .* while the command was running$/],
+    [
+      "kill -9 -1; sleep 600",
+      /^the guest failed: machinen-init: agent: killed by signal 9 while the command was running$/
+    ]
+  ]
+  for (const [command, message] of failures) {
+    it.scopedLive(`${command} is a failure, and whoever waits for a command is told of it`, () =>
+      run(
+        Effect.gen(function* () {
+          const vm = yield* boot({ image: "micro" })
+          const error = yield* Effect.flip(vm.execRaw({ argv: ["sh", "-c", command] }))
+          assert.strictEqual(error.code, "EXEC_VM_FAILED")
+          assert.match(error.message, message)
+          assert.strictEqual((yield* vm.wait).reason, "vmm")
+        })
+      )
+    )
+  }
+
+  it.scopedLive("ends `run`, and `exec` of another program, as a kill does", () =>
+    run(
+      Effect.gen(function* () {
+        const main = yield* cli(home, ["run", "--image", "micro", "--", "poweroff", "-f"])
+        assert.strictEqual(main.code, 137)
+        assert.match(
+          main.stderr,
+          /^machinen: \(EXEC_VM_ENDED\): the guest powered itself off while the command was running\n/
+        )
+
+        const vm = yield* boot({ image: "micro", name: "ended" })
+        const waiting = yield* startCli(home, ["exec", "ended", "--", "sh", "-c", "echo up; exec sleep 600"])
+        yield* inTime(home, waiting, waiting.printed("up"))
+        yield* vm.kill
+        const { code, stderr } = yield* inTime(home, waiting, waiting.result)
+        assert.strictEqual(code, 137)
+        assert.match(stderr, /\(EXEC_VM_ENDED\): the VM was stopped by force while the command was running\n/)
+      })
+    )
+  )
 })
 
 layer(guest(home, { image: "debian" }), { excludeTestServices: true, timeout: 60_000 })("the kernel", (it) => {

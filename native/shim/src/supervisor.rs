@@ -284,12 +284,13 @@ impl Vm {
         let _ = timeout(REST, async { tokio::join!(console, output, vmm_prints) }).await;
 
         let end = state.end();
+        let console_tail = state.console.tail();
         let exit = ExitRecord {
             vmm,
             main: end.main,
             orderly: end.orderly,
-            reason: end.reason.unwrap_or(Reason::Vmm),
-            console_tail: state.console.tail(),
+            reason: end.reason.unwrap_or(if says_power_off(&console_tail) { Reason::Guest } else { Reason::Vmm }),
+            console_tail,
             vmm_log_tail: state.vmm_prints.tail(),
         };
         state.entry().remove();
@@ -305,9 +306,30 @@ impl Vm {
     }
 }
 
+/// Whether the guest's kernel was told to power off or to reboot, past our agent (`poweroff -f`): it says so last. A panic ends without it,
+/// and our init, which reboots a guest that it has given up, says why before.
+fn says_power_off(console: &str) -> bool {
+    console.lines().last().is_some_and(|line| line.contains("] reboot: ")) && !console.contains("machinen-init: ")
+}
+
 /// A socketpair: ours, for the runtime, and the VMM's.
 fn pair() -> io::Result<(tokio::net::UnixStream, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     Ok((tokio::net::UnixStream::from_std(ours)?, theirs))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::says_power_off;
+
+    #[test]
+    fn a_guest_that_powers_off_says_so_last() {
+        for last in ["reboot: Restarting system", "reboot: Power off not available: System halted instead"] {
+            assert!(says_power_off(&format!("booted\r\n[    0.7] {last}\r\n")));
+            assert!(!says_power_off(&format!("machinen-init: agent: killed by signal 9\r\n[    0.7] {last}\r\n")));
+            assert!(!says_power_off(&format!("[    0.7] {last}\r\n[    9.0] Kernel panic - not syncing: crash\r\n")));
+        }
+        assert!(!says_power_off(""));
+    }
 }

@@ -50,10 +50,14 @@ export const withinLimit = <A, E, R>(running: Effect.Effect<A, E, R>, limit: Opt
 const exitCodes: Readonly<Partial<Record<ExecError["code"], number>>> = {
   EXEC_AGENT_TIMEOUT: 124,
   EXEC_NOT_EXECUTABLE: 126,
-  EXEC_COMMAND_NOT_FOUND: 127
+  EXEC_COMMAND_NOT_FOUND: 127,
+  EXEC_VM_ENDED: 137
 }
 
-/** docker's convention for a command that could not be started, and timeout(1)'s for one that ran for too long. */
+/**
+ * docker's convention for a command that could not be started, and timeout(1)'s for one that ran for too long. A command whose VM is ended
+ * under it is as good as killed (128 + SIGKILL), as in a VM that is stopped in order; one whose VM fails is our failure.
+ */
 export const startFailure = ({ code }: ExecError): number => exitCodes[code] ?? 125
 
 export const commandArgs = Args.text({ name: "command" }).pipe(
