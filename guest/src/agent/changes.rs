@@ -24,10 +24,10 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
-use tokio::task::spawn_blocking;
 
 use super::operation::Exchange;
 use super::stream::{Abort, CHUNK};
+use super::threads::{self, WATCHES};
 use crate::errno;
 use crate::frame::Kind;
 use crate::names;
@@ -54,13 +54,12 @@ where
     W: AsyncWrite + Unpin,
 {
     let Exchange { input, output, .. } = exchange;
-    let panicked = |error: tokio::task::JoinError| Abort::io("watch", &error.into());
-    let tree = spawn_blocking(move || Tree::open(&request)).await.map_err(panicked)??;
+    let tree = WATCHES.run(input, move || Tree::open(&request)).await??;
     output.send_json(Kind::Started, &Done {}).await?;
     let (pieces, mut leaving) = mpsc::channel(1);
     // Its end wakes the thread when this is dropped.
     let (gone, _wanted) = pipe_with(PipeFlags::CLOEXEC).map_err(|errno| Abort::io("watch", &errno.into()))?;
-    let watching = spawn_blocking(move || tree.follow(&gone, &mut Lines { pieces, piece: Vec::new() }));
+    let watching = WATCHES.start(move || tree.follow(&gone, &mut Lines { pieces, piece: Vec::new() })).await?;
     let carrying = async {
         while let Some(piece) = leaving.recv().await {
             output.send(Kind::Data, &piece).await?;
@@ -71,7 +70,7 @@ where
         () = input.closed() => return Err(Abort::Gone),
         carried = carrying => carried?,
     }
-    watching.await.map_err(panicked)??;
+    threads::finished(watching).await??;
     output.send(Kind::Eof, &[]).await?;
     Ok(Done {})
 }

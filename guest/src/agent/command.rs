@@ -5,30 +5,32 @@ use std::convert::Infallible;
 use std::ffi::{CStr, CString};
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, Resource};
+use rustix::process::{Pid, Resource, WaitIdStatus};
+use tokio::io::AsyncRead;
 use tokio::net::unix::pipe;
 use zeroize::Zeroize;
 
 use super::child::Child;
-use super::format;
-use super::secrets::Secrets;
+use super::stream::{Abort, FrameReader};
+use super::threads::COMMANDS;
 use super::user::User;
-use super::vfork;
+use super::vfork::{self, Start};
+use super::{Context, format};
 use crate::config::GuestConfig;
 use crate::errno;
 use crate::init::cgroup;
 use crate::init::late::COMMAND_FILES;
 use crate::reply::{Code, ErrorReply, Exit};
-use crate::request::Exec;
+use crate::request::{Exec, Secret};
 
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where nothing says otherwise.
@@ -37,10 +39,10 @@ const DEFAULT_ENV: [(&str, &str); 4] =
 /// What a command may leave in a pipe before it waits for the agent; more means fewer, larger frames.
 const PIPE_BYTES: usize = 256 * 1024;
 
-/// A command that was started: its pid, and so its process group, are its own until `wait` returns.
+/// A command that was started: its pid, and so its process group, are its own until `wait` returns. Dropped before that, it is killed.
 pub struct Process {
     pub pid: Pid,
-    child: Child,
+    child: Arc<Child>,
     oom_kills: u64,
     /// Once it has been reaped.
     exit: OnceLock<Exit>,
@@ -54,28 +56,54 @@ pub struct Running {
     pub stderr: pipe::Receiver,
 }
 
-/// Starts what `request` describes, in the environment of `config`, with those of the `secrets` it names.
-pub fn start(config: &GuestConfig, secrets: &Secrets, request: &Exec) -> Result<Running, ErrorReply> {
-    execute(config, secrets, request, |image, user| spawn_with_pipes(image, user, request.stdin))
+/// Starts what `request` describes, unless the stream that `input` comes from ends before: then what has been started is killed.
+pub async fn start<R: AsyncRead + Unpin>(
+    context: &Context,
+    request: Exec,
+    input: &mut FrameReader<R>,
+) -> Result<Running, Abort> {
+    let with_stdin = request.stdin;
+    let spawn = move |image: &Image, user: Option<&User>| spawn_with_pipes(image, user, with_stdin);
+    start_by(spawn, context, request, input).await
 }
 
 /// The same, in a session of its own whose terminal is `terminal`.
-pub fn start_in(
-    terminal: BorrowedFd<'_>,
-    config: &GuestConfig,
-    secrets: &Secrets,
-    request: &Exec,
-) -> Result<Process, ErrorReply> {
-    execute(config, secrets, request, |image, user| {
-        user.map_or(Ok(()), |user| user.own(terminal))?;
-        spawn(image, user, Stdio::Terminal(terminal))
-    })
+pub async fn start_in<R: AsyncRead + Unpin>(
+    terminal: OwnedFd,
+    context: &Context,
+    request: Exec,
+    input: &mut FrameReader<R>,
+) -> Result<Process, Abort> {
+    let spawn = move |image: &Image, user: Option<&User>| {
+        user.map_or(Ok(()), |user| user.own(&terminal))?;
+        self::spawn(image, user, Stdio::Terminal(terminal.as_fd()))
+    };
+    start_by(spawn, context, request, input).await
+}
+
+/// With the configuration and the secrets of this moment.
+async fn start_by<R: AsyncRead + Unpin, T: Send + 'static>(
+    spawn: impl FnOnce(&Image, Option<&User>) -> io::Result<T> + Send + 'static,
+    context: &Context,
+    request: Exec,
+    input: &mut FrameReader<R>,
+) -> Result<T, Abort> {
+    let config = context.config().clone();
+    let secrets = context.secrets().named(&request.secrets)?;
+    let start = Arc::new(Start::default());
+    let starting = Arc::clone(&start);
+    let started = COMMANDS.run(input, move || execute(&config, &secrets, &request, starting, spawn)).await;
+    if started.is_err() {
+        start.call_off();
+    }
+    Ok(started??)
 }
 
 fn execute<T>(
     config: &GuestConfig,
-    secrets: &Secrets,
+    secrets: &[(String, Secret)],
     request: &Exec,
+    start: Arc<Start>,
     spawn: impl FnOnce(&Image, Option<&User>) -> io::Result<T>,
 ) -> Result<T, ErrorReply> {
     let user = request.user.as_deref().or(config.user.as_deref());
@@ -87,11 +115,14 @@ fn execute<T>(
     {
         environment.insert("HOME", &user.home);
     }
-    environment.extend(secrets.named(&request.secrets)?);
+    environment.extend(secrets.iter().map(|(name, value)| (name.as_str(), value.as_str())));
     let cwd = working_directory(config, request)?;
     let name = request.argv.first().map_or("", String::as_str);
     let program = resolve(name, path_of(&environment), &cwd)?;
-    let image = Image::new(&request.argv, &environment, &cwd, &program).map_err(|error| refused(name, &error))?;
+    // Looked at before there is a process: one that waits for a file system cannot be frozen with the others, a thread need not be.
+    let _ = fs::metadata(cwd.join(&program));
+    let image =
+        Image::new(start, &request.argv, &environment, &cwd, &program).map_err(|error| refused(name, &error))?;
     spawn(&image, user.as_ref()).map_err(|error| match image.step.load(Ordering::Relaxed) {
         Image::ENTERS => cwd_refused(&cwd, &error),
         Image::EXECUTES => refused_program(name, &cwd.join(&program), &error),
@@ -134,14 +165,17 @@ fn signal(pid: Pid, signal: i32) {
 impl Running {
     /// A command that CRIU has brought back as a child of this process, with new pipes.
     pub fn adopt(pid: Pid, stdout: pipe::Receiver, stderr: pipe::Receiver) -> io::Result<Self> {
-        let (child, oom_kills) = (Child::of(pid)?, cgroup::oom_kills()?);
-        unreaped().insert(pid.as_raw_pid());
-        let process = Process { pid, child, oom_kills, exit: OnceLock::new() };
+        let process = Process::new(pid, Child::of(pid)?, cgroup::oom_kills()?);
         Ok(Self { process, stdin: None, stdout, stderr })
     }
 }
 
 impl Process {
+    fn new(pid: Pid, child: Child, oom_kills: u64) -> Self {
+        unreaped().insert(pid.as_raw_pid());
+        Self { pid, child: Arc::new(child), oom_kills, exit: OnceLock::new() }
+    }
+
     /// Waits until it has ended, and lets its pid be its own still.
     pub async fn ended(&self) -> io::Result<()> {
         self.child.ended().await
@@ -153,15 +187,10 @@ impl Process {
             return Ok(*exit);
         }
         self.child.ended().await?;
-        let exit = {
-            // Held while it is reaped: whoever wants to signal it does so before, or not at all.
-            let mut unreaped = unreaped();
-            let status = self.child.reap()?;
-            unreaped.remove(&self.pid.as_raw_pid());
-            match status.terminating_signal() {
-                None => Exit::Code(status.exit_status().unwrap_or(0)),
-                Some(signal) => Exit::Signal { signal, oom_killed: signal == libc::SIGKILL && self.saw_oom_kill()? },
-            }
+        let status = reap(self.pid, &self.child)?;
+        let exit = match status.terminating_signal() {
+            None => Exit::Code(status.exit_status().unwrap_or(0)),
+            Some(signal) => Exit::Signal { signal, oom_killed: signal == libc::SIGKILL && self.saw_oom_kill()? },
         };
         Ok(*self.exit.get_or_init(|| exit))
     }
@@ -180,6 +209,26 @@ impl Process {
     pub fn signal(&self, signal: i32) {
         self::signal(self.pid, signal);
     }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.is_reaped() {
+            return;
+        }
+        self.signal(libc::SIGKILL);
+        let (pid, child) = (self.pid, Arc::clone(&self.child));
+        tokio::spawn(async move { child.ended().await.and_then(|()| reap(pid, &child)) });
+    }
+}
+
+/// Reaps a command that has ended.
+fn reap(pid: Pid, child: &Child) -> io::Result<WaitIdStatus> {
+    // Held while it is reaped: whoever wants to signal it does so before, or not at all.
+    let mut unreaped = unreaped();
+    let status = child.reap()?;
+    unreaped.remove(&pid.as_raw_pid());
+    Ok(status)
 }
 
 fn environment<'a>(config: &'a GuestConfig, request: &'a Exec) -> BTreeMap<&'a str, &'a str> {
@@ -292,9 +341,8 @@ fn spawn(image: &Image, user: Option<&User>, stdio: Stdio<'_>) -> io::Result<Pro
     let oom_kills = cgroup::oom_kills()?;
     let workload = workload()?;
     // SAFETY: `become_command` makes system calls on memory prepared before, and nothing else.
-    let spawned = unsafe { vfork::spawn(&|| image.become_command(workload, user, stdio)) }?;
-    unreaped().insert(spawned.pid.as_raw_pid());
-    Ok(Process { pid: spawned.pid, child: Child::by_pidfd(spawned.pidfd)?, oom_kills, exit: OnceLock::new() })
+    let spawned = unsafe { vfork::spawn(&image.start, &|| image.become_command(workload, user, stdio)) }?;
+    Ok(Process::new(spawned.pid, Child::by_pidfd(spawned.pidfd)?, oom_kills))
 }
 
 /// Writing "0" here moves the writer into the commands' control group.
@@ -305,6 +353,7 @@ pub fn workload() -> io::Result<&'static File> {
 
 /// All that the child needs, laid out before it is made: it may not allocate.
 struct Image {
+    start: Arc<Start>,
     program: CString,
     cwd: CString,
     /// Owner of what `argv` and `envp` point to.
@@ -321,7 +370,13 @@ impl Image {
     /// It executes its program.
     const EXECUTES: u8 = 2;
 
-    fn new(argv: &[String], environment: &BTreeMap<&str, &str>, cwd: &Path, program: &Path) -> io::Result<Self> {
+    fn new(
+        start: Arc<Start>,
+        argv: &[String],
+        environment: &BTreeMap<&str, &str>,
+        cwd: &Path,
+        program: &Path,
+    ) -> io::Result<Self> {
         let c_path = |path: &Path| CString::new(path.as_os_str().as_encoded_bytes());
         let arguments = argv.iter().map(|argument| CString::new(argument.as_str()));
         let variables = environment.iter().map(|(key, value)| CString::new(variable(key, value)));
@@ -329,6 +384,7 @@ impl Image {
         let (arguments, variables) = strings.split_at(argv.len());
         let pointers = |strings: &[CString]| strings.iter().map(|s| s.as_ptr()).chain([ptr::null()]).collect();
         Ok(Self {
+            start,
             program: c_path(program)?,
             cwd: c_path(cwd)?,
             argv: pointers(arguments),

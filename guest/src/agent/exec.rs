@@ -29,7 +29,7 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let running = command::start(&context.config(), &context.secrets(), &request)?;
+    let running = command::start(context, request, &mut exchange.input).await?;
     attend(running, exchange, &AtomicBool::new(false), &mut Nowhere).await
 }
 

@@ -1,5 +1,4 @@
-//! The operations on single files. They block the agent while the kernel works, which for the page cache is not long; what could
-//! wait for ever (a fifo without a peer) is opened so that it fails instead.
+//! The operations on single files, each on a thread. A fifo without a peer is opened so that it fails instead of waiting for one.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -9,39 +8,45 @@ use std::path::Path;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::operation::Exchange;
-use super::stream::{Abort, CHUNK, Chunk};
-use crate::frame::Kind;
-use crate::reply::{Done, ErrorReply, FileKind, Stat, Transferred};
+use super::stream::{Abort, CHUNK};
+use super::threads::{FILES, Incoming, Outgoing};
+use crate::frame::HEADER;
+use crate::reply::{ErrorReply, FileKind, Stat, Transferred};
 use crate::request;
 
 /// Permission bits of `st_mode`.
 const PERMISSIONS: u32 = 0o7777;
 
 /// Writes a file from the stream. When that fails, a file that was not there before is removed again, unless it was appended to.
-pub async fn write<R, W>(request: &request::Write, exchange: &mut Exchange<R, W>) -> Result<Transferred, Abort>
+pub async fn write<R, W>(request: request::Write, exchange: &mut Exchange<R, W>) -> Result<Transferred, Abort>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
+    FILES
+        .receive(exchange, move |incoming| take(&request, incoming).map_err(|e| ErrorReply::io(&request.path, &e)))
+        .await
+}
+
+fn take(request: &request::Write, mut incoming: Incoming) -> io::Result<Transferred> {
     let path = &request.path;
-    let failed = |error: io::Error| Abort::io(&request.path, &error);
     if let Some(parent) = path.parent().filter(|_| request.recursive) {
-        fs::create_dir_all(parent).map_err(failed)?;
+        fs::create_dir_all(parent)?;
     }
-    let (mut file, created) = open_for_writing(request).map_err(failed)?;
-    let written = async {
+    let (mut file, created) = open_for_writing(request)?;
+    let mut written = || {
         if let Some(mode) = request.mode {
-            file.set_permissions(PermissionsExt::from_mode(mode)).map_err(failed)?;
+            file.set_permissions(PermissionsExt::from_mode(mode))?;
         }
-        exchange.output.send_json(Kind::Started, &Done {}).await?;
+        incoming.opened();
         let mut bytes = 0;
-        while let Some(piece) = exchange.input.body().await? {
-            file.write_all(&piece).map_err(failed)?;
+        while let Some(piece) = incoming.piece()? {
+            file.write_all(&piece)?;
             bytes += piece.len() as u64;
         }
         Ok(Transferred { bytes })
-    }
-    .await;
+    };
+    let written = written();
     if written.is_err() && created && !request.append {
         // The failure itself is what gets reported.
         let _ = fs::remove_file(path);
@@ -63,37 +68,40 @@ fn open_for_writing(request: &request::Write) -> io::Result<(File, bool)> {
 }
 
 /// Sends a file, or a part of one.
-pub async fn read<R, W>(request: &request::Read, exchange: &mut Exchange<R, W>) -> Result<Transferred, Abort>
+pub async fn read<R, W>(request: request::Read, exchange: &mut Exchange<R, W>) -> Result<Transferred, Abort>
 where
+    R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let failed = |error: io::Error| Abort::io(&request.path, &error);
-    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&request.path);
-    let mut file = opened.map_err(failed)?;
+    FILES.send(exchange, move |outgoing| give(&request, outgoing).map_err(|e| ErrorReply::io(&request.path, &e))).await
+}
+
+fn give(request: &request::Read, outgoing: &mut Outgoing) -> io::Result<Transferred> {
+    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&request.path)?;
     // Opening a directory succeeds; reading one does not.
-    if file.metadata().map_err(failed)?.is_dir() {
-        return Err(failed(io::Error::from_raw_os_error(libc::EISDIR)));
+    if file.metadata()?.is_dir() {
+        return Err(io::Error::from_raw_os_error(libc::EISDIR));
     }
     if request.offset > 0 {
-        file.seek(SeekFrom::Start(request.offset)).map_err(failed)?;
+        file.seek(SeekFrom::Start(request.offset))?;
     }
-    exchange.output.send_json(Kind::Started, &Done {}).await?;
-    let mut chunk = Chunk::new();
+    outgoing.opened()?;
+    let (mut piece, mut bytes) = (Vec::new(), 0);
     let mut left = request.length.unwrap_or(u64::MAX);
-    let mut bytes = 0;
     while left > 0 {
         let wanted = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
-        let n = match file.read(&mut chunk.payload()[..wanted]) {
+        piece.resize(HEADER + wanted, 0);
+        let n = match file.read(&mut piece[HEADER..]) {
             Ok(0) => break,
             Ok(n) => n,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(failed(error)),
+            Err(error) => return Err(error),
         };
-        exchange.output.send_chunk(&mut chunk, Kind::Data, n).await?;
+        piece.truncate(HEADER + n);
+        piece = outgoing.hand_on(piece)?;
         bytes += n as u64;
         left -= n as u64;
     }
-    exchange.output.send(Kind::Eof, &[]).await?;
     Ok(Transferred { bytes })
 }
 

@@ -30,12 +30,17 @@ where
         ..Exec::default()
     };
     command.check()?;
-    // Nothing is awaited from here until it is known to run: it cannot be started twice.
+    let starting = tokio::select! {
+        biased;
+        starting = context.main_start.lock() => starting,
+        () = exchange.input.lost() => return Err(Abort::Gone),
+    };
     if context.main().is_some() {
         return Err(Abort::bad("the main command has been started already"));
     }
-    let running = command::start(&context.config(), &context.secrets(), &command)?;
+    let running = command::start(context, command, &mut exchange.input).await?;
     *context.main() = Some(described(&running).map_err(|error| Abort::io("main", &error))?);
+    drop(starting);
     if request.detach {
         let started = Started { pid: running.process.pid.as_raw_pid().cast_unsigned() };
         tokio::spawn(attend_detached(Arc::clone(context), running));

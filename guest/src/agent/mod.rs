@@ -1,5 +1,5 @@
-//! The agent: serves the host's operations over the channel, one stream each. Single-threaded; only archives, watches
-//! and writing everything out use threads, because they block for long.
+//! The agent: serves the host's operations over the channel, one stream each. Single-threaded but for what may wait for a file system,
+//! which has threads (`threads`).
 
 mod archive;
 mod changes;
@@ -26,6 +26,7 @@ mod stream;
 mod terminal;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod tree;
 mod tunnel;
 mod user;
@@ -81,6 +82,8 @@ struct Context {
     papers: Mutex<Option<Papers>>,
     /// The main command, once it runs.
     main: Mutex<Option<MainCommand>>,
+    /// Held while it is being started: it cannot be started twice.
+    main_start: tokio::sync::Mutex<()>,
     lazy: LazyPages,
     /// What was renewed, in a copy.
     rejuvenated: Mutex<Option<Rejuvenated>>,
@@ -124,12 +127,8 @@ pub fn run(guest: Guest) -> Result<Infallible, Failed> {
     runtime().step("runtime")?.block_on(serve(guest))
 }
 
-/// Threads for what blocks: one for each stream there can be, such as a watch's for as long as it lasts, and as many again for what must
-/// not wait for one of those to end.
-const THREADS: usize = 2 * machinen_channel::MAX_STREAMS;
-
 fn runtime() -> io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(THREADS).build()
+    tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(threads::MOST).build()
 }
 
 /// What is free below the top of the heap stays the agent's, up to this much.
@@ -156,6 +155,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
         root: "/".into(),
         papers: Mutex::default(),
         main: Mutex::default(),
+        main_start: tokio::sync::Mutex::default(),
         lazy: LazyPages::default(),
         rejuvenated: Mutex::default(),
         main_detached: AtomicBool::new(false),

@@ -7,9 +7,10 @@ use serde_json::value::{RawValue, to_raw_value};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::stream::{Abort, FrameReader, FrameWriter, split};
+use super::threads::FILES;
 use super::{
-    Context, archive, blocking, changes, clock, criu, exec, files, freeze, lifecycle, main_command, rejuvenate,
-    secrets, stats, terminal, tree, tunnel,
+    Context, archive, changes, clock, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
+    terminal, tree, tunnel,
 };
 use crate::frame::{Frame, Kind};
 use crate::init::late;
@@ -89,16 +90,18 @@ where
         Request::Sessions => json(&context.terminals.list()),
         Request::SessionKill(request) => json(&context.terminals.kill(&request.session).await?),
         Request::Main(request) => return main_command::run(context, request, exchange).await,
-        Request::Write(request) => json(&files::write(&request, exchange).await?),
-        Request::Read(request) => json(&files::read(&request, exchange).await?),
-        Request::Push(request) => json(&archive::push(&request, exchange).await?),
+        Request::Write(request) => json(&files::write(request, exchange).await?),
+        Request::Read(request) => json(&files::read(request, exchange).await?),
+        Request::Push(request) => json(&archive::push(request, exchange).await?),
         Request::Pull(request) => json(&archive::pull(request, exchange).await?),
-        Request::Image(request) => json(&archive::image(&request, exchange).await?),
-        Request::Stat(request) => json(&blocking(move || files::stat(&request.path, request.follow)).await??),
-        Request::List(request) => json(&tree::list(&request.path, exchange).await?),
-        Request::Mkdir(request) => json(&blocking(move || tree::make(&request)).await??),
-        Request::Rename(request) => json(&blocking(move || tree::rename(&request)).await??),
-        Request::Remove(request) => json(&tree::remove(request).await?),
+        Request::Image(request) => json(&archive::image(request, exchange).await?),
+        Request::Stat(request) => {
+            json(&FILES.run(&mut exchange.input, move || files::stat(&request.path, request.follow)).await??)
+        }
+        Request::List(request) => json(&tree::list(request, exchange).await?),
+        Request::Mkdir(request) => json(&FILES.run(&mut exchange.input, move || tree::make(&request)).await??),
+        Request::Rename(request) => json(&FILES.run(&mut exchange.input, move || tree::rename(&request)).await??),
+        Request::Remove(request) => json(&FILES.run(&mut exchange.input, move || tree::remove(&request)).await??),
         Request::Secrets(request) => json(&secrets::take(context, request)?),
         Request::Stats => json(&stats::stats(context)?),
         Request::Hostname(request) => {
@@ -115,7 +118,7 @@ where
         Request::Dump(request) => json(&criu::dump(context, &request, exchange).await?),
         Request::Revive(request) => json(&criu::revive(context, request).await?),
         Request::Detach => json(&main_command::detach(context)?),
-        Request::Tunnel(request) => json(&tunnel::tunnel(&request, exchange).await?),
+        Request::Tunnel(request) => json(&tunnel::tunnel(request, exchange).await?),
         Request::Watch(request) => json(&changes::watch(request, exchange).await?),
         Request::Poweroff => return Ok(Outcome::Last(json(&Done {}), context.lifecycle.output())),
     };

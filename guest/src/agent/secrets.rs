@@ -51,10 +51,10 @@ impl Secrets {
     }
 
     /// As variables: those with these names.
-    pub fn named(&self, names: &[String]) -> Result<Vec<(&str, &str)>, ErrorReply> {
+    pub fn named(&self, names: &[String]) -> Result<Vec<(String, Secret)>, ErrorReply> {
         let named = names.iter().map(|name| {
             let unknown = || ErrorReply::new(Code::SecretUnknown, format!("this guest has no secret {name:?}"));
-            self.0.get_key_value(name).map(|(name, value)| (name.as_str(), value.as_str())).ok_or_else(unknown)
+            Ok((name.clone(), self.0.get(name).ok_or_else(unknown)?.clone()))
         });
         named.collect()
     }
@@ -90,8 +90,9 @@ mod tests {
         let json = br#"{"op":"secrets","values":{"A":"1","B":"2"}}"#;
         let request::Request::Secrets(request) = request::Request::parse(json).unwrap() else { panic!() };
         let secrets = Secrets(request.values);
-        assert_eq!(secrets.named(&["B".into()]).unwrap(), [("B", "2")]);
-        assert_eq!(secrets.named(&[]).unwrap(), []);
+        let named = secrets.named(&["B".into()]).unwrap();
+        assert_eq!(named.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect::<Vec<_>>(), [("B", "2")]);
+        assert!(secrets.named(&[]).unwrap().is_empty());
         assert_eq!(secrets.named(&["A".into(), "C".into()]).unwrap_err().code, Code::SecretUnknown);
     }
 

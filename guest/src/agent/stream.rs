@@ -8,15 +8,15 @@ use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use zeroize::Zeroize;
 
-use crate::frame::{self, Frame, FrameError, HEADER, Kind};
+use crate::frame::{self, Frame, FrameError, HEADER, INPUT_WINDOW, Kind};
 use crate::reply::{Code, ErrorReply};
 
 /// Free space made for each read from the stream.
 const READ_SIZE: usize = 64 * 1024;
 /// Payload of the frames that carry bulk data.
 pub const CHUNK: usize = 64 * 1024;
-/// How much a host may send to an operation that waits.
-const MAX_WAITING: usize = 1 << 20;
+/// How much a host may send to an operation that waits: more than all the input it has credit for from the start.
+const MAX_WAITING: usize = 2 * INPUT_WINDOW;
 
 /// Why an operation ends without a result.
 #[derive(Debug)]

@@ -40,6 +40,7 @@ fn machine() -> Machine {
         root: std::env::temp_dir().join("machinen-agent-test"),
         papers: Mutex::default(),
         main: Mutex::default(),
+        main_start: tokio::sync::Mutex::default(),
         lazy: LazyPages::default(),
         rejuvenated: Mutex::default(),
         main_detached: AtomicBool::new(false),
@@ -151,7 +152,9 @@ async fn what_waited_for_the_last_host_is_not_done_for_the_next() {
     // More than an operation that waits takes in, so that it does not see its stream end.
     let mut flooding = ask(&host, write(&path)).await;
     let flood = frame::encode(Kind::Data, &[0; 1 << 20]).unwrap();
-    flooding.write_all(&flood).await.unwrap();
+    for _ in 0..2 {
+        flooding.write_all(&flood).await.unwrap();
+    }
     assert!(answer(ask(&host, json!({"op": "freeze"})).await).await.is_some());
 
     let next = machine.next_host().await;

@@ -7,13 +7,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use serde::Serialize;
-use tokio::io::AsyncWrite;
-use tokio::task::spawn_blocking;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::files;
 use super::operation::Exchange;
 use super::stream::{Abort, CHUNK};
-use crate::frame::Kind;
+use super::threads::{FILES, Outgoing};
+use crate::frame::HEADER;
 use crate::names;
 use crate::reply::{Archived, Code, Done, ErrorReply, Stat};
 use crate::request;
@@ -28,14 +28,19 @@ struct Line {
 }
 
 /// Sends a line of JSON for everything in a directory, in no order. What vanishes meanwhile is left out.
-pub async fn list<R, W>(path: &Path, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
+pub async fn list<R, W>(request: request::List, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
 where
+    R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let failed = |error: io::Error| Abort::io(path, &error);
+    FILES.send(exchange, move |outgoing| entries(&request.path, outgoing)).await
+}
+
+fn entries(path: &Path, outgoing: &mut Outgoing) -> Result<Archived, ErrorReply> {
+    let failed = |error: io::Error| ErrorReply::io(path, &error);
     let directory = fs::read_dir(path).map_err(failed)?;
-    exchange.output.send_json(Kind::Started, &Done {}).await?;
-    let (mut lines, mut entries) = (Vec::new(), 0);
+    outgoing.opened().map_err(failed)?;
+    let (mut lines, mut entries) = (vec![0; HEADER], 0);
     for entry in directory {
         let entry = entry.map_err(failed)?;
         let stat = match files::stat(&entry.path(), false) {
@@ -47,12 +52,12 @@ where
         lines.push(b'\n');
         entries += 1;
         if lines.len() >= CHUNK {
-            exchange.output.send(Kind::Data, &lines).await?;
+            lines = outgoing.hand_on(lines).map_err(failed)?;
             lines.clear();
+            lines.resize(HEADER, 0);
         }
     }
-    exchange.output.send(Kind::Data, &lines).await?;
-    exchange.output.send(Kind::Eof, &[]).await?;
+    outgoing.hand_on(lines).map_err(failed)?;
     Ok(Archived { entries })
 }
 
@@ -74,19 +79,18 @@ pub fn rename(request: &request::Rename) -> Result<Done, ErrorReply> {
 }
 
 /// Removes a file, a link or an empty directory; with `recursive` a directory with all that is in it, without following a link.
-pub async fn remove(request: request::Remove) -> Result<Done, Abort> {
-    let request::Remove { path, recursive } = request;
-    let removing = spawn_blocking(move || {
-        let failed = |error: io::Error| ErrorReply::io(&path, &error);
-        if !fs::symlink_metadata(&path).map_err(failed)?.is_dir() {
-            return fs::remove_file(&path).map_err(failed);
-        }
-        if fs::canonicalize(&path).map_err(failed)? == Path::new("/") {
-            return Err(ErrorReply::new(Code::BadRequest, "the root directory cannot be removed"));
-        }
-        if recursive { fs::remove_dir_all(&path) } else { fs::remove_dir(&path) }.map_err(failed)
-    });
-    // Only a panic could lose the result, and that ends the whole agent.
-    removing.await.map_err(|error| Abort::io("remove", &error.into()))??;
+pub fn remove(request: &request::Remove) -> Result<Done, ErrorReply> {
+    let path = &request.path;
+    let failed = |error: io::Error| ErrorReply::io(path, &error);
+    let is_directory = fs::symlink_metadata(path).map_err(failed)?.is_dir();
+    if is_directory && fs::canonicalize(path).map_err(failed)? == Path::new("/") {
+        return Err(ErrorReply::new(Code::BadRequest, "the root directory cannot be removed"));
+    }
+    let removed = match (is_directory, request.recursive) {
+        (false, _) => fs::remove_file(path),
+        (true, false) => fs::remove_dir(path),
+        (true, true) => fs::remove_dir_all(path),
+    };
+    removed.map_err(failed)?;
     Ok(Done {})
 }

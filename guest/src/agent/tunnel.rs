@@ -7,12 +7,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use super::operation::Exchange;
 use super::stream::{Abort, Chunk, FrameReader, FrameWriter};
+use super::threads::FILES;
 use crate::frame::Kind;
-use crate::reply::Done;
+use crate::reply::{Done, ErrorReply};
 use crate::request::{Destination, Tunnel};
 
 /// Result of `tunnel`: what was carried.
@@ -24,13 +26,13 @@ pub struct Carried {
 }
 
 /// Connects and carries bytes until both sides have said that no more come.
-pub async fn tunnel<R, W>(request: &Tunnel, exchange: &mut Exchange<R, W>) -> Result<Carried, Abort>
+pub async fn tunnel<R, W>(request: Tunnel, exchange: &mut Exchange<R, W>) -> Result<Carried, Abort>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    match &request.to {
-        &Destination::Port(port) => {
+    match request.to {
+        Destination::Port(port) => {
             let mut connection = connect(port).await.map_err(|error| Abort::io(format!("port {port}"), &error))?;
             // Not being able to is no reason to refuse.
             let _ = connection.set_nodelay(true);
@@ -43,7 +45,12 @@ where
             carried
         }
         Destination::Path(path) => {
-            let mut connection = UnixStream::connect(path).await.map_err(|error| Abort::io(path, &error))?;
+            let connecting = move || {
+                // It connects at once or not at all; looking the path up may take longer.
+                let connected = Handle::current().block_on(UnixStream::connect(&path));
+                connected.map_err(|error| ErrorReply::io(&path, &error))
+            };
+            let mut connection = FILES.run(&mut exchange.input, connecting).await??;
             let (read, write) = connection.split();
             carry(exchange, read, write).await
         }

@@ -4,9 +4,10 @@
 use std::ffi::c_void;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicI32, Ordering};
 
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal, pidfd_send_signal};
 
 /// Enough for a few system calls.
 const STACK: usize = 16 * 1024;
@@ -20,8 +21,42 @@ pub struct Spawned {
     pub pidfd: OwnedFd,
 }
 
+/// A start that may be called off while it is under way: the child may wait for a file system.
+#[derive(Default)]
+pub struct Start(AtomicI32);
+
+impl Start {
+    const NO_CHILD: i32 = 0;
+    const CALLED_OFF: i32 = -1;
+
+    /// There is no child after this, unless it has executed its program already.
+    pub fn call_off(&self) {
+        let pidfd = self.0.swap(Self::CALLED_OFF, Ordering::AcqRel);
+        if pidfd > Self::NO_CHILD {
+            // SAFETY: whoever takes the number out owns the descriptor, which the child has put there.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            // One that has ended is what was wanted.
+            let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        }
+    }
+
+    /// For the child: lets it be killed. False: it is not wanted any more.
+    fn begins(&self, pidfd: RawFd) -> bool {
+        self.0.compare_exchange(Self::NO_CHILD, pidfd, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// Whether the child is its starter's alone again: nobody has called it off since it began.
+    fn ends(&self, pidfd: RawFd) -> bool {
+        self.0.compare_exchange(pidfd, Self::NO_CHILD, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+}
+
 struct Task<'a> {
     become_program: &'a dyn Fn() -> io::Error,
+    start: &'a Start,
+    pidfd: RawFd,
+    /// `start` has the descriptor.
+    began: bool,
     failed: Option<io::Error>,
 }
 
@@ -30,28 +65,30 @@ struct Task<'a> {
 /// # Safety
 /// `become_program` runs in the child while this thread stands still, in the same memory: it must execute, or return why it could not,
 /// and do nothing to memory that would be wrong in the agent: allocate, lock, panic.
-pub unsafe fn spawn(become_program: &dyn Fn() -> io::Error) -> io::Result<Spawned> {
-    let mut task = Task { become_program, failed: None };
+pub unsafe fn spawn(start: &Start, become_program: &dyn Fn() -> io::Error) -> io::Result<Spawned> {
+    let mut task = Task { become_program, start, pidfd: -1, began: false, failed: None };
     let mut stack = Stack(MaybeUninit::uninit());
-    let mut pidfd: libc::c_int = -1;
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
     // SAFETY: the stack is the child's alone and, like all the child is given, outlives it as far as it runs in this memory: the
     // kernel holds this thread until then.
     let pid = unsafe {
         let top = stack.0.as_mut_ptr().add(1).cast();
-        libc::clone(run, top, flags, (&raw mut task).cast(), &raw mut pidfd)
+        let task = &raw mut task;
+        libc::clone(run, top, flags, task.cast(), &raw mut (*task).pidfd)
     };
     if pid < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just made it, nobody else knows it.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-    if let Some(error) = task.failed {
-        // It has ended; nobody else waits for it.
+    let is_wanted = task.began && start.ends(task.pidfd);
+    // Else who has called it off has the descriptor.
+    // SAFETY: the kernel has just made it, and nobody else has it (any more).
+    let pidfd = (is_wanted || !task.began).then(|| unsafe { OwnedFd::from_raw_fd(task.pidfd) });
+    let (true, Some(pidfd), None) = (is_wanted, pidfd, &task.failed) else {
+        // It has ended or is being killed; nobody else waits for it.
         // SAFETY: plain numbers, no status wanted.
         unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
-        return Err(error);
-    }
+        return Err(task.failed.unwrap_or_else(|| io::Error::from_raw_os_error(libc::ECANCELED)));
+    };
     let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
     Ok(Spawned { pid, pidfd })
 }
@@ -59,7 +96,9 @@ pub unsafe fn spawn(become_program: &dyn Fn() -> io::Error) -> io::Result<Spawne
 extern "C" fn run(task: *mut c_void) -> libc::c_int {
     // SAFETY: it is the parent's `task`, which nobody else uses while the parent stands still.
     let task = unsafe { &mut *task.cast::<Task<'_>>() };
+    task.began = task.start.begins(task.pidfd);
     task.failed = Some(match default_signals() {
+        _ if !task.began => io::Error::from_raw_os_error(libc::ECANCELED),
         Ok(()) => (task.become_program)(),
         Err(error) => error,
     });
@@ -105,16 +144,40 @@ mod tests {
     #[test]
     fn a_child_executes() {
         // SAFETY: makes one system call.
-        let child = unsafe { spawn(&|| exec(c"/bin/false")) }.unwrap();
+        let child = unsafe { spawn(&Start::default(), &|| exec(c"/bin/false")) }.unwrap();
         assert_eq!(exit_code(&child), 1);
     }
 
     #[test]
     fn a_child_that_cannot_is_buried() {
         // SAFETY: makes one system call.
-        let failed = unsafe { spawn(&|| exec(c"/no/such/program")) }.map(|child| child.pid);
+        let failed = unsafe { spawn(&Start::default(), &|| exec(c"/no/such/program")) }.map(|child| child.pid);
         assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::ENOENT));
         let children = fs::read_to_string("/proc/thread-self/children").unwrap();
         assert_eq!(children, "");
+    }
+
+    #[test]
+    fn a_child_that_is_called_off_ends_whatever_it_waits_for() {
+        let (reads, writes) = rustix::pipe::pipe().unwrap();
+        let (start, waits) = (&Start::default(), &reads);
+        std::thread::scope(|scope| {
+            let starting = scope.spawn(move || {
+                let wait = || {
+                    let _ = rustix::io::write(&writes, b"waits");
+                    // SAFETY: waits for a signal.
+                    unsafe { libc::pause() };
+                    io::Error::last_os_error()
+                };
+                // SAFETY: makes two system calls.
+                unsafe { spawn(start, &wait) }.map(|child| child.pid)
+            });
+            rustix::io::read(waits, &mut [0; 5]).unwrap();
+            start.call_off();
+            assert_eq!(starting.join().unwrap().unwrap_err().raw_os_error(), Some(libc::ECANCELED));
+        });
+        // SAFETY: makes no system call.
+        let late = unsafe { spawn(start, &|| io::ErrorKind::Other.into()) }.map(|child| child.pid);
+        assert_eq!(late.unwrap_err().raw_os_error(), Some(libc::ECANCELED));
     }
 }

@@ -12,6 +12,7 @@ use super::record::{Record, Tree};
 use super::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, images, kdat, remove_images, trees, vfork};
 use crate::agent::operation::Exchange;
 use crate::agent::stream::Abort;
+use crate::agent::threads::COMMANDS;
 use crate::agent::{Context, archive, freeze};
 use crate::frame::{Frame, Kind};
 use crate::init::cgroup;
@@ -70,7 +71,8 @@ where
     W: AsyncWrite + Unpin,
 {
     let began = Instant::now();
-    // The gate is closed: there will be no more.
+    // The gate is closed: there will be no more. What is being started is neither the agent any more nor a command yet.
+    let _none_starts = COMMANDS.rest(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
     context.terminals.refuse_open()?;
     let frozen = vfork::stop_commands(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
     // Freezing takes a moment; dumping takes as long as there is memory.

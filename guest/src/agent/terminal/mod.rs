@@ -4,18 +4,21 @@ mod pty;
 mod screen;
 mod session;
 
+use std::collections::BTreeSet;
 use std::num::NonZeroU16;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
 
 use self::pty::Pty;
 use self::screen::Screen;
 use self::session::{Client, Keyboard, Seen, Session};
 use super::operation::Exchange;
-use super::stream::{Abort, CHUNK};
+use super::stream::{Abort, CHUNK, FrameReader};
+use super::threads::COMMANDS;
 use super::{Context, command, exec};
 use crate::frame::Kind;
 use crate::reply::{Code, Done, ErrorReply, Exit, SessionInfo, SessionList, Started};
@@ -39,15 +42,42 @@ impl Size {
 
 /// Every terminal there is: of commands that run, and of sessions that have ended and whose end nobody has seen.
 #[derive(Default)]
-pub struct Terminals(Mutex<Vec<Arc<Session>>>);
+pub struct Terminals {
+    all: Mutex<Vec<Arc<Session>>>,
+    /// Names of sessions whose commands are being started.
+    starting: watch::Sender<BTreeSet<String>>,
+}
+
+/// A name that nobody else can start a session by.
+struct Reserved<'a> {
+    name: String,
+    terminals: &'a Terminals,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.terminals.starting.send_if_modified(|names| names.remove(&self.name));
+    }
+}
 
 impl Terminals {
     fn all(&self) -> MutexGuard<'_, Vec<Arc<Session>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn find(&self, name: &str) -> Option<Arc<Session>> {
         self.all().iter().find(|session| session.name.as_deref() == Some(name)).cloned()
+    }
+
+    /// A session, or its name while it is being started here. Waits until nobody else starts it.
+    async fn find_or_reserve(&self, name: &str) -> (Option<Arc<Session>>, Option<Reserved<'_>>) {
+        // It cannot fail: the sender is this table's own.
+        let _ = self.starting.subscribe().wait_for(|names| !names.contains(name)).await;
+        if let Some(session) = self.find(name) {
+            return (Some(session), None);
+        }
+        self.starting.send_if_modified(|names| names.insert(name.to_owned()));
+        (None, Some(Reserved { name: name.to_owned(), terminals: self }))
     }
 
     fn remove(&self, session: &Arc<Session>) {
@@ -89,10 +119,10 @@ impl Terminals {
         ))
     }
 
-    /// Makes room for one more session.
+    /// Makes room for the sessions that are being started.
     fn make_room(&self) -> Result<(), ErrorReply> {
         let mut all = self.all();
-        if all.iter().filter(|session| session.name.is_some()).count() < MOST {
+        if all.iter().filter(|session| session.name.is_some()).count() + self.starting.borrow().len() <= MOST {
             return Ok(());
         }
         match all.iter().position(|session| session.exit().is_some()) {
@@ -111,12 +141,20 @@ where
 {
     let Some(size) = Size::new(request.columns, request.rows) else { return Err(Abort::bad("no such size")) };
     let steal = request.steal;
-    // Nothing is awaited from here until somebody is attached: a name cannot be taken twice.
-    let session = match request.session.as_deref().and_then(|name| context.terminals.find(name)) {
+    let (found, reserved) = match &request.session {
+        Some(name) => tokio::select! {
+            biased;
+            found = context.terminals.find_or_reserve(name) => found,
+            () = exchange.input.lost() => return Err(Abort::Gone),
+        },
+        None => (None, None),
+    };
+    let session = match found {
         Some(session) => session,
-        None => start(context, request, size)?,
+        None => start(context, request, size, &mut exchange.input).await?,
     };
     let (replay, client) = session.join(size, steal)?;
+    drop(reserved);
     let attended = attend(&session, &replay, client, exchange).await;
     if attended.is_ok() {
         context.terminals.remove(&session);
@@ -127,7 +165,12 @@ where
     attended
 }
 
-fn start(context: &Arc<Context>, request: Request, size: Size) -> Result<Arc<Session>, Abort> {
+async fn start<R: AsyncRead + Unpin>(
+    context: &Arc<Context>,
+    request: Request,
+    size: Size,
+    input: &mut FrameReader<R>,
+) -> Result<Arc<Session>, Abort> {
     let Request { argv, cwd, env, secrets, session: name, user, .. } = request;
     let mut size = size;
     if name.is_some() {
@@ -135,15 +178,18 @@ fn start(context: &Arc<Context>, request: Request, size: Size) -> Result<Arc<Ses
         size = Screen::limit(size);
     }
     let mut command = Exec { argv, env, cwd, user, stdin: true, secrets };
-    let config = context.config().clone();
     if command.argv.is_empty() {
-        command.argv = command::login_shell(&config, &command);
+        let (config, asked) = (context.config().clone(), command.clone());
+        command.argv = COMMANDS.run(input, move || command::login_shell(&config, &asked)).await?;
     }
-    let pty = Pty::open(size).map_err(|error| Abort::io("terminal", &error))?;
-    let process = command::start_in(pty.slave(), &config, &context.secrets(), &command)?;
+    let argv = command.argv.clone();
+    let failed = |error| Abort::io("terminal", &error);
+    let pty = Pty::open(size).map_err(failed)?;
+    let slave = pty.slave().try_clone_to_owned().map_err(failed)?;
+    let process = command::start_in(slave, context, command, input).await?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
     let created_ms = u64::try_from(now).unwrap_or(u64::MAX);
-    let session = Arc::new(Session::new(name, command.argv, created_ms, size, pty, process));
+    let session = Arc::new(Session::new(name, argv, created_ms, size, pty, process));
     context.terminals.all().push(Arc::clone(&session));
     let (context, running) = (Arc::clone(context), Arc::clone(&session));
     tokio::spawn(async move {
