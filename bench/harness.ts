@@ -1,11 +1,11 @@
 import type { CommandExecutor, FileSystem, Error as PlatformErrors } from "@effect/platform"
 import { Console, Effect, Schema, type Scope } from "effect"
-import type { Assets } from "../src/Assets.ts"
-import type { FilesError, TunnelError } from "../src/domain/errors.ts"
-import type { HostProbe } from "../src/HostProbe.ts"
+import type { FilesError, TunnelError } from "../src/errors.ts"
+import type { Assets } from "../src/host/Assets.ts"
+import type { RootfsImage } from "../src/image/RootfsImage.ts"
 import type { BootFailure, Machinen, SnapshotFailure } from "../src/Machinen.ts"
-import type { Mountdisk } from "../src/Mountdisk.ts"
-import type { RootfsImage } from "../src/RootfsImage.ts"
+import type { HostProbe } from "../src/machine/HostProbe.ts"
+import type { Mountdisk } from "../src/mount/Mountdisk.ts"
 import type { Settings } from "../src/Settings.ts"
 
 /** The bench itself went wrong: a tool is missing, or what was measured did not do what it should. */

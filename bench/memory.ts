@@ -1,7 +1,7 @@
 import { readFileSync, statSync, writeFileSync } from "node:fs"
 import { Effect } from "effect"
 import { memoryFd } from "../backends/qemu/commandLine.ts"
-import type { Vm } from "../src/Vm.ts"
+import type { Vm } from "../src/vm/Vm.ts"
 import { BenchError } from "./harness.ts"
 
 export interface Memory {

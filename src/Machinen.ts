@@ -1,11 +1,9 @@
 import { FileSystem } from "@effect/platform"
 import { Context, Effect, Layer, type Scope } from "effect"
-import { Agent } from "./Agent.ts"
-import { Assets } from "./Assets.ts"
-import * as Bundle from "./Bundle.ts"
-import { type Booted, boot } from "./boot.ts"
-import { Digests } from "./Digests.ts"
-import type { BootOptions } from "./domain/BootOptions.ts"
+import { type Booted, boot } from "./boot/boot.ts"
+import { type Prepared, type PrepareOptions, prepare } from "./boot/prepare.ts"
+import { type Provisioned, type ProvisionOptions, provision } from "./boot/provision.ts"
+import { collect } from "./boot/templates.ts"
 import type {
   AssetError,
   BootError,
@@ -15,23 +13,25 @@ import type {
   RegistryError,
   SecretsError,
   SnapshotError
-} from "./domain/errors.ts"
-import type { VmEntry } from "./domain/VmEntry.ts"
-import { type Forked, type ForkOptions, fork } from "./fork.ts"
-import { Gvproxy } from "./Gvproxy.ts"
-import { Mountdisk } from "./Mountdisk.ts"
-import { type Prepared, type PrepareOptions, prepare } from "./prepare.ts"
-import { type Provisioned, type ProvisionOptions, provision } from "./provision.ts"
-import { type Leftover, Registry } from "./Registry.ts"
-import { RootfsImage } from "./RootfsImage.ts"
-import { misfits, type Recorded, type Restored, type RestoreOptions, restore, unasked } from "./restore.ts"
+} from "./errors.ts"
+import { Agent } from "./guest/Agent.ts"
+import { Assets } from "./host/Assets.ts"
+import { RootfsImage } from "./image/RootfsImage.ts"
+import type { BootOptions } from "./machine/BootOptions.ts"
+import { type Leftover, Registry } from "./machine/Registry.ts"
+import { Shim } from "./machine/Shim.ts"
+import type { VmEntry } from "./machine/VmEntry.ts"
+import { Vmm } from "./machine/Vmm.ts"
+import { Mountdisk } from "./mount/Mountdisk.ts"
 import { Settings } from "./Settings.ts"
-import { Shim } from "./Shim.ts"
-import { SnapshotEngines } from "./SnapshotEngine.ts"
-import { checkSnapshot, type Snapshot, type SnapshotOptions, snapshot } from "./snapshot.ts"
-import { collect } from "./templates.ts"
-import * as Vm from "./Vm.ts"
-import { Vmm } from "./Vmm.ts"
+import * as Bundle from "./snapshot/Bundle.ts"
+import { Digests } from "./snapshot/Digests.ts"
+import { type Forked, type ForkOptions, fork } from "./snapshot/fork.ts"
+import { misfits, type Recorded, type Restored, type RestoreOptions, restore, unasked } from "./snapshot/restore.ts"
+import { SnapshotEngines } from "./snapshot/SnapshotEngine.ts"
+import { checkSnapshot, type Snapshot, type SnapshotOptions, snapshot } from "./snapshot/snapshot.ts"
+import { Gvproxy } from "./vm/Gvproxy.ts"
+import * as Vm from "./vm/Vm.ts"
 
 export interface Inspection {
   readonly bundle: Bundle.Bundle

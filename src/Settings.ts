@@ -55,7 +55,7 @@ export interface SettingsValues {
   readonly home: string
   /** Things that can be built again: root images, mount disks, probes. */
   readonly cacheDir: string
-  /** Kernel, guest binary, shim and base images, by content (src/Assets.ts). */
+  /** Kernel, guest binary, shim and base images, by content (src/host/Assets.ts). */
   readonly assetsDir: string
   /** One directory for each VM. */
   readonly vmsDir: string

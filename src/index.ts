@@ -1,4 +1,9 @@
 /** The Effect API. `Machinen` is the service, `layer` provides it on this host. */
+
+export type { Booted } from "./boot/boot.ts"
+export type { Prepared, PrepareOptions } from "./boot/prepare.ts"
+export type { BuildProgress, Provisioned, ProvisionOptions } from "./boot/provision.ts"
+export * from "./errors.ts"
 export type {
   AgentClient,
   CommandOutput,
@@ -9,30 +14,33 @@ export type {
   MainCommand,
   RunningCommand,
   WriteFileOptions
-} from "./Agent.ts"
-export { DirectoryEntry, FileChange, FileStat, GuestStats, Rejuvenation, TerminalSession } from "./AgentProtocol.ts"
-export type { Bundle } from "./Bundle.ts"
-export type { Booted } from "./boot.ts"
-export type { BootOptions } from "./domain/BootOptions.ts"
-export { BundleManifest, EngineName } from "./domain/BundleManifest.ts"
-export * from "./domain/errors.ts"
-export { ImageConfig } from "./domain/ImageConfig.ts"
-export type { Secrets } from "./domain/Secrets.ts"
-export { ExitRecord } from "./domain/ShimPlan.ts"
-export type { TunnelMapping, TunnelTarget } from "./domain/TunnelAddress.ts"
-export { ExitStatus, VmId, VmName } from "./domain/Vm.ts"
-export { VmEntry } from "./domain/VmEntry.ts"
-export type { Forked, ForkOptions } from "./fork.ts"
-export * as Initramfs from "./InitramfsPackers.ts"
+} from "./guest/Agent.ts"
+export {
+  DirectoryEntry,
+  FileChange,
+  FileStat,
+  GuestStats,
+  Rejuvenation,
+  TerminalSession
+} from "./guest/AgentProtocol.ts"
+export { Entrusted } from "./guest/SecretStore.ts"
+export type { Terminal, TerminalCommand, TerminalOptions, TerminalSize } from "./guest/Terminal.ts"
+export type { TunnelConnection, TunnelListener } from "./guest/Tunnel.ts"
+export { ImageConfig } from "./image/ImageConfig.ts"
+export * as Initramfs from "./initramfs/InitramfsPackers.ts"
 export { type BootFailure, type Inspection, Machinen, type SnapshotFailure } from "./Machinen.ts"
-export type { Prepared, PrepareOptions } from "./prepare.ts"
-export type { BuildProgress, Provisioned, ProvisionOptions } from "./provision.ts"
-export type { Leftover } from "./Registry.ts"
-export type { Restored, RestoreOptions } from "./restore.ts"
+export type { BootOptions } from "./machine/BootOptions.ts"
+export { ExitStatus, VmId, VmName } from "./machine/MachineSpec.ts"
+export type { Leftover } from "./machine/Registry.ts"
+export type { Secrets } from "./machine/Secrets.ts"
+export { ExitRecord } from "./machine/ShimPlan.ts"
+export type { TunnelMapping, TunnelTarget } from "./machine/TunnelAddress.ts"
+export { VmEntry } from "./machine/VmEntry.ts"
 export { layer } from "./runtime/layers.ts"
-export { Entrusted } from "./SecretStore.ts"
 export { Settings } from "./Settings.ts"
-export type { Snapshot, SnapshotOptions } from "./snapshot.ts"
-export type { Terminal, TerminalCommand, TerminalOptions, TerminalSize } from "./Terminal.ts"
-export type { TunnelConnection, TunnelListener } from "./Tunnel.ts"
-export type { MemoryStats, Vm } from "./Vm.ts"
+export type { Bundle } from "./snapshot/Bundle.ts"
+export { BundleManifest, EngineName } from "./snapshot/BundleManifest.ts"
+export type { Forked, ForkOptions } from "./snapshot/fork.ts"
+export type { Restored, RestoreOptions } from "./snapshot/restore.ts"
+export type { Snapshot, SnapshotOptions } from "./snapshot/snapshot.ts"
+export type { MemoryStats, Vm } from "./vm/Vm.ts"

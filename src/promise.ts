@@ -7,11 +7,7 @@ import { statSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
 import type { Readable, Writable } from "node:stream"
 import { Cause, Duration, Effect, Exit, Fiber, Layer, Option, RcRef, Schedule, Scope, Stream } from "effect"
-import { Agent, type AgentClient, type ExecOptions } from "./Agent.ts"
-import * as baseAssets from "./baseAssets.ts"
-import { notReadyDetached } from "./boot.ts"
-import { autoMemoryMib } from "./domain/BootOptions.ts"
-import type { EngineName } from "./domain/BundleManifest.ts"
+import { notReadyDetached } from "./boot/boot.ts"
 import {
   BootError,
   FilesError,
@@ -19,33 +15,37 @@ import {
   type MachinenError,
   RegistryError,
   type SecretsError
-} from "./domain/errors.ts"
-import { defaultFreeMemoryThreshold, refusal } from "./domain/forkBackpressure.ts"
-import { defaultMountUpperBytes, type LiveMountOption } from "./domain/mounts.ts"
-import type { NetworkMode, PortForwardOption } from "./domain/Network.ts"
-import type { Disk } from "./domain/Vm.ts"
-import type { VmEntry } from "./domain/VmEntry.ts"
-import * as execPty from "./execPty.ts"
-import * as InitramfsPackers from "./InitramfsPackers.ts"
+} from "./errors.ts"
+import { Agent, type AgentClient, type ExecOptions } from "./guest/Agent.ts"
+import * as baseAssets from "./host/baseAssets.ts"
+import { baseNames } from "./image/RootfsImage.ts"
+import * as InitramfsPackers from "./initramfs/InitramfsPackers.ts"
 import { Machinen } from "./Machinen.ts"
-import { type Lower, type LowerOptions, Mountdisk } from "./Mountdisk.ts"
+import { autoMemoryMib } from "./machine/BootOptions.ts"
+import type { Disk } from "./machine/MachineSpec.ts"
+import { defaultMountUpperBytes, type LiveMountOption } from "./machine/mountOptions.ts"
+import type { NetworkMode, PortForwardOption } from "./machine/Network.ts"
+import type { Leftover } from "./machine/Registry.ts"
+import type { VmEntry } from "./machine/VmEntry.ts"
+import { type Lower, type LowerOptions, Mountdisk } from "./mount/Mountdisk.ts"
 import * as memory from "./platform/memory.ts"
 import * as processes from "./platform/processes.ts"
-import type { Leftover } from "./Registry.ts"
-import { baseNames } from "./RootfsImage.ts"
+import * as execPty from "./promise/execPty.ts"
+import * as VmControl from "./promise/VmControl.ts"
 import * as debug from "./runtime/debug.ts"
 import * as layers from "./runtime/layers.ts"
 import type { Settings } from "./Settings.ts"
-import type { Vm } from "./Vm.ts"
-import * as VmControl from "./VmControl.ts"
+import type { EngineName } from "./snapshot/BundleManifest.ts"
+import { defaultFreeMemoryThreshold, refusal } from "./snapshot/forkBackpressure.ts"
+import type { Vm } from "./vm/Vm.ts"
 
-export { bootPty, type PtyBootOptions, type PtyVmHandle } from "./bootPty.ts"
-export * from "./domain/errors.ts"
-export { format as formatMachinenError } from "./domain/errors.ts"
-export { buildWriteFileCmd, buildWriteFileCmds } from "./domain/writeFileCommands.ts"
-export type { VsockExecPtyOptions } from "./execPty.ts"
-export { type OnOutputListener, type SandboxEntry, Sandboxes, type SandboxVm } from "./Sandboxes.ts"
-export { Supervisor, type SupervisorOptions } from "./Supervisor.ts"
+export * from "./errors.ts"
+export { format as formatMachinenError } from "./errors.ts"
+export { bootPty, type PtyBootOptions, type PtyVmHandle } from "./promise/bootPty.ts"
+export type { VsockExecPtyOptions } from "./promise/execPty.ts"
+export { type OnOutputListener, type SandboxEntry, Sandboxes, type SandboxVm } from "./promise/Sandboxes.ts"
+export { Supervisor, type SupervisorOptions } from "./promise/Supervisor.ts"
+export { buildWriteFileCmd, buildWriteFileCmds } from "./promise/writeFileCommands.ts"
 
 /** Bytes of a guest's, as they came: not split, not decoded. */
 export interface ChunkLogEvent {
@@ -245,7 +245,7 @@ export interface SnapshotOptions extends Interruptible {
   readonly onLog?: OnLog
 }
 
-export type { VmExit } from "./VmControl.ts"
+export type { VmExit } from "./promise/VmControl.ts"
 export type SnapshotEngine = EngineName
 
 export interface SnapshotResult {
@@ -830,7 +830,7 @@ const unusable = (cause: unknown) =>
       })
 
 /**
- * Packers of initramfs archives (src/InitramfsPackers.ts). Without `initPath`, `/init` is the guest program set-up builds.
+ * Packers of initramfs archives (src/initramfs/InitramfsPackers.ts). Without `initPath`, `/init` is the guest program set-up builds.
  */
 const pack =
   <O, A>(packer: (options: O) => Effect.Effect<A, MachinenError, InitramfsPackers.Services | Settings>) =>
@@ -859,7 +859,7 @@ export type {
   RootfsOptions as PackRootfsOptions,
   TinyBundleOptions as PackTinyBundleOptions,
   WorkspaceOptions as PackWorkspaceOptions
-} from "./InitramfsPackers.ts"
+} from "./initramfs/InitramfsPackers.ts"
 
 /** On this host's real services. */
 export const { attach, boot, list, provision, restore, runGc } = make(layers.layer)

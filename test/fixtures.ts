@@ -4,9 +4,9 @@ import { chmodSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync }
 import * as path from "node:path"
 import { assert } from "@effect/vitest"
 import { Cause, Context, Effect, Layer, Schedule, type Scope } from "effect"
-import type { BootOptions } from "../src/domain/BootOptions.ts"
 import { Machinen } from "../src/Machinen.ts"
-import type { Vm } from "../src/Vm.ts"
+import type { BootOptions } from "../src/machine/BootOptions.ts"
+import type { Vm } from "../src/vm/Vm.ts"
 import { environment, leftovers, live, nothing, processesOf, temporaryDirectory } from "./host.ts"
 
 export * from "./host.ts"

@@ -21,7 +21,7 @@ import {
 } from "node:fs"
 import * as os from "node:os"
 import * as path from "node:path"
-import { debianReleases } from "../src/domain/hostRequirements.ts"
+import { debianReleases } from "../src/host/hostRequirements.ts"
 
 const checkout = path.resolve(import.meta.dirname, "..")
 const args = process.argv.slice(2)

@@ -1,6 +1,6 @@
 import * as net from "node:net"
 import { Effect, type Scope } from "effect"
-import { encodeFrame, FrameDecoder, FrameType } from "../src/AgentProtocol.ts"
+import { encodeFrame, FrameDecoder, FrameType } from "../src/guest/AgentProtocol.ts"
 
 const json = (type: FrameType, value: unknown) => encodeFrame(type, Buffer.from(JSON.stringify(value)))
 

@@ -1,14 +1,14 @@
 import * as path from "node:path"
 import { FileSystem } from "@effect/platform"
 import { Effect, Layer } from "effect"
-import { Agent } from "../../src/Agent.ts"
-import { Assets } from "../../src/Assets.ts"
-import { BootError, ExecError, SnapshotError } from "../../src/domain/errors.ts"
-import { guestNetwork } from "../../src/domain/Network.ts"
-import * as Launch from "../../src/launch.ts"
-import { guestMounts } from "../../src/mounts.ts"
-import { SnapshotEngine } from "../../src/SnapshotEngine.ts"
-import { clockAfterStandstill } from "../../src/Vm.ts"
+import { BootError, ExecError, SnapshotError } from "../../src/errors.ts"
+import { Agent } from "../../src/guest/Agent.ts"
+import { Assets } from "../../src/host/Assets.ts"
+import { guestNetwork } from "../../src/machine/Network.ts"
+import { guestMounts } from "../../src/mount/mounts.ts"
+import { SnapshotEngine } from "../../src/snapshot/SnapshotEngine.ts"
+import * as Launch from "../../src/vm/launch.ts"
+import { clockAfterStandstill } from "../../src/vm/Vm.ts"
 
 /** What the guest's own answer to a time limit may take. */
 const graceMs = 2000

@@ -1,7 +1,4 @@
 import { Context, Deferred, Effect, FiberId, Layer, Option, Ref, Stream } from "effect"
-import { Agent, type AgentClient } from "../../src/Agent.ts"
-import { Assets } from "../../src/Assets.ts"
-import { DigestFailed, Digests } from "../../src/Digests.ts"
 import {
   AssetError,
   BootError,
@@ -10,15 +7,18 @@ import {
   ProvisionError,
   SecretsError,
   TunnelError
-} from "../../src/domain/errors.ts"
-import { ExitRecord } from "../../src/domain/ShimPlan.ts"
-import type { MachineSpec } from "../../src/domain/Vm.ts"
-import { Gvproxy } from "../../src/Gvproxy.ts"
-import { Mountdisk } from "../../src/Mountdisk.ts"
-import { RootfsImage } from "../../src/RootfsImage.ts"
-import { CaptureFailed, type ShimHandle } from "../../src/Shim.ts"
-import { SnapshotEngines } from "../../src/SnapshotEngine.ts"
-import { type Supervision, Vmm, VmmControlFailed, type VmmHandle } from "../../src/Vmm.ts"
+} from "../../src/errors.ts"
+import { Agent, type AgentClient } from "../../src/guest/Agent.ts"
+import { Assets } from "../../src/host/Assets.ts"
+import { RootfsImage } from "../../src/image/RootfsImage.ts"
+import type { MachineSpec } from "../../src/machine/MachineSpec.ts"
+import { CaptureFailed, type ShimHandle } from "../../src/machine/Shim.ts"
+import { ExitRecord } from "../../src/machine/ShimPlan.ts"
+import { type Supervision, Vmm, VmmControlFailed, type VmmHandle } from "../../src/machine/Vmm.ts"
+import { Mountdisk } from "../../src/mount/Mountdisk.ts"
+import { DigestFailed, Digests } from "../../src/snapshot/Digests.ts"
+import { SnapshotEngines } from "../../src/snapshot/SnapshotEngine.ts"
+import { Gvproxy } from "../../src/vm/Gvproxy.ts"
 
 /** Steps of a boot that can be made to fail, or never to end. */
 const steps = ["kernel", "init", "image", "upper", "listen", "launch", "doorbell", "detach"] as const

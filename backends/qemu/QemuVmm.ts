@@ -1,14 +1,14 @@
 import * as path from "node:path"
 import { Effect, Layer, Option, Ref, Schema } from "effect"
-import { Assets } from "../../src/Assets.ts"
-import { BootError } from "../../src/domain/errors.ts"
-import { hostSocket } from "../../src/domain/Network.ts"
-import { ShimPlan } from "../../src/domain/ShimPlan.ts"
-import { MachineFingerprint } from "../../src/domain/Vm.ts"
-import { HostProbe } from "../../src/HostProbe.ts"
+import { BootError } from "../../src/errors.ts"
+import { Assets } from "../../src/host/Assets.ts"
+import { HostProbe } from "../../src/machine/HostProbe.ts"
+import { MachineFingerprint } from "../../src/machine/MachineSpec.ts"
+import { hostSocket } from "../../src/machine/Network.ts"
+import { Shim, type ShimHandle } from "../../src/machine/Shim.ts"
+import { ShimPlan } from "../../src/machine/ShimPlan.ts"
+import { Vmm, VmmControlFailed, type VmmHandle } from "../../src/machine/Vmm.ts"
 import { Settings } from "../../src/Settings.ts"
-import { Shim, type ShimHandle } from "../../src/Shim.ts"
-import { Vmm, VmmControlFailed, type VmmHandle } from "../../src/Vmm.ts"
 import {
   channelFd,
   commandLine,

@@ -1,7 +1,7 @@
 import { randomUUID } from "node:crypto"
 import { type Duration, Effect, Option, Schema, type Scope, Stream } from "effect"
+import { VmmControlFailed } from "../../src/machine/Vmm.ts"
 import * as UnixSocket from "../../src/platform/UnixSocket.ts"
-import { VmmControlFailed } from "../../src/Vmm.ts"
 
 /** A monitor session: one command at a time, each waits for its answer. QEMU serves one session at once. */
 export interface Qmp {

@@ -1,5 +1,5 @@
 import * as path from "node:path"
-import type { Accelerator, MachineSpec, Plugged } from "../../src/domain/Vm.ts"
+import type { Accelerator, MachineSpec, Plugged } from "../../src/machine/MachineSpec.ts"
 
 /** The full binary, for it has TCG; Debian's `-microvm` build has KVM only. */
 export const defaultBinary = "qemu-system-x86_64"

@@ -1,8 +1,8 @@
 import * as path from "node:path"
 import { Effect, Layer } from "effect"
-import { ExecError, SnapshotError } from "../../src/domain/errors.ts"
-import { SnapshotEngine } from "../../src/SnapshotEngine.ts"
-import { clockAfterStandstill } from "../../src/Vm.ts"
+import { ExecError, SnapshotError } from "../../src/errors.ts"
+import { SnapshotEngine } from "../../src/snapshot/SnapshotEngine.ts"
+import { clockAfterStandstill } from "../../src/vm/Vm.ts"
 
 const stateFile = "state"
 const memoryFile = "memory"

@@ -1,5 +1,5 @@
 import { Effect } from "effect"
-import { HostProbe } from "../../src/HostProbe.ts"
+import { HostProbe } from "../../src/machine/HostProbe.ts"
 import * as command from "../../src/platform/command.ts"
 import { Settings } from "../../src/Settings.ts"
 import { environment } from "../../test/host.ts"

@@ -1,8 +1,8 @@
 import { Effect, Option } from "effect"
-import { Assets } from "../../src/Assets.ts"
-import { defaultMemoryMib } from "../../src/domain/BootOptions.ts"
-import { HostProbe } from "../../src/HostProbe.ts"
+import { Assets } from "../../src/host/Assets.ts"
 import { Machinen } from "../../src/Machinen.ts"
+import { defaultMemoryMib } from "../../src/machine/BootOptions.ts"
+import { HostProbe } from "../../src/machine/HostProbe.ts"
 import { atMost, BenchError, p50, type Scenario, type Variant } from "../harness.ts"
 import * as rawQemu from "../rawQemu.ts"
 

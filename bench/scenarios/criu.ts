@@ -1,8 +1,8 @@
 import { Effect } from "effect"
-import { HostProbe } from "../../src/HostProbe.ts"
 import type { Bundle } from "../../src/index.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import type { Vm } from "../../src/Vm.ts"
+import { HostProbe } from "../../src/machine/HostProbe.ts"
+import type { Vm } from "../../src/vm/Vm.ts"
 import { newPath } from "../files.ts"
 import { BenchError, type Scenario, type Variant } from "../harness.ts"
 

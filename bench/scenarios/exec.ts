@@ -1,8 +1,8 @@
 import { Effect, Stream } from "effect"
-import { defaultMemoryMib } from "../../src/domain/BootOptions.ts"
-import { HostProbe } from "../../src/HostProbe.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import type { Vm } from "../../src/Vm.ts"
+import { defaultMemoryMib } from "../../src/machine/BootOptions.ts"
+import { HostProbe } from "../../src/machine/HostProbe.ts"
+import type { Vm } from "../../src/vm/Vm.ts"
 import { atLeast, atMost, BenchError, max, p50, type Scenario, type Variant } from "../harness.ts"
 import * as memory from "../memory.ts"
 

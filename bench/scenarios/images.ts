@@ -1,9 +1,9 @@
 import * as path from "node:path"
 import { FileSystem } from "@effect/platform"
 import { Effect } from "effect"
+import { RootfsImage } from "../../src/image/RootfsImage.ts"
 import { Machinen } from "../../src/Machinen.ts"
 import * as command from "../../src/platform/command.ts"
-import { RootfsImage } from "../../src/RootfsImage.ts"
 import { Settings } from "../../src/Settings.ts"
 import { atMost, BenchError, p50, type Scenario, type Variant } from "../harness.ts"
 

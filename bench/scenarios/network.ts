@@ -1,6 +1,6 @@
 import { Effect, type Scope, Stream } from "effect"
-import { HostProbe } from "../../src/HostProbe.ts"
 import { Machinen } from "../../src/Machinen.ts"
+import { HostProbe } from "../../src/machine/HostProbe.ts"
 import { BenchError, type Failure, type Probe, type Scenario, type Variant } from "../harness.ts"
 import * as tcp from "../tcpClient.ts"
 

@@ -1,6 +1,6 @@
 import { Command, CommandDescriptor } from "@effect/cli"
 import { Effect, HashMap, type Layer, Option } from "effect"
-import { ParseError } from "../domain/errors.ts"
+import { ParseError } from "../errors.ts"
 import * as debug from "../runtime/debug.ts"
 import type * as layers from "../runtime/layers.ts"
 import { version } from "../version.ts"

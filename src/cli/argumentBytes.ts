@@ -1,6 +1,6 @@
 import { readFileSync } from "node:fs"
 import { Effect } from "effect"
-import { ParseError } from "../domain/errors.ts"
+import { ParseError } from "../errors.ts"
 
 /** What Node puts in the place of bytes that are no UTF-8; also a character that somebody may have meant. */
 const replacement = "\uFFFD"

@@ -1,5 +1,5 @@
 import { Either, LogLevel } from "effect"
-import { ParseError } from "../domain/errors.ts"
+import { ParseError } from "../errors.ts"
 
 /** What the command line says before the option parser sees it. */
 export interface Invocation {

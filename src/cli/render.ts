@@ -1,6 +1,6 @@
 import { Console, type Option } from "effect"
-import { printable } from "../domain/printable.ts"
-import type { VmEntry } from "../domain/VmEntry.ts"
+import type { VmEntry } from "../machine/VmEntry.ts"
+import { printable } from "../platform/printable.ts"
 import type { VmMemory } from "../platform/vmMemory.ts"
 
 /** Columns as wide as their widest cell; the last is not padded. A row is a line, whatever its cells hold. */

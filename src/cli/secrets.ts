@@ -1,7 +1,7 @@
 import { Options } from "@effect/cli"
 import { FileSystem } from "@effect/platform"
 import { Effect, Redacted } from "effect"
-import { ParseError } from "../domain/errors.ts"
+import { ParseError } from "../errors.ts"
 import { isUtf8, variable } from "./argumentBytes.ts"
 
 /** Never a value: command lines are for everybody to see. */

@@ -1,8 +1,8 @@
 import { Deferred, Effect, Ref, type Scope, Stream } from "effect"
-import { DetachKeys } from "../domain/DetachKeys.ts"
-import { ExecError } from "../domain/errors.ts"
+import { ExecError } from "../errors.ts"
+import type { Terminal, TerminalSize } from "../guest/Terminal.ts"
 import { leaveOutputAlone } from "../platform/tty.ts"
-import type { Terminal, TerminalSize } from "../Terminal.ts"
+import { DetachKeys } from "../terminal/DetachKeys.ts"
 import * as stdio from "./stdio.ts"
 
 /** What the program is typed into; fails when that is no terminal. */

@@ -2,7 +2,7 @@ import * as HelpDoc from "@effect/cli/HelpDoc"
 import type { Usage } from "@effect/cli/Usage"
 import type * as ValidationError from "@effect/cli/ValidationError"
 import { Effect, Option } from "effect"
-import { ParseError } from "../domain/errors.ts"
+import { ParseError } from "../errors.ts"
 
 export interface Flag {
   /** With its dashes; the first is the one to show. */

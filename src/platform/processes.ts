@@ -1,6 +1,6 @@
 import { readFileSync } from "node:fs"
 import { Effect, Option } from "effect"
-import type { ProcessIdentity } from "../domain/ProcessIdentity.ts"
+import type { ProcessIdentity } from "./ProcessIdentity.ts"
 
 const read = (path: string): Option.Option<string> => {
   try {

@@ -1,8 +1,8 @@
 import { inspect } from "node:util"
 import createDebug from "debug"
 import { Cause, Effect, Exit, FiberRef, FiberRefs, HashMap, Layer, Logger, LogLevel, Option, Tracer } from "effect"
-import { format, isMachinenError } from "../domain/errors.ts"
-import { printable } from "../domain/printable.ts"
+import { format, isMachinenError } from "../errors.ts"
+import { printable } from "../platform/printable.ts"
 
 const channels = new Map<string, createDebug.Debugger>()
 const channel = (name: string) => {

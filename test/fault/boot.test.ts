@@ -3,8 +3,8 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, symlinkSync, truncate
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
 import { Effect } from "effect"
-import type { BootOptions } from "../../src/domain/BootOptions.ts"
 import { Machinen } from "../../src/Machinen.ts"
+import type { BootOptions } from "../../src/machine/BootOptions.ts"
 import {
   assertNothingLeft,
   busyboxTarball,

@@ -3,7 +3,7 @@ import { mkdirSync, readdirSync, readFileSync, readlinkSync, writeFileSync } fro
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
 import { Effect, Either, Schema } from "effect"
-import { VmEntry } from "../../src/domain/VmEntry.ts"
+import { VmEntry } from "../../src/machine/VmEntry.ts"
 import * as processes from "../../src/platform/processes.ts"
 import {
   assertNothingLeft,

@@ -2,7 +2,7 @@ import { existsSync, readFileSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
 import { Effect, Exit } from "effect"
-import { HostProbe } from "../../src/HostProbe.ts"
+import { HostProbe } from "../../src/machine/HostProbe.ts"
 import { fakeVmm, hang, live, settled, temporaryDirectory, temporaryHome } from "../fixtures.ts"
 
 const home = temporaryHome()

@@ -1,9 +1,9 @@
 import * as fs from "node:fs"
 import { afterAll, assert, it, layer } from "@effect/vitest"
 import { Effect, Fiber, Queue, Stream } from "effect"
-import type { ExecError } from "../../src/domain/errors.ts"
+import type { ExecError } from "../../src/errors.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import type { Vm } from "../../src/Vm.ts"
+import type { Vm } from "../../src/vm/Vm.ts"
 import { Guest, guest, live, settled, sh, temporaryHome, text } from "../fixtures.ts"
 
 const home = temporaryHome()

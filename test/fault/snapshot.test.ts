@@ -5,9 +5,9 @@ import * as path from "node:path"
 import { afterEach, assert, beforeAll, describe, it } from "@effect/vitest"
 import { Effect, Either, type Scope } from "effect"
 import type { YieldWrap } from "effect/Utils"
-import type { BootOptions } from "../../src/domain/BootOptions.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import type { Vm } from "../../src/Vm.ts"
+import type { BootOptions } from "../../src/machine/BootOptions.ts"
+import type { Vm } from "../../src/vm/Vm.ts"
 import {
   assertNothingLeft,
   assertNothingLeftAfterNextCommand,

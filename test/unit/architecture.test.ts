@@ -1,55 +1,109 @@
-import { readdirSync, readFileSync } from "node:fs"
+import { existsSync, readdirSync, readFileSync } from "node:fs"
 import * as path from "node:path"
 import { assert, describe, it } from "@effect/vitest"
 
-/** Lower may not import higher. A file's rank is that of the first prefix it matches. */
-const ranks: ReadonlyArray<readonly [prefix: string, rank: number]> = [
-  ["src/domain/", 0],
-  ["src/version.ts", 0],
-  ["src/platform/", 1],
-  ["src/runtime/", 5],
-  ["src/Machinen.ts", 4],
-  ["src/VmControl.ts", 4],
-  ["src/cli/main.ts", 8],
-  ["src/cli/", 7],
-  ["src/index.ts", 8],
-  ["src/promise.ts", 8],
-  ["src/Sandboxes.ts", 7],
-  ["src/Supervisor.ts", 7],
-  ["src/bootPty.ts", 7],
-  ["src/execPty.ts", 4],
-  ["src/boot.ts", 3],
-  ["src/templates.ts", 3],
-  ["src/prepare.ts", 3],
-  ["src/provision.ts", 3],
-  ["src/restore.ts", 3],
-  ["src/fork.ts", 3],
-  ["src/snapshot.ts", 3],
-  ["src/", 2],
-  ["backends/", 4]
+/**
+ * Each may import those above it. A folder's files may import each other; ARCHITECTURE.md says what each folder is, in this order.
+ */
+const order = [
+  "src/version.ts",
+  "src/platform/",
+  "src/terminal/",
+  "src/errors.ts",
+  "src/Settings.ts",
+  "src/machine/",
+  "src/host/",
+  "src/guest/",
+  "src/image/",
+  "src/mount/",
+  "src/vm/",
+  "src/snapshot/",
+  "src/boot/",
+  "src/initramfs/",
+  "src/Machinen.ts",
+  "backends/",
+  "src/runtime/",
+  "src/index.ts",
+  "src/promise/",
+  "src/promise.ts",
+  "src/cli/"
 ]
-/** The facade's own: no Effect reaches those who call them. */
-const promises = ["src/promise.ts", "src/Sandboxes.ts", "src/Supervisor.ts", "src/bootPty.ts"]
-const rank = (file: string) => ranks.find(([prefix]) => file.startsWith(prefix))?.[1] ?? 99
+const rank = (file: string) => order.findIndex((place) => file.startsWith(place))
 
-const files = ["src", "backends"].flatMap((dir) =>
-  readdirSync(dir, { recursive: true, encoding: "utf8" })
-    .map((file) => path.join(dir, file))
-    .filter((file) => file.endsWith(".ts"))
-)
+/** The facade's: no Effect reaches those who call it. */
+const isFacade = (file: string) => file === "src/promise.ts" || file.startsWith("src/promise/")
+
+const filesOf = (...dirs: ReadonlyArray<string>) =>
+  dirs.flatMap((dir) =>
+    readdirSync(dir, { recursive: true, encoding: "utf8" })
+      .map((file) => path.join(dir, file))
+      .filter((file) => file.endsWith(".ts"))
+  )
+const files = filesOf("src", "backends")
 const imports = (file: string) =>
   [...readFileSync(file, "utf8").matchAll(/(?:from|import) "([^"]+)"/g)].map(([, target = ""]) => target)
+const ownImports = (file: string) =>
+  imports(file)
+    .filter((target) => target.startsWith("."))
+    .map((target) => path.normalize(path.join(path.dirname(file), target)))
+
+/** The first circle that is found from each file on, as the files it leads through. */
+const circles = (files: ReadonlyArray<string>): ReadonlyArray<string> => {
+  const found: Array<string> = []
+  const done = new Set<string>()
+  const visit = (file: string, trail: ReadonlyArray<string>) => {
+    const at = trail.indexOf(file)
+    if (at >= 0) found.push([...trail.slice(at), file].join(" -> "))
+    if (at >= 0 || done.has(file)) return
+    for (const target of ownImports(file)) if (target.endsWith(".ts")) visit(target, [...trail, file])
+    done.add(file)
+  }
+  for (const file of files) visit(file, [])
+  return found
+}
 
 describe("architecture", () => {
-  it("imports only point downwards", () => {
+  it("every file has a place in the order, and every place has files", () => {
+    assert.deepStrictEqual(
+      files.filter((file) => rank(file) < 0),
+      []
+    )
+    assert.deepStrictEqual(
+      order.filter((place) => !files.some((file) => file.startsWith(place))),
+      []
+    )
+  })
+
+  it("imports only point upwards in the order", () => {
     const wrong = files.flatMap((file) =>
-      imports(file)
-        .filter((target) => target.startsWith("."))
-        .map((target) => path.normalize(path.join(path.dirname(file), target)))
+      ownImports(file)
         .filter((target) => rank(target) > rank(file))
         .map((target) => `${file} -> ${target}`)
     )
     assert.deepStrictEqual(wrong, [])
+  })
+
+  it("no files import each other in a circle, not for types either", () => {
+    assert.deepStrictEqual(circles(filesOf("src", "backends", "test", "bench")), [])
+  })
+
+  it("ARCHITECTURE.md says what each place is, in the same order", () => {
+    const told = [...readFileSync("ARCHITECTURE.md", "utf8").matchAll(/^\| `((?:src|backends)\/[^`]*)` +\|/gm)]
+    assert.deepStrictEqual(
+      told.map(([, place]) => place),
+      order
+    )
+  })
+
+  it("every file and folder that ARCHITECTURE.md names exists", () => {
+    const named = [
+      ...readFileSync("ARCHITECTURE.md", "utf8").matchAll(/`((?:src|backends|test|guest|native|docs)\/[\w./-]+)`/g)
+    ]
+    assert.isAbove(named.length, 40)
+    assert.deepStrictEqual(
+      named.map(([, place = ""]) => place).filter((place) => !existsSync(place)),
+      []
+    )
   })
 
   it("only the wiring names a backend", () => {
@@ -73,7 +127,7 @@ describe("architecture", () => {
 
   it("services neither print, nor exit, nor return promises", () => {
     const wrong = files
-      .filter((file) => !file.startsWith("src/cli/") && !promises.includes(file))
+      .filter((file) => !file.startsWith("src/cli/") && !isFacade(file))
       .flatMap((file) =>
         [/\bconsole\.(log|error|warn)\(/, /\bprocess\.exit\b/, /\bPromise</, /\basync (function|\()/]
           .filter((pattern) => pattern.test(readFileSync(file, "utf8")))

@@ -3,10 +3,10 @@ import * as path from "node:path"
 import * as NodeContext from "@effect/platform-node/NodeContext"
 import { assert, describe, it } from "@effect/vitest"
 import { Deferred, Effect, Fiber, Layer, Option, TestServices } from "effect"
-import { Assets, type BuildDirectories } from "../../src/Assets.ts"
-import { AssetError } from "../../src/domain/errors.ts"
+import { AssetError } from "../../src/errors.ts"
+import { Assets, type BuildDirectories } from "../../src/host/Assets.ts"
+import { SourceTree } from "../../src/host/SourceTree.ts"
 import { Settings } from "../../src/Settings.ts"
-import { SourceTree } from "../../src/SourceTree.ts"
 import { temporaryDirectory, write, writeSourceTree } from "../sourceTree.ts"
 
 const layer = (source: string, state: string) =>

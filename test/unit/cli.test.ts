@@ -8,13 +8,13 @@ import { unusable } from "../../src/cli/environment.ts"
 import { ExitWith } from "../../src/cli/exit.ts"
 import * as Invocation from "../../src/cli/invocation.ts"
 import * as usage from "../../src/cli/usage.ts"
-import { ExecError } from "../../src/domain/errors.ts"
-import { ExitRecord } from "../../src/domain/ShimPlan.ts"
-import { ExitStatus, VmId, VmName } from "../../src/domain/Vm.ts"
-import { VmEntry } from "../../src/domain/VmEntry.ts"
+import { ExecError } from "../../src/errors.ts"
 import { Machinen } from "../../src/Machinen.ts"
+import { ExitStatus, VmId, VmName } from "../../src/machine/MachineSpec.ts"
+import { ExitRecord } from "../../src/machine/ShimPlan.ts"
+import { VmEntry } from "../../src/machine/VmEntry.ts"
 import { Settings } from "../../src/Settings.ts"
-import type { Vm } from "../../src/Vm.ts"
+import type { Vm } from "../../src/vm/Vm.ts"
 
 const flags: ReadonlyArray<usage.Flag> = [
   { names: ["--detach", "-d"], takesValue: false, repeatable: false },

@@ -2,7 +2,7 @@ import { format } from "node:util"
 import { afterEach, assert, beforeEach, describe, it } from "@effect/vitest"
 import createDebug from "debug"
 import { Effect, LogLevel, Tracer } from "effect"
-import { RegistryError } from "../../src/domain/errors.ts"
+import { RegistryError } from "../../src/errors.ts"
 import * as debug from "../../src/runtime/debug.ts"
 
 const printed: Array<string> = []

@@ -1,6 +1,6 @@
 import { assert, describe, it } from "@effect/vitest"
 import { FastCheck as fc } from "effect"
-import { DetachKeys } from "../../src/domain/DetachKeys.ts"
+import { DetachKeys } from "../../src/terminal/DetachKeys.ts"
 
 const key = 0x1d
 const push = (chunks: ReadonlyArray<ReadonlyArray<number>>) => {

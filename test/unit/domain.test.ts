@@ -1,7 +1,6 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Exit, FastCheck as fc, Schema } from "effect"
 import packageJson from "../../package.json" with { type: "json" }
-import { autoMemoryMib, type BootOptions, validate } from "../../src/domain/BootOptions.ts"
 import {
   BootError,
   ExecError,
@@ -10,8 +9,9 @@ import {
   MachinenError,
   RegistryError,
   render
-} from "../../src/domain/errors.ts"
-import { VmName } from "../../src/domain/Vm.ts"
+} from "../../src/errors.ts"
+import { autoMemoryMib, type BootOptions, validate } from "../../src/machine/BootOptions.ts"
+import { VmName } from "../../src/machine/MachineSpec.ts"
 import { version } from "../../src/version.ts"
 
 const GiB = 1024 ** 3

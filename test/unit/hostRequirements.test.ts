@@ -13,7 +13,7 @@ import {
   testPackages,
   toolchainPrograms,
   versionIn
-} from "../../src/domain/hostRequirements.ts"
+} from "../../src/host/hostRequirements.ts"
 import { searchPath } from "../../src/platform/searchPath.ts"
 import { inGo, inRust, inShell, inTypeScript } from "../startedPrograms.ts"
 
@@ -57,7 +57,7 @@ const indirect: Readonly<Record<string, string>> = {
   cc: "cargo, to link",
   e2fsck: "bases/ext4.sh, from a list",
   flex: "the kernel's make",
-  gzip: "src/Oci.ts, by what a layer is packed with",
+  gzip: "src/image/Oci.ts, by what a layer is packed with",
   resize2fs: "bases/ext4.sh, from a list",
   xz: "tar, for kernel/build.sh"
 }
@@ -69,7 +69,7 @@ const toTest = new Set([...toBuild, ...programsOf(testPackages)])
 
 /** The programs that a file may start: the product those of every user's host, set-up those of building, tests all. */
 const allowed = (file: string): ReadonlySet<string> => {
-  if (/^(kernel|bases)\/|^src\/(Setup|Doctor)\.ts$/.test(file)) return toBuild
+  if (/^(kernel|bases)\/|^src\/host\/(Setup|Doctor)\.ts$/.test(file)) return toBuild
   return /^(src|backends|native\/\w+\/src|gvproxy)\//.test(file) && !/tests?\.(rs|go)$/.test(file) ? toRun : toTest
 }
 

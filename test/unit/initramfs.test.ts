@@ -1,6 +1,6 @@
 import { spawnSync } from "node:child_process"
 import { assert, describe, it } from "@effect/vitest"
-import * as Initramfs from "../../src/Initramfs.ts"
+import * as Initramfs from "../../src/guest/Initramfs.ts"
 
 const guest: Initramfs.GuestConfig = {
   config: { cmd: ["sh", "-c", "echo 'hi'"], env: { A: "ü" }, cwd: "/srv" },

@@ -5,10 +5,10 @@ import * as path from "node:path"
 import * as NodeContext from "@effect/platform-node/NodeContext"
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Layer } from "effect"
-import { Assets } from "../../src/Assets.ts"
-import * as Packers from "../../src/InitramfsPackers.ts"
+import { Assets } from "../../src/host/Assets.ts"
+import { SourceTree } from "../../src/host/SourceTree.ts"
+import * as Packers from "../../src/initramfs/InitramfsPackers.ts"
 import { Settings } from "../../src/Settings.ts"
-import { SourceTree } from "../../src/SourceTree.ts"
 import { temporaryDirectory } from "../fixtures.ts"
 
 const dir = temporaryDirectory()

@@ -4,9 +4,9 @@ import { assert, describe, it } from "@effect/vitest"
 import { Context, Effect, Layer, Scope } from "effect"
 import * as Fake from "../../backends/fake/Fake.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import { Registry } from "../../src/Registry.ts"
+import { Registry } from "../../src/machine/Registry.ts"
+import { Shim } from "../../src/machine/Shim.ts"
 import { Settings } from "../../src/Settings.ts"
-import { Shim } from "../../src/Shim.ts"
 import { temporaryHome } from "../fixtures.ts"
 
 /** The facade over fakes, built in a context that is not its users'. */

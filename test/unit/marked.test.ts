@@ -1,6 +1,6 @@
 import { assert, describe, it } from "@effect/vitest"
 import { FastCheck as fc } from "effect"
-import { Marked } from "../../src/domain/Marked.ts"
+import { Marked } from "../../src/terminal/Marked.ts"
 
 const read = (bytes: Buffer, cuts: ReadonlyArray<number>) => {
   const marked = new Marked("t0k")

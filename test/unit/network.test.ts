@@ -1,8 +1,8 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, FastCheck as fc } from "effect"
 import { portForward } from "../../src/cli/options.ts"
-import { hostSocket, macOf, type PortForwardOption, validateForwards } from "../../src/domain/Network.ts"
-import { VmId } from "../../src/domain/Vm.ts"
+import { VmId } from "../../src/machine/MachineSpec.ts"
+import { hostSocket, macOf, type PortForwardOption, validateForwards } from "../../src/machine/Network.ts"
 
 const forward = (hostPort: number, guestPort = 80, hostAddr?: string): PortForwardOption => ({
   hostPort,

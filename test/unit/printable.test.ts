@@ -1,7 +1,7 @@
 import { assert, describe, it } from "@effect/vitest"
 import * as render from "../../src/cli/render.ts"
-import { ExecError, render as renderError } from "../../src/domain/errors.ts"
-import { printable } from "../../src/domain/printable.ts"
+import { ExecError, render as renderError } from "../../src/errors.ts"
+import { printable } from "../../src/platform/printable.ts"
 import { guestBytes } from "../../src/platform/vmMemory.ts"
 
 describe("text that a guest chose", () => {

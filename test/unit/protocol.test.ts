@@ -9,7 +9,7 @@ import {
   FrameDecoder,
   FrameType,
   FrameViolation
-} from "../../src/AgentProtocol.ts"
+} from "../../src/guest/AgentProtocol.ts"
 
 const Golden = Schema.parseJson(
   Schema.Struct({

@@ -18,13 +18,13 @@ import { NodeContext } from "@effect/platform-node"
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Layer } from "effect"
 import * as Vmstate from "../../backends/vmstate/Vmstate.ts"
-import * as Bundle from "../../src/Bundle.ts"
-import { Digests } from "../../src/Digests.ts"
 import { parseAvailable } from "../../src/platform/memory.ts"
 import { probeHash } from "../../src/platform/probeHash.ts"
 import { Settings } from "../../src/Settings.ts"
-import { SnapshotEngine, SnapshotEngines } from "../../src/SnapshotEngine.ts"
-import { chooseEngine } from "../../src/snapshot.ts"
+import * as Bundle from "../../src/snapshot/Bundle.ts"
+import { Digests } from "../../src/snapshot/Digests.ts"
+import { SnapshotEngine, SnapshotEngines } from "../../src/snapshot/SnapshotEngine.ts"
+import { chooseEngine } from "../../src/snapshot/snapshot.ts"
 
 const engines = Layer.effect(
   SnapshotEngines,

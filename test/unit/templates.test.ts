@@ -1,6 +1,6 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Schema } from "effect"
-import { TemplateShape } from "../../src/domain/Template.ts"
+import { TemplateShape } from "../../src/boot/Template.ts"
 
 const base = { path: "/assets/base.ext4", sizeBytes: 1, changedNs: "2", inode: 3, device: 4 }
 const machine = {

@@ -1,6 +1,6 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Effect } from "effect"
-import { parseMapping, type TunnelMapping } from "../../src/domain/TunnelAddress.ts"
+import { parseMapping, type TunnelMapping } from "../../src/machine/TunnelAddress.ts"
 
 describe("tunnel mappings", () => {
   const good: ReadonlyArray<readonly [text: string, mapping: TunnelMapping]> = [

@@ -1,7 +1,7 @@
 import * as path from "node:path"
 import { afterEach, assert, layer } from "@effect/vitest"
 import { Effect } from "effect"
-import { ImageStore } from "../../src/ImageStore.ts"
+import { ImageStore } from "../../src/image/ImageStore.ts"
 import { Machinen } from "../../src/Machinen.ts"
 import { assertNothingLeft, live, settled, temporaryDirectory, temporaryHome, text } from "../fixtures.ts"
 

@@ -3,7 +3,7 @@ import { connect, type Socket } from "node:net"
 import * as path from "node:path"
 import { afterEach, assert, layer } from "@effect/vitest"
 import { Chunk, Deferred, Effect, Fiber, Option, Stream } from "effect"
-import { Assets } from "../../src/Assets.ts"
+import { Assets } from "../../src/host/Assets.ts"
 import { Machinen } from "../../src/Machinen.ts"
 import {
   assertNothingLeft,

@@ -3,9 +3,9 @@ import * as fs from "node:fs"
 import * as path from "node:path"
 import { afterAll, assert, layer } from "@effect/vitest"
 import { Chunk, Effect, Fiber, Option, Stream } from "effect"
-import { Agent } from "../../src/Agent.ts"
-import { encodeFrame, FrameType } from "../../src/AgentProtocol.ts"
-import type { FilesError } from "../../src/domain/errors.ts"
+import type { FilesError } from "../../src/errors.ts"
+import { Agent } from "../../src/guest/Agent.ts"
+import { encodeFrame, FrameType } from "../../src/guest/AgentProtocol.ts"
 import {
   cli,
   eventually,

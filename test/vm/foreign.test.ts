@@ -4,9 +4,9 @@ import * as fs from "node:fs"
 import * as path from "node:path"
 import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
 import { Effect } from "effect"
-import type { BootOptions } from "../../src/domain/BootOptions.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import type { SnapshotOptions } from "../../src/snapshot.ts"
+import type { BootOptions } from "../../src/machine/BootOptions.ts"
+import type { SnapshotOptions } from "../../src/snapshot/snapshot.ts"
 import { cli, leftovers, live, settled, sh, temporaryDirectory, temporaryHome } from "../fixtures.ts"
 
 /** Ours, and another user's. */

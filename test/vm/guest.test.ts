@@ -1,8 +1,8 @@
 import { afterAll, assert, describe, it, layer } from "@effect/vitest"
 import { Effect, Fiber, type Scope, Stream } from "effect"
-import type { CommandSpec } from "../../src/Agent.ts"
-import type { BootOptions } from "../../src/domain/BootOptions.ts"
+import type { CommandSpec } from "../../src/guest/Agent.ts"
 import { Machinen } from "../../src/Machinen.ts"
+import type { BootOptions } from "../../src/machine/BootOptions.ts"
 import {
   busyboxExt4,
   cli,

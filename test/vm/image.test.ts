@@ -5,9 +5,9 @@ import * as path from "node:path"
 import { gunzipSync } from "node:zlib"
 import { afterEach, assert, layer } from "@effect/vitest"
 import { Effect, Fiber } from "effect"
-import { ImageStore } from "../../src/ImageStore.ts"
+import { ImageStore } from "../../src/image/ImageStore.ts"
+import { RootfsImage } from "../../src/image/RootfsImage.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import { RootfsImage } from "../../src/RootfsImage.ts"
 import {
   assertNothingLeft,
   busyboxExt4,

@@ -19,12 +19,12 @@ import {
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
 import { Deferred, Effect, Layer, Stream } from "effect"
-import type { BootOptions } from "../../src/domain/BootOptions.ts"
-import type { ForkOptions } from "../../src/fork.ts"
 import { Machinen } from "../../src/Machinen.ts"
+import type { BootOptions } from "../../src/machine/BootOptions.ts"
 import * as facade from "../../src/promise.ts"
-import type { RestoreOptions } from "../../src/restore.ts"
-import type { Vm } from "../../src/Vm.ts"
+import type { ForkOptions } from "../../src/snapshot/fork.ts"
+import type { RestoreOptions } from "../../src/snapshot/restore.ts"
+import type { Vm } from "../../src/vm/Vm.ts"
 import { cli, environment, live, settled, sh, temporaryDirectory, temporaryHome, text } from "../fixtures.ts"
 
 const home = temporaryHome()

@@ -4,9 +4,9 @@ import * as net from "node:net"
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
 import { Effect, Schedule, type Scope, Stream } from "effect"
-import type { BootOptions } from "../../src/domain/BootOptions.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import type { Vm } from "../../src/Vm.ts"
+import type { BootOptions } from "../../src/machine/BootOptions.ts"
+import type { Vm } from "../../src/vm/Vm.ts"
 import { cli, eventually, leftovers, live, nothing, processesOf, settled, sh, temporaryHome } from "../fixtures.ts"
 
 const home = temporaryHome()

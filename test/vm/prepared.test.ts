@@ -13,10 +13,10 @@ import {
 import * as path from "node:path"
 import { afterEach, assert, beforeEach, describe, it } from "@effect/vitest"
 import { Effect, Stream } from "effect"
-import type { BootOptions } from "../../src/domain/BootOptions.ts"
-import { macOf } from "../../src/domain/Network.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import type { Vm } from "../../src/Vm.ts"
+import type { BootOptions } from "../../src/machine/BootOptions.ts"
+import { macOf } from "../../src/machine/Network.ts"
+import type { Vm } from "../../src/vm/Vm.ts"
 import {
   assertNothingLeft,
   assertNothingLeftAfterNextCommand,

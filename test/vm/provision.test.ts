@@ -13,11 +13,11 @@ import * as path from "node:path"
 import { gunzipSync } from "node:zlib"
 import { afterEach, assert, describe, layer, it as plain } from "@effect/vitest"
 import { Deferred, Effect, Fiber, Stream } from "effect"
-import { Assets } from "../../src/Assets.ts"
+import type { BuildProgress } from "../../src/boot/provision.ts"
+import { Assets } from "../../src/host/Assets.ts"
+import { RootfsImage } from "../../src/image/RootfsImage.ts"
 import { Machinen } from "../../src/Machinen.ts"
 import * as facade from "../../src/promise.ts"
-import type { BuildProgress } from "../../src/provision.ts"
-import { RootfsImage } from "../../src/RootfsImage.ts"
 import {
   assertNothingLeft,
   busyboxTarball,

@@ -5,9 +5,9 @@ import * as path from "node:path"
 import { inspect } from "node:util"
 import { afterEach, assert, describe, it } from "@effect/vitest"
 import { Effect, Redacted, Stream } from "effect"
-import type { Secrets } from "../../src/domain/Secrets.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import type { Vm } from "../../src/Vm.ts"
+import type { Secrets } from "../../src/machine/Secrets.ts"
+import type { Vm } from "../../src/vm/Vm.ts"
 import { cli, live, settled, sh, startCli, temporaryHome, text } from "../fixtures.ts"
 
 const home = temporaryHome()

@@ -2,9 +2,9 @@ import { existsSync, readdirSync, readFileSync } from "node:fs"
 import * as path from "node:path"
 import { afterAll, assert, layer } from "@effect/vitest"
 import { Effect, Fiber, Stream } from "effect"
+import type { Terminal, TerminalCommand, TerminalOptions } from "../../src/guest/Terminal.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import type { Terminal, TerminalCommand, TerminalOptions } from "../../src/Terminal.ts"
-import type { Vm } from "../../src/Vm.ts"
+import type { Vm } from "../../src/vm/Vm.ts"
 import {
   cli,
   cliPath,

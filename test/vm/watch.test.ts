@@ -2,9 +2,9 @@ import { existsSync } from "node:fs"
 import * as path from "node:path"
 import { afterAll, assert, describe, it, layer } from "@effect/vitest"
 import { Chunk, Effect, Fiber, Stream } from "effect"
-import type { FileChange } from "../../src/AgentProtocol.ts"
+import type { FileChange } from "../../src/guest/AgentProtocol.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import type { Vm } from "../../src/Vm.ts"
+import type { Vm } from "../../src/vm/Vm.ts"
 import { Guest, guest, live, settled, sh, startCli, temporaryDirectory, temporaryHome } from "../fixtures.ts"
 
 const home = temporaryHome()

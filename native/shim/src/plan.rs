@@ -1,4 +1,4 @@
-//! The plan: everything a VM consists of on the host, decided by the starter (`src/domain/ShimPlan.ts`).
+//! The plan: everything a VM consists of on the host, decided by the starter (`src/machine/ShimPlan.ts`).
 
 use crate::failed::{Failed, Step};
 use serde::Deserialize;

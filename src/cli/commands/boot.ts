@@ -1,7 +1,7 @@
 import { Command, Options } from "@effect/cli"
 import { Console, Effect } from "effect"
 import { Machinen } from "../../Machinen.ts"
-import type { Vm } from "../../Vm.ts"
+import type { Vm } from "../../vm/Vm.ts"
 import { ExitWith } from "../exit.ts"
 import { bootOptions, json, toBootOptions } from "../options.ts"
 import * as render from "../render.ts"

@@ -2,9 +2,9 @@ import * as path from "node:path"
 import { Args, Command, Options } from "@effect/cli"
 import { FileSystem } from "@effect/platform"
 import { Effect, Option } from "effect"
-import { FilesError, ParseError } from "../../domain/errors.ts"
+import { FilesError, ParseError } from "../../errors.ts"
 import { Machinen } from "../../Machinen.ts"
-import type { Vm } from "../../Vm.ts"
+import type { Vm } from "../../vm/Vm.ts"
 
 const place = (name: string) =>
   Args.text({ name }).pipe(Args.withDescription("VM:/path in a guest, or a path on the host"))

@@ -1,6 +1,6 @@
 import { Command } from "@effect/cli"
 import { Console, Effect } from "effect"
-import { Doctor } from "../../Doctor.ts"
+import { Doctor } from "../../host/Doctor.ts"
 import { ExitWith } from "../exit.ts"
 import { json } from "../options.ts"
 import * as render from "../render.ts"

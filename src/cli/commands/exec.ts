@@ -1,7 +1,7 @@
 import { isUtf8 } from "node:buffer"
 import { Args, Command, Options } from "@effect/cli"
 import { Effect, Option } from "effect"
-import { ParseError } from "../../domain/errors.ts"
+import { ParseError } from "../../errors.ts"
 import { Machinen } from "../../Machinen.ts"
 import { ExitWith } from "../exit.ts"
 import { bootOptions, environment, json, whenGiven } from "../options.ts"

@@ -1,7 +1,7 @@
 import { Args, Command } from "@effect/cli"
 import { Console, Effect } from "effect"
-import { parseMapping, showAddress, showTarget } from "../../domain/TunnelAddress.ts"
 import { Machinen } from "../../Machinen.ts"
+import { parseMapping, showAddress, showTarget } from "../../machine/TunnelAddress.ts"
 import { json } from "../options.ts"
 import * as render from "../render.ts"
 import { vmArg } from "./exec.ts"

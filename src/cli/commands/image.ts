@@ -1,10 +1,10 @@
 import * as path from "node:path"
 import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect, Option } from "effect"
-import { printable } from "../../domain/printable.ts"
-import { ImageStore, type StoredImage } from "../../ImageStore.ts"
+import { ImageStore, type StoredImage } from "../../image/ImageStore.ts"
 import { Machinen } from "../../Machinen.ts"
-import { Mountdisk, type MountImage } from "../../Mountdisk.ts"
+import { Mountdisk, type MountImage } from "../../mount/Mountdisk.ts"
+import { printable } from "../../platform/printable.ts"
 import { durationMs, json } from "../options.ts"
 import * as render from "../render.ts"
 

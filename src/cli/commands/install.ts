@@ -1,10 +1,10 @@
 import { Command, Options } from "@effect/cli"
 import { Console, Duration, Effect } from "effect"
-import { HostProbe } from "../../HostProbe.ts"
+import { type Progress, Setup, type SetupOptions } from "../../host/Setup.ts"
+import { baseNames } from "../../image/RootfsImage.ts"
 import { Machinen } from "../../Machinen.ts"
-import { baseNames } from "../../RootfsImage.ts"
+import { HostProbe } from "../../machine/HostProbe.ts"
 import { Settings } from "../../Settings.ts"
-import { type Progress, Setup, type SetupOptions } from "../../Setup.ts"
 import * as render from "../render.ts"
 
 /** Progress goes to stderr: stdout is for what a command is asked for. */

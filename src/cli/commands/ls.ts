@@ -1,7 +1,7 @@
 import { Command } from "@effect/cli"
 import { Console, Effect, Option } from "effect"
-import type { VmEntry } from "../../domain/VmEntry.ts"
 import { Machinen } from "../../Machinen.ts"
+import type { VmEntry } from "../../machine/VmEntry.ts"
 import * as processes from "../../platform/processes.ts"
 import * as vmMemory from "../../platform/vmMemory.ts"
 import { json } from "../options.ts"

@@ -1,0 +1,330 @@
+import { randomUUID } from "node:crypto"
+import * as path from "node:path"
+import { Data, Duration, Effect, Option } from "effect"
+import { BootError, type ExecError, type SecretsError } from "../errors.ts"
+import { Agent, type AgentClient } from "../guest/Agent.ts"
+import type * as Initramfs from "../guest/Initramfs.ts"
+import { Assets } from "../host/Assets.ts"
+import { applied } from "../image/ImageConfig.ts"
+import { RootfsImage } from "../image/RootfsImage.ts"
+import { type BootOptions, type BootPlan, validate } from "../machine/BootOptions.ts"
+import { type Disk, MachineSpec, type Start } from "../machine/MachineSpec.ts"
+import { guestNetwork, macOf } from "../machine/Network.ts"
+import { Registry } from "../machine/Registry.ts"
+import { reveal, type Secrets } from "../machine/Secrets.ts"
+import { VmEntry } from "../machine/VmEntry.ts"
+import { Vmm, type VmmHandle } from "../machine/Vmm.ts"
+import { checkHosts, guestMounts, mountDisks, sharesOf } from "../mount/mounts.ts"
+import * as memory from "../platform/memory.ts"
+import * as processes from "../platform/processes.ts"
+import { Settings } from "../Settings.ts"
+import * as Launch from "../vm/launch.ts"
+import * as PhaseTimer from "../vm/PhaseTimer.ts"
+import * as Vm from "../vm/Vm.ts"
+import * as templates from "./templates.ts"
+
+export interface Booted {
+  readonly vm: Vm.Vm
+  /** The main command's or the image's wish, still to be started by who wants its output. */
+  readonly command: BootPlan["command"]
+  /** Where the time went, milliseconds by phase. */
+  readonly phases: ReadonlyMap<string, number>
+}
+
+/** Everything that can be refused is, and nothing acquired. */
+export const check = Effect.fn("boot.check")(function* (options: BootOptions) {
+  const vmm = yield* Vmm
+  const plan = yield* validate(options, {
+    memoryBytes: yield* memory.totalBytes,
+    maxVcpus: (yield* vmm.capabilities).maxVcpus
+  })
+  yield* checkHosts(plan.mounts)
+  return plan
+})
+
+/**
+ * Boots a VM into the current scope; the steps are those of ARCHITECTURE.md. Closing the scope releases them last first. A boot that fails
+ * half-way or is interrupted releases them at once. Every VM is launched attached; one that is to be detached is let go when it is ready.
+ */
+export const boot = Effect.fn("boot")(
+  function* (options: BootOptions) {
+    const settings = yield* Settings
+    const timer = yield* PhaseTimer.make
+
+    // 1. Check everything that can be refused. Nothing has been acquired yet.
+    const plan = yield* check(options).pipe(timer.phase("validate"))
+    const secrets = yield* reveal(options.secrets ?? {})
+    if (!plan.prepared || settings.prepared === "off" || !templates.canBePrepared(plan)) {
+      return yield* withKernel(plan, secrets, timer)
+    }
+    // what an unusable template has begun is gone before the kernel's turn
+    return yield* Launch.inOwnScope(start(plan, secrets, timer, true)).pipe(
+      Effect.catchTag("TemplateFailed", ({ cause }) =>
+        Effect.zipRight(
+          Effect.logDebug("the template cannot be used, a kernel is booted", cause),
+          Effect.flatMap(PhaseTimer.make, (again) => withKernel(plan, secrets, again))
+        )
+      )
+    )
+  },
+  Effect.annotateLogs({ service: "boot" })
+)
+
+/** A machine that began as a template did not come up. */
+class TemplateFailed extends Data.TaggedError("TemplateFailed")<{ readonly cause: Error }> {}
+
+const withKernel = (plan: BootPlan, secrets: Secrets, timer: PhaseTimer.PhaseTimer) =>
+  Effect.catchTag(Launch.inOwnScope(start(plan, secrets, timer, false)), "TemplateFailed", ({ cause }) =>
+    Effect.die(cause)
+  )
+
+const start = Effect.fnUntraced(function* (
+  asked: BootPlan,
+  secrets: Secrets,
+  { phase, phases }: PhaseTimer.PhaseTimer,
+  prepared: boolean
+) {
+  const settings = yield* Settings
+  const registry = yield* Registry
+  const images = yield* RootfsImage
+  const assets = yield* Assets
+  const vmm = yield* Vmm
+  const agent = yield* Agent
+  const capabilities = yield* vmm.capabilities
+  const network = yield* Launch.networkOf(asked.network, asked.portForward)
+  const id = Launch.newId()
+  const dir = path.join(settings.vmsDir, id)
+  const vsockPath = path.join(dir, "vsock.sock")
+  yield* Launch.checkSocketPath(`${vsockPath}_65535`, settings.home)
+  const controlPath = vmm.controlPath(dir)
+  const entry = new VmEntry({
+    version: 1,
+    id,
+    name: asked.name,
+    state: "booting",
+    bootId: yield* processes.bootId,
+    owner: yield* processes.self,
+    // until it is ready: a start that is interrupted, or whose process is killed, leaves no VM without an owner
+    detached: false,
+    backend: capabilities.backend,
+    accel: capabilities.accel,
+    image: asked.rootDisk ?? asked.image,
+    command: asked.command,
+    memoryMib: asked.memoryMib,
+    vcpus: asked.vcpus,
+    network: asked.network,
+    portForward: asked.portForward,
+    mount: asked.mounts.mount,
+    ...(asked.mounts.liveMounts.length === 0 ? {} : { liveMounts: asked.mounts.liveMounts }),
+    createdAt: Date.now(),
+    vsockPath,
+    controlPath: path.join(dir, "shim.sock"),
+    ...(controlPath === undefined ? {} : { vmmControlPath: controlPath })
+  })
+
+  // 2. The VM's directory and name.
+  const cleanup = yield* registry.claim(entry).pipe(phase("claim"))
+
+  // 3. What the machine is made of, and how it begins.
+  const [{ plan, template, ...root }, mounted] = yield* Effect.all(
+    [
+      rootDisks(asked, dir, images, prepared).pipe(phase("rootdisk-materialize")),
+      asked.mounts.mount === undefined
+        ? noDisks
+        : mountDisks(asked.mounts.mount, asked.mounts.mountUpperBytes, dir).pipe(phase("mountdisk-materialize"))
+    ],
+    { concurrency: 2 }
+  )
+  const kernel = yield* assets.kernel
+  const disks = [...root.disks, ...mounted.disks]
+  const complete = new VmEntry({
+    ...entry,
+    command: plan.command,
+    kernel,
+    disks,
+    ...(template === undefined ? {} : { prepared: true })
+  })
+  const guest = guestOf(plan, complete)
+  const beginning =
+    template === undefined
+      ? yield* fromKernel(kernel, vsockPath, Launch.writeInitramfs(dir, guest).pipe(phase("initramfs-pack")))
+      : yield* fromTemplate(template, dir, complete, guest)
+
+  // 4. Shim and VMM. From here on the shim answers for everything in the directory.
+  const machine = yield* vmm
+    .launch(
+      new MachineSpec({
+        id,
+        dir,
+        start: beginning.start,
+        memoryMib: plan.memoryMib,
+        vcpus: plan.vcpus,
+        disks,
+        shares: sharesOf(entry),
+        ...Launch.cardOf(entry)
+      }),
+      {
+        entry: complete,
+        files: [...root.files, ...mounted.files],
+        ...network,
+        cleanup,
+        graceMs: Duration.toMillis(settings.stopGrace)
+      }
+    )
+    .pipe(
+      Launch.namingPortHolder,
+      phase("vmm-spawn"),
+      Effect.mapError((error) => (template === undefined || innocent.has(error.code) ? error : blaming(error)))
+    )
+
+  // 5. The guest's word, raced against the machine's end and the deadline; what only the guest may know follows at once.
+  const client = agent.client(vsockPath, machine.exited)
+  const ready = Effect.zipRight(beginning.ready(client), Launch.entrust(client, secrets))
+  yield* Launch.untilReady(
+    template === undefined ? ready : Launch.afterTheEnd(ready, machine),
+    machine,
+    template === undefined ? settings.bootTimeout : Duration.times(settings.bootTimeout, templateShare)
+  ).pipe(
+    Effect.catchAll((error) =>
+      Effect.gen(function* () {
+        if (template !== undefined && (yield* isTemplates(error, machine))) return yield* blaming(error)
+        return yield* plan.detached ? notReadyDetached(error) : error
+      })
+    ),
+    phase("guest-ready")
+  )
+  if (plan.detached) yield* Effect.uninterruptible(machine.detach)
+
+  const vm = Vm.make(
+    new VmEntry({ ...complete, detached: plan.detached, state: "running", shim: machine.shim, vmm: machine.vmm }),
+    machine,
+    client
+  )
+  yield* Effect.logDebug(template === undefined ? "booted" : "booted as a template", Object.fromEntries(phases()))
+  const booted: Booted = { vm, command: plan.command, phases: phases() }
+  return booted
+})
+
+const blaming = (cause: Error) => new TemplateFailed({ cause })
+
+/** Would have failed a boot with a kernel as well. */
+const innocent: ReadonlySet<string> = new Set([
+  "BOOT_NO_SPACE",
+  "BOOT_VMM_MISSING",
+  "BOOT_PORT_FORWARD_IN_USE",
+  "BOOT_PORT_FORWARD_INVALID"
+] satisfies ReadonlyArray<BootError["code"]>)
+
+/**
+ * The part of the boot's time limit that a template has. A guest begun as a template answers in a fraction of what a kernel needs: one that
+ * is silent for so long hangs, and a kernel gets the whole limit then.
+ */
+const templateShare = 0.5
+
+/** Whether the template is to blame for a machine that did not come up: it refused, hung, or ended and nobody had ended it. */
+const isTemplates = (error: BootError | ExecError | SecretsError, machine: VmmHandle) =>
+  error._tag === "ExecError" || error.code === "BOOT_READY_TIMEOUT"
+    ? Effect.succeed(true)
+    : Effect.map(machine.exited, ({ reason, vmm }) => reason === "vmm" && !outsiders.has(vmm.signal))
+
+/** SIGKILL and SIGTERM: no program ends itself by them. */
+const outsiders: ReadonlySet<number | null> = new Set([9, 15])
+
+/** How a machine begins, and when its guest serves. */
+interface Beginning {
+  readonly start: Start
+  readonly ready: (client: AgentClient) => Effect.Effect<unknown, BootError | ExecError>
+}
+
+/** With a kernel, and a place for the guest to ring. */
+const fromKernel = Effect.fnUntraced(function* (
+  kernel: string,
+  vsockPath: string,
+  initramfs: ReturnType<typeof Launch.writeInitramfs>
+) {
+  const [initrd, doorbell] = yield* Effect.all([initramfs, (yield* Agent).doorbell(vsockPath)], { concurrency: 2 })
+  const beginning: Beginning = { start: { _tag: "Kernel", kernel, initrd }, ready: () => doorbell }
+  return beginning
+})
+
+/** Where the template stands: what a kernel's boot would have been told, the guest is told now. */
+const fromTemplate = Effect.fnUntraced(function* (
+  { bundle, engine }: templates.Template,
+  dir: string,
+  entry: VmEntry,
+  { boot, config }: Initramfs.GuestConfig
+) {
+  const revival = yield* engine.revive(bundle.dir, { dir, entry, lazy: false })
+  const beginning: Beginning = {
+    start: revival.start,
+    ready: (client) =>
+      revival.ready(client, {
+        hostname: boot.hostname,
+        generation: randomUUID(),
+        ...(entry.network === "nat" ? { mac: macOf(entry.id) } : {}),
+        env: {},
+        config
+      })
+  }
+  return beginning
+})
+
+const noDisks = Effect.succeed({ disks: [], files: [] })
+
+/**
+ * The disks of the guest's root, what has to be copied into the VM's directory for them, the plan with what the image says, and what the
+ * machine can begin as.
+ */
+const rootDisks = Effect.fnUntraced(function* (
+  plan: BootPlan,
+  dir: string,
+  images: RootfsImage["Type"],
+  prepared: boolean
+) {
+  if (plan.rootDisk !== undefined) {
+    const disk: Disk = { id: "root", path: yield* images.checkDisk(plan.rootDisk), readOnly: false }
+    return { plan, disks: [disk], files: [], template: undefined }
+  }
+  const [base, empty] = yield* Effect.all([images.resolve(plan.image), images.upperTemplate(plan.rootDiskSizeBytes)], {
+    concurrency: 2
+  })
+  const [found, config] = yield* Effect.all(
+    [prepared ? templates.find(plan, base) : Effect.succeedNone, images.config(base)],
+    { concurrency: 2 }
+  )
+  const template = Option.getOrUndefined(found)
+  const upper = path.join(dir, "upper.img")
+  const disks: ReadonlyArray<Disk> = [
+    { id: "root", path: base, readOnly: true },
+    { id: "upper", path: upper, readOnly: false }
+  ]
+  return { plan: yield* applied(plan, config), disks, files: [{ from: template?.upper ?? empty, to: upper }], template }
+})
+
+/** What the guest is told. */
+const guestOf = (plan: BootPlan, entry: VmEntry): Initramfs.GuestConfig => ({
+  config: {
+    ...(plan.command === undefined ? {} : { cmd: plan.command }),
+    env: { ...(entry.name === undefined ? {} : { MACHINEN_VM_NAME: entry.name }), ...plan.env },
+    ...(plan.cwd === undefined ? {} : { cwd: plan.cwd, makeCwd: plan.makeCwd }),
+    ...(plan.user === undefined ? {} : { user: plan.user })
+  },
+  boot: {
+    version: 1,
+    id: entry.id,
+    hostname: Launch.hostname(entry),
+    root: plan.rootDisk === undefined ? "overlay" : "disk",
+    ...(plan.network === "nat" ? { network: guestNetwork } : {}),
+    ...guestMounts(entry)
+  }
+})
+
+/** The error of a VM that was to be detached and did not become ready; it is retryable where its cause is. */
+export const notReadyDetached = (error: BootError | ExecError | SecretsError) =>
+  new BootError({
+    code: "BOOT_DETACHED_READINESS_FAILED",
+    message: `the detached VM did not become ready: ${error.message}`,
+    ...(error.hint === undefined ? {} : { hint: error.hint }),
+    ...(error.console === undefined ? {} : { console: error.console }),
+    cause: error
+  })

@@ -1,0 +1,102 @@
+import { FileSystem } from "@effect/platform"
+import { Effect, Option } from "effect"
+import { BootError, SnapshotError } from "../errors.ts"
+import { RootfsImage } from "../image/RootfsImage.ts"
+import type { BootOptions } from "../machine/BootOptions.ts"
+import { Settings } from "../Settings.ts"
+import * as Bundle from "../snapshot/Bundle.ts"
+import { snapshot } from "../snapshot/snapshot.ts"
+import { boot, check } from "./boot.ts"
+import * as templates from "./templates.ts"
+
+/** What decides a machine; everything else a boot may ask for is given to a prepared one as well. */
+export type PrepareOptions = Pick<BootOptions, "image" | "memoryMib" | "vcpus" | "rootDiskSizeBytes" | "network">
+
+export interface Prepared {
+  /** The template's directory. */
+  readonly dir: string
+  /** What it takes of the disk. */
+  readonly dataBytes: number
+  /** False: it was there already, and whole. */
+  readonly made: boolean
+}
+
+/** What the machine does before it is taken: what every first command needs is in its memory then, not on the disk. */
+const rehearsal = { argv: ["true"], user: "0:0", cwd: "/" } as const
+
+/**
+ * Makes the template of such a machine, unless it is there: boots one, lets it come to rest and saves it. Any number of callers at once
+ * make it once, and it has its name only when all of it is on disk.
+ */
+export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) {
+  const { image, memoryMib, network, rootDiskSizeBytes, vcpus } = options
+  const wanted: BootOptions = {
+    ...(image === undefined ? {} : { image }),
+    ...(memoryMib === undefined ? {} : { memoryMib }),
+    ...(network === undefined ? {} : { network }),
+    ...(rootDiskSizeBytes === undefined ? {} : { rootDiskSizeBytes }),
+    ...(vcpus === undefined ? {} : { vcpus })
+  }
+  const plan = yield* check(wanted)
+  const engine = yield* templates.wholeMachines
+  if (engine === undefined) {
+    return yield* new BootError({
+      code: "BOOT_SNAPSHOT_ENGINE_INVALID",
+      message: "no snapshot engine of this build saves whole machines",
+      hint: "boots are as quick as they can be without"
+    })
+  }
+  const base = yield* (yield* RootfsImage).resolve(plan.image)
+  const { cacheDir } = yield* Settings
+  const failed = Effect.mapError((cause: Error) => unwritable(cacheDir, cause))
+  const { dir, shape } = yield* templates
+    .shapeOf(plan, base)
+    .pipe(Effect.catchTag("FileUnreadable", (error) => unwritable(cacheDir, error)))
+  return yield* templates.exclusively(dir, (cause) => unwritable(cacheDir, cause))(
+    Effect.gen(function* () {
+      const fs = yield* FileSystem.FileSystem
+      const there = yield* templates.find(plan, base)
+      // read in full: this is the moment to learn that one cannot be used
+      if (Option.isSome(there) && (yield* Bundle.verify(there.value.bundle)).length === 0) {
+        return preparedAs(there.value.bundle, false)
+      }
+      const outDir = templates.makingOf(dir)
+      // a killed maker's: we hold the lock
+      yield* failed(fs.remove(outDir, { recursive: true, force: true }))
+      const { bundle } = yield* Effect.scoped(
+        Effect.gen(function* () {
+          const { vm } = yield* boot({ ...wanted, prepared: false })
+          // an image that has no such command is prepared all the same
+          yield* Effect.ignore(vm.execRaw(rehearsal))
+          const source = { entry: vm.entry, machine: vm.machine, agent: vm }
+          return yield* snapshot(source, { outDir, engine: engine.name })
+        })
+      )
+      yield* failed(
+        Effect.gen(function* () {
+          yield* templates.describe(bundle, shape)
+          yield* fs.remove(dir, { recursive: true, force: true })
+          yield* fs.rename(outDir, dir)
+        })
+      )
+      return preparedAs({ ...bundle, dir }, true)
+    }).pipe(Effect.onError(() => removeUnfinished(templates.makingOf(dir))))
+  )
+})
+
+const removeUnfinished = (dir: string) =>
+  Effect.flatMap(FileSystem.FileSystem, (fs) => Effect.ignore(fs.remove(dir, { recursive: true, force: true })))
+
+const preparedAs = ({ dir, manifest }: Bundle.Bundle, made: boolean): Prepared => ({
+  dir,
+  dataBytes: manifest.blobs.reduce((sum, { dataBytes }) => sum + dataBytes, 0),
+  made
+})
+
+const unwritable = (cacheDir: string, cause: Error) =>
+  new SnapshotError({
+    code: "SNAPSHOT_DUMP_FAILED",
+    message: `the template cannot be written: ${cause.message}`,
+    hint: `check the owner, the permissions and the free space of ${cacheDir}, or set MACHINEN_CACHE_DIR`,
+    cause
+  })

@@ -1,0 +1,334 @@
+import { randomUUID } from "node:crypto"
+import * as path from "node:path"
+import { FileSystem } from "@effect/platform"
+import { Cause, Duration, Effect, Option, Schema, Stream } from "effect"
+import { ProvisionError } from "../errors.ts"
+import * as baseAssets from "../host/baseAssets.ts"
+import { configFile, type ImageConfig, ImageConfigJson, isEmpty, over } from "../image/ImageConfig.ts"
+import { RootfsImage } from "../image/RootfsImage.ts"
+import { type BootOptions, defaultImage } from "../machine/BootOptions.ts"
+import { type ExitRecord, howEnded } from "../machine/ShimPlan.ts"
+import * as compressed from "../platform/compressed.ts"
+import * as processes from "../platform/processes.ts"
+import * as tar from "../platform/tar.ts"
+import { Settings } from "../Settings.ts"
+import * as PhaseTimer from "../vm/PhaseTimer.ts"
+import type { Vm } from "../vm/Vm.ts"
+import { type Booted, boot } from "./boot.ts"
+
+/** What a build has come to. */
+export type BuildProgress =
+  | { readonly _tag: "Phase"; readonly phase: "boot" | "install" | "archive" | "prebake" }
+  /** Bytes of the root filesystem that have been taken out of the guest, from time to time. */
+  | { readonly _tag: "Archived"; readonly bytes: number }
+
+export interface ProvisionOptions<E = unknown, R = never> {
+  /** As `image` of a boot: what is built upon. Default: the rootfs of MACHINEN_ASSETS_DIR, else `debian`. */
+  readonly base?: string
+  /** Turns the base into what is wanted. Commands run as root. */
+  readonly install: (vm: Vm) => Effect.Effect<void, E, R>
+  /** The tarball to write: gzip, or plain with the ending `.tar`. Missing parents are made; what was there is replaced when the build is done. */
+  readonly out: string
+  /** What the image says about its commands; over what the base says. */
+  readonly config?: ImageConfig
+  /** Of the build's VM. Default `nat`. */
+  readonly network?: BootOptions["network"]
+  readonly memoryMib?: BootOptions["memoryMib"]
+  readonly vcpus?: number
+  /** What the build may write, and the image may have beyond its base. Default 8 GiB, as a hole that fills as it is written. */
+  readonly diskSizeBytes?: number
+  /** Of the root filesystem as a tar stream. Default MACHINEN_IMAGE_LIMIT_MIB. */
+  readonly maxImageBytes?: number
+  /** For boot, installation and archive together. Default 10 minutes. */
+  readonly timeoutMs?: number
+  /** No file of the image is younger, in seconds since 1970: then the same build gives the same image. Default: files have their own times. */
+  readonly newest?: number
+  /** Make the image bootable now, not at its first boot. Default true; a failure of it is no failure of the build. */
+  readonly prebake?: boolean
+  readonly onProgress?: (progress: BuildProgress) => Effect.Effect<void>
+}
+
+export interface Provisioned {
+  /** Absolute. */
+  readonly imagePath: string
+  readonly sizeBytes: number
+  readonly sha256: string
+  readonly elapsedMs: number
+  /** Where the time went, milliseconds by phase. */
+  readonly phases: ReadonlyMap<string, number>
+}
+
+const defaultDiskBytes = 8 * 1024 ** 3
+const defaultTimeoutMs = 600_000
+
+/**
+ * Builds an image: a VM of the base, the hook in it, its root filesystem out of it, all within the time limit. The result has its name only
+ * when all of it is on disk; a build that fails, is interrupted or killed leaves what was there as it was.
+ */
+export const provision = Effect.fn("provision")(
+  function* <E, R>(options: ProvisionOptions<E, R>) {
+    const settings = yield* Settings
+    const images = yield* RootfsImage
+    const timer = yield* PhaseTimer.make
+    const limitMs = options.timeoutMs ?? defaultTimeoutMs
+    const maxBytes = options.maxImageBytes ?? settings.imageLimitBytes
+    const said = (progress: BuildProgress) => options.onProgress?.(progress) ?? Effect.void
+    yield* checkOptions(limitMs, maxBytes, options.newest)
+    const out = path.resolve(options.out)
+
+    let stage: "boot" | "install" | "archive" = "boot"
+    const enter = (next: typeof stage) =>
+      Effect.suspend(() => {
+        stage = next
+        return said({ _tag: "Phase", phase: next })
+      })
+    const written = yield* Effect.scoped(
+      Effect.gen(function* () {
+        const draft = yield* draftOf(out)
+        const own = Option.isSome(settings.baseAssetsDir) ? baseAssets.resolve("rootfs") : Effect.succeed(defaultImage)
+        const base = options.base ?? (yield* own)
+        const built = Effect.scoped(
+          Effect.gen(function* () {
+            yield* enter("boot")
+            const { baked, vm } = yield* bootBase(base, options).pipe(timer.phase("boot"))
+            yield* enter("install")
+            yield* runHook(vm, options.install).pipe(timer.phase("install"))
+            yield* enter("archive")
+            const bytes = archive(vm, over(baked, options.config ?? {}), options.newest, maxBytes, said)
+            const plain = out.endsWith(".tar")
+            return yield* compressed.write(draft, bytes, { plain }).pipe(
+              Effect.mapError((e) => (e instanceof ProvisionError ? e : outUnwritable(out, e))),
+              whileRunning(vm),
+              timer.phase("archive")
+            )
+          })
+        ).pipe(Effect.timeoutFail({ duration: limitMs, onTimeout: () => timedOut(limitMs, stage) }))
+        const result = yield* built
+        yield* rename(draft, out)
+        return result
+      })
+    )
+    if (options.prebake ?? true) {
+      yield* said({ _tag: "Phase", phase: "prebake" })
+      yield* images.ensure(out).pipe(
+        Effect.catchAll((error) => Effect.logWarning(`the first boot of ${out} will have to unpack it`, error)),
+        timer.phase("prebake")
+      )
+    }
+    const provisioned: Provisioned = {
+      imagePath: out,
+      ...written,
+      elapsedMs: timer.totalMs(),
+      phases: timer.phases()
+    }
+    return provisioned
+  },
+  Effect.annotateLogs({ service: "provision" })
+)
+
+const checkOptions = (limitMs: number, maxBytes: number, newest: number | undefined) => {
+  const bad = (message: string) =>
+    new ProvisionError({
+      code: "PROVISION_OPTION_INVALID",
+      message,
+      hint: "leave it out for the default, which `machinen provision --help` tells"
+    })
+  if (!(limitMs > 0)) return bad(`a build cannot have ${limitMs} ms`)
+  if (!(maxBytes > 0)) return bad(`an image cannot have ${maxBytes} bytes`)
+  if (newest !== undefined && !(Number.isSafeInteger(newest) && newest >= 0)) {
+    return bad(`${newest} is no time in seconds since 1970`)
+  }
+  return Effect.void
+}
+
+/** A file beside `out`, for its bytes until they are whole; named after its maker, so that what a killed build left is known and removed. */
+const draftOf = Effect.fnUntraced(function* (out: string) {
+  const fs = yield* FileSystem.FileSystem
+  const dir = path.dirname(out)
+  const prefix = `.${path.basename(out)}.building-`
+  const unwritable = Effect.mapError((cause: Error) => outUnwritable(out, cause))
+  yield* unwritable(fs.makeDirectory(dir, { recursive: true }))
+  const there = yield* Effect.option(fs.stat(out))
+  if (there._tag === "Some" && there.value.type !== "File") {
+    return yield* outUnwritable(out, new Error("there is something there that is not a file"))
+  }
+  const bootId = yield* processes.bootId
+  for (const name of yield* unwritable(fs.readDirectory(dir))) {
+    if (!name.startsWith(prefix)) continue
+    const [pid, startTime, boot] = name.slice(prefix.length).split("-")
+    const maker = { pid: Number(pid), startTime: Number(startTime) }
+    const alive = boot === bootId.slice(0, 8) && (yield* processes.isAlive(maker))
+    if (!alive) yield* Effect.ignore(fs.remove(path.join(dir, name), { force: true }))
+  }
+  const me = yield* processes.self
+  const owner = `${me.pid}-${me.startTime}-${bootId.slice(0, 8)}`
+  const draft = path.join(dir, `${prefix}${owner}-${randomUUID().slice(0, 8)}`)
+  return yield* Effect.acquireRelease(
+    unwritable(Effect.as(fs.writeFile(draft, new Uint8Array(0), { flag: "wx" }), draft)),
+    (draft) => Effect.ignore(fs.remove(draft, { force: true }))
+  )
+})
+
+const rename = Effect.fnUntraced(function* (draft: string, out: string) {
+  const fs = yield* FileSystem.FileSystem
+  yield* fs.rename(draft, out).pipe(
+    Effect.zipRight(Effect.scoped(Effect.flatMap(fs.open(path.dirname(out), { flag: "r" }), (dir) => dir.sync))),
+    Effect.mapError((cause) => outUnwritable(out, cause))
+  )
+})
+
+const bootBase = <E, R>(base: string, options: ProvisionOptions<E, R>) =>
+  Effect.gen(function* () {
+    const images = yield* RootfsImage
+    const baked = yield* Effect.flatMap(images.resolve(base), images.config)
+    const { vm }: Booted = yield* boot({
+      image: base,
+      // what asks nobody
+      env: { DEBIAN_FRONTEND: "noninteractive" },
+      user: "0:0",
+      cwd: "/",
+      rootDiskSizeBytes: options.diskSizeBytes ?? defaultDiskBytes,
+      ...(options.network === undefined ? {} : { network: options.network }),
+      ...(options.memoryMib === undefined ? {} : { memoryMib: options.memoryMib }),
+      ...(options.vcpus === undefined ? {} : { vcpus: options.vcpus }),
+      // a machine that was prepared has a machine id and files that are not the image's
+      prepared: false
+    })
+    return { vm, baked }
+  }).pipe(
+    Effect.mapError((error) =>
+      error.code === "BOOT_IMAGE_NOT_FOUND"
+        ? new ProvisionError({
+            code: "PROVISION_BASE_NOT_FOUND",
+            message: `there is no base "${base}" to build upon`,
+            ...(error.hint === undefined ? {} : { hint: error.hint }),
+            cause: error
+          })
+        : error
+    )
+  )
+
+const runHook = <E, R>(vm: Vm, install: (vm: Vm) => Effect.Effect<void, E, R>) =>
+  install(vm).pipe(
+    Effect.sandbox,
+    // an interruption is not the hook's failure
+    Effect.catchAll((cause) =>
+      Cause.isInterruptedOnly(cause) ? Effect.failCause(cause as Cause.Cause<never>) : Effect.fail(Cause.squash(cause))
+    ),
+    Effect.catchAll((error) => Effect.flatMap(hookFailed(vm, error), Effect.fail)),
+    whileRunning(vm)
+  )
+
+/** A guest that ends meanwhile says why on its console, and the work in it has no other end. */
+const whileRunning =
+  (vm: Vm) =>
+  <A, E, R>(work: Effect.Effect<A, E, R>) =>
+    Effect.raceFirst(
+      work,
+      Effect.flatMap(vm.wait, (exit) => vmEnded(exit))
+    )
+
+const vmEnded = (exit: ExitRecord) =>
+  new ProvisionError({
+    code: "PROVISION_INSTALL_HOOK_FAILED",
+    message: `the build's VM ended before the build was done: ${howEnded(exit)}`,
+    hint: "did a command of the build power it off, or did it run out of memory?",
+    ...shown(exit.consoleTail)
+  })
+
+const hookFailed = Effect.fnUntraced(function* (vm: Vm, failure: unknown) {
+  // what fails within a span is Effect's copy of it
+  const error = Cause.originalError(failure)
+  // the end of the connection is noticed before the end of the machine, which says why
+  const code = error instanceof Error && "code" in error ? error.code : undefined
+  if (["EXEC_AGENT_UNAVAILABLE", "EXEC_VM_ENDED", "EXEC_VM_FAILED", "FILES_AGENT_UNAVAILABLE"].includes(String(code))) {
+    const ended = yield* Effect.timeoutOption(Effect.disconnect(vm.wait), "2 seconds")
+    if (Option.isSome(ended)) return vmEnded(ended.value)
+  }
+  const console = yield* vm.logs("console", { tailBytes: 4096 }).pipe(
+    Stream.decodeText(),
+    Stream.mkString,
+    Effect.timeout("1 second"),
+    Effect.orElseSucceed(() => "")
+  )
+  const free = yield* vm.stats.pipe(
+    Effect.map((stats) => stats.diskFreeBytes),
+    Effect.timeout("2 seconds"),
+    Effect.orElseSucceed(() => Number.POSITIVE_INFINITY)
+  )
+  const message = error instanceof Error ? error.message : String(error)
+  const full = free < fullBelow || code === "FILES_NO_SPACE"
+  return new ProvisionError({
+    code: full ? "PROVISION_DISK_TOO_SMALL" : "PROVISION_INSTALL_HOOK_FAILED",
+    message: full ? `the build's disk is full: ${message}` : `the build failed: ${message}`,
+    ...(full ? { hint: "give the build a larger disk (`--disk`, diskSizeBytes)" } : {}),
+    ...shown(console),
+    cause: error
+  })
+})
+
+/** What ext4 has left for nobody. */
+const fullBelow = 1024 * 1024
+
+const shown = (console: string) => (console.trim() === "" ? {} : { console })
+
+/** The root filesystem as a tar stream that begins with the image's configuration. */
+const archive = (
+  vm: Vm,
+  config: ImageConfig,
+  newest: number | undefined,
+  maxBytes: number,
+  said: (progress: BuildProgress) => Effect.Effect<void>
+) => {
+  let bytes = 0
+  let toldAt = 0
+  const limited = vm.image(newest === undefined ? {} : { newest }).pipe(
+    Stream.mapError(
+      (cause) =>
+        new ProvisionError({
+          code: "PROVISION_INSTALL_HOOK_FAILED",
+          message: `the root filesystem could not be taken out of the guest: ${cause.message}`,
+          cause
+        })
+    ),
+    Stream.tap((piece) => {
+      bytes += piece.length
+      if (bytes > maxBytes) return tooLarge(maxBytes)
+      if (bytes - toldAt < progressEvery) return Effect.void
+      toldAt = bytes
+      return said({ _tag: "Archived", bytes })
+    })
+  )
+  const head = isEmpty(config)
+    ? Stream.empty
+    : Stream.fromEffect(
+        Effect.map(Schema.encode(ImageConfigJson)(config), (json) => tar.entry(`./${configFile}`, Buffer.from(json)))
+      )
+  return Stream.concat(Stream.orDie(head), limited)
+}
+
+const progressEvery = 16 * 1024 * 1024
+
+const tooLarge = (maxBytes: number) =>
+  new ProvisionError({
+    code: "PROVISION_DISK_TOO_SMALL",
+    message: `the root filesystem is larger than ${Math.floor(maxBytes / 1024 ** 2)} MiB, which is as much as this image may have`,
+    hint: "remove what is not needed at the end of the build, or raise the limit (`--max-size`, maxImageBytes, MACHINEN_IMAGE_LIMIT_MIB)"
+  })
+
+const timedOut = (limitMs: number, stage: string) =>
+  new ProvisionError({
+    code: "PROVISION_TIMEOUT",
+    message: `the build took longer than ${Duration.format(Duration.millis(limitMs))}; it was ended in its step "${stage}"`,
+    hint: "raise the limit (`--timeout`, timeoutMs); does a command of it wait for input?"
+  })
+
+const outUnwritable = (out: string, cause: Error) => {
+  const full = "code" in cause && cause.code === "ENOSPC"
+  return new ProvisionError({
+    code: "PROVISION_OUT_UNWRITABLE",
+    message: `${out} cannot be written: ${cause.message}`,
+    hint: full ? "free some space there" : "check the owner and the permissions of the directory",
+    cause
+  })
+}

@@ -1,0 +1,354 @@
+import { Schema } from "effect"
+import { ExitStatus } from "../machine/MachineSpec.ts"
+
+/**
+ * Frames between host and guest agent (docs/protocol.md §3): u8 type, u32 big-endian length, payload. This file is the TypeScript
+ * side of `guest/src/frame.rs`; `test/golden/agent-frames.json` holds both to the same bytes.
+ */
+export const FrameType = {
+  request: 1,
+  data: 2,
+  eof: 3,
+  signal: 4,
+  resize: 5,
+  started: 16,
+  stdout: 17,
+  stderr: 18,
+  end: 19,
+  error: 20,
+  credit: 21
+} as const
+export type FrameType = (typeof FrameType)[keyof typeof FrameType]
+
+const frameTypes: ReadonlySet<number> = new Set(Object.values(FrameType))
+/** Types whose payload is delivered whole: JSON documents, and a number. The others are byte streams, delivered as they arrive. */
+const wholeTypes: ReadonlySet<number> = new Set([
+  FrameType.request,
+  FrameType.started,
+  FrameType.end,
+  FrameType.error,
+  FrameType.credit
+])
+
+/** Types whose payload has one length only, in bytes. */
+const fixedLengths: ReadonlyMap<number, number> = new Map([
+  [FrameType.eof, 0],
+  [FrameType.signal, 1],
+  [FrameType.resize, 4],
+  [FrameType.credit, 4]
+])
+
+export const maxPayload = 1024 * 1024
+export const maxRequest = 4 * 1024 * 1024
+/** How many bytes of input a command may be sent before the guest gives credit for more. */
+export const inputWindow = 1024 * 1024
+/** Largest piece of input: the guest may keep back up to a quarter of the window before it gives credit. */
+export const inputPiece = 64 * 1024
+const headerSize = 5
+
+/** One frame, or a part of one: byte streams are passed on in the pieces they arrive in. */
+export interface Frame {
+  readonly type: FrameType
+  readonly payload: Uint8Array
+}
+
+/** A header alone; the payload follows it on the wire and need not be copied into the same buffer. */
+export const encodeHeader = (type: FrameType, length: number): Buffer => {
+  const header = Buffer.allocUnsafe(headerSize)
+  header.writeUInt8(type, 0)
+  header.writeUInt32BE(length, 1)
+  return header
+}
+
+export const encodeFrame = (type: FrameType, payload: Uint8Array): Buffer =>
+  Buffer.concat([encodeHeader(type, payload.length), payload])
+
+/** Pieces no larger than a frame may be, or than `most`. */
+export const pieces = (bytes: Uint8Array, most = maxPayload): ReadonlyArray<Uint8Array> => {
+  if (bytes.length <= most) return bytes.length === 0 ? [] : [bytes]
+  const parts: Array<Uint8Array> = []
+  for (let at = 0; at < bytes.length; at += most) parts.push(bytes.subarray(at, at + most))
+  return parts
+}
+
+/** The peer broke the framing; nothing after this can be trusted. */
+export class FrameViolation extends Schema.TaggedError<FrameViolation>()("FrameViolation", {
+  message: Schema.String
+}) {}
+
+/** Incremental decoder; give it every byte in order. It keeps at most one incomplete JSON payload. */
+export class FrameDecoder {
+  #header = Buffer.alloc(headerSize)
+  #headerFill = 0
+  #type: FrameType = FrameType.eof
+  #left = 0
+  #whole: Array<Uint8Array> | undefined
+
+  /** True between frames: a stream that ends here ended cleanly. */
+  get atBoundary(): boolean {
+    return this.#headerFill === 0
+  }
+
+  /** @throws FrameViolation */
+  push(chunk: Uint8Array): ReadonlyArray<Frame> {
+    const frames: Array<Frame> = []
+    let at = 0
+    while (at < chunk.length || (this.#headerFill === headerSize && this.#left === 0)) {
+      if (this.#headerFill < headerSize) {
+        const n = Math.min(headerSize - this.#headerFill, chunk.length - at)
+        this.#header.set(chunk.subarray(at, at + n), this.#headerFill)
+        this.#headerFill += n
+        at += n
+        if (this.#headerFill === headerSize) this.#begin()
+        continue
+      }
+      const n = Math.min(this.#left, chunk.length - at)
+      const piece = chunk.subarray(at, at + n)
+      at += n
+      this.#left -= n
+      if (this.#whole !== undefined) {
+        // copied: the chunk may be a view of a pool the socket reuses
+        if (n > 0) this.#whole.push(Buffer.from(piece))
+        if (this.#left === 0) frames.push({ type: this.#type, payload: Buffer.concat(this.#whole) })
+      } else if (n > 0 || this.#type === FrameType.eof) {
+        frames.push({ type: this.#type, payload: piece })
+      }
+      if (this.#left === 0) {
+        this.#headerFill = 0
+        this.#whole = undefined
+      }
+    }
+    return frames
+  }
+
+  #begin() {
+    const type = this.#header.readUInt8(0)
+    const length = this.#header.readUInt32BE(1)
+    if (!isFrameType(type)) throw new FrameViolation({ message: `unknown frame type ${type}` })
+    const limit = type === FrameType.request ? maxRequest : maxPayload
+    if (length > limit) throw new FrameViolation({ message: `frame of ${length} bytes; the limit is ${limit}` })
+    const fixed = fixedLengths.get(type)
+    if (fixed !== undefined && length !== fixed) {
+      throw new FrameViolation({ message: `frame of type ${type} with ${length} bytes; it has ${fixed}` })
+    }
+    this.#type = type
+    this.#left = length
+    this.#whole = wholeTypes.has(type) ? [] : undefined
+  }
+}
+
+const isFrameType = (type: number): type is FrameType => frameTypes.has(type)
+
+const Environment = Schema.Record({ key: Schema.String, value: Schema.String })
+
+/** What makes a copy a machine of its own. */
+const identity = {
+  seed: Schema.String,
+  nowMs: Schema.Int,
+  hostname: Schema.String,
+  machineId: Schema.String,
+  generation: Schema.String,
+  /** Of its network card. */
+  mac: Schema.optional(Schema.String),
+  env: Environment,
+  /** In place of the whole configuration the original was booted with. */
+  config: Schema.optional(
+    Schema.Struct({
+      cmd: Schema.optional(Schema.Array(Schema.String)),
+      env: Environment,
+      cwd: Schema.optional(Schema.String),
+      makeCwd: Schema.optional(Schema.Boolean),
+      user: Schema.optional(Schema.String)
+    })
+  )
+}
+
+/** What the host may ask of the agent; the first frame of every stream. */
+export const AgentRequest = Schema.Union(
+  Schema.Struct({
+    op: Schema.Literal("exec"),
+    argv: Schema.NonEmptyArray(Schema.String),
+    env: Schema.optionalWith(Environment, { default: () => ({}) }),
+    cwd: Schema.optional(Schema.String),
+    user: Schema.optional(Schema.String),
+    stdin: Schema.optionalWith(Schema.Boolean, { default: () => false }),
+    secrets: Schema.optional(Schema.Array(Schema.String))
+  }),
+  Schema.Struct({
+    op: Schema.Literal("pty"),
+    /** A login shell when it is empty. */
+    argv: Schema.optionalWith(Schema.Array(Schema.String), { default: () => [] }),
+    env: Schema.optionalWith(Environment, { default: () => ({}) }),
+    cwd: Schema.optional(Schema.String),
+    user: Schema.optional(Schema.String),
+    secrets: Schema.optional(Schema.Array(Schema.String)),
+    columns: Schema.Int,
+    rows: Schema.Int,
+    session: Schema.optional(Schema.String),
+    steal: Schema.optionalWith(Schema.Boolean, { default: () => false })
+  }),
+  Schema.Struct({ op: Schema.Literal("sessions") }),
+  Schema.Struct({ op: Schema.Literal("session-kill"), session: Schema.String }),
+  Schema.Struct({ op: Schema.Literal("main"), stdin: Schema.Boolean, detach: Schema.Boolean }),
+  Schema.Struct({
+    op: Schema.Literal("write"),
+    path: Schema.String,
+    mode: Schema.optional(Schema.Int),
+    append: Schema.Boolean,
+    recursive: Schema.Boolean
+  }),
+  Schema.Struct({
+    op: Schema.Literal("read"),
+    path: Schema.String,
+    offset: Schema.optional(Schema.Int),
+    length: Schema.optional(Schema.Int)
+  }),
+  Schema.Struct({
+    op: Schema.Literal("push"),
+    path: Schema.String,
+    /** The path is that of one file, not of the directory that is unpacked into. */
+    file: Schema.optionalWith(Schema.Boolean, { default: () => false })
+  }),
+  Schema.Struct({
+    op: Schema.Literal("pull"),
+    path: Schema.String,
+    /** A symbolic link stands for what it leads to. */
+    follow: Schema.optionalWith(Schema.Boolean, { default: () => false }),
+    excludes: Schema.Array(Schema.String)
+  }),
+  Schema.Struct({ op: Schema.Literal("image"), newest: Schema.optional(Schema.Int) }),
+  Schema.Struct({
+    op: Schema.Literal("stat"),
+    path: Schema.String,
+    /** A symbolic link stands for what it leads to. */
+    follow: Schema.optionalWith(Schema.Boolean, { default: () => false })
+  }),
+  Schema.Struct({ op: Schema.Literal("list"), path: Schema.String }),
+  Schema.Struct({
+    op: Schema.Literal("mkdir"),
+    path: Schema.String,
+    mode: Schema.optional(Schema.Int),
+    recursive: Schema.Boolean
+  }),
+  Schema.Struct({ op: Schema.Literal("rename"), from: Schema.String, to: Schema.String }),
+  Schema.Struct({ op: Schema.Literal("remove"), path: Schema.String, recursive: Schema.Boolean }),
+  Schema.Struct({ op: Schema.Literal("secrets"), values: Environment, forget: Schema.Boolean }),
+  Schema.Struct({ op: Schema.Literal("stats") }),
+  Schema.Struct({ op: Schema.Literal("hostname"), hostname: Schema.String }),
+  Schema.Struct({ op: Schema.Literal("clock"), nowMs: Schema.Int }),
+  Schema.Struct({
+    op: Schema.Literal("freeze"),
+    sync: Schema.Boolean,
+    lazyUmount: Schema.optional(Schema.Boolean),
+    timeoutMs: Schema.optional(Schema.Int)
+  }),
+  Schema.Struct({ op: Schema.Literal("rejuvenate"), ...identity }),
+  Schema.Struct({ op: Schema.Literal("dump"), tcpClose: Schema.Boolean, timeoutMs: Schema.optional(Schema.Int) }),
+  Schema.Struct({ op: Schema.Literal("revive"), lazy: Schema.Boolean, ...identity }),
+  Schema.Struct({ op: Schema.Literal("detach") }),
+  Schema.Struct({
+    op: Schema.Literal("tunnel"),
+    to: Schema.Union(Schema.Struct({ port: Schema.Int }), Schema.Struct({ path: Schema.String }))
+  }),
+  Schema.Struct({ op: Schema.Literal("watch"), path: Schema.String, recursive: Schema.Boolean }),
+  Schema.Struct({ op: Schema.Literal("poweroff") })
+)
+export type AgentRequest = typeof AgentRequest.Type
+
+export const AgentStarted = Schema.Struct({
+  pid: Schema.optional(Schema.Int),
+  /** `dump`: for how long the processes have stood still. */
+  frozenMs: Schema.optional(Schema.Number),
+  processes: Schema.optional(Schema.Int)
+})
+
+/** Why the agent refused or gave up; the last frame of its stream. */
+export const AgentFault = Schema.Struct({
+  code: Schema.Literal(
+    "AGENT_BAD_REQUEST",
+    "AGENT_OP_UNKNOWN",
+    "AGENT_NOT_FOUND",
+    "AGENT_NOT_EXECUTABLE",
+    "AGENT_CWD_INVALID",
+    "AGENT_BUSY",
+    "AGENT_SESSION_NOT_FOUND",
+    "AGENT_SESSION_IN_USE",
+    "AGENT_TIMEOUT",
+    "AGENT_ARGUMENTS_TOO_LARGE",
+    "AGENT_NO_SPACE",
+    "AGENT_WATCH_LIMIT",
+    "AGENT_MOUNT_BUSY",
+    "AGENT_SECRET_UNKNOWN",
+    "AGENT_CRIU",
+    "AGENT_IO"
+  ),
+  message: Schema.String,
+  errno: Schema.optional(Schema.String)
+})
+export type AgentFault = typeof AgentFault.Type
+
+export class FileStat extends Schema.Class<FileStat>("FileStat")({
+  kind: Schema.Literal("file", "directory", "symlink", "other"),
+  /** Bytes. */
+  size: Schema.Number,
+  /** Permission bits. */
+  mode: Schema.Int,
+  mtimeMs: Schema.Number,
+  uid: Schema.Int,
+  gid: Schema.Int,
+  target: Schema.optional(Schema.String)
+}) {}
+
+/** A terminal session in a guest. */
+export class TerminalSession extends Schema.Class<TerminalSession>("TerminalSession")({
+  name: Schema.String,
+  pid: Schema.Int,
+  argv: Schema.Array(Schema.String),
+  /** Unix milliseconds, by the guest's clock. */
+  createdMs: Schema.Number,
+  /** Somebody is attached to it. */
+  attached: Schema.Boolean,
+  columns: Schema.Int,
+  rows: Schema.Int,
+  /** How its command ended, if it has and nobody has seen it yet. */
+  ended: Schema.NullOr(ExitStatus)
+}) {}
+
+/** What is in a directory, by name. A byte that is not UTF-8 is the lone surrogate U+DC00 + byte, here and in every path of the guest's. */
+export class DirectoryEntry extends FileStat.extend<DirectoryEntry>("DirectoryEntry")({ name: Schema.String }) {}
+
+/** What happened below a watched directory; paths are relative to it. */
+export const FileChange = Schema.Union(
+  Schema.Struct({
+    /** `modified`: closed by somebody who could write to it, or its attributes changed. */
+    kind: Schema.Literal("created", "modified", "removed"),
+    path: Schema.String
+  }),
+  /** Within what is watched; into it is `created`, out of it `removed`. */
+  Schema.Struct({ kind: Schema.Literal("moved"), from: Schema.String, path: Schema.String }),
+  /** There were more changes than the guest could keep: look for yourself. What comes after this is known again. */
+  Schema.Struct({ kind: Schema.Literal("lost") })
+)
+export type FileChange = typeof FileChange.Type
+
+/** What a restored guest made new before its processes went on, and what stayed as it was in the original. */
+export class Rejuvenation extends Schema.Class<Rejuvenation>("Rejuvenation")({
+  renewed: Schema.Array(Schema.String),
+  kept: Schema.Array(Schema.Struct({ what: Schema.String, why: Schema.String })),
+  /** How far the wall clock was set, in milliseconds; about the age of the snapshot. */
+  clockStepMs: Schema.Number
+}) {}
+
+export class GuestStats extends Schema.Class<GuestStats>("GuestStats")({
+  memory: Schema.Struct({ totalBytes: Schema.Number, availableBytes: Schema.Number }),
+  uptimeMs: Schema.Number,
+  processes: Schema.Int,
+  diskTotalBytes: Schema.Number,
+  diskFreeBytes: Schema.Number,
+  /** Processes the guest kernel ended for want of memory since boot. */
+  oomKills: Schema.Int,
+  /** Pages (of 4 KiB) of restored processes that will be read when they are touched. */
+  lazyPagesPending: Schema.Int,
+  /** Of a restored guest. */
+  rejuvenation: Schema.NullOr(Rejuvenation)
+}) {}

@@ -1,0 +1,169 @@
+import { Effect, Schema, type Scope, Stream } from "effect"
+import { ExecError } from "../errors.ts"
+import { ExitStatus } from "../machine/MachineSpec.ts"
+import { type AgentRequest, encodeFrame, type Frame, FrameType, TerminalSession } from "./AgentProtocol.ts"
+import { checkCommand } from "./commandCheck.ts"
+
+/** What runs in a terminal. A line is for the guest's `sh -c`; without `argv` it is a login shell. */
+export type TerminalCommand =
+  | string
+  | {
+      readonly argv?: ReadonlyArray<string>
+      /** `TERM` says what the terminal understands; default `xterm`. */
+      readonly env?: Readonly<Record<string, string>>
+      /** Absolute; the VM's own working directory when left out. */
+      readonly cwd?: string
+      /** `user[:group]`, names or numbers of the guest's; the VM's own user when left out. */
+      readonly user?: string
+      /** Names of secrets the guest has been given, to be variables of this command. */
+      readonly secrets?: ReadonlyArray<string>
+    }
+
+export interface TerminalSize {
+  /** 1 to 65535, each. */
+  readonly columns: number
+  readonly rows: number
+}
+
+export interface TerminalOptions extends TerminalSize {
+  /**
+   * The command outlives its client under this name, which is the guest's own: 1 to 64 letters, digits, `_`, `.`, `-`. A session that is there
+   * is joined instead, and the command ignored: `output` begins with what its screen shows. One client at a time. The screen of a session
+   * has at most 512 × 256 cells.
+   */
+  readonly session?: string
+  /** Take the session from whoever is attached to it. */
+  readonly steal?: boolean
+}
+
+/** A terminal in the guest, with a command that is controlled from it. Closing its scope hangs it up, unless it is a session. */
+export interface Terminal {
+  readonly pid: number
+  /** What it shows. Not reading it stops the command's writes; it may be run once. */
+  readonly output: Stream.Stream<Uint8Array, ExecError>
+  /** Types; completes when there is room for more. */
+  readonly write: (bytes: Uint8Array) => Effect.Effect<void, ExecError>
+  /** Its programs are told. The size it has is not sent again. */
+  readonly resize: (size: TerminalSize) => Effect.Effect<void, ExecError>
+  /** Completes once `output` has been read to its end. */
+  readonly exit: Effect.Effect<ExitStatus, ExecError>
+}
+
+export interface TerminalClient {
+  readonly terminal: (
+    command: TerminalCommand,
+    options: TerminalOptions
+  ) => Effect.Effect<Terminal, ExecError, Scope.Scope>
+  /** Terminal sessions, oldest first. */
+  readonly sessions: Effect.Effect<ReadonlyArray<TerminalSession>, ExecError>
+  /** Hangs a session up; when it returns nothing of it is left. */
+  readonly killSession: (name: string) => Effect.Effect<void, ExecError>
+}
+
+/** The agent's streams, as terminals need them. */
+interface Wire {
+  readonly open: (request: AgentRequest) => Effect.Effect<
+    {
+      readonly pid: number
+      readonly frames: Stream.Stream<Frame, ExecError>
+      readonly result: Effect.Effect<unknown, ExecError>
+      readonly send: (bytes: Uint8Array) => Effect.Effect<void, unknown>
+      readonly sendInput: (bytes: Uint8Array) => Effect.Effect<void, unknown>
+    },
+    ExecError,
+    Scope.Scope
+  >
+  readonly ask: (request: AgentRequest) => Effect.Effect<unknown, ExecError>
+}
+
+export const make = (wire: Wire): TerminalClient => ({
+  terminal: Effect.fn("Terminal.terminal")(function* (command, { columns, rows, session, steal = false }) {
+    const { argv = [], env = {}, ...rest } = typeof command === "string" ? { argv: ["sh", "-c", command] } : command
+    const bad =
+      checkSize({ columns, rows }) ??
+      (session === undefined ? undefined : checkSession(session)) ??
+      checkCommand({ argv, env, ...rest })
+    if (bad !== undefined) return yield* bad
+    const { frames, pid, result, send, sendInput } = yield* wire.open({
+      op: "pty",
+      argv,
+      env,
+      columns,
+      rows,
+      steal,
+      ...rest,
+      ...(session === undefined ? {} : { session })
+    })
+    let last: TerminalSize = { columns, rows }
+    const terminal: Terminal = {
+      pid,
+      output: Stream.map(
+        Stream.filter(frames, ({ type }) => type === FrameType.stdout),
+        ({ payload }) => payload
+      ),
+      write: (bytes) => Effect.mapError(sendInput(bytes), gone),
+      resize: (size) =>
+        Effect.suspend(() => {
+          const bad = checkSize(size)
+          if (bad !== undefined) return bad
+          if (size.columns === last.columns && size.rows === last.rows) return Effect.void
+          last = size
+          return Effect.mapError(send(encodeFrame(FrameType.resize, sizePayload(size))), gone)
+        }),
+      exit: Effect.flatMap(result, decodeWith(ExitStatus))
+    }
+    return terminal
+  }),
+  sessions: Effect.map(
+    Effect.flatMap(wire.ask({ op: "sessions" }), decodeWith(SessionList)),
+    ({ sessions }) => sessions
+  ),
+  killSession: Effect.fn("Terminal.killSession")(function* (name) {
+    const bad = checkSession(name)
+    if (bad !== undefined) return yield* bad
+    yield* wire.ask({ op: "session-kill", session: name })
+  })
+})
+
+const SessionList = Schema.Struct({ sessions: Schema.Array(TerminalSession) })
+
+const decodeWith =
+  <A, I>(schema: Schema.Schema<A, I>) =>
+  (json: unknown) =>
+    Effect.mapError(
+      Schema.decodeUnknown(schema)(json),
+      (cause) =>
+        new ExecError({
+          code: "EXEC_PROTOCOL",
+          message: "the agent sent something else than the protocol says",
+          cause
+        })
+    )
+
+const gone = (cause: unknown) =>
+  new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "the terminal is gone: nobody reads what is typed", cause })
+
+const sizePayload = ({ columns, rows }: TerminalSize) => {
+  const payload = Buffer.alloc(4)
+  payload.writeUInt16BE(columns, 0)
+  payload.writeUInt16BE(rows, 2)
+  return payload
+}
+
+export const checkSize = ({ columns, rows }: TerminalSize): ExecError | undefined =>
+  [columns, rows].every((n) => Number.isInteger(n) && n >= 1 && n <= 65_535)
+    ? undefined
+    : new ExecError({
+        code: "EXEC_TERMINAL_SIZE_INVALID",
+        message: `a terminal cannot have ${columns} columns and ${rows} rows`,
+        hint: "give whole numbers from 1 to 65535"
+      })
+
+const checkSession = (name: string): ExecError | undefined =>
+  /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$/.test(name)
+    ? undefined
+    : new ExecError({
+        code: "EXEC_SESSION_INVALID",
+        message: `${JSON.stringify(name)} cannot be a session's name`,
+        hint: "1 to 64 letters, digits, `_`, `.` and `-`, not beginning with `.` or `-`"
+      })

@@ -1,0 +1,78 @@
+import { Context, Effect, Layer, Option, Schema, type Scope } from "effect"
+import * as UnixSocket from "../platform/UnixSocket.ts"
+
+/** A guest port could not be reached: no VM behind the socket, nobody listening, or the VM went away in between. */
+export class VsockUnreachable extends Schema.TaggedError<VsockUnreachable>()("VsockUnreachable", {
+  path: Schema.String,
+  port: Schema.Int,
+  cause: Schema.optional(Schema.Defect)
+}) {
+  override get message(): string {
+    return `guest port ${this.port} cannot be reached through ${this.path}`
+  }
+}
+
+/**
+ * Byte streams to and from guest ports, the same on every backend: Firecracker's hybrid vsock over unix sockets (docs/protocol.md §2).
+ */
+export class Vsock extends Context.Tag("machinen/Vsock")<
+  Vsock,
+  {
+    /** Connects to a port in the guest. What is to be said `first` travels with the request, and is lost if that is refused. */
+    readonly dial: (
+      vsockPath: string,
+      port: number,
+      first?: Uint8Array
+    ) => Effect.Effect<UnixSocket.Connection, VsockUnreachable, Scope.Scope>
+    /** Waits where the guest will call: returns once listening; the inner effect is the guest's first call. */
+    readonly listen: (
+      vsockPath: string,
+      port: number
+    ) => Effect.Effect<
+      Effect.Effect<UnixSocket.Connection, VsockUnreachable, Scope.Scope>,
+      VsockUnreachable,
+      Scope.Scope
+    >
+  }
+>() {
+  static readonly layer = Layer.succeed(Vsock, {
+    dial: Effect.fn("Vsock.dial")(
+      function* (vsockPath, port, first = new Uint8Array(0)) {
+        const connection = yield* UnixSocket.connect(vsockPath)
+        yield* connection.write(Buffer.concat([Buffer.from(`CONNECT ${port}\n`), first]))
+        return UnixSocket.unread(connection, yield* readGreeting(connection))
+      },
+      (effect, path, port) => Effect.mapError(effect, (cause) => new VsockUnreachable({ path, port, cause }))
+    ),
+    listen: Effect.fn("Vsock.listen")(
+      function* (vsockPath, port) {
+        const accept = yield* UnixSocket.listenOnce(`${vsockPath}_${port}`)
+        return Effect.mapError(accept, (cause) => new VsockUnreachable({ path: vsockPath, port, cause }))
+      },
+      (effect, path, port) => Effect.mapError(effect, (cause) => new VsockUnreachable({ path, port, cause }))
+    )
+  })
+}
+
+const maxGreeting = 32
+
+/** Reads `OK <n>\n` and gives what follows it in the same piece. */
+const readGreeting = Effect.fnUntraced(function* ({ read }: UnixSocket.Connection) {
+  let line = Buffer.alloc(0)
+  while (!line.includes("\n")) {
+    if (line.length > maxGreeting) return yield* Effect.fail(refused("no greeting"))
+    const piece = yield* Effect.mapError(
+      read,
+      Option.getOrElse(() => refused("refused"))
+    )
+    line = Buffer.concat([line, piece])
+  }
+  const at = line.indexOf("\n")
+  if (!/^OK \d+$/.test(line.subarray(0, at).toString("latin1"))) return yield* Effect.fail(refused("no greeting"))
+  return line.subarray(at + 1)
+})
+
+const refused = (why: string) =>
+  Object.assign(new Error(why === "refused" ? "nobody listens on that guest port" : "not a vsock socket"), {
+    code: "ECONNREFUSED"
+  })

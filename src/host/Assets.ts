@@ -1,0 +1,278 @@
+import { createHash } from "node:crypto"
+import * as path from "node:path"
+import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
+import { Context, Effect, Layer, Option, Order, Schema, Stream } from "effect"
+import { AssetError } from "../errors.ts"
+import { contentHash } from "../platform/contentHash.ts"
+import * as HostLock from "../platform/HostLock.ts"
+import { Settings } from "../Settings.ts"
+import { SourceTree } from "./SourceTree.ts"
+
+/**
+ * What set-up builds, each with the files and directories of the source tree that decide what comes out. `programs` is one asset because
+ * one cargo build makes both: the guest's init and the shim.
+ */
+const inputs = {
+  kernel: ["kernel"],
+  gvproxy: ["gvproxy"],
+  programs: [".cargo", "Cargo.lock", "Cargo.toml", "guest", "native"],
+  "base-micro": ["bases/ext4.sh", "bases/micro.sh"],
+  "base-debian": ["bases/debian-finish.sh", "bases/debian.packages", "bases/debian.sh", "bases/ext4.sh"]
+} as const satisfies Record<string, ReadonlyArray<string>>
+
+export type AssetName = keyof typeof inputs
+export const assetNames: ReadonlyArray<AssetName> = ["programs", "gvproxy", "kernel", "base-micro", "base-debian"]
+
+/** Below the inputs, what does not reach the result. */
+const ignored: ReadonlySet<string> = new Set(["target", "tests", "examples", "benches"])
+
+/** `asset.json`: an asset directory without it does not exist. */
+export class AssetManifest extends Schema.Class<AssetManifest>("AssetManifest")({
+  format: Schema.Literal(1),
+  name: Schema.Literal("kernel", "programs", "gvproxy", "base-micro", "base-debian"),
+  /** sha256 over the inputs' paths and bytes. */
+  inputs: Schema.String,
+  builtAt: Schema.String,
+  files: Schema.Record({ key: Schema.String, value: Schema.Struct({ size: Schema.Number, sha256: Schema.String }) })
+}) {}
+
+const manifestFile = "asset.json"
+const ManifestJson = Schema.parseJson(AssetManifest)
+
+/**
+ * The kernel, the guest's init, the shim and the base images: built on this machine, kept by the hash of what they are built from. A
+ * second checkout with the same inputs uses the same assets; a changed input makes another asset beside the old one, which running VMs
+ * and bundles may still need.
+ */
+export class Assets extends Context.Tag("machinen/Assets")<
+  Assets,
+  {
+    /** The guest kernel, an ELF file. */
+    readonly kernel: Effect.Effect<string, AssetError>
+    /** The guest's init and agent, a static program. */
+    readonly init: Effect.Effect<string, AssetError>
+    /** The program every VM runs under. */
+    readonly shim: Effect.Effect<string, AssetError>
+    /** The program behind a guest's network card. */
+    readonly gvproxy: Effect.Effect<string, AssetError>
+    /** A base image, read-only ext4. */
+    readonly base: (name: "micro" | "debian") => Effect.Effect<string, AssetError>
+    /** The directory of an asset in any store, and what it is built from: the same for the same sources. */
+    readonly identity: (
+      name: AssetName
+    ) => Effect.Effect<{ readonly directory: string; readonly inputs: string }, AssetError>
+    /** The files of a built asset that are not what its manifest says; `deep` reads them, else only their sizes are looked at. */
+    readonly damaged: (
+      name: AssetName,
+      options: { readonly deep: boolean }
+    ) => Effect.Effect<ReadonlyArray<string>, AssetError>
+    /** Has the next build replace an asset. */
+    readonly discard: (name: AssetName) => Effect.Effect<void, AssetError>
+    /** What an asset consists of, or nothing when it is not built for the present inputs. */
+    readonly find: (name: AssetName) => Effect.Effect<Option.Option<FoundAsset>, AssetError>
+    /**
+     * Has `make` fill `out` unless the asset is there. Of any number of processes that want it one builds and the others wait for it;
+     * nothing is left of a build that failed or was killed, except until the next one.
+     */
+    readonly build: <E, R>(
+      name: AssetName,
+      make: (dirs: BuildDirectories) => Effect.Effect<void, E, R>
+    ) => Effect.Effect<void, E | AssetError, R>
+  }
+>() {
+  /** For tests: with a source tree of their own. */
+  static readonly layerWithoutSource = Layer.effect(
+    Assets,
+    Effect.gen(function* () {
+      const fs = yield* FileSystem.FileSystem
+      const { assetsDir } = yield* Settings
+      const { root } = yield* SourceTree
+      const buildingDir = path.join(assetsDir, ".building")
+
+      const hashInputs = Effect.fnUntraced(function* (name: AssetName) {
+        const base = yield* root
+        return yield* Effect.mapError(contentHash(base, inputs[name], ignored), (cause) =>
+          inputsUnreadable(name, cause)
+        )
+      })
+
+      // Kept for the life of the process: it boots what its sources were when it first booted.
+      const hashes = new Map<AssetName, string>()
+      const inputsHash = (name: AssetName) =>
+        Effect.suspend(() => {
+          const known = hashes.get(name)
+          return known === undefined
+            ? Effect.tap(hashInputs(name), (hash) => Effect.sync(() => hashes.set(name, hash)))
+            : Effect.succeed(known)
+        })
+
+      const directory = (name: AssetName) =>
+        Effect.map(inputsHash(name), (hash) => path.join(assetsDir, `${name}-${hash.slice(0, 12)}`))
+
+      const isBuilt = (dir: string) => Effect.orElseSucceed(fs.exists(path.join(dir, manifestFile)), () => false)
+
+      const file = (name: AssetName, file: string) =>
+        Effect.flatMap(directory(name), (dir) =>
+          Effect.flatMap(isBuilt(dir), (built) =>
+            built ? Effect.succeed(path.join(dir, file)) : Effect.fail(assetMissing(name, dir))
+          )
+        )
+
+      const sha256 = Effect.fnUntraced(function* (target: string) {
+        const hash = createHash("sha256")
+        yield* Stream.runForEach(fs.stream(target, { chunkSize: 1024 * 1024 }), (chunk) =>
+          Effect.sync(() => void hash.update(chunk))
+        )
+        return hash.digest("hex")
+      })
+
+      const sync = (target: string) =>
+        Effect.scoped(Effect.flatMap(fs.open(target, { flag: "r" }), (handle) => handle.sync))
+
+      /** Makes the finished directory an asset: everything on disk, then the manifest, then the name. */
+      const publish = Effect.fnUntraced(function* (name: AssetName, hash: string, out: string, dir: string) {
+        const names = (yield* fs.readDirectory(out)).sort(Order.string)
+        const files = yield* Effect.forEach(names, (entry) =>
+          Effect.gen(function* () {
+            const target = path.join(out, entry)
+            yield* sync(target)
+            const { size } = yield* fs.stat(target)
+            return [entry, { size: Number(size), sha256: yield* sha256(target) }] as const
+          })
+        )
+        const manifest = new AssetManifest({
+          format: 1,
+          name,
+          inputs: hash,
+          builtAt: new Date().toISOString(),
+          files: Object.fromEntries(files)
+        })
+        const manifestPath = path.join(out, manifestFile)
+        yield* fs.writeFileString(manifestPath, Schema.encodeSync(ManifestJson)(manifest))
+        yield* sync(manifestPath)
+        yield* fs.remove(dir, { recursive: true, force: true })
+        yield* fs.rename(out, dir)
+      })
+
+      /** Only ever called under the asset's lock: whatever carries its name there is of a build that died. */
+      const removeLeftovers = Effect.fnUntraced(function* (name: AssetName) {
+        const entries = yield* fs.readDirectory(buildingDir)
+        const left = entries.filter((entry) => entry.startsWith(`${name}-`))
+        yield* Effect.forEach(left, (entry) =>
+          Effect.ignore(fs.remove(path.join(buildingDir, entry), { recursive: true, force: true }))
+        )
+      })
+
+      const build = Effect.fn("Assets.build")(function* <E, R>(
+        name: AssetName,
+        make: (dirs: BuildDirectories) => Effect.Effect<void, E, R>
+      ) {
+        const hash = yield* inputsHash(name)
+        const dir = yield* directory(name)
+        const writing = Effect.mapError((cause: PlatformErrors.PlatformError) => storeUnwritable(assetsDir, cause))
+        yield* HostLock.withLock(path.join(assetsDir, `.${name}.lock`), (cause) => storeUnwritable(assetsDir, cause))(
+          Effect.gen(function* () {
+            if (yield* isBuilt(dir)) return
+            yield* writing(fs.makeDirectory(buildingDir, { recursive: true }))
+            yield* writing(removeLeftovers(name))
+            const staging = yield* writing(fs.makeTempDirectory({ directory: buildingDir, prefix: `${name}-` }))
+            yield* Effect.gen(function* () {
+              const dirs = { out: path.join(staging, "out"), work: path.join(staging, "work") }
+              yield* writing(Effect.zipRight(fs.makeDirectory(dirs.out), fs.makeDirectory(dirs.work)))
+              yield* make(dirs)
+              // Someone edited meanwhile: what came out may be of either state and must not be found under this hash.
+              if ((yield* hashInputs(name)) !== hash) return yield* inputsChanged(name)
+              yield* writing(publish(name, hash, dirs.out, dir))
+            }).pipe(Effect.ensuring(Effect.ignore(fs.remove(staging, { recursive: true, force: true }))))
+          })
+        )
+      })
+
+      const find = Effect.fn("Assets.find")(function* (name) {
+        const dir = yield* directory(name)
+        const text = yield* Effect.option(fs.readFileString(path.join(dir, manifestFile)))
+        const manifest = Option.flatMap(text, Schema.decodeOption(ManifestJson))
+        return Option.map(manifest, (manifest) => ({ dir, manifest }))
+      })
+
+      return Assets.of({
+        kernel: file("kernel", "vmlinux"),
+        init: file("programs", "init"),
+        shim: file("programs", "machinen-shim"),
+        gvproxy: file("gvproxy", "gvproxy"),
+        base: (name) => file(`base-${name}`, "base.ext4"),
+        identity: (name) =>
+          Effect.map(Effect.all([inputsHash(name), directory(name)]), ([inputs, dir]) => ({
+            directory: path.basename(dir),
+            inputs
+          })),
+        damaged: Effect.fn("Assets.damaged")(function* (name, { deep }) {
+          const found = yield* find(name)
+          if (Option.isNone(found)) return []
+          const { dir, manifest } = found.value
+          const files = Object.entries(manifest.files)
+          const bad = yield* Effect.filter(files, ([file, expected]) =>
+            Effect.gen(function* () {
+              const target = path.join(dir, file)
+              if (Number((yield* fs.stat(target)).size) !== expected.size) return true
+              return deep && (yield* sha256(target)) !== expected.sha256
+            }).pipe(Effect.orElseSucceed(() => true))
+          )
+          return bad.map(([file]) => path.join(dir, file))
+        }),
+        discard: (name) =>
+          Effect.flatMap(directory(name), (dir) =>
+            Effect.mapError(fs.remove(path.join(dir, manifestFile), { force: true }), (cause) =>
+              storeUnwritable(assetsDir, cause)
+            )
+          ),
+        find,
+        build
+      })
+    })
+  )
+
+  static readonly layer = Assets.layerWithoutSource.pipe(Layer.provide(SourceTree.layer))
+}
+
+/** An asset that is built: where it lies and what its manifest says. */
+export interface FoundAsset {
+  readonly dir: string
+  readonly manifest: AssetManifest
+}
+
+/** `out` becomes the asset, `work` is thrown away. */
+export interface BuildDirectories {
+  readonly out: string
+  readonly work: string
+}
+
+const assetMissing = (name: AssetName, dir: string) =>
+  new AssetError({
+    code: "ASSET_MISSING",
+    message: `the asset "${name}" is not built (${dir})`,
+    hint: "run `machinen install` (in a checkout: `npm run setup`)"
+  })
+
+const inputsUnreadable = (name: AssetName, cause: Error) =>
+  new AssetError({
+    code: "ASSET_SOURCE_MISSING",
+    message: `the sources of the asset "${name}" cannot be read: ${cause.message}`,
+    hint: "is the checkout or the installed package complete?",
+    cause
+  })
+
+const inputsChanged = (name: AssetName) =>
+  new AssetError({
+    code: "ASSET_BUILD_FAILED",
+    message: `the sources of the asset "${name}" changed while it was built`,
+    hint: "run it again"
+  })
+
+const storeUnwritable = (assetsDir: string, cause: Error) =>
+  new AssetError({
+    code: "ASSET_BUILD_FAILED",
+    message: `the asset store cannot be written: ${cause.message}`,
+    hint: `check the owner, the permissions and the free space of ${assetsDir}, or set MACHINEN_ASSETS_STORE`,
+    cause
+  })

@@ -1,0 +1,62 @@
+import * as path from "node:path"
+import { Effect, Schema } from "effect"
+import { BootError } from "../errors.ts"
+import type { BootPlan } from "../machine/BootOptions.ts"
+import { validateEnv } from "../machine/BootOptions.ts"
+
+const Line = Schema.String.pipe(Schema.filter((text) => !text.includes("\0")))
+
+/**
+ * What an image says about the commands that run in it: `machinen-config.json` at the root of its tree. A caller's own options go over it.
+ */
+export const ImageConfig = Schema.Struct({
+  /** Before the command, the caller's or the image's own. */
+  entrypoint: Schema.optional(Schema.NonEmptyArray(Line)),
+  cmd: Schema.optional(Schema.NonEmptyArray(Line)),
+  env: Schema.optional(Schema.Record({ key: Line, value: Line })),
+  /** Absolute. */
+  cwd: Schema.optional(Line.pipe(Schema.filter((dir) => path.posix.isAbsolute(dir)))),
+  /** `user[:group]`, names or numbers. */
+  user: Schema.optional(Line.pipe(Schema.minLength(1))),
+  /** `80/tcp`: what it listens on, for who looks at it; nothing is forwarded for that. */
+  exposedPorts: Schema.optional(Schema.Array(Line))
+})
+export type ImageConfig = typeof ImageConfig.Type
+
+/** The same, as the text of the file. */
+export const ImageConfigJson = Schema.parseJson(ImageConfig)
+
+export const configFile = "machinen-config.json"
+
+/** What an image was made from with what is put over it; each field as a whole, the environment variable by variable. */
+export const over = (base: ImageConfig, top: ImageConfig): ImageConfig => ({
+  ...base,
+  ...top,
+  ...(base.env === undefined && top.env === undefined ? {} : { env: { ...base.env, ...top.env } })
+})
+
+/** Whether it says anything. */
+export const isEmpty = (config: ImageConfig): boolean => Object.values(config).every((value) => value === undefined)
+
+/** A plan with what the image says where the caller says nothing (spec provision.md §3); an entrypoint stays before any command. */
+export const applied = Effect.fnUntraced(function* (plan: BootPlan, image: ImageConfig) {
+  const env = { ...image.env, ...plan.env }
+  yield* validateEnv(env)
+  const [first, ...rest] = [...(image.entrypoint ?? []), ...(plan.command ?? image.cmd ?? [])]
+  if (first === "") {
+    return yield* new BootError({
+      code: "BOOT_CMD_MISSING",
+      message: "the image's main command is empty",
+      hint: "give one"
+    })
+  }
+  const merged: BootPlan = {
+    ...plan,
+    command: first === undefined ? undefined : [first, ...rest],
+    env,
+    cwd: plan.cwd ?? image.cwd,
+    makeCwd: plan.cwd === undefined && image.cwd !== undefined,
+    user: plan.user ?? image.user
+  }
+  return merged
+})

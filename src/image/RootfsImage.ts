@@ -1,0 +1,565 @@
+import { createHash } from "node:crypto"
+import * as path from "node:path"
+import { CommandExecutor, FileSystem } from "@effect/platform"
+import { Context, Effect, Either, Layer, Option, Schema } from "effect"
+import { type AssetError, BootError, ProvisionError } from "../errors.ts"
+import { Assets } from "../host/Assets.ts"
+import { buildFailed, cacheUnwritable, explained, toolMissing } from "../host/hostTools.ts"
+import * as completeFile from "../platform/completeFile.ts"
+import * as ext4 from "../platform/ext4.ts"
+import * as fileState from "../platform/fileState.ts"
+import * as HostLock from "../platform/HostLock.ts"
+import { sha256File } from "../platform/sha256File.ts"
+import * as hostTool from "../platform/tool.ts"
+import { Settings } from "../Settings.ts"
+import { ImageId, ImageRecord, withTag } from "./Image.ts"
+import { configFile, ImageConfig, ImageConfigJson, isEmpty } from "./ImageConfig.ts"
+import * as Oci from "./Oci.ts"
+
+/** Base images that set-up provides, by the name a user gives. */
+export const baseNames = ["micro", "debian"] as const
+export type BaseName = (typeof baseNames)[number]
+const isBaseName = (image: string): image is BaseName => (baseNames as ReadonlyArray<string>).includes(image)
+
+/**
+ * Root filesystems. A base is a read-only ext4 image shared by every VM that boots from it, built once for each tarball and found by its
+ * sha256; what a VM writes goes to its own upper (design.md D4). Since no guest can write a base, its `.ok` marker means "complete and on
+ * disk" and stays; an image without one (a build cut short) is built again.
+ */
+export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
+  RootfsImage,
+  {
+    /**
+     * The base for `micro`, `debian`, a rootfs tarball, an ext4 image, a container image (src/image/Oci.ts), or the name or id of one that is in the
+     * store. A registry is asked only for what is not there.
+     */
+    readonly resolve: (image: string) => Effect.Effect<string, BootError | ProvisionError | AssetError>
+    /** A caller's own ext4 image, to be attached as it is; gives its absolute path. */
+    readonly checkDisk: (image: string) => Effect.Effect<string, BootError>
+    /** What an ext4 image says about the commands that run in it. */
+    readonly config: (image: string) => Effect.Effect<ImageConfig, ProvisionError>
+    /** The base built from a rootfs tarball. Any number of callers at once build it once. */
+    readonly ensure: (tarball: string) => Effect.Effect<string, ProvisionError>
+    /** Puts an image into the store, whatever it is in; asks a registry again. Gives its id. */
+    readonly add: (image: string) => Effect.Effect<ImageId, BootError | ProvisionError>
+    /** Every name, with the image it stands for. */
+    readonly names: Effect.Effect<ReadonlyArray<{ readonly name: string; readonly id: ImageId }>>
+    /** Makes a name stand for an image, or for nothing. */
+    readonly setName: (name: string, id: Option.Option<ImageId>) => Effect.Effect<void, ProvisionError>
+    /** Removes layers of container images that are not in the store any more. */
+    readonly collectLayers: Effect.Effect<void, ProvisionError>
+    /** A bundle that can be restored only with this image is at `dir`, or will be. */
+    readonly noteBundle: (image: string, dir: string) => Effect.Effect<void>
+    /** An empty upper of that size, to be copied for a VM: almost all hole, so the copy is quick. */
+    readonly upperTemplate: (sizeBytes: number) => Effect.Effect<string, ProvisionError>
+  }
+>() {
+  static readonly layer = Layer.effect(
+    RootfsImage,
+    Effect.gen(function* () {
+      const fs = yield* FileSystem.FileSystem
+      const executor = yield* CommandExecutor.CommandExecutor
+      const settings = yield* Settings
+      const assets = yield* Assets
+      const cacheDir = path.join(settings.cacheDir, "rootfs")
+
+      /** No file of an image is made at a time of its own: the same input gives the same image. */
+      const tool: Oci.Tool = (argv, name) =>
+        hostTool
+          .run(argv, { env: { E2FSPROGS_FAKE_TIME: "1" }, ...(name === undefined ? {} : { tool: name }) })
+          .pipe(Effect.provideService(CommandExecutor.CommandExecutor, executor))
+      const building = explained(cacheDir, buildFailed)
+
+      const cacheFailed = cacheUnwritable(cacheDir)
+
+      const mke2fs = Option.getOrElse(settings.mke2fs, () => "mke2fs")
+
+      const publish = (target: string, build: (staging: string) => Effect.Effect<void, ProvisionError>) =>
+        completeFile.publish(target, build).pipe(
+          Effect.provideService(FileSystem.FileSystem, fs),
+          Effect.mapError((e) => (e._tag === "ProvisionError" ? e : cacheFailed(e)))
+        )
+
+      const withFs = Effect.provideService(FileSystem.FileSystem, fs)
+
+      const isComplete = (target: string) => withFs(completeFile.isComplete(target))
+
+      const makeExt4 = (
+        image: string,
+        sizeBytes: number,
+        options: ReadonlyArray<string>,
+        through: (argv: ReadonlyArray<string>) => readonly [string, ...ReadonlyArray<string>] = ([
+          first = "",
+          ...rest
+        ]) => [first, ...rest]
+      ) =>
+        Effect.gen(function* () {
+          yield* fs
+            .writeFile(image, new Uint8Array(0))
+            .pipe(Effect.zipRight(fs.truncate(image, sizeBytes)), Effect.mapError(cacheFailed))
+          const argv = through([mke2fs, "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", ...options, image])
+          yield* building(tool(argv, "mke2fs"))
+        })
+
+      const upperTemplate = Effect.fn("RootfsImage.upperTemplate")(function* (sizeBytes: number) {
+        const target = path.join(cacheDir, `upper-${sizeBytes}.ext4`)
+        if (yield* isComplete(target)) return target
+        yield* publish(target, (staging) =>
+          makeExt4(path.join(staging, "image"), sizeBytes, [
+            "-O",
+            upperFeatures,
+            "-E",
+            "lazy_itable_init=1,lazy_journal_init=1,nodiscard"
+          ])
+        )
+        return target
+      })
+
+      /** Hashing 100 MB, or starting a program, on each boot would cost more than the boot: what was found is noted for the file's state. */
+      const remembered = <A, E, R>(
+        kind: "digests" | "image-config",
+        file: string,
+        schema: Schema.Schema<A, string>,
+        find: Effect.Effect<A, E, R>,
+        what = ""
+      ) => {
+        const dir = path.join(settings.cacheDir, kind === "digests" ? "rootfs/digests" : kind)
+        return fileState.remembered(fs, { dir, file, schema, what }, find)
+      }
+
+      const digest = (tarball: string) => remembered("digests", tarball, Sha256, sha256File(fs, tarball))
+
+      /** Only an image that certainly says nothing has no configuration: its user, for one, decides what its command may do. */
+      const readConfig = Effect.fnUntraced(
+        function* (image: string) {
+          const ignored = (why: string) =>
+            Effect.as(Effect.logWarning(`the ${configFile} of ${image} is ignored: ${why}`), null)
+          const found = yield* ext4.readFile(image, configFile, maxConfig).pipe(
+            Effect.provideService(CommandExecutor.CommandExecutor, executor),
+            Effect.catchTag("Ext4TooLarge", (e) => Effect.as(ignored(e.message), Option.none()))
+          )
+          if (Option.isNone(found)) return null
+          const decoded = yield* Effect.either(Schema.decode(ImageConfigJson)(found.value.toString()))
+          return Either.isRight(decoded) ? decoded.right : yield* ignored(decoded.left.message)
+        },
+        (effect, image) =>
+          Effect.catchTags(effect, {
+            Ext4Unreadable: (cause) => imageUnreadable(image, cause),
+            ToolFailed: (cause) => imageUnreadable(image, cause),
+            ToolMissing: toolMissing
+          })
+      )
+
+      const config = Effect.fn("RootfsImage.config")(
+        function* (image: string) {
+          const found = yield* remembered(
+            "image-config",
+            image,
+            Noted,
+            Effect.map(readConfig(image), (config) => ({ config }))
+          )
+          return found.config ?? {}
+        },
+        (effect, image) => Effect.mapError(effect, (e) => (e instanceof ProvisionError ? e : imageUnreadable(image, e)))
+      )
+
+      const imageOf = (id: string) => path.join(cacheDir, `${id}.img`)
+
+      /** The image made of what has this sha256, built by `build` unless it is there. */
+      const ensureImage = Effect.fnUntraced(function* (
+        sha: string,
+        source: string,
+        build: (staging: string) => Effect.Effect<void, ProvisionError>
+      ) {
+        const target = imageOf(sha)
+        if (!(yield* isComplete(target))) {
+          yield* publish(target, (staging) =>
+            build(staging).pipe(
+              Effect.zipRight(
+                Effect.mapError(
+                  fs.writeFileString(
+                    path.join(cacheDir, `${sha}.json`),
+                    Schema.encodeSync(RecordJson)(
+                      new ImageRecord({ format: 1, id: ImageId.make(sha), source, builtAt: Date.now() })
+                    )
+                  ),
+                  cacheFailed
+                )
+              )
+            )
+          )
+        }
+        yield* withFs(completeFile.markUsed(target))
+        return { id: ImageId.make(sha), path: target }
+      })
+
+      const ensure = Effect.fn("RootfsImage.ensure")(function* (tarball: string) {
+        return (yield* ensureTarball(tarball)).path
+      })
+
+      const ensureTarball = Effect.fnUntraced(function* (tarball: string) {
+        const sha = yield* Effect.mapError(
+          digest(tarball),
+          (cause) =>
+            new ProvisionError({
+              code: "PROVISION_BASE_NOT_FOUND",
+              message: `the rootfs tarball cannot be read: ${tarball}`,
+              cause
+            })
+        )
+        return yield* ensureImage(sha, path.resolve(tarball), (staging) =>
+          Effect.gen(function* () {
+            const tree = path.join(staging, "tree")
+            yield* Effect.mapError(fs.makeDirectory(tree), cacheFailed)
+            yield* extract(tarball, tree, staging)
+            yield* imageFromTree(tree, staging, sha)
+          })
+        )
+      })
+
+      /** An ext4 image's own copy in the store, holes and all. */
+      const ensureCopy = Effect.fnUntraced(function* (image: string) {
+        const sha = yield* Effect.mapError(digest(image), (cause) => imageNotFound(image, cause))
+        return yield* ensureImage(sha, image, (staging) =>
+          Effect.asVoid(building(tool(["cp", "--reflink=auto", "--sparse=always", image, path.join(staging, "image")])))
+        )
+      })
+
+      const ociLayout = path.join(settings.cacheDir, "oci")
+
+      const ensureOci = Effect.fn("RootfsImage.ensureOci")(function* (reference: string) {
+        const archive = /^docker-archive:([^:]+)/.exec(reference)?.[1]
+        if (archive === undefined) return yield* ensureOciFrom(reference)
+        // an archive says what is in it only when all of it is read: that is remembered
+        const made = yield* remembered(
+          "digests",
+          path.resolve(archive),
+          ImageId,
+          Effect.map(ensureOciFrom(reference), ({ id }) => id),
+          reference
+        ).pipe(Effect.mapError((e) => (e instanceof ProvisionError ? e : Oci.unreadable(reference, archive, e))))
+        return (yield* withFs(completeFile.isSettled(imageOf(made))))
+          ? { id: made, path: imageOf(made) }
+          : yield* ensureOciFrom(reference)
+      })
+
+      const ensureOciFrom = Effect.fnUntraced(function* (reference: string) {
+        const made = yield* withFs(
+          Oci.withImage(reference, ociLayout, tool, (found) =>
+            ensureImage(found.id, reference, (staging) =>
+              Effect.gen(function* () {
+                const tree = path.join(staging, "tree")
+                yield* withFs(Oci.unpack(found, tree, path.join(staging, "layout"), settings.imageLimitBytes, tool))
+                yield* writeConfig(tree, found.config)
+                yield* imageFromTree(tree, staging, found.id)
+              })
+            )
+          )
+        )
+        // what is fetched once is there; what lies in a file or directory is looked at each time
+        if (reference.startsWith("docker://")) yield* setName(reference, Option.some(made.id))
+        return made
+      })
+
+      /** Whatever the tree has under that name is not followed and goes. */
+      const writeConfig = Effect.fnUntraced(function* (tree: string, config: ImageConfig) {
+        const file = path.join(tree, configFile)
+        yield* fs.remove(file, { recursive: true, force: true }).pipe(
+          Effect.zipRight(
+            isEmpty(config)
+              ? Effect.void
+              : fs.writeFileString(file, Schema.encodeSync(ImageConfigJson)(config), { flag: "wx", mode: 0o644 })
+          ),
+          // no file of the image has the time of its building
+          Effect.zipRight(isEmpty(config) ? Effect.void : fs.utimes(file, 0, 0)),
+          Effect.mapError(cacheFailed)
+        )
+      })
+
+      const namesDir = path.join(cacheDir, "names")
+      const nameFile = (name: string) => path.join(namesDir, encodeURIComponent(name))
+
+      const named = (name: string) =>
+        fs.readFileString(nameFile(name)).pipe(Effect.flatMap(Schema.decode(ImageId)), Effect.option)
+
+      const setName = (name: string, id: Option.Option<ImageId>) =>
+        HostLock.withLock(
+          `${namesDir}.lock`,
+          cacheFailed
+        )(
+          Option.match(id, {
+            onNone: () => fs.remove(nameFile(name), { force: true }),
+            onSome: (id) => {
+              // one place for all drafts, since one is written at a time: what a killed writer left is written over
+              const draft = path.join(namesDir, nameDraft)
+              return fs
+                .makeDirectory(namesDir, { recursive: true })
+                .pipe(Effect.zipRight(fs.writeFileString(draft, id)), Effect.zipRight(fs.rename(draft, nameFile(name))))
+            }
+          })
+        ).pipe(Effect.mapError((e) => (e instanceof ProvisionError ? e : cacheFailed(e))))
+
+      const names = Effect.gen(function* () {
+        const files = yield* Effect.orElseSucceed(fs.readDirectory(namesDir), () => [])
+        const pairs = yield* Effect.forEach(files, (file) => {
+          const name = decodedName(file)
+          return name === undefined
+            ? Effect.succeed([])
+            : Effect.map(named(name), (id) => (Option.isSome(id) ? [{ name, id: id.value }] : []))
+        })
+        return pairs.flat()
+      })
+
+      /** What is in the store under a name, or under an id of which at least this much is given. */
+      const stored = Effect.fnUntraced(function* (image: string) {
+        const byName = yield* Effect.orElse(
+          Effect.flatten(named(Oci.isReference(image) ? image : withTag(image))),
+          () => Effect.fail(undefined)
+        ).pipe(Effect.option)
+        const candidates = Option.isSome(byName)
+          ? [byName.value]
+          : /^[0-9a-f]{6,64}$/.test(image)
+            ? (yield* Effect.orElseSucceed(fs.readDirectory(cacheDir), () => [])).flatMap((file) =>
+                file.startsWith(image) && /^[0-9a-f]{64}\.img$/.test(file) ? [ImageId.make(file.slice(0, 64))] : []
+              )
+            : []
+        const [only] = candidates
+        return only !== undefined && candidates.length === 1 && (yield* withFs(completeFile.isSettled(imageOf(only))))
+          ? Option.some(only)
+          : Option.none()
+      })
+
+      /** Owners and device nodes need root, or something that answers like root and remembers from one command to the next. */
+      const asRoot = (staging: string, argv: ReadonlyArray<string>): readonly [string, ...ReadonlyArray<string>] => {
+        const state = path.join(staging, "owners")
+        const [first = "true", ...rest] = argv
+        if (process.getuid?.() === 0) return [first, ...rest]
+        return [
+          "sh",
+          "-c",
+          'state=$1; shift; : >>"$state"; exec fakeroot -i "$state" -s "$state" -- "$@"',
+          "sh",
+          state,
+          ...argv
+        ]
+      }
+
+      /**
+       * The tarball is not trusted: GNU tar itself refuses names with `..`, makes absolute ones relative and never writes through a symbolic
+       * link of the archive's. Beyond the limit it is ended from its own checkpoint, which first makes the file `too-large`; the shell turns
+       * the signal into an exit code.
+       */
+      const extract = Effect.fnUntraced(function* (tarball: string, tree: string, staging: string) {
+        const beyondLimit = path.join(staging, "too-large")
+        const argv = asRoot(staging, [
+          "sh",
+          "-c",
+          'BEYOND_LIMIT=$1; export BEYOND_LIMIT; shift; tar "$@"; exit $?',
+          "sh",
+          beyondLimit,
+          "--extract",
+          "--numeric-owner",
+          "--same-owner",
+          // capabilities and ACLs, not only user attributes; fakeroot loses the kind of a file that has any
+          ...(process.getuid?.() === 0 ? ["--xattrs", "--xattrs-include=*"] : ["--no-xattrs"]),
+          "--preserve-permissions",
+          `--checkpoint=${Math.ceil(settings.imageLimitBytes / tarRecord)}`,
+          '--checkpoint-action=exec=: >"$BEYOND_LIMIT"; kill -KILL $PPID',
+          "--file",
+          tarball,
+          "--directory",
+          tree
+        ])
+        yield* tool(argv, "tar").pipe(
+          Effect.catchTag("ToolFailed", (failed) =>
+            Effect.flatMap(
+              Effect.orElseSucceed(fs.exists(beyondLimit), () => false),
+              (beyond) => Effect.fail(beyond ? tooLarge(tarball, settings.imageLimitBytes) : failed)
+            )
+          ),
+          explained(cacheDir, (failed) => tarballInvalid(tarball, failed))
+        )
+      })
+
+      /** The same tree gives the same bytes, for a bundle is restored only on the image it was taken on. `sha` is that of its source. */
+      const imageFromTree = Effect.fnUntraced(function* (tree: string, staging: string, sha: string) {
+        const image = path.join(staging, "image")
+        const listing = yield* building(tool(["find", tree, "-printf", "%i %s %b\\n"]))
+        const inodes = new Map<string, number>()
+        for (const line of listing.trimEnd().split("\n")) {
+          const [inode = "", size, blocks] = line.split(" ")
+          // holes of a large file take no space, and blocks that are not written yet are not counted
+          const bytes = Number(size) > sparseFrom ? Math.min(Number(size), Number(blocks) * 512) : Number(size)
+          inodes.set(inode, Math.ceil(bytes / 4096) * 4096)
+        }
+        const bytes = [...inodes.values()].reduce((sum, size) => sum + size, 0)
+        // Room for metadata; the file is sparse, so what is not needed costs nothing. Nothing is ever added to a base.
+        const size = Math.ceil((bytes * 1.25 + 64 * 1024 * 1024) / 4096) * 4096
+        const id = sha.replace(/^(.{8})(.{4}).(.{3}).(.{3})(.{12}).*$/, "$1-$2-4$3-8$4-$5")
+        yield* makeExt4(
+          image,
+          size,
+          [
+            ...["-I", "256", "-N", String(inodes.size + 4096), "-U", id],
+            ...["-O", baseFeatures, "-E", `hash_seed=${id},lazy_itable_init=1,nodiscard`, "-d", tree]
+          ],
+          (argv) => asRoot(staging, argv)
+        )
+        // mke2fs copies access and change times of the extracted files, which are those of this run
+        const times = path.join(staging, "times")
+        const numbers = [2, ...Array.from({ length: inodes.size + 16 }, (_, i) => 11 + i)]
+        yield* Effect.mapError(
+          fs.writeFileString(
+            times,
+            numbers.map((n) => `set_inode_field <${n}> atime @1\nset_inode_field <${n}> ctime @1\n`).join("")
+          ),
+          cacheFailed
+        )
+        yield* building(tool(["debugfs", "-w", "-f", times, image]))
+      })
+
+      const isExt4 = (image: string) =>
+        Effect.scoped(
+          Effect.gen(function* () {
+            const file = yield* fs.open(image)
+            yield* file.seek(ext4MagicOffset, "start")
+            const bytes = yield* file.readAlloc(2)
+            return Option.exists(bytes, (b) => b.length === 2 && b[0] === 0x53 && b[1] === 0xef)
+          })
+        )
+
+      /** The absolute path of an existing file, and whether it holds ext4. */
+      const inspect = Effect.fnUntraced(function* (image: string) {
+        const file = path.resolve(image)
+        const info = yield* Effect.mapError(fs.stat(file), (cause) => imageNotFound(image, cause))
+        if (info.type !== "File") return yield* imageInvalid(image, "is not a file")
+        const ext4 = yield* Effect.mapError(isExt4(file), (cause) => imageInvalid(image, "cannot be read", cause))
+        return { file, ext4 }
+      })
+
+      return RootfsImage.of({
+        ensure,
+        config,
+        upperTemplate,
+        checkDisk: Effect.fn("RootfsImage.checkDisk")(function* (image) {
+          const { ext4, file } = yield* inspect(image)
+          return ext4 ? file : yield* imageInvalid(image, "is not an ext4 image")
+        }),
+        names,
+        setName,
+        add: Effect.fn("RootfsImage.add")(function* (image) {
+          if (Oci.isReference(image)) return (yield* ensureOci(image)).id
+          const { ext4, file } = yield* inspect(image)
+          return (yield* ext4 ? ensureCopy(file) : ensureTarball(file)).id
+        }),
+        collectLayers: Effect.gen(function* () {
+          const files = yield* Effect.orElseSucceed(fs.readDirectory(cacheDir), () => [])
+          const keep = new Set(files.flatMap((file) => (file.endsWith(".img") ? [file.slice(0, -4)] : [])))
+          yield* withFs(Oci.collect(ociLayout, keep))
+        }),
+        noteBundle: (image, dir) =>
+          path.dirname(image) === cacheDir
+            ? fs
+                .makeDirectory(`${image}.bundles`, { recursive: true })
+                .pipe(
+                  Effect.zipRight(
+                    fs.writeFileString(
+                      path.join(`${image}.bundles`, createHash("sha256").update(dir).digest("hex").slice(0, 32)),
+                      dir
+                    )
+                  ),
+                  Effect.ignore
+                )
+            : Effect.void,
+        resolve: Effect.fn("RootfsImage.resolve")(function* (image) {
+          if (isBaseName(image)) return yield* assets.base(image)
+          const there =
+            Oci.isReference(image) || !(yield* Effect.orElseSucceed(fs.exists(path.resolve(image)), () => false))
+          if (there) {
+            const known = yield* stored(image)
+            if (Option.isSome(known)) {
+              yield* withFs(completeFile.markUsed(imageOf(known.value)))
+              return imageOf(known.value)
+            }
+          }
+          if (Oci.isReference(image)) return (yield* ensureOci(image)).path
+          const { ext4, file } = yield* inspect(image)
+          return ext4 ? file : yield* ensure(file)
+        })
+      })
+    })
+  )
+}
+
+/** Superblock at 1024, s_magic 0x38 into it (Documentation/filesystems/ext4/super.rst). */
+const ext4MagicOffset = 1024 + 0x38
+
+/** Without reserved descriptor blocks an upper is 92 KiB instead of 1.2 MiB (lab/overlay-criu.md §3). */
+const upperFeatures = "^resize_inode"
+
+/** Of a base: named one by one, so that the host's mke2fs.conf has no say. */
+const baseFeatures =
+  "none,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,flex_bg,huge_file,large_file,metadata_csum,sparse_super,64bit"
+
+/** tar counts in records of this many bytes. */
+const tarRecord = 10240
+const sparseFrom = 64 * 1024 * 1024
+const maxConfig = 1024 * 1024
+
+/** No name is encoded like this, since no name begins with a dot. */
+const nameDraft = ".draft"
+
+/** The name that a file in the directory of names stands for; nothing else that lies there is one. */
+const decodedName = (file: string): string | undefined => {
+  try {
+    const name = decodeURIComponent(file)
+    return file !== nameDraft && encodeURIComponent(name) === file ? name : undefined
+  } catch {
+    return undefined
+  }
+}
+
+const Noted = Schema.parseJson(Schema.Struct({ config: Schema.NullOr(ImageConfig) }))
+
+const RecordJson = Schema.parseJson(ImageRecord)
+
+const Sha256 = Schema.String.pipe(Schema.pattern(/^[0-9a-f]{64}$/))
+
+const imageNotFound = (image: string, cause: unknown) =>
+  new BootError({
+    code: "BOOT_IMAGE_NOT_FOUND",
+    message: `there is no image "${image}"`,
+    hint: `give ${baseNames.join(", ")}, the path of a rootfs tarball or an ext4 image, docker://NAME, or what \`machinen image ls\` shows`,
+    cause
+  })
+
+const imageInvalid = (image: string, why: string, cause?: unknown) =>
+  new BootError({
+    code: "BOOT_IMAGE_INVALID",
+    message: `${image} ${why}`,
+    hint: "give a rootfs tarball or an ext4 image",
+    cause
+  })
+
+const tooLarge = (tarball: string, limit: number) =>
+  new ProvisionError({
+    code: "ROOTFS_IMG_TOO_LARGE",
+    message: `${tarball} holds more than ${Math.ceil(limit / 1024 ** 2)} MiB`,
+    hint: "if it is to be that large, raise MACHINEN_IMAGE_LIMIT_MIB"
+  })
+
+const tarballInvalid = (tarball: string, failed: hostTool.ToolFailed) =>
+  new ProvisionError({
+    code: "IMAGE_INVALID",
+    message: `${tarball} cannot be unpacked: ${failed.message}`,
+    hint: "is the tarball complete, and a root filesystem?",
+    cause: failed
+  })
+
+const imageUnreadable = (image: string, cause: Error) =>
+  new ProvisionError({
+    code: "IMAGE_INVALID",
+    message: `what ${image} says about its commands cannot be read: ${cause.message}`,
+    hint: "is the image damaged? `e2fsck -fn` shows it; build or fetch it again",
+    cause
+  })

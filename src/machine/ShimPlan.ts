@@ -1,0 +1,110 @@
+import { Schema } from "effect"
+import { ProcessIdentity } from "../platform/ProcessIdentity.ts"
+import { VmEntry } from "./VmEntry.ts"
+
+/** Everything the shim has to know, sent as one JSON line on its stdin (docs/protocol.md §5). */
+export class ShimPlan extends Schema.Class<ShimPlan>("ShimPlan")({
+  version: Schema.Literal(1),
+  id: Schema.String,
+  dir: Schema.String,
+  /** Copied sparsely before the VMM starts; extended with a hole to `size` bytes. */
+  files: Schema.Array(Schema.Struct({ from: Schema.String, to: Schema.String, size: Schema.optional(Schema.Number) })),
+  vmm: Schema.Struct({
+    argv: Schema.NonEmptyArray(Schema.String),
+    env: Schema.Record({ key: Schema.String, value: Schema.String })
+  }),
+  /** The guest channel over an inherited descriptor, or null when the VMM serves `vsock.sock` itself. */
+  channel: Schema.NullOr(Schema.Struct({ fd: Schema.Int, vsockPath: Schema.String, resume: Schema.Boolean })),
+  console: Schema.Struct({ fd: Schema.Int, logPath: Schema.String, maxBytes: Schema.Int }),
+  /** The guest's memory, for the VMM at /proc/self/fd/<fd>: new, or a file that is mapped copy-on-write. */
+  memory: Schema.optional(
+    Schema.Union(
+      Schema.Struct({ fd: Schema.Int, sizeBytes: Schema.Int }),
+      Schema.Struct({ fd: Schema.Int, from: Schema.String })
+    )
+  ),
+  /** Files the VMM gets as open descriptors, read-only. */
+  inherit: Schema.optional(Schema.Array(Schema.Struct({ fd: Schema.Int, path: Schema.String }))),
+  /** The guest's network card: `fd` is the listener of its other end, which `gvproxy` serves once it is needed. */
+  network: Schema.optional(
+    Schema.Struct({
+      fd: Schema.Int,
+      gvproxy: Schema.Struct({
+        argv: Schema.NonEmptyArray(Schema.String),
+        env: Schema.Record({ key: Schema.String, value: Schema.String })
+      }),
+      forwards: Schema.Array(Schema.Struct({ host: Schema.String, guestPort: Schema.Int }))
+    })
+  ),
+  /** What the VMM sees of the host's directories: below `root`, each under its name. */
+  shares: Schema.optional(
+    Schema.Struct({
+      root: Schema.String,
+      parts: Schema.Array(Schema.Struct({ name: Schema.String, path: Schema.String, readOnly: Schema.Boolean }))
+    })
+  ),
+  outputLogPath: Schema.String,
+  vmmLogPath: Schema.String,
+  controlPath: Schema.String,
+  entryPath: Schema.String,
+  entry: VmEntry,
+  cleanup: Schema.Array(Schema.String),
+  detached: Schema.Boolean,
+  graceMs: Schema.Int
+}) {}
+
+/** How a VM ended. */
+export class ExitRecord extends Schema.Class<ExitRecord>("ExitRecord")({
+  vmm: Schema.Struct({ code: Schema.NullOr(Schema.Int), signal: Schema.NullOr(Schema.Int) }),
+  /** How the main command ended, when the guest lived to tell. */
+  main: Schema.NullOr(Schema.Struct({ code: Schema.Int, signal: Schema.NullOr(Schema.Int) })),
+  /** The guest announced its power-off; false for a crash or a kill. */
+  orderly: Schema.Boolean,
+  /** Who ended it. `shim-lost` is the starter's finding: the shim itself was killed. */
+  reason: Schema.Literal("guest", "stop", "kill", "owner-lost", "vmm", "shim-lost"),
+  consoleTail: Schema.String,
+  vmmLogTail: Schema.String
+}) {}
+
+/** What a guest said that did not come up or could not go on: its kernel's panic, or the last word of our init. */
+export const guestFailure = (console: string): string | undefined =>
+  (/Kernel panic[^\n]*/.exec(console) ?? /machinen-init: [^\n]*/.exec(console))?.[0].trim()
+
+/** Whether nobody, in the guest or outside, had wanted it to end. */
+export const hasFailed = ({ reason }: ExitRecord): boolean => reason === "vmm" || reason === "shim-lost"
+
+/** How a VM ended, in words: a sentence without its full stop. */
+export const howEnded = ({ consoleTail, reason, vmm }: ExitRecord): string => {
+  switch (reason) {
+    case "guest":
+      return "the guest powered itself off"
+    case "stop":
+      return "the VM was stopped"
+    case "kill":
+      return "the VM was stopped by force"
+    case "owner-lost":
+      return "the VM ended with the program that had started it"
+    case "shim-lost":
+      return "the VM ended (nobody recorded how)"
+    case "vmm": {
+      const failure = guestFailure(consoleTail)
+      const code = vmm.signal === null ? `code ${vmm.code}` : `signal ${vmm.signal}`
+      return failure === undefined ? `the VMM ended (${code})` : `the guest failed: ${failure}`
+    }
+  }
+}
+
+/** What the shim says on its stdout, one JSON object a line. */
+export const ShimEvent = Schema.Union(
+  Schema.Struct({ event: Schema.Literal("started"), shim: ProcessIdentity, vmm: ProcessIdentity }),
+  Schema.Struct({
+    event: Schema.Literal("failed"),
+    step: Schema.Literal("plan", "network", "files", "registry", "shares", "vmm"),
+    code: Schema.String,
+    /** What the step was busy with: a path, or the host's socket of a forwarded port. */
+    subject: Schema.String,
+    message: Schema.String
+  }),
+  Schema.Struct({ event: Schema.Literal("exited"), exit: ExitRecord })
+)
+export type ShimEvent = typeof ShimEvent.Type

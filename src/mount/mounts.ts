@@ -1,0 +1,53 @@
+import * as path from "node:path"
+import { FileSystem } from "@effect/platform"
+import { Effect } from "effect"
+import type { GuestConfig } from "../guest/Initramfs.ts"
+import type { Disk, Share } from "../machine/MachineSpec.ts"
+import type { LiveMount, Mount, MountPlan } from "../machine/mountOptions.ts"
+import type { VmEntry } from "../machine/VmEntry.ts"
+import { checkHost, Mountdisk } from "./Mountdisk.ts"
+
+/** Whether the host has what is to be mounted; nothing has been acquired yet. */
+export const checkHosts = Effect.fn("mounts.checkHosts")(function* ({ liveMounts, mount }: MountPlan) {
+  if (mount !== undefined) yield* checkHost(mount.host, "the directory to mount")
+  yield* checkLiveHosts(liveMounts)
+})
+
+export const checkLiveHosts = (liveMounts: ReadonlyArray<LiveMount>) =>
+  Effect.forEach(liveMounts, ({ host }, i) => checkHost(host, `the directory of live mount ${i}`), { discard: true })
+
+const tagOf = (i: number) => `machinen-lm${i}`
+
+/** What the machine shares with the host. */
+export const sharesOf = ({ liveMounts = [] }: VmEntry): ReadonlyArray<Share> =>
+  liveMounts.map(({ host, mode }, i) => ({ tag: tagOf(i), path: host, readOnly: mode === "ro" }))
+
+/** What the guest is told of its mounts. */
+export const guestMounts = ({ liveMounts = [], mount }: VmEntry): Pick<GuestConfig["boot"], "mount" | "shares"> => ({
+  ...(mount === undefined ? {} : { mount: mount.guest }),
+  ...(liveMounts.length === 0 ? {} : { shares: liveMounts.map(({ guest }, i) => ({ guest, tag: tagOf(i) })) })
+})
+
+/** The disks of a mount, and what has to be copied into the VM's directory for them. */
+export const mountDisks = Effect.fn("mounts.mountDisks")(function* (mount: Mount, upperBytes: number, dir: string) {
+  const mountdisk = yield* Mountdisk
+  const [{ lowerPath }, template] = yield* Effect.all(
+    [mountdisk.lower(mount.host), mountdisk.upperTemplate(upperBytes)],
+    { concurrency: 2 }
+  )
+  const upper = path.join(dir, "mountupper.img")
+  const disks: ReadonlyArray<Disk> = [
+    { id: "mountlower", path: yield* linkedInto(lowerPath, path.join(dir, "mountlower.img")), readOnly: true },
+    { id: "mountupper", path: upper, readOnly: false }
+  ]
+  return { disks, files: [{ from: template, to: upper }] }
+})
+
+/** Another name for a file that may be removed under the first; where there can be none, the first. */
+export const linkedInto = (file: string, to: string) =>
+  Effect.flatMap(FileSystem.FileSystem, (fs) =>
+    fs.link(file, to).pipe(
+      Effect.as(to),
+      Effect.orElseSucceed(() => file)
+    )
+  )

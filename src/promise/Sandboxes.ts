@@ -1,0 +1,147 @@
+/** Several VMs, or other programs with streams, under one roof: what they print is kept and passed on, what is typed goes to one of them. */
+import type { Readable, Writable } from "node:stream"
+import { isMachinenError, SandboxError } from "../errors.ts"
+import { Tail } from "../platform/Tail.ts"
+
+/** What a sandbox must have: a `VmHandle` has it, and a `PtyVmHandle`. */
+export interface SandboxVm {
+  readonly stdin: Writable
+  readonly stdout: Readable
+  /** May be the same stream. */
+  readonly stderr: Readable
+  readonly wait: () => Promise<unknown>
+  /** For those with a terminal. */
+  readonly resize?: (cols: number, rows: number) => void
+}
+
+export interface SandboxEntry<Vm extends SandboxVm = SandboxVm> {
+  readonly id: string
+  readonly vm: Vm
+  /** The newest bytes of both streams, in the order in which they came. */
+  readonly scrollback: Buffer
+  /** Unix milliseconds. */
+  readonly addedAt: number
+}
+
+export type OutputSource = "stdout" | "stderr"
+export type OnOutputListener = (chunk: Buffer, source: OutputSource) => void
+
+interface Held<Vm> {
+  readonly vm: Vm
+  readonly addedAt: number
+  readonly scrollback: Tail
+  readonly listeners: Set<OnOutputListener>
+  readonly forget: () => void
+  isEnded: boolean
+  ended: Promise<void>
+}
+
+export class Sandboxes<Vm extends SandboxVm = SandboxVm> {
+  /** What is kept of each, in bytes. */
+  readonly scrollbackBytes: number
+  readonly #held = new Map<string, Held<Vm>>()
+
+  constructor({ scrollbackBytes = 65_536 }: { readonly scrollbackBytes?: number } = {}) {
+    this.scrollbackBytes = scrollbackBytes
+  }
+
+  /** Reads what it prints from now on, and waits for its end. */
+  add(id: string, vm: Vm): void {
+    if (this.#held.has(id)) {
+      throw new SandboxError({
+        code: "SANDBOX_ID_DUPLICATE",
+        message: `there is a sandbox ${JSON.stringify(id)} already`,
+        hint: "remove it first, or take another id"
+      })
+    }
+    const scrollback = new Tail(this.scrollbackBytes)
+    const listeners = new Set<OnOutputListener>()
+    const follow = (source: OutputSource) => {
+      const stream = vm[source]
+      const listen = (bytes: Buffer | string) => {
+        const chunk = typeof bytes === "string" ? Buffer.from(bytes) : bytes
+        scrollback.push(chunk)
+        for (const listener of [...listeners]) listener(chunk, source)
+      }
+      stream.on("data", listen)
+      return () => void stream.off("data", listen)
+    }
+    const followed = vm.stderr === vm.stdout ? [follow("stdout")] : [follow("stdout"), follow("stderr")]
+    const forget = () => {
+      for (const leave of followed) leave()
+      listeners.clear()
+    }
+    const held: Held<Vm> = {
+      vm,
+      addedAt: Date.now(),
+      scrollback,
+      listeners,
+      forget,
+      isEnded: false,
+      ended: Promise.resolve()
+    }
+    this.#held.set(id, held)
+    held.ended = untilEnd(vm, () => this.#held.get(id) === held).then(() => {
+      held.isEnded = true
+    })
+  }
+
+  /** Forgets it; it goes on. */
+  remove(id: string): void {
+    this.#held.get(id)?.forget()
+    this.#held.delete(id)
+  }
+
+  /** In the order in which they were added. */
+  list(): Array<{ id: string; addedAt: number }> {
+    return [...this.#held].map(([id, { addedAt }]) => ({ id, addedAt }))
+  }
+
+  get(id: string): SandboxEntry<Vm> | undefined {
+    const held = this.#held.get(id)
+    if (held === undefined) return undefined
+    const { addedAt, scrollback, vm } = held
+    return { id, vm, scrollback: scrollback.bytes, addedAt }
+  }
+
+  /** Whether it has ended, and the moment when it does. */
+  end(id: string): { readonly isEnded: boolean; readonly ended: Promise<void> } | undefined {
+    return this.#held.get(id)
+  }
+
+  /** Writes to its stdin. False: there is no such sandbox. */
+  send(id: string, data: string | Uint8Array): boolean {
+    const held = this.#held.get(id)
+    held?.vm.stdin.write(data)
+    return held !== undefined
+  }
+
+  /** Calls back with every new chunk; what it returns ends that. */
+  onOutput(id: string, listener: OnOutputListener): () => void {
+    const held = this.#held.get(id)
+    if (held === undefined) throw unknownSandbox(id)
+    // a function of its own: the same listener may be given twice
+    const own: OnOutputListener = (chunk, source) => listener(chunk, source)
+    held.listeners.add(own)
+    return () => void held.listeners.delete(own)
+  }
+}
+
+export const unknownSandbox = (id: string) =>
+  new SandboxError({
+    code: "SANDBOX_ID_UNKNOWN",
+    message: `there is no sandbox ${JSON.stringify(id)}`,
+    hint: "list() names those there are"
+  })
+
+/** Waits for its end, as long as it matters. A `wait` that only gives up (BOOT_TIMEOUT) is repeated; one that fails has nothing to wait for. */
+const untilEnd = async (vm: SandboxVm, matters: () => boolean): Promise<void> => {
+  while (matters()) {
+    try {
+      await vm.wait()
+      return
+    } catch (error) {
+      if (!isMachinenError(error) || error.code !== "BOOT_TIMEOUT") return
+    }
+  }
+}

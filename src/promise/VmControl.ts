@@ -1,0 +1,176 @@
+import * as os from "node:os"
+import { PassThrough, Readable, Writable } from "node:stream"
+import * as NodeStream from "@effect/platform-node/NodeStream"
+import { Deferred, Effect, Exit, Fiber, identity, Option, Scope, Stream } from "effect"
+import { type BootError, ExecError, type RegistryError } from "../errors.ts"
+import type { CommandOutput } from "../guest/Agent.ts"
+import { Machinen } from "../Machinen.ts"
+import type { ExitRecord } from "../machine/ShimPlan.ts"
+import { Outlet } from "../platform/Outlet.ts"
+import type { Vm } from "../vm/Vm.ts"
+
+/** How a VM ended: as its main command did, else as the VMM did; nulls when nobody knows. `code` is 128 + signal for a main command. */
+export interface VmExit {
+  readonly code: number | null
+  readonly signal: NodeJS.Signals | null
+}
+
+/** A VM that is up; `main`: it has a command that is still to be started. */
+export interface Started {
+  readonly vm: Vm
+  readonly main: boolean
+}
+
+/** A VM as something without scopes holds it: its end releases it, and Node streams carry its main command. */
+export interface VmControl {
+  /** Another one once it is detached. */
+  readonly vm: () => Vm
+  readonly stdin: Writable
+  readonly stdout: Readable
+  readonly stderr: Readable
+  /** The last MiB of what the main command wrote there. */
+  readonly tail: (channel: CommandOutput["channel"]) => string
+  /** When it completes, nothing of the VM is left, and all it wrote has been passed on. */
+  readonly wait: Effect.Effect<VmExit, RegistryError>
+  readonly detach: Effect.Effect<void, BootError | ExecError | RegistryError, Machinen>
+}
+
+/** Of the main command's output, for each channel. */
+export const tailBytes = 1024 * 1024
+
+/**
+ * A VM that ends with this process, unless it ends before or is detached; then its scope is closed. `within` adds to the scope what the VM
+ * is started with.
+ */
+export const own = <E, E2, R>(
+  start: Effect.Effect<Started, E, R | Scope.Scope>,
+  within: (
+    scope: Scope.Scope
+  ) => <A, F, Q>(effect: Effect.Effect<A, F, Q>) => Effect.Effect<A, F | E2, Exclude<Q, Machinen>>,
+  onConsole: ((bytes: Uint8Array) => Effect.Effect<void>) | undefined
+) =>
+  Effect.uninterruptibleMask((restore) =>
+    Effect.gen(function* () {
+      const scope = yield* Scope.make()
+      return yield* Effect.flatMap(start, (started) => attend(started, scope, onConsole)).pipe(
+        Scope.extend(scope),
+        within(scope),
+        restore,
+        Effect.onError((cause) => Scope.close(scope, Exit.failCause(cause)))
+      )
+    })
+  )
+
+/**
+ * A VM that is to outlive this process. It is started attached and belongs to nobody once its main command runs: a failure or an interruption
+ * before that ends it.
+ */
+export const release = <E, R>(start: Effect.Effect<Started, E, R | Scope.Scope>) =>
+  Effect.uninterruptibleMask((restore) =>
+    Effect.gen(function* () {
+      const { main, vm } = yield* restore(start)
+      if (main) yield* restore(vm.startMainDetached)
+      const later = yield* restore((yield* Machinen).attach(vm.id))
+      yield* vm.detach
+      return unowned(later)
+    })
+  ).pipe(Effect.scoped)
+
+/** A VM that belongs to somebody else, or to nobody. */
+export const unowned = (vm: Vm): VmControl => ({
+  vm: () => vm,
+  stdin: nowhere(),
+  stdout: Readable.from([]),
+  stderr: Readable.from([]),
+  tail: () => "",
+  wait: Effect.map(vm.wait, toExit),
+  detach: Effect.void
+})
+
+/** Starts the main command and carries what it and the console say, until the VM ends. */
+const attend = (
+  { main, vm }: Started,
+  scope: Scope.CloseableScope,
+  onConsole: ((bytes: Uint8Array) => Effect.Effect<void>) | undefined
+) =>
+  Effect.gen(function* () {
+    const input = new PassThrough()
+    const outlets = { stdout: new Outlet(tailBytes), stderr: new Outlet(tailBytes) }
+    const all = (use: (outlet: Outlet) => Effect.Effect<void>) => Effect.forEach(Object.values(outlets), use)
+    let detachMain: Effect.Effect<void, ExecError> = Effect.void
+    const carriers: Array<Fiber.Fiber<void>> = []
+    const carry = <A, E>(from: Stream.Stream<A, E>, to: (a: A) => Effect.Effect<void>) =>
+      // one that breaks has ended with the VM, of which others tell
+      Effect.map(Effect.forkIn(Effect.ignore(Stream.runForEach(from, to)), scope), (it) => void carriers.push(it))
+
+    if (onConsole !== undefined) yield* carry(vm.logs("console", { follow: true }), onConsole)
+    if (main) {
+      const stdin = NodeStream.fromReadable<unknown, Uint8Array>(() => input, identity)
+      // destroyed is as good as ended
+      const command = yield* vm.startMain(Stream.orElse(stdin, () => Stream.empty))
+      detachMain = command.detach
+      const ending = Stream.ensuring(
+        command.output,
+        all(({ end }) => end)
+      )
+      yield* carry(ending, ({ bytes, channel }) => outlets[channel].write(bytes))
+    } else yield* all(({ end }) => end)
+
+    const ended = yield* vm.wait.pipe(
+      Effect.zipLeft(all(({ unlimit }) => unlimit)),
+      Effect.zipLeft(Effect.suspend(() => Fiber.awaitAll(carriers))),
+      Effect.zipLeft(Scope.close(scope, Exit.void)),
+      Effect.map(toExit),
+      Effect.forkDaemon
+    )
+    const detached = yield* Deferred.make<VmExit>()
+    let current = vm
+    const control: VmControl = {
+      vm: () => current,
+      stdin: main ? input : nowhere(),
+      ...outlets,
+      tail: (channel) => outlets[channel].tail.toString(),
+      wait: Effect.suspend(() =>
+        current === vm
+          ? Effect.raceFirst(Fiber.join(ended), Deferred.await(detached))
+          : Effect.map(current.wait, toExit)
+      ),
+      detach: Effect.uninterruptibleMask((restore) =>
+        Effect.gen(function* () {
+          if (current !== vm || Option.isSome(yield* Fiber.poll(ended))) return
+          const machinen = yield* Machinen
+          // what waits for others comes first, and can be interrupted: until then nothing has changed
+          const later = yield* restore(machinen.attach(vm.id))
+          yield* restore(Effect.timeoutFail(detachMain, guestIsSilent(vm)))
+          yield* vm.detach
+          current = later
+          yield* Deferred.succeed(detached, { code: null, signal: null })
+          yield* Fiber.interrupt(ended)
+          yield* Scope.close(scope, Exit.void)
+        })
+      )
+    }
+    return control
+  })
+
+/** The main command's output is handed over by the guest, which a paused one cannot do. */
+const guestIsSilent = ({ entry }: Vm) =>
+  ({
+    duration: "5 seconds",
+    onTimeout: () =>
+      new ExecError({
+        code: "EXEC_AGENT_TIMEOUT",
+        message: `the VM "${entry.label}" was not detached: its guest does not answer`,
+        hint: "is it paused? Resume it, then detach it"
+      })
+  }) as const
+
+const nowhere = () => new Writable({ write: (_chunk, _encoding, done) => done() })
+
+const signalNames = new Map(Object.entries(os.constants.signals).map(([name, number]) => [number, name]))
+
+const toExit = ({ main, vmm }: ExitRecord): VmExit => {
+  const { code, signal } = main ?? vmm
+  const name = signal === null ? undefined : signalNames.get(signal)
+  return { code, signal: (name as NodeJS.Signals | undefined) ?? null }
+}

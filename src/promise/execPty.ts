@@ -1,0 +1,96 @@
+import type { Readable, Writable } from "node:stream"
+import { Deferred, Effect, Queue, Stream } from "effect"
+import { ExecError } from "../errors.ts"
+import { checkSize, type TerminalSize } from "../guest/Terminal.ts"
+import type { Vm } from "../vm/Vm.ts"
+
+export interface VsockExecPtyOptions {
+  readonly cols: number
+  readonly rows: number
+  /** What is typed: read from at once, until the session ends. Raw mode is its owner's business. */
+  readonly stdin: Readable
+  /** Gets what the terminal shows; the command waits for it. */
+  readonly stdout: Writable
+  /** How long the guest may take to accept the command; it is not tried again. Default 5000. */
+  readonly connectTimeoutMs?: number
+}
+
+/** A session that is listened to already; running its result is what starts the command. */
+export interface Begun {
+  readonly result: Effect.Effect<{ readonly exitCode: number }, ExecError>
+  /** @throws ExecError for a size that no terminal has */
+  readonly resize: (cols: number, rows: number) => void
+  readonly cancel: () => void
+  /** Listens no more. */
+  readonly release: () => void
+}
+
+/** Chunks of input that may wait for the guest; then their stream does. */
+const ahead = 16
+
+export const begin = (vm: () => Vm, cmd: string, options: VsockExecPtyOptions): Begun => {
+  const { cols, connectTimeoutMs = 5000, rows, stdin, stdout } = options
+  const keys = Effect.runSync(Queue.unbounded<Uint8Array>())
+  const sizes = Effect.runSync(Queue.sliding<TerminalSize>(1))
+  const cancelled = Effect.runSync(Deferred.make<never, ExecError>())
+
+  const wasFlowing = stdin.readableFlowing === true
+  let waiting = 0
+  const listen = (chunk: Buffer | string) => {
+    waiting += 1
+    if (waiting >= ahead) stdin.pause()
+    keys.unsafeOffer(typeof chunk === "string" ? Buffer.from(chunk) : chunk)
+  }
+  const taken = Effect.sync(() => {
+    waiting -= 1
+    if (waiting === 0) stdin.resume()
+  })
+  stdin.on("data", listen)
+
+  const show = (bytes: Uint8Array) =>
+    Effect.async<void, ExecError>((resume) => {
+      stdout.write(bytes, (cause) => resume(cause == null ? Effect.void : unwritable(cause)))
+    })
+  const env = { TERM: process.env["TERM"] || "xterm" }
+  const result = Effect.gen(function* () {
+    const opened = vm().terminal({ argv: ["sh", "-c", cmd], env }, { columns: cols, rows })
+    const terminal = yield* Effect.timeoutFail(opened, { duration: connectTimeoutMs, onTimeout: notTaken })
+    yield* Stream.fromQueue(keys).pipe(
+      Stream.runForEach((bytes) => Effect.zipLeft(terminal.write(bytes), taken)),
+      // the output tells why
+      Effect.ignore,
+      Effect.forkScoped
+    )
+    yield* Effect.forkScoped(Effect.ignore(Stream.runForEach(Stream.fromQueue(sizes), terminal.resize)))
+    yield* Stream.runForEach(terminal.output, show)
+    const { code } = yield* terminal.exit
+    return { exitCode: code }
+  }).pipe(Effect.scoped, Effect.raceFirst(Deferred.await(cancelled)))
+
+  return {
+    result,
+    resize: (columns, rows) => {
+      const bad = checkSize({ columns, rows })
+      if (bad !== undefined) throw bad
+      sizes.unsafeOffer({ columns, rows })
+    },
+    cancel: () => Deferred.unsafeDone(cancelled, wasCancelled),
+    release: () => {
+      stdin.off("data", listen)
+      // what comes next is for somebody else
+      if (!wasFlowing) stdin.pause()
+    }
+  }
+}
+
+const wasCancelled = new ExecError({ code: "EXEC_CANCELLED", message: "the session was cancelled and is hung up" })
+
+const notTaken = () =>
+  new ExecError({
+    code: "EXEC_AGENT_UNAVAILABLE",
+    message: "the guest did not take the command in time",
+    hint: "is the VM paused, or being captured?"
+  })
+
+const unwritable = (cause: unknown) =>
+  new ExecError({ code: "EXEC_FAILED", message: "what the terminal shows cannot be written to its stream", cause })

@@ -1,0 +1,158 @@
+import * as path from "node:path"
+import { Effect, ExecutionStrategy, Scope } from "effect"
+import { BootError } from "../errors.ts"
+import { refuseUnknown } from "../machine/BootOptions.ts"
+import { Registry } from "../machine/Registry.ts"
+import type { OptionNames } from "../platform/knownOptions.ts"
+import * as memory from "../platform/memory.ts"
+import * as Launch from "../vm/launch.ts"
+import type { EngineName } from "./BundleManifest.ts"
+import { defaultFreeMemoryThreshold, refusal } from "./forkBackpressure.ts"
+import { detachAll, type Restored, type ReviveOptions, restoreAttached, revive } from "./restore.ts"
+import type { Source } from "./SnapshotEngine.ts"
+import { checkSource, chooseEngine, defaultTimeoutMs, held, snapshot } from "./snapshot.ts"
+
+export interface ForkOptions extends ReviveOptions {
+  /** How many siblings, all from one moment. Default 1; with a `name` only 1. */
+  readonly count?: number
+  /** Keep the bundle there; otherwise nothing of it stays. */
+  readonly outDir?: string
+  readonly engine?: EngineName
+  /** Established TCP connections survive in the siblings, as they do in any case when the whole machine is forked. Default false. */
+  readonly tcpKeep?: boolean
+  /** As of a snapshot. */
+  readonly lazyUmount?: boolean
+  readonly timeoutMs?: number
+  /** The part of the host's memory that must be free, 0 to 1; 0: no matter. Default 0.01. */
+  readonly freeMemoryThreshold?: number
+}
+
+const optionNames: OptionNames<ForkOptions> = {
+  count: true,
+  outDir: true,
+  engine: true,
+  tcpKeep: true,
+  lazyUmount: true,
+  timeoutMs: true,
+  freeMemoryThreshold: true,
+  name: true,
+  liveMounts: true,
+  env: true,
+  secrets: true,
+  detached: true,
+  portForward: true,
+  lazy: true
+}
+
+export interface Forked {
+  readonly siblings: ReadonlyArray<Restored>
+  /** For how long the source's processes stood still, in milliseconds. */
+  readonly pausedMs: number
+}
+
+const maxSiblings = 256
+/** Starting more at once than there are cores only makes each of them late. */
+const startedAtOnce = 4
+
+/**
+ * Forks a running VM into siblings, in the current scope; the source goes on. All siblings come up or none: they are launched attached, and
+ * detached, if they are to be, when the last of them is ready.
+ */
+export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOptions = {}) {
+  const forked = yield* Launch.inOwnScope(start(source, options), ExecutionStrategy.parallelN(startedAtOnce))
+  if (options.detached === true) yield* detachAll(forked.siblings)
+  return forked
+})
+
+const start = Effect.fnUntraced(function* (source: Source, options: ForkOptions) {
+  yield* refuseUnknown("fork", options, optionNames)
+  const { count = 1, engine, freeMemoryThreshold, lazyUmount = false, outDir, tcpKeep, timeoutMs, ...rest } = options
+  if (!Number.isSafeInteger(count) || count < 1 || count > maxSiblings || (count > 1 && options.name !== undefined)) {
+    return yield* new BootError({
+      code: "BOOT_OPTION_INVALID",
+      message:
+        count > 1 && options.name !== undefined
+          ? `${count} siblings cannot have one name`
+          : `a VM cannot be forked into ${count} siblings at once`,
+      hint: `give a whole number from 1 to ${maxSiblings}, and a name only to one`
+    })
+  }
+  if (count > 1 && (options.portForward ?? []).length > 0) {
+    return yield* new BootError({
+      code: "BOOT_PORT_FORWARD_CONFLICT",
+      message: `a port of this host cannot lead to ${count} siblings`,
+      hint: "fork them one by one, each with ports of its own, or reach them by tunnels"
+    })
+  }
+  const tcpClose = !(tcpKeep ?? false)
+  yield* checkSource(source)
+  yield* checkMemory(freeMemoryThreshold ?? defaultFreeMemoryThreshold)
+  const siblings = Array.from({ length: count })
+
+  if (outDir !== undefined) {
+    const taken = yield* snapshot(source, {
+      outDir,
+      leaveRunning: true,
+      tcpClose,
+      lazyUmount,
+      ...(engine === undefined ? {} : { engine }),
+      ...(timeoutMs === undefined ? {} : { timeoutMs })
+    })
+    const restored = yield* Effect.forEach(siblings, () => restoreAttached({ ...rest, snapDir: outDir }), {
+      concurrency: startedAtOnce
+    })
+    const kept: Forked = { siblings: restored, pausedMs: taken.pausedMs ?? 0 }
+    return kept
+  }
+
+  // The files are open in the siblings when this scope ends, and need no names any more.
+  return yield* Effect.scopedWith((files) =>
+    Effect.gen(function* () {
+      const registry = yield* Registry
+      const chosen = yield* chooseEngine(engine)
+      const dir = yield* Effect.provideService(registry.scratch, Scope.Scope, files)
+      const taking = yield* chosen
+        .take(source, {
+          dir,
+          remove: [],
+          sync: false,
+          tcpClose,
+          lazyUmount,
+          timeoutMs: timeoutMs ?? defaultTimeoutMs
+        })
+        .pipe(Effect.provideService(Scope.Scope, files))
+      const pausedMs = yield* held(taking)
+      yield* taking.commit
+      const { entry } = source
+      const seed = {
+        engine: chosen,
+        dir,
+        disks: (entry.disks ?? []).map((disk) =>
+          disk.readOnly ? disk : { ...disk, path: path.join(dir, `${disk.id}.img`) }
+        ),
+        mount: entry.mount,
+        liveMounts: entry.liveMounts ?? [],
+        image: entry.image,
+        command: entry.command,
+        kernel: entry.kernel ?? "",
+        memoryMib: entry.memoryMib,
+        vcpus: entry.vcpus,
+        network: entry.network,
+        sourceName: entry.name,
+        forkedFrom: entry.id
+      }
+      const forked: Forked = {
+        siblings: yield* Effect.forEach(siblings, () => revive(seed, rest), { concurrency: startedAtOnce }),
+        pausedMs
+      }
+      return forked
+    })
+  )
+})
+
+/** A host without memory to spare is not given another guest. */
+const checkMemory = Effect.fnUntraced(function* (threshold: number) {
+  const [freeBytes, totalBytes] = [yield* memory.availableBytes, yield* memory.totalBytes]
+  const refused = refusal({ freeBytes, totalBytes, threshold })
+  if (refused !== undefined) return yield* refused
+})

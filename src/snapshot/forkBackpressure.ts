@@ -1,0 +1,25 @@
+import { BootError } from "../errors.ts"
+
+/** The part of the host's memory that must be free for a fork. */
+export const defaultFreeMemoryThreshold = 0.01
+
+/**
+ * Why a host with so many bytes free is not given another guest, if it is not (spec memory.md §5). A threshold of 0 or less allows
+ * everything, one above 1 counts as 1, and exactly as much as is wanted is enough.
+ */
+export const refusal = (host: {
+  readonly freeBytes: number
+  readonly totalBytes: number
+  readonly threshold: number
+}): BootError | undefined => {
+  const { freeBytes, threshold, totalBytes } = host
+  const needed = totalBytes * Math.min(threshold, 1)
+  if (threshold <= 0 || freeBytes >= needed) return undefined
+  return new BootError({
+    code: "FORK_MEMORY_BACKPRESSURE",
+    message: `${mib(freeBytes)} MiB of the host's ${mib(totalBytes)} MiB are free; a fork wants ${mib(needed)} MiB to be`,
+    hint: "stop a VM, or lower freeMemoryThreshold"
+  })
+}
+
+const mib = (bytes: number) => Math.round(bytes / 2 ** 20)

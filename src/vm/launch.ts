@@ -1,0 +1,184 @@
+import { randomBytes } from "node:crypto"
+import * as path from "node:path"
+import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
+import { Duration, Effect, ExecutionStrategy, Exit, Option, Scope, Stream } from "effect"
+import { BootError } from "../errors.ts"
+import type { AgentClient } from "../guest/Agent.ts"
+import * as Initramfs from "../guest/Initramfs.ts"
+import { Assets } from "../host/Assets.ts"
+import { type Disk, VmId } from "../machine/MachineSpec.ts"
+import { hostSocket, macOf, type NetworkMode, type PortForward } from "../machine/Network.ts"
+import { Registry } from "../machine/Registry.ts"
+import type { Secrets } from "../machine/Secrets.ts"
+import { HostSocketTaken } from "../machine/Shim.ts"
+import { type ExitRecord, guestFailure } from "../machine/ShimPlan.ts"
+import type { VmEntry } from "../machine/VmEntry.ts"
+import type { VmmHandle } from "../machine/Vmm.ts"
+import { portHolder } from "../platform/portHolder.ts"
+import * as UnixSocket from "../platform/UnixSocket.ts"
+import { Gvproxy } from "./Gvproxy.ts"
+
+/** The first digit is a letter: digits alone would be taken for a pid. */
+export const newId = () => {
+  const hex = randomBytes(6).toString("hex")
+  return VmId.make("abcdef".charAt(Number.parseInt(hex.charAt(0), 16) % 6) + hex.slice(1))
+}
+
+/**
+ * Gives a start a scope of its own within the caller's. When the start fails or is interrupted, that scope is closed at once: the name, the
+ * directory and the VM are released although the caller's scope goes on, so that the caller can try again.
+ */
+export const inOwnScope = <A, E, R>(
+  start: Effect.Effect<A, E, R>,
+  strategy: ExecutionStrategy.ExecutionStrategy = ExecutionStrategy.sequential
+): Effect.Effect<A, E, Exclude<R, Scope.Scope> | Scope.Scope> =>
+  Effect.uninterruptibleMask((restore) =>
+    Effect.gen(function* () {
+      const own = yield* Scope.fork(yield* Effect.scope, strategy)
+      return yield* restore(Scope.extend(start, own)).pipe(
+        Effect.onError((cause) => Scope.close(own, Exit.failCause(cause)))
+      )
+    })
+  )
+
+/** What a machine has of its network: a card, where its entry says so. */
+export const cardOf = ({ id, network }: VmEntry) => (network === "nat" ? { net: { mac: macOf(id) } } : {})
+
+/** Who serves that card. Fails before anything is acquired when nobody can. */
+export const networkOf = Effect.fnUntraced(function* (mode: NetworkMode, forwards: ReadonlyArray<PortForward>) {
+  if (mode === "none") return {}
+  return { network: { gvproxy: yield* (yield* Gvproxy).command, forwards } }
+})
+
+/** A port that is taken, told with who has it: a VM of ours, or a process. */
+export const namingPortHolder = <A, E, R>(launched: Effect.Effect<A, E | BootError, R>) =>
+  Effect.catchIf(
+    launched,
+    (error): error is BootError => error instanceof BootError && error.code === "BOOT_PORT_FORWARD_IN_USE",
+    (error) =>
+      Effect.gen(function* () {
+        if (!(error.cause instanceof HostSocketTaken)) return yield* error
+        const taken = error.cause.hostSocket
+        const vms = yield* Effect.orElseSucceed((yield* Registry).list, () => [])
+        const holder = vms.find(({ portForward = [] }) => portForward.some((forward) => hostSocket(forward) === taken))
+        if (holder === undefined) {
+          const port = Number(taken.slice(taken.lastIndexOf(":") + 1))
+          return yield* Option.match(yield* portHolder(port), {
+            onNone: () => error,
+            onSome: ({ command, pid }) =>
+              new BootError({ ...error, message: `${error.message}, by ${command} (pid ${pid})` })
+          })
+        }
+        return yield* new BootError({
+          ...error,
+          message: `${error.message}, by VM "${holder.label}"`,
+          hint: `choose another port, or \`machinen stop ${holder.label}\``
+        })
+      })
+  )
+
+/** How the guest makes its root of these disks. */
+export const rootKind = (disks: ReadonlyArray<Disk>) => (disks.some(({ id }) => id === "upper") ? "overlay" : "disk")
+
+/** Puts init and what it is told into the VM's directory; returns the archive's path. */
+export const writeInitramfs = Effect.fnUntraced(function* (dir: string, guest: Initramfs.GuestConfig) {
+  const fs = yield* FileSystem.FileSystem
+  const init = yield* (yield* Assets).init
+  const initrd = path.join(dir, "initrd.cpio")
+  const program = yield* Effect.mapError(fs.readFile(init), packFailed)
+  yield* Effect.mapError(fs.writeFile(initrd, Initramfs.forBoot(program, guest)), packFailed)
+  return initrd
+})
+
+const packFailed = (cause: PlatformErrors.PlatformError) =>
+  new BootError({
+    code: "BOOT_PACK_FAILED",
+    message: `the initramfs could not be written: ${cause.message}`,
+    hint: "check the free space of the state directory (MACHINEN_HOME)",
+    cause
+  })
+
+export const checkSocketPath = (longest: string, home: string) =>
+  Buffer.byteLength(longest) <= UnixSocket.maxPath
+    ? Effect.void
+    : new BootError({
+        code: "BOOT_STATE_DIR_UNUSABLE",
+        message: `the state directory's path is too long for unix sockets (${Buffer.byteLength(longest)} of ${UnixSocket.maxPath} bytes): ${home}`,
+        hint: "set MACHINEN_HOME to a shorter path"
+      })
+
+/** Gives a guest that is ready its secrets, if it has any. */
+export const entrust = (client: AgentClient, secrets: Secrets) =>
+  Object.keys(secrets).length === 0 ? Effect.void : Effect.asVoid(client.secrets(secrets))
+
+/** A valid host name (RFC 1123: letters, digits, hyphens, at most 63) made of the VM's name, else of its id (spec registry.md §7). */
+export const hostname = (entry: VmEntry): string => {
+  const name = (entry.name ?? "")
+    .toLowerCase()
+    .replaceAll(/[^a-z0-9-]/g, "-")
+    .slice(0, 63)
+    .replaceAll(/^-+|-+$/g, "")
+  return name === "" ? `vm-${entry.id}` : name
+}
+
+/**
+ * Waits for a guest that has been launched, raced against the machine's end and the deadline. A guest that cannot be served is not left
+ * running, detached or not.
+ */
+export const untilReady = <A, E>(ready: Effect.Effect<A, E>, machine: VmmHandle, limit: Duration.Duration) =>
+  ready.pipe(
+    Effect.raceFirst(Effect.flatMap(machine.exited, (exit) => exitedEarly(exit))),
+    Effect.timeoutTo({
+      duration: limit,
+      onSuccess: (a) => Effect.succeed(a),
+      onTimeout: () => Effect.flatMap(consoleTail(machine), notReady(limit))
+    }),
+    Effect.flatten,
+    // a caller that acquires a VM (Effect.acquireRelease) is uninterruptible: neither the race nor the deadline could end what they wait for
+    Effect.interruptible,
+    Effect.tapError(() => machine.kill)
+  )
+
+/** Where a guest does not answer because its machine has ended, the end is given a moment to be seen: its error says more. */
+export const afterTheEnd = <A, E>(ready: Effect.Effect<A, E>, machine: VmmHandle) =>
+  Effect.tapError(ready, () =>
+    machine.exited.pipe(Effect.zipRight(Effect.never), Effect.timeout("5 seconds"), Effect.ignore)
+  )
+
+const consoleTail = (machine: VmmHandle) =>
+  machine.logs("console", { tailBytes: 4096 }).pipe(
+    Stream.decodeText(),
+    Stream.mkString,
+    Effect.timeout("1 second"),
+    Effect.orElseSucceed(() => "")
+  )
+
+/** The VMM ended before the guest was ready: its own fault, the guest kernel's, or our init's, told apart by what they printed. */
+const exitedEarly = (exit: ExitRecord) => {
+  const vmm = exit.vmm.signal === null ? `code ${exit.vmm.code}` : `signal ${exit.vmm.signal}`
+  const printed = exit.vmmLogTail.trim()
+  const guest = guestFailure(exit.consoleTail)
+  return guest === undefined
+    ? new BootError({
+        code: "BOOT_VMM_FAILED",
+        message: `the VMM ended (${vmm}) before the guest was ready${printed === "" ? "" : `: ${printed.split("\n").slice(-3).join("; ")}`}`,
+        hint: "`machinen doctor` tells what is missing or broken on this host",
+        ...nonEmpty(exit.consoleTail)
+      })
+    : new BootError({
+        code: "BOOT_GUEST_FAILED",
+        message: `the guest did not come up: ${guest}`,
+        hint: "is the image a root filesystem, and is there enough memory for it?",
+        ...nonEmpty(exit.consoleTail)
+      })
+}
+
+const nonEmpty = (console: string) => (console.trim() === "" ? {} : { console })
+
+const notReady = (limit: Duration.Duration) => (console: string) =>
+  new BootError({
+    code: "BOOT_READY_TIMEOUT",
+    message: `the guest did not report ready within ${Duration.format(limit)}`,
+    hint: "raise MACHINEN_BOOT_TIMEOUT on a slow or busy host; `machinen doctor` checks the host",
+    ...nonEmpty(console)
+  })
