@@ -333,7 +333,7 @@ const causes = (cause: unknown): ReadonlyArray<string> => {
   return [cause.message, ...causes(cause.cause)]
 }
 
-/** `(CODE): message`, then one indented line for each cause (spec errors.md §2). */
+/** `(CODE): message`, then one indented line for each cause. */
 export const format = (error: MachinenError): string =>
   [`(${error.code}): ${error.message}`, ...causes(error.cause).map((line) => `  caused by: ${line}`)].join("\n")
 

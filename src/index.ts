@@ -4,17 +4,7 @@ export type { Booted } from "./boot/boot.ts"
 export type { Prepared, PrepareOptions } from "./boot/prepare.ts"
 export type { BuildProgress, Provisioned, ProvisionOptions } from "./boot/provision.ts"
 export * from "./errors.ts"
-export type {
-  AgentClient,
-  CommandOutput,
-  CommandSpec,
-  ExecOptions,
-  ExecResult,
-  FileRange,
-  MainCommand,
-  RunningCommand,
-  WriteFileOptions
-} from "./guest/Agent.ts"
+export type { AgentClient } from "./guest/Agent.ts"
 export {
   DirectoryEntry,
   FileChange,
@@ -23,11 +13,13 @@ export {
   Rejuvenation,
   TerminalSession
 } from "./guest/AgentProtocol.ts"
+export type { CommandOutput, CommandSpec, ExecOptions, ExecResult, MainCommand, RunningCommand } from "./guest/Exec.ts"
+export type { FileRange, WriteFileOptions } from "./guest/Files.ts"
 export { Entrusted } from "./guest/SecretStore.ts"
 export type { Terminal, TerminalCommand, TerminalOptions, TerminalSize } from "./guest/Terminal.ts"
 export type { TunnelConnection, TunnelListener } from "./guest/Tunnel.ts"
 export { ImageConfig } from "./image/ImageConfig.ts"
-export * as Initramfs from "./initramfs/InitramfsPackers.ts"
+export * as Initramfs from "./initramfs/index.ts"
 export { type BootFailure, type Inspection, Machinen, type SnapshotFailure } from "./Machinen.ts"
 export type { BootOptions } from "./machine/BootOptions.ts"
 export { ExitStatus, VmId, VmName } from "./machine/MachineSpec.ts"

@@ -23,7 +23,7 @@ const Message = Schema.parseJson(
 
 /**
  * Opens a session: greeting, then capabilities. A second session gets no greeting until the first is closed, so there is a deadline
- * (docs/interop/qmp-spec of QEMU; lab/qemu.md §6).
+ * (docs/interop/qmp-spec of QEMU).
  */
 export const connect = (
   path: string,

@@ -4,7 +4,7 @@ import type { Accelerator, MachineSpec, Plugged } from "../../src/machine/Machin
 /** The full binary, for it has TCG; Debian's `-microvm` build has KVM only. */
 export const defaultBinary = "qemu-system-x86_64"
 
-/** The machine: no firmware tables, no legacy timer or interrupt controller; a clock and a serial port (lab/qemu.md §2). */
+/** The machine: no firmware tables, no legacy timer or interrupt controller; a clock and a serial port. */
 export const machine = "microvm,acpi=off,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off"
 
 /**
@@ -73,8 +73,8 @@ export const sharesPath = (dir: string) => path.join(dir, "shares")
 const escape = (value: string) => value.replaceAll(",", ",,")
 
 /**
- * What the guest kernel is told. The second group is for TCG only and measured in lab/kernel.md §4: without it the kernel spends some
- * 400 ms of its boot calibrating timers against emulated hardware and patching code that TCG has translated already.
+ * What the guest kernel is told. The second group is for TCG only: without it the kernel spends some 400 ms of its boot (measured)
+ * calibrating timers against emulated hardware and patching code that TCG has translated already.
  */
 export const kernelArguments = (accel: Accelerator, tscKhz: number): string =>
   [
@@ -129,7 +129,7 @@ export interface CommandLineOptions {
 }
 
 /**
- * QEMU's command line for a machine (measured in lab/qemu.md §2): microvm without firmware tables, PVH kernel, guest memory in a memfd,
+ * QEMU's command line for a machine: microvm without firmware tables, PVH kernel, guest memory in a memfd,
  * nothing by default, QEMU itself confined by its seccomp sandbox. No entropy device: both CPU models have RDRAND, which seeds the guest
  * before its first process.
  */

@@ -11,7 +11,7 @@ const graceMs = 2000
 
 /**
  * The whole machine: device state and memory by the VMM, disks by copying, all while it is stopped and its processes are frozen, so that in
- * a copy none of them runs before it has randomness and a clock of its own (design.md D5, D6).
+ * a copy none of them runs before it has randomness and a clock of its own.
  */
 export const layer = Layer.succeed(
   SnapshotEngine,

@@ -15,6 +15,7 @@ import { reveal, type Secrets } from "../machine/Secrets.ts"
 import { VmEntry } from "../machine/VmEntry.ts"
 import { Vmm, type VmmHandle } from "../machine/Vmm.ts"
 import { checkHosts, guestMounts, mountDisks, sharesOf } from "../mount/mounts.ts"
+import { given } from "../platform/given.ts"
 import * as memory from "../platform/memory.ts"
 import * as processes from "../platform/processes.ts"
 import { Settings } from "../Settings.ts"
@@ -119,7 +120,7 @@ const start = Effect.fnUntraced(function* (
     createdAt: Date.now(),
     vsockPath,
     controlPath: path.join(dir, "shim.sock"),
-    ...(controlPath === undefined ? {} : { vmmControlPath: controlPath })
+    ...given({ vmmControlPath: controlPath })
   })
 
   // 2. The VM's directory and name.
@@ -304,10 +305,10 @@ const rootDisks = Effect.fnUntraced(function* (
 /** What the guest is told. */
 const guestOf = (plan: BootPlan, entry: VmEntry): Initramfs.GuestConfig => ({
   config: {
-    ...(plan.command === undefined ? {} : { cmd: plan.command }),
-    env: { ...(entry.name === undefined ? {} : { MACHINEN_VM_NAME: entry.name }), ...plan.env },
+    ...given({ cmd: plan.command }),
+    env: { ...given({ MACHINEN_VM_NAME: entry.name }), ...plan.env },
     ...(plan.cwd === undefined ? {} : { cwd: plan.cwd, makeCwd: plan.makeCwd }),
-    ...(plan.user === undefined ? {} : { user: plan.user })
+    ...given({ user: plan.user })
   },
   boot: {
     version: 1,
@@ -324,7 +325,6 @@ export const notReadyDetached = (error: BootError | ExecError | SecretsError) =>
   new BootError({
     code: "BOOT_DETACHED_READINESS_FAILED",
     message: `the detached VM did not become ready: ${error.message}`,
-    ...(error.hint === undefined ? {} : { hint: error.hint }),
-    ...(error.console === undefined ? {} : { console: error.console }),
+    ...given({ hint: error.hint, console: error.console }),
     cause: error
   })

@@ -3,6 +3,7 @@ import { Effect, Option } from "effect"
 import { BootError, SnapshotError } from "../errors.ts"
 import { RootfsImage } from "../image/RootfsImage.ts"
 import type { BootOptions } from "../machine/BootOptions.ts"
+import { given } from "../platform/given.ts"
 import { Settings } from "../Settings.ts"
 import * as Bundle from "../snapshot/Bundle.ts"
 import { snapshot } from "../snapshot/snapshot.ts"
@@ -31,11 +32,7 @@ const rehearsal = { argv: ["true"], user: "0:0", cwd: "/" } as const
 export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) {
   const { image, memoryMib, network, rootDiskSizeBytes, vcpus } = options
   const wanted: BootOptions = {
-    ...(image === undefined ? {} : { image }),
-    ...(memoryMib === undefined ? {} : { memoryMib }),
-    ...(network === undefined ? {} : { network }),
-    ...(rootDiskSizeBytes === undefined ? {} : { rootDiskSizeBytes }),
-    ...(vcpus === undefined ? {} : { vcpus })
+    ...given({ image, memoryMib, network, rootDiskSizeBytes, vcpus })
   }
   const plan = yield* check(wanted)
   const engine = yield* templates.wholeMachines

@@ -9,6 +9,7 @@ import { RootfsImage } from "../image/RootfsImage.ts"
 import { type BootOptions, defaultImage } from "../machine/BootOptions.ts"
 import { type ExitRecord, howEnded } from "../machine/ShimPlan.ts"
 import * as compressed from "../platform/compressed.ts"
+import { given } from "../platform/given.ts"
 import * as processes from "../platform/processes.ts"
 import * as tar from "../platform/tar.ts"
 import { Settings } from "../Settings.ts"
@@ -188,9 +189,7 @@ const bootBase = <E, R>(base: string, options: ProvisionOptions<E, R>) =>
       user: "0:0",
       cwd: "/",
       rootDiskSizeBytes: options.diskSizeBytes ?? defaultDiskBytes,
-      ...(options.network === undefined ? {} : { network: options.network }),
-      ...(options.memoryMib === undefined ? {} : { memoryMib: options.memoryMib }),
-      ...(options.vcpus === undefined ? {} : { vcpus: options.vcpus }),
+      ...given({ network: options.network, memoryMib: options.memoryMib, vcpus: options.vcpus }),
       // a machine that was prepared has a machine id and files that are not the image's
       prepared: false
     })
@@ -201,7 +200,7 @@ const bootBase = <E, R>(base: string, options: ProvisionOptions<E, R>) =>
         ? new ProvisionError({
             code: "PROVISION_BASE_NOT_FOUND",
             message: `there is no base "${base}" to build upon`,
-            ...(error.hint === undefined ? {} : { hint: error.hint }),
+            ...given({ hint: error.hint }),
             cause: error
           })
         : error

@@ -5,6 +5,7 @@ import type { BootOptions } from "../machine/BootOptions.ts"
 import type { LiveMountOption } from "../machine/mountOptions.ts"
 import { NetworkMode, type PortForwardOption } from "../machine/Network.ts"
 import { parseMapping } from "../machine/TunnelAddress.ts"
+import { given } from "../platform/given.ts"
 import { variable } from "./argumentBytes.ts"
 import { readSecrets, secretOption } from "./secrets.ts"
 
@@ -121,7 +122,7 @@ export const portForward = (values: ReadonlyArray<string>) =>
                 : `${JSON.stringify(value)} is not [ADDRESS:]HOSTPORT:GUESTPORT`
             )
           : Effect.succeed<PortForwardOption>({
-              ...(hostAddress === undefined ? {} : { hostAddr: hostAddress }),
+              ...given({ hostAddr: hostAddress }),
               hostPort,
               guestPort: guest.port
             })

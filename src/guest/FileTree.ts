@@ -1,8 +1,10 @@
 import { Chunk, Effect, Option, Schema, type Scope, Stream } from "effect"
 import { ExecError, FilesError } from "../errors.ts"
 import { boundedLines } from "../platform/boundedLines.ts"
-import type { AgentRefusal, Operation } from "./Agent.ts"
-import { type AgentRequest, DirectoryEntry, FileChange, FrameType } from "./AgentProtocol.ts"
+import { given } from "../platform/given.ts"
+import { DirectoryEntry, FileChange, FrameType } from "./AgentProtocol.ts"
+import { toFilesError } from "./agentErrors.ts"
+import type { Operation, Operations } from "./operation.ts"
 
 /**
  * Names in a guest: what there is, making, moving and removing it. All paths are absolute. A name need not be UTF-8: a byte that is not is the lone
@@ -30,13 +32,7 @@ export interface FileTree {
   ) => Effect.Effect<Stream.Stream<FileChange, FilesError>, FilesError, Scope.Scope>
 }
 
-type Failure = ExecError | AgentRefusal
-
-export const make = (
-  operate: (request: AgentRequest) => Effect.Effect<Operation, Failure, Scope.Scope>,
-  ask: (request: AgentRequest) => Effect.Effect<unknown, Failure>,
-  toFilesError: (path: string) => (error: unknown) => FilesError
-): FileTree => ({
+export const make = ({ ask, operate }: Operations): FileTree => ({
   list: Effect.fn("Agent.list")(function* (path: string) {
     const listed = Stream.unwrapScoped(Effect.map(operate({ op: "list", path }), lines))
     const entries = yield* Stream.runCollect(Stream.take(Stream.mapEffect(listed, decodeEntry), maxEntries + 1)).pipe(
@@ -52,10 +48,7 @@ export const make = (
     return Chunk.toReadonlyArray(entries).toSorted((a, b) => (a.name < b.name ? -1 : 1))
   }),
   makeDirectory: Effect.fn("Agent.makeDirectory")((path, { mode, recursive = true } = {}) =>
-    Effect.mapError(
-      Effect.asVoid(ask({ op: "mkdir", path, recursive, ...(mode === undefined ? {} : { mode }) })),
-      toFilesError(path)
-    )
+    Effect.mapError(Effect.asVoid(ask({ op: "mkdir", path, recursive, ...given({ mode }) })), toFilesError(path))
   ),
   rename: Effect.fn("Agent.rename")((from, to) =>
     Effect.mapError(Effect.asVoid(ask({ op: "rename", from, to })), toFilesError(from))

@@ -1,8 +1,7 @@
 import { Effect, Schema } from "effect"
-import { type ExecError, SecretsError } from "../errors.ts"
+import { SecretsError } from "../errors.ts"
 import { reveal, type Secrets } from "../machine/Secrets.ts"
-import type { AgentRefusal } from "./Agent.ts"
-import type { AgentRequest } from "./AgentProtocol.ts"
+import type { Operations } from "./operation.ts"
 
 /** What an agent has taken. */
 export class Entrusted extends Schema.Class<Entrusted>("Entrusted")({
@@ -20,7 +19,7 @@ export interface SecretStore {
   readonly forgetSecrets: Effect.Effect<void, SecretsError>
 }
 
-export const make = (ask: (request: AgentRequest) => Effect.Effect<unknown, ExecError | AgentRefusal>): SecretStore => {
+export const make = ({ ask }: Operations): SecretStore => {
   const send = (values: Readonly<Record<string, string>>, forget: boolean) =>
     ask({ op: "secrets", values, forget }).pipe(
       Effect.flatMap(Schema.decodeUnknown(Entrusted)),

@@ -1,6 +1,7 @@
 import { Effect, Schema, type Scope, Stream } from "effect"
 import { ExecError } from "../errors.ts"
 import { ExitStatus } from "../machine/MachineSpec.ts"
+import { given } from "../platform/given.ts"
 import { type AgentRequest, encodeFrame, type Frame, FrameType, TerminalSession } from "./AgentProtocol.ts"
 import { checkCommand } from "./commandCheck.ts"
 
@@ -92,7 +93,7 @@ export const make = (wire: Wire): TerminalClient => ({
       rows,
       steal,
       ...rest,
-      ...(session === undefined ? {} : { session })
+      ...given({ session })
     })
     let last: TerminalSize = { columns, rows }
     const terminal: Terminal = {

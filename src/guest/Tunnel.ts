@@ -2,10 +2,12 @@ import * as path from "node:path"
 import { Chunk, Effect, ExecutionStrategy, Exit, Option, Scope, Stream } from "effect"
 import { type ExecError, TunnelError } from "../errors.ts"
 import { showAddress, showTarget, type TunnelMapping, type TunnelTarget } from "../machine/TunnelAddress.ts"
+import { given } from "../platform/given.ts"
 import { portHolder } from "../platform/portHolder.ts"
 import * as TcpListener from "../platform/TcpListener.ts"
-import type { AgentRefusal, Operation } from "./Agent.ts"
-import { type AgentRequest, encodeFrame, type Frame, FrameType, pieces } from "./AgentProtocol.ts"
+import { encodeFrame, type Frame, FrameType, pieces } from "./AgentProtocol.ts"
+import type { AgentRefusal } from "./agentErrors.ts"
+import type { Operations } from "./operation.ts"
 
 /** A connection to something that listens in the guest. Closing its scope before its end resets it there. */
 export interface TunnelConnection {
@@ -36,9 +38,7 @@ export interface Tunnels {
   readonly tunnel: (mapping: TunnelMapping) => Effect.Effect<TunnelListener, TunnelError, Scope.Scope>
 }
 
-export const make = (
-  operate: (request: AgentRequest) => Effect.Effect<Operation, ExecError | AgentRefusal, Scope.Scope>
-): Tunnels => {
+export const make = ({ operate }: Operations): Tunnels => {
   const connect = Effect.fn("Agent.connect")(function* (guest: TunnelTarget) {
     yield* checkTarget(guest)
     const operation = yield* Effect.mapError(operate({ op: "tunnel", to: guest }), toTunnelError(guest))
@@ -174,7 +174,7 @@ const toTunnelError =
         ? new TunnelError({
             code: "TUNNEL_AGENT_UNAVAILABLE",
             message: error.message,
-            ...(error.hint === undefined ? {} : { hint: error.hint }),
+            ...given({ hint: error.hint }),
             cause: error
           })
         : broken(guest, error)

@@ -3,6 +3,7 @@ import { CommandExecutor, FileSystem } from "@effect/platform"
 import { Context, Effect, Layer, Option, Schema } from "effect"
 import { HostProbe } from "../machine/HostProbe.ts"
 import * as command from "../platform/command.ts"
+import { given } from "../platform/given.ts"
 import { Settings } from "../Settings.ts"
 import { type AssetName, Assets, assetNames } from "./Assets.ts"
 import {
@@ -194,7 +195,7 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
                   optional: false,
                   status: "broken",
                   detail: error.message,
-                  ...(error.hint === undefined ? {} : { fix: error.hint })
+                  ...given({ fix: error.hint })
                 })
             )
         )

@@ -38,7 +38,7 @@ export const over = (base: ImageConfig, top: ImageConfig): ImageConfig => ({
 /** Whether it says anything. */
 export const isEmpty = (config: ImageConfig): boolean => Object.values(config).every((value) => value === undefined)
 
-/** A plan with what the image says where the caller says nothing (spec provision.md §3); an entrypoint stays before any command. */
+/** A plan with what the image says where the caller says nothing; an entrypoint stays before any command. */
 export const applied = Effect.fnUntraced(function* (plan: BootPlan, image: ImageConfig) {
   const env = { ...image.env, ...plan.env }
   yield* validateEnv(env)

@@ -7,6 +7,7 @@ import { Registry } from "../machine/Registry.ts"
 import type { VmEntry } from "../machine/VmEntry.ts"
 import * as completeFile from "../platform/completeFile.ts"
 import * as ext4 from "../platform/ext4.ts"
+import { given } from "../platform/given.ts"
 import { Settings } from "../Settings.ts"
 import { ImageId, ImageName, ImageRecord, withTag } from "./Image.ts"
 import type { ImageConfig } from "./ImageConfig.ts"
@@ -264,7 +265,7 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
           }
           yield* removeImage(image.id)
           yield* Effect.forEach(image.names, (each) => images.setName(each, Option.none()))
-          return { id: image.id, ...(name === undefined ? {} : { name }), removed: true }
+          return { id: image.id, ...given({ name }), removed: true }
         }),
         gc: Effect.fn("ImageStore.gc")(function* ({ dryRun, unusedForMs }) {
           const before = Date.now() - unusedForMs

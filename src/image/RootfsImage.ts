@@ -8,12 +8,14 @@ import { buildFailed, cacheUnwritable, explained, toolMissing } from "../host/ho
 import * as completeFile from "../platform/completeFile.ts"
 import * as ext4 from "../platform/ext4.ts"
 import * as fileState from "../platform/fileState.ts"
-import * as HostLock from "../platform/HostLock.ts"
+import { given } from "../platform/given.ts"
 import { sha256File } from "../platform/sha256File.ts"
 import * as hostTool from "../platform/tool.ts"
 import { Settings } from "../Settings.ts"
+import * as Ext4Builder from "./Ext4Builder.ts"
 import { ImageId, ImageRecord, withTag } from "./Image.ts"
 import { configFile, ImageConfig, ImageConfigJson, isEmpty } from "./ImageConfig.ts"
+import * as ImageNames from "./ImageNames.ts"
 import * as Oci from "./Oci.ts"
 
 /** Base images that set-up provides, by the name a user gives. */
@@ -23,7 +25,7 @@ const isBaseName = (image: string): image is BaseName => (baseNames as ReadonlyA
 
 /**
  * Root filesystems. A base is a read-only ext4 image shared by every VM that boots from it, built once for each tarball and found by its
- * sha256; what a VM writes goes to its own upper (design.md D4). Since no guest can write a base, its `.ok` marker means "complete and on
+ * sha256; what a VM writes goes to its own upper. Since no guest can write a base, its `.ok` marker means "complete and on
  * disk" and stays; an image without one (a build cut short) is built again.
  */
 export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
@@ -66,13 +68,14 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       /** No file of an image is made at a time of its own: the same input gives the same image. */
       const tool: Oci.Tool = (argv, name) =>
         hostTool
-          .run(argv, { env: { E2FSPROGS_FAKE_TIME: "1" }, ...(name === undefined ? {} : { tool: name }) })
+          .run(argv, { env: { E2FSPROGS_FAKE_TIME: "1" }, ...given({ tool: name }) })
           .pipe(Effect.provideService(CommandExecutor.CommandExecutor, executor))
       const building = explained(cacheDir, buildFailed)
 
       const cacheFailed = cacheUnwritable(cacheDir)
 
-      const mke2fs = Option.getOrElse(settings.mke2fs, () => "mke2fs")
+      const builder = Ext4Builder.make(fs, tool, settings, cacheDir)
+      const names = ImageNames.make(fs, cacheDir)
 
       const publish = (target: string, build: (staging: string) => Effect.Effect<void, ProvisionError>) =>
         completeFile.publish(target, build).pipe(
@@ -84,34 +87,10 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
 
       const isComplete = (target: string) => withFs(completeFile.isComplete(target))
 
-      const makeExt4 = (
-        image: string,
-        sizeBytes: number,
-        options: ReadonlyArray<string>,
-        through: (argv: ReadonlyArray<string>) => readonly [string, ...ReadonlyArray<string>] = ([
-          first = "",
-          ...rest
-        ]) => [first, ...rest]
-      ) =>
-        Effect.gen(function* () {
-          yield* fs
-            .writeFile(image, new Uint8Array(0))
-            .pipe(Effect.zipRight(fs.truncate(image, sizeBytes)), Effect.mapError(cacheFailed))
-          const argv = through([mke2fs, "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", ...options, image])
-          yield* building(tool(argv, "mke2fs"))
-        })
-
       const upperTemplate = Effect.fn("RootfsImage.upperTemplate")(function* (sizeBytes: number) {
         const target = path.join(cacheDir, `upper-${sizeBytes}.ext4`)
         if (yield* isComplete(target)) return target
-        yield* publish(target, (staging) =>
-          makeExt4(path.join(staging, "image"), sizeBytes, [
-            "-O",
-            upperFeatures,
-            "-E",
-            "lazy_itable_init=1,lazy_journal_init=1,nodiscard"
-          ])
-        )
+        yield* publish(target, (staging) => builder.upper(path.join(staging, "image"), sizeBytes))
         return target
       })
 
@@ -211,8 +190,8 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           Effect.gen(function* () {
             const tree = path.join(staging, "tree")
             yield* Effect.mapError(fs.makeDirectory(tree), cacheFailed)
-            yield* extract(tarball, tree, staging)
-            yield* imageFromTree(tree, staging, sha)
+            yield* builder.extract(tarball, tree, staging)
+            yield* builder.fromTree(tree, staging, sha)
           })
         )
       })
@@ -251,13 +230,13 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
                 const tree = path.join(staging, "tree")
                 yield* withFs(Oci.unpack(found, tree, path.join(staging, "layout"), settings.imageLimitBytes, tool))
                 yield* writeConfig(tree, found.config)
-                yield* imageFromTree(tree, staging, found.id)
+                yield* builder.fromTree(tree, staging, found.id)
               })
             )
           )
         )
         // what is fetched once is there; what lies in a file or directory is looked at each time
-        if (reference.startsWith("docker://")) yield* setName(reference, Option.some(made.id))
+        if (reference.startsWith("docker://")) yield* names.set(reference, Option.some(made.id))
         return made
       })
 
@@ -276,44 +255,10 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         )
       })
 
-      const namesDir = path.join(cacheDir, "names")
-      const nameFile = (name: string) => path.join(namesDir, encodeURIComponent(name))
-
-      const named = (name: string) =>
-        fs.readFileString(nameFile(name)).pipe(Effect.flatMap(Schema.decode(ImageId)), Effect.option)
-
-      const setName = (name: string, id: Option.Option<ImageId>) =>
-        HostLock.withLock(
-          `${namesDir}.lock`,
-          cacheFailed
-        )(
-          Option.match(id, {
-            onNone: () => fs.remove(nameFile(name), { force: true }),
-            onSome: (id) => {
-              // one place for all drafts, since one is written at a time: what a killed writer left is written over
-              const draft = path.join(namesDir, nameDraft)
-              return fs
-                .makeDirectory(namesDir, { recursive: true })
-                .pipe(Effect.zipRight(fs.writeFileString(draft, id)), Effect.zipRight(fs.rename(draft, nameFile(name))))
-            }
-          })
-        ).pipe(Effect.mapError((e) => (e instanceof ProvisionError ? e : cacheFailed(e))))
-
-      const names = Effect.gen(function* () {
-        const files = yield* Effect.orElseSucceed(fs.readDirectory(namesDir), () => [])
-        const pairs = yield* Effect.forEach(files, (file) => {
-          const name = decodedName(file)
-          return name === undefined
-            ? Effect.succeed([])
-            : Effect.map(named(name), (id) => (Option.isSome(id) ? [{ name, id: id.value }] : []))
-        })
-        return pairs.flat()
-      })
-
       /** What is in the store under a name, or under an id of which at least this much is given. */
       const stored = Effect.fnUntraced(function* (image: string) {
         const byName = yield* Effect.orElse(
-          Effect.flatten(named(Oci.isReference(image) ? image : withTag(image))),
+          Effect.flatten(names.get(Oci.isReference(image) ? image : withTag(image))),
           () => Effect.fail(undefined)
         ).pipe(Effect.option)
         const candidates = Option.isSome(byName)
@@ -327,95 +272,6 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         return only !== undefined && candidates.length === 1 && (yield* withFs(completeFile.isSettled(imageOf(only))))
           ? Option.some(only)
           : Option.none()
-      })
-
-      /** Owners and device nodes need root, or something that answers like root and remembers from one command to the next. */
-      const asRoot = (staging: string, argv: ReadonlyArray<string>): readonly [string, ...ReadonlyArray<string>] => {
-        const state = path.join(staging, "owners")
-        const [first = "true", ...rest] = argv
-        if (process.getuid?.() === 0) return [first, ...rest]
-        return [
-          "sh",
-          "-c",
-          'state=$1; shift; : >>"$state"; exec fakeroot -i "$state" -s "$state" -- "$@"',
-          "sh",
-          state,
-          ...argv
-        ]
-      }
-
-      /**
-       * The tarball is not trusted: GNU tar itself refuses names with `..`, makes absolute ones relative and never writes through a symbolic
-       * link of the archive's. Beyond the limit it is ended from its own checkpoint, which first makes the file `too-large`; the shell turns
-       * the signal into an exit code.
-       */
-      const extract = Effect.fnUntraced(function* (tarball: string, tree: string, staging: string) {
-        const beyondLimit = path.join(staging, "too-large")
-        const argv = asRoot(staging, [
-          "sh",
-          "-c",
-          'BEYOND_LIMIT=$1; export BEYOND_LIMIT; shift; tar "$@"; exit $?',
-          "sh",
-          beyondLimit,
-          "--extract",
-          "--numeric-owner",
-          "--same-owner",
-          // capabilities and ACLs, not only user attributes; fakeroot loses the kind of a file that has any
-          ...(process.getuid?.() === 0 ? ["--xattrs", "--xattrs-include=*"] : ["--no-xattrs"]),
-          "--preserve-permissions",
-          `--checkpoint=${Math.ceil(settings.imageLimitBytes / tarRecord)}`,
-          '--checkpoint-action=exec=: >"$BEYOND_LIMIT"; kill -KILL $PPID',
-          "--file",
-          tarball,
-          "--directory",
-          tree
-        ])
-        yield* tool(argv, "tar").pipe(
-          Effect.catchTag("ToolFailed", (failed) =>
-            Effect.flatMap(
-              Effect.orElseSucceed(fs.exists(beyondLimit), () => false),
-              (beyond) => Effect.fail(beyond ? tooLarge(tarball, settings.imageLimitBytes) : failed)
-            )
-          ),
-          explained(cacheDir, (failed) => tarballInvalid(tarball, failed))
-        )
-      })
-
-      /** The same tree gives the same bytes, for a bundle is restored only on the image it was taken on. `sha` is that of its source. */
-      const imageFromTree = Effect.fnUntraced(function* (tree: string, staging: string, sha: string) {
-        const image = path.join(staging, "image")
-        const listing = yield* building(tool(["find", tree, "-printf", "%i %s %b\\n"]))
-        const inodes = new Map<string, number>()
-        for (const line of listing.trimEnd().split("\n")) {
-          const [inode = "", size, blocks] = line.split(" ")
-          // holes of a large file take no space, and blocks that are not written yet are not counted
-          const bytes = Number(size) > sparseFrom ? Math.min(Number(size), Number(blocks) * 512) : Number(size)
-          inodes.set(inode, Math.ceil(bytes / 4096) * 4096)
-        }
-        const bytes = [...inodes.values()].reduce((sum, size) => sum + size, 0)
-        // Room for metadata; the file is sparse, so what is not needed costs nothing. Nothing is ever added to a base.
-        const size = Math.ceil((bytes * 1.25 + 64 * 1024 * 1024) / 4096) * 4096
-        const id = sha.replace(/^(.{8})(.{4}).(.{3}).(.{3})(.{12}).*$/, "$1-$2-4$3-8$4-$5")
-        yield* makeExt4(
-          image,
-          size,
-          [
-            ...["-I", "256", "-N", String(inodes.size + 4096), "-U", id],
-            ...["-O", baseFeatures, "-E", `hash_seed=${id},lazy_itable_init=1,nodiscard`, "-d", tree]
-          ],
-          (argv) => asRoot(staging, argv)
-        )
-        // mke2fs copies access and change times of the extracted files, which are those of this run
-        const times = path.join(staging, "times")
-        const numbers = [2, ...Array.from({ length: inodes.size + 16 }, (_, i) => 11 + i)]
-        yield* Effect.mapError(
-          fs.writeFileString(
-            times,
-            numbers.map((n) => `set_inode_field <${n}> atime @1\nset_inode_field <${n}> ctime @1\n`).join("")
-          ),
-          cacheFailed
-        )
-        yield* building(tool(["debugfs", "-w", "-f", times, image]))
       })
 
       const isExt4 = (image: string) =>
@@ -445,8 +301,8 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           const { ext4, file } = yield* inspect(image)
           return ext4 ? file : yield* imageInvalid(image, "is not an ext4 image")
         }),
-        names,
-        setName,
+        names: names.all,
+        setName: names.set,
         add: Effect.fn("RootfsImage.add")(function* (image) {
           if (Oci.isReference(image)) return (yield* ensureOci(image)).id
           const { ext4, file } = yield* inspect(image)
@@ -494,30 +350,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
 /** Superblock at 1024, s_magic 0x38 into it (Documentation/filesystems/ext4/super.rst). */
 const ext4MagicOffset = 1024 + 0x38
 
-/** Without reserved descriptor blocks an upper is 92 KiB instead of 1.2 MiB (lab/overlay-criu.md §3). */
-const upperFeatures = "^resize_inode"
-
-/** Of a base: named one by one, so that the host's mke2fs.conf has no say. */
-const baseFeatures =
-  "none,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,flex_bg,huge_file,large_file,metadata_csum,sparse_super,64bit"
-
-/** tar counts in records of this many bytes. */
-const tarRecord = 10240
-const sparseFrom = 64 * 1024 * 1024
 const maxConfig = 1024 * 1024
-
-/** No name is encoded like this, since no name begins with a dot. */
-const nameDraft = ".draft"
-
-/** The name that a file in the directory of names stands for; nothing else that lies there is one. */
-const decodedName = (file: string): string | undefined => {
-  try {
-    const name = decodeURIComponent(file)
-    return file !== nameDraft && encodeURIComponent(name) === file ? name : undefined
-  } catch {
-    return undefined
-  }
-}
 
 const Noted = Schema.parseJson(Schema.Struct({ config: Schema.NullOr(ImageConfig) }))
 
@@ -539,21 +372,6 @@ const imageInvalid = (image: string, why: string, cause?: unknown) =>
     message: `${image} ${why}`,
     hint: "give a rootfs tarball or an ext4 image",
     cause
-  })
-
-const tooLarge = (tarball: string, limit: number) =>
-  new ProvisionError({
-    code: "ROOTFS_IMG_TOO_LARGE",
-    message: `${tarball} holds more than ${Math.ceil(limit / 1024 ** 2)} MiB`,
-    hint: "if it is to be that large, raise MACHINEN_IMAGE_LIMIT_MIB"
-  })
-
-const tarballInvalid = (tarball: string, failed: hostTool.ToolFailed) =>
-  new ProvisionError({
-    code: "IMAGE_INVALID",
-    message: `${tarball} cannot be unpacked: ${failed.message}`,
-    hint: "is the tarball complete, and a root filesystem?",
-    cause: failed
   })
 
 const imageUnreadable = (image: string, cause: Error) =>

@@ -115,7 +115,7 @@ export const defaultRootDiskBytes = 2 * 1024 ** 3
 /** Less does not reach user space with our kernel; measured, `micro` needs about 40 MiB. */
 export const minMemoryMib = 64
 
-/** Half of the host's memory, from 512 MiB to 16 GiB (spec boot.md §12). */
+/** Half of the host's memory, from 512 MiB to 16 GiB. */
 export const autoMemoryMib = (hostBytes: number): number =>
   Math.max(512, Math.min(Math.floor(hostBytes / 2 ** 20 / 2), 16384))
 

@@ -16,7 +16,7 @@ export class HostProbe extends Context.Tag("machinen/HostProbe")<
   HostProbe,
   {
     readonly accelerator: Effect.Effect<AcceleratorChoice, BootError>
-    /** Rate of the time stamp counter in kHz; under TCG it is the guest's as well (lab/kernel.md §3). */
+    /** Rate of the time stamp counter in kHz; under TCG it is the guest's as well. */
     readonly tscKhz: Effect.Effect<number, BootError>
     /** What the VMM says its version is. */
     readonly vmmVersion: Effect.Effect<string, BootError>

@@ -3,6 +3,7 @@ import * as path from "node:path"
 import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
 import { Context, Effect, identity, Layer, Option, Schema, type Scope } from "effect"
 import { RegistryError } from "../errors.ts"
+import { given } from "../platform/given.ts"
 import * as HostLock from "../platform/HostLock.ts"
 import type { ProcessIdentity } from "../platform/ProcessIdentity.ts"
 import * as processes from "../platform/processes.ts"
@@ -196,7 +197,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
               (yield* Effect.isSuccess(fs.remove(leftover.path, { recursive: true, force: true })))
             return {
               id: leftover.id,
-              ...(leftover.name === undefined ? {} : { name: leftover.name }),
+              ...given({ name: leftover.name }),
               removedPaths: removed ? [leftover.path] : [],
               failedPaths: removed ? [] : [leftover.path]
             }

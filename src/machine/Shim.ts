@@ -15,6 +15,7 @@ import {
   Stream
 } from "effect"
 import { BootError, RegistryError } from "../errors.ts"
+import { given } from "../platform/given.ts"
 import * as OwnedProcess from "../platform/OwnedProcess.ts"
 import type { ProcessIdentity } from "../platform/ProcessIdentity.ts"
 import * as processes from "../platform/processes.ts"
@@ -82,7 +83,7 @@ export interface ShimHandle<E = never> {
 }
 
 /**
- * Starts shims and talks to them. A shim owns everything of its VM on the host: VMM, sockets, files, registry entry (design.md D3). It
+ * Starts shims and talks to them. A shim owns everything of its VM on the host: VMM, sockets, files, registry entry. It
  * does not know images, options or names; those are decided before it starts.
  */
 export class Shim extends Context.Tag("machinen/Shim")<
@@ -283,7 +284,7 @@ const forwardFailed = ({ code, message, subject }: Extract<ShimEvent, { event: "
   })
 }
 
-const stopRequest = (graceMs: number | undefined) => ({ op: "stop", ...(graceMs === undefined ? {} : { graceMs }) })
+const stopRequest = (graceMs: number | undefined) => ({ op: "stop", ...given({ graceMs }) })
 
 /** What the owner of a VM and who attached to it get alike from the control socket (docs/protocol.md §5). */
 const control = (controlPath: string) => ({

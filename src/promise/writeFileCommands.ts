@@ -1,6 +1,6 @@
 import { randomUUID } from "node:crypto"
 
-/** For those who can only run commands: shell lines that write a file (spec exec.md §6). `Vm.writeFile` needs none of them. */
+/** For those who can only run commands: shell lines that write a file. `Vm.writeFile` needs none of them. */
 
 export interface WriteFileCommandOptions {
   /** Permission bits; left as they are when left out. */

@@ -4,6 +4,7 @@ import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
 import { Effect, Ref, Schema } from "effect"
 import { BootError, SnapshotError } from "../errors.ts"
 import { validateMounts } from "../machine/mountOptions.ts"
+import { given } from "../platform/given.ts"
 import { ProcessIdentity } from "../platform/ProcessIdentity.ts"
 import { probeHash } from "../platform/probeHash.ts"
 import * as processes from "../platform/processes.ts"
@@ -228,7 +229,7 @@ export const read = Effect.fn("Bundle.read")(function* (snapDir: string) {
 
 /** What a manifest says of mounts and disks holds for its own bundle too: places and paths are those a boot would have accepted. */
 const checkRecorded = Effect.fnUntraced(function* ({ disks, liveMounts = [], mount }: BundleManifest) {
-  const plan = yield* validateMounts({ liveMounts, ...(mount === undefined ? {} : { mount }) })
+  const plan = yield* validateMounts({ liveMounts, ...given({ mount }) })
   const images = disks.flatMap(({ source }) => (source._tag === "Image" ? [source.path] : []))
   const recorded = [...images, ...[mount ?? [], liveMounts].flat().map(({ host }) => host)]
   const relative = recorded.find((file) => !path.isAbsolute(file))

@@ -36,7 +36,7 @@ export const BundleDisk = Schema.Struct({
 })
 export type BundleDisk = typeof BundleDisk.Type
 
-/** `meta.json` of a snapshot bundle; a directory without it is none. Written last (design.md D8). */
+/** `meta.json` of a snapshot bundle; a directory without it is none. Written last. */
 export class BundleManifest extends Schema.Class<BundleManifest>("BundleManifest")({
   format: Schema.Literal(1),
   engine: EngineName,

@@ -3,6 +3,7 @@ import { Effect, ExecutionStrategy, Scope } from "effect"
 import { BootError } from "../errors.ts"
 import { refuseUnknown } from "../machine/BootOptions.ts"
 import { Registry } from "../machine/Registry.ts"
+import { given } from "../platform/given.ts"
 import type { OptionNames } from "../platform/knownOptions.ts"
 import * as memory from "../platform/memory.ts"
 import * as Launch from "../vm/launch.ts"
@@ -95,8 +96,7 @@ const start = Effect.fnUntraced(function* (source: Source, options: ForkOptions)
       leaveRunning: true,
       tcpClose,
       lazyUmount,
-      ...(engine === undefined ? {} : { engine }),
-      ...(timeoutMs === undefined ? {} : { timeoutMs })
+      ...given({ engine, timeoutMs })
     })
     const restored = yield* Effect.forEach(siblings, () => restoreAttached({ ...rest, snapDir: outDir }), {
       concurrency: startedAtOnce

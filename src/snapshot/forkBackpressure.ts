@@ -4,7 +4,7 @@ import { BootError } from "../errors.ts"
 export const defaultFreeMemoryThreshold = 0.01
 
 /**
- * Why a host with so many bytes free is not given another guest, if it is not (spec memory.md §5). A threshold of 0 or less allows
+ * Why a host with so many bytes free is not given another guest, if it is not. A threshold of 0 or less allows
  * everything, one above 1 counts as 1, and exactly as much as is wanted is enough.
  */
 export const refusal = (host: {

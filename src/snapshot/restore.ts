@@ -16,6 +16,7 @@ import { reveal, type Secrets } from "../machine/Secrets.ts"
 import { VmEntry } from "../machine/VmEntry.ts"
 import { Vmm } from "../machine/Vmm.ts"
 import { checkLiveHosts, linkedInto, sharesOf } from "../mount/mounts.ts"
+import { given } from "../platform/given.ts"
 import type { OptionNames } from "../platform/knownOptions.ts"
 import * as memory from "../platform/memory.ts"
 import * as processes from "../platform/processes.ts"
@@ -273,7 +274,7 @@ export const revive = Effect.fn("revive")(
       createdAt: Date.now(),
       vsockPath,
       controlPath: path.join(dir, "shim.sock"),
-      ...(controlPath === undefined ? {} : { vmmControlPath: controlPath })
+      ...given({ vmmControlPath: controlPath })
     })
 
     // 2. The VM's directory and name, and how it begins.
@@ -329,7 +330,7 @@ export const revive = Effect.fn("revive")(
         hostname: Launch.hostname(named),
         generation: randomUUID(),
         ...(seed.network === "nat" ? { mac: macOf(id) } : {}),
-        env: { ...(named.name === undefined ? {} : { MACHINEN_VM_NAME: named.name }), ...options.env }
+        env: { ...given({ MACHINEN_VM_NAME: named.name }), ...options.env }
       })
       yield* Launch.entrust(client, secrets)
       return { named, rejuvenation }
@@ -351,7 +352,7 @@ export const revive = Effect.fn("revive")(
   Effect.annotateLogs({ service: "restore" })
 )
 
-/** `<source>/<pid>`, and another for the case that it is taken (spec snapshot.md §7). */
+/** `<source>/<pid>`, and another for the case that it is taken. */
 const childNames = (source: string, pid: number) =>
   [`${source}/${pid}`, `${source}~${pid}`].flatMap((name) => Option.toArray(Schema.decodeOption(VmName)(name)))
 

@@ -5,6 +5,7 @@ import { BootError, SnapshotError } from "../errors.ts"
 import { RootfsImage } from "../image/RootfsImage.ts"
 import type { Disk } from "../machine/MachineSpec.ts"
 import { Vmm } from "../machine/Vmm.ts"
+import { given } from "../platform/given.ts"
 import { type OptionNames, unknownOption, unknownOptionText } from "../platform/knownOptions.ts"
 import { Settings } from "../Settings.ts"
 import * as PhaseTimer from "../vm/PhaseTimer.ts"
@@ -219,9 +220,9 @@ const factsOf = Effect.fnUntraced(
       engine: engine.name,
       snappedAt: Date.now(),
       sourceId: entry.id,
-      ...(entry.name === undefined ? {} : { sourceName: entry.name }),
+      ...given({ sourceName: entry.name }),
       sourceImage: entry.image,
-      ...(entry.command === undefined ? {} : { command: entry.command }),
+      ...given({ command: entry.command }),
       machine: yield* vmm.fingerprint({
         disks: all,
         network: entry.network === "nat",
@@ -233,8 +234,7 @@ const factsOf = Effect.fnUntraced(
       vcpus: entry.vcpus,
       network: entry.network,
       disks,
-      ...(entry.mount === undefined ? {} : { mount: entry.mount }),
-      ...(entry.liveMounts === undefined ? {} : { liveMounts: entry.liveMounts })
+      ...given({ mount: entry.mount, liveMounts: entry.liveMounts })
     }
     return facts
   },

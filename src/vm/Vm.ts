@@ -7,7 +7,7 @@ import type { VmEntry } from "../machine/VmEntry.ts"
 import type { VmmControlFailed, VmmHandle } from "../machine/Vmm.ts"
 import * as processes from "../platform/processes.ts"
 
-/** What a VM costs (spec memory.md §1). */
+/** What a VM costs. */
 export interface MemoryStats {
   readonly ceilingMib: number
   /** The VMM's resident memory, or null when it is gone. */

@@ -111,7 +111,7 @@ export const checkSocketPath = (longest: string, home: string) =>
 export const entrust = (client: AgentClient, secrets: Secrets) =>
   Object.keys(secrets).length === 0 ? Effect.void : Effect.asVoid(client.secrets(secrets))
 
-/** A valid host name (RFC 1123: letters, digits, hyphens, at most 63) made of the VM's name, else of its id (spec registry.md §7). */
+/** A valid host name (RFC 1123: letters, digits, hyphens, at most 63) made of the VM's name, else of its id. */
 export const hostname = (entry: VmEntry): string => {
   const name = (entry.name ?? "")
     .toLowerCase()

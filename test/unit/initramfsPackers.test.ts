@@ -7,7 +7,7 @@ import { assert, describe, it } from "@effect/vitest"
 import { Effect, Layer } from "effect"
 import { Assets } from "../../src/host/Assets.ts"
 import { SourceTree } from "../../src/host/SourceTree.ts"
-import * as Packers from "../../src/initramfs/InitramfsPackers.ts"
+import * as Packers from "../../src/initramfs/index.ts"
 import { Settings } from "../../src/Settings.ts"
 import { temporaryDirectory } from "../fixtures.ts"
 

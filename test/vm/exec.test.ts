@@ -13,7 +13,7 @@ import {
 import * as path from "node:path"
 import { afterAll, assert, layer } from "@effect/vitest"
 import { Chunk, Deferred, Effect, Fiber, Option, Stream } from "effect"
-import type { CommandSpec } from "../../src/guest/Agent.ts"
+import type { CommandSpec } from "../../src/guest/Exec.ts"
 import { cli, Guest, guest, settled, sh, sha256, temporaryHome, text } from "../fixtures.ts"
 
 const home = temporaryHome()

@@ -1,6 +1,6 @@
 import { afterAll, assert, describe, it, layer } from "@effect/vitest"
 import { Effect, Fiber, type Scope, Stream } from "effect"
-import type { CommandSpec } from "../../src/guest/Agent.ts"
+import type { CommandSpec } from "../../src/guest/Exec.ts"
 import { Machinen } from "../../src/Machinen.ts"
 import type { BootOptions } from "../../src/machine/BootOptions.ts"
 import {

@@ -1,6 +1,7 @@
 import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect, Option } from "effect"
 import { Machinen } from "../../Machinen.ts"
+import { given } from "../../platform/given.ts"
 import { ExitWith } from "../exit.ts"
 import { json } from "../options.ts"
 import * as render from "../render.ts"
@@ -32,7 +33,7 @@ export const attach = (tail: ReadonlyArray<string>) =>
         const name = Option.getOrUndefined(input.session)
         const opened = vm.terminal(
           { argv, env: terminal.environment() },
-          { ...terminal.size(), steal: input.steal, ...(name === undefined ? {} : { session: name }) }
+          { ...terminal.size(), steal: input.steal, ...given({ session: name }) }
         )
         const end = yield* terminal.relay(opened, { detachKeys: true })
         if (end !== "detached") return yield* new ExitWith({ code: end })

@@ -4,6 +4,7 @@ import { FileSystem } from "@effect/platform"
 import { Effect, Option } from "effect"
 import { FilesError, ParseError } from "../../errors.ts"
 import { Machinen } from "../../Machinen.ts"
+import { given } from "../../platform/given.ts"
 import type { Vm } from "../../vm/Vm.ts"
 
 const place = (name: string) =>
@@ -47,7 +48,7 @@ interface Side {
 }
 
 const refused = (message: string, hint?: string) =>
-  new FilesError({ code: "FILES_PATH_INVALID", message, ...(hint === undefined ? {} : { hint }) })
+  new FilesError({ code: "FILES_PATH_INVALID", message, ...given({ hint }) })
 
 /** Where a copy belongs, as `cp -R` and `docker cp` have it. */
 const destination = Effect.fnUntraced(function* ({ kind, paths }: Side, target: string, source: Source) {

@@ -3,6 +3,7 @@ import { Args, Command, Options } from "@effect/cli"
 import { Effect, Option } from "effect"
 import { ParseError } from "../../errors.ts"
 import { Machinen } from "../../Machinen.ts"
+import { given } from "../../platform/given.ts"
 import { ExitWith } from "../exit.ts"
 import { bootOptions, environment, json, whenGiven } from "../options.ts"
 import * as render from "../render.ts"
@@ -88,7 +89,7 @@ export const exec = (tail: ReadonlyArray<string>) =>
           argv: [first, ...rest] as const,
           env,
           ...place,
-          ...(stdin === undefined ? {} : { stdin })
+          ...given({ stdin })
         }
         if (input.json) {
           const result = yield* vm.execRaw(command, Option.isSome(limit) ? { timeout: limit.value } : {})

@@ -1,7 +1,7 @@
 import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect, Option, Stream } from "effect"
 import { ExecError, ParseError } from "../../errors.ts"
-import type { RunningCommand } from "../../guest/Agent.ts"
+import type { RunningCommand } from "../../guest/Exec.ts"
 import { baseNames } from "../../image/RootfsImage.ts"
 import { Machinen } from "../../Machinen.ts"
 import { defaultImage } from "../../machine/BootOptions.ts"
