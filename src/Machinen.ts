@@ -25,7 +25,7 @@ import { Vmm } from "./machine/Vmm.ts"
 import { Mountdisk } from "./mount/Mountdisk.ts"
 import { Settings } from "./Settings.ts"
 import * as Bundle from "./snapshot/Bundle.ts"
-import { Digests } from "./snapshot/Digests.ts"
+import { FileHasher } from "./snapshot/FileHasher.ts"
 import { type Forked, type ForkOptions, fork } from "./snapshot/fork.ts"
 import { misfits, type Recorded, type Restored, type RestoreOptions, restore, unasked } from "./snapshot/restore.ts"
 import { SnapshotEngines } from "./snapshot/SnapshotEngine.ts"
@@ -57,7 +57,7 @@ type Services =
   | RootfsImage
   | Mountdisk
   | Assets
-  | Digests
+  | FileHasher
   | Gvproxy
   | Vmm
   | Agent
@@ -111,7 +111,7 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
         RootfsImage,
         Mountdisk,
         Assets,
-        Digests,
+        FileHasher,
         Gvproxy,
         Vmm,
         Agent,

@@ -44,5 +44,5 @@ export const fakeCommands = (
     )
   )
 
-/** A long command is started through a small shell script that has it as its arguments (src/platform/longCommand.ts). */
+/** A long command is started through a small shell script that has it as its arguments (src/platform/streamCommand.ts). */
 const untether = (argv: ReadonlyArray<string>) => (argv[0] === "sh" && argv[1] === "-c" ? argv.slice(4) : argv)

@@ -184,7 +184,7 @@ interface Source {
 const startersByName = ["spawn", "spawnSync", "execFile", "execFileSync", "tool"]
 const ofModules: Readonly<Record<string, ReadonlyArray<string>>> = {
   command: ["run"],
-  longCommand: ["run"],
+  streamCommand: ["run"],
   HostPty: ["spawn"],
   pty: ["spawn"]
 }

@@ -14,16 +14,16 @@ import { RootfsImage } from "../../src/image/RootfsImage.ts"
 import type { MachineSpec } from "../../src/machine/MachineSpec.ts"
 import { CaptureFailed, type ShimHandle } from "../../src/machine/Shim.ts"
 import { ExitRecord } from "../../src/machine/ShimPlan.ts"
-import { type Supervision, Vmm, VmmControlFailed, type VmmHandle } from "../../src/machine/Vmm.ts"
+import { type ShimOptions, Vmm, VmmControlFailed, type VmmHandle } from "../../src/machine/Vmm.ts"
 import { Mountdisk } from "../../src/mount/Mountdisk.ts"
-import { DigestFailed, Digests } from "../../src/snapshot/Digests.ts"
+import { DigestFailed, FileHasher } from "../../src/snapshot/FileHasher.ts"
 import { SnapshotEngines } from "../../src/snapshot/SnapshotEngine.ts"
 import { Gvproxy } from "../../src/vm/Gvproxy.ts"
 
 /** Steps of a boot that can be made to fail, or never to end. */
 const steps = ["kernel", "init", "image", "upper", "listen", "launch", "doorbell", "detach"] as const
 export type Step = (typeof steps)[number]
-export type Mood = "fail" | "hang" | "work"
+export type FaultMode = "fail" | "hang" | "work"
 
 /** What a test sees of the fake host, and how it steers it. */
 export class Fake extends Context.Tag("machinen/Fake")<
@@ -31,12 +31,12 @@ export class Fake extends Context.Tag("machinen/Fake")<
   {
     /** What was acquired (`launch+`), released (`launch-`) or asked for, in order. */
     readonly events: Effect.Effect<ReadonlyArray<string>>
-    readonly when: (step: Step, mood: Mood) => Effect.Effect<void>
+    readonly when: (step: Step, mood: FaultMode) => Effect.Effect<void>
     /** Completes when a boot has come to that step. */
     readonly reached: (step: Step) => Effect.Effect<void>
     /** The VMM of the VM launched last ends by itself, having printed this on its console. */
     readonly crash: (console: string) => Effect.Effect<void>
-    readonly launched: Effect.Effect<ReadonlyArray<{ readonly spec: MachineSpec; readonly supervision: Supervision }>>
+    readonly launched: Effect.Effect<ReadonlyArray<{ readonly spec: MachineSpec; readonly supervision: ShimOptions }>>
   }
 >() {}
 
@@ -99,9 +99,9 @@ const unsupported = { pause: noMachine, resume: noMachine, save: () => noMachine
 export const layer = Layer.unwrapEffect(
   Effect.gen(function* () {
     const log = yield* Ref.make<ReadonlyArray<string>>([])
-    const moods = yield* Ref.make<ReadonlyMap<Step, Mood>>(new Map())
+    const moods = yield* Ref.make<ReadonlyMap<Step, FaultMode>>(new Map())
     const running = yield* Ref.make<
-      ReadonlyArray<{ spec: MachineSpec; supervision: Supervision; exited: Deferred.Deferred<ExitRecord> }>
+      ReadonlyArray<{ spec: MachineSpec; supervision: ShimOptions; exited: Deferred.Deferred<ExitRecord> }>
     >([])
     const note = (event: string) => Ref.update(log, (events) => [...events, event])
     const reached = new Map<Step, Deferred.Deferred<void>>(
@@ -218,7 +218,7 @@ export const layer = Layer.unwrapEffect(
         })
       ),
       Layer.succeed(SnapshotEngines, new Map()),
-      Layer.succeed(Digests, {
+      Layer.succeed(FileHasher, {
         of: () => new DigestFailed({ message: "a fake has no files" }),
         remembered: () => new DigestFailed({ message: "a fake has no files" })
       }),

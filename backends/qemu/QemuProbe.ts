@@ -10,11 +10,11 @@ import { Registry } from "../../src/machine/Registry.ts"
 import { Shim } from "../../src/machine/Shim.ts"
 import { ShimPlan } from "../../src/machine/ShimPlan.ts"
 import { VmEntry } from "../../src/machine/VmEntry.ts"
+import { writeCacheFile } from "../../src/platform/cacheFile.ts"
 import * as command from "../../src/platform/command.ts"
 import * as fileState from "../../src/platform/fileState.ts"
 import * as HostLock from "../../src/platform/HostLock.ts"
 import { memoizeSuccess } from "../../src/platform/memoizeSuccess.ts"
-import { writeNote } from "../../src/platform/note.ts"
 import * as processes from "../../src/platform/processes.ts"
 import { Settings } from "../../src/Settings.ts"
 import { bare, consoleFd, defaultBinary, kernelArguments, machine, serialConsole } from "./commandLine.ts"
@@ -73,7 +73,7 @@ export const layer = Layer.effect(
     const remember = (and: (known: Findings) => Findings) =>
       read.pipe(
         Effect.flatMap((known) => Schema.encode(FindingsJson)(and(known))),
-        Effect.flatMap((text) => writeNote(fs, findingsPath, text)),
+        Effect.flatMap((text) => writeCacheFile(fs, findingsPath, text)),
         Effect.ignore
       )
 

@@ -1,5 +1,5 @@
 import * as path from "node:path"
-import type { Accelerator, MachineSpec, Plugged } from "../../src/machine/MachineSpec.ts"
+import type { Accelerator, DeviceSet, MachineSpec } from "../../src/machine/MachineSpec.ts"
 
 /** The full binary, for it has TCG; Debian's `-microvm` build has KVM only. */
 export const defaultBinary = "qemu-system-x86_64"
@@ -176,7 +176,7 @@ export const commandLine = (
 }
 
 /** What is plugged into the machine, in this order; a saved machine goes on only with the same in the same order. */
-export const devices = ({ disks, network, shares }: Plugged): ReadonlyArray<string> => [
+export const devices = ({ disks, network, shares }: DeviceSet): ReadonlyArray<string> => [
   "virtio-serial-device",
   `virtserialport,chardev=channel,name=${channelName}`,
   // a host without space is an I/O error in the guest; QEMU would stop the machine, and nobody would start it again

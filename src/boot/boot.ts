@@ -11,7 +11,7 @@ import { type BootOptions, type BootPlan, validate } from "../machine/BootOption
 import { type Disk, MachineSpec, type Start } from "../machine/MachineSpec.ts"
 import { guestNetwork, macOf } from "../machine/Network.ts"
 import { Registry } from "../machine/Registry.ts"
-import { reveal, type Secrets } from "../machine/Secrets.ts"
+import { type Secrets, validateSecrets } from "../machine/Secrets.ts"
 import { VmEntry } from "../machine/VmEntry.ts"
 import { Vmm, type VmmHandle } from "../machine/Vmm.ts"
 import { checkHosts, guestMounts, mountDisks, sharesOf } from "../mount/mounts.ts"
@@ -54,7 +54,7 @@ export const boot = Effect.fn("boot")(
 
     // 1. Check everything that can be refused. Nothing has been acquired yet.
     const plan = yield* check(options).pipe(timer.phase("validate"))
-    const secrets = yield* reveal(options.secrets ?? {})
+    const secrets = yield* validateSecrets(options.secrets ?? {})
     if (!plan.prepared || settings.prepared === "off" || !templates.canBePrepared(plan)) {
       return yield* withKernel(plan, secrets, timer)
     }
@@ -175,12 +175,14 @@ const start = Effect.fnUntraced(function* (
     .pipe(
       Launch.namingPortHolder,
       phase("vmm-spawn"),
-      Effect.mapError((error) => (template === undefined || innocent.has(error.code) ? error : blaming(error)))
+      Effect.mapError((error) =>
+        template === undefined || hostFaults.has(error.code) ? error : asTemplateFailure(error)
+      )
     )
 
   // 5. The guest's word, raced against the machine's end and the deadline; what only the guest may know follows at once.
   const client = agent.client(vsockPath, machine.exited)
-  const ready = Effect.zipRight(beginning.ready(client), Launch.entrust(client, secrets))
+  const ready = Effect.zipRight(beginning.ready(client), Launch.sendSecrets(client, secrets))
   yield* Launch.untilReady(
     template === undefined ? ready : Launch.afterTheEnd(ready, machine),
     machine,
@@ -188,7 +190,7 @@ const start = Effect.fnUntraced(function* (
   ).pipe(
     Effect.catchAll((error) =>
       Effect.gen(function* () {
-        if (template !== undefined && (yield* isTemplates(error, machine))) return yield* blaming(error)
+        if (template !== undefined && (yield* isTemplateFault(error, machine))) return yield* asTemplateFailure(error)
         return yield* plan.detached ? notReadyDetached(error) : error
       })
     ),
@@ -206,10 +208,10 @@ const start = Effect.fnUntraced(function* (
   return booted
 })
 
-const blaming = (cause: Error) => new TemplateFailed({ cause })
+const asTemplateFailure = (cause: Error) => new TemplateFailed({ cause })
 
 /** Would have failed a boot with a kernel as well. */
-const innocent: ReadonlySet<string> = new Set([
+const hostFaults: ReadonlySet<string> = new Set([
   "BOOT_NO_SPACE",
   "BOOT_VMM_MISSING",
   "BOOT_PORT_FORWARD_IN_USE",
@@ -223,13 +225,13 @@ const innocent: ReadonlySet<string> = new Set([
 const templateShare = 0.5
 
 /** Whether the template is to blame for a machine that did not come up: it refused, hung, or ended and nobody had ended it. */
-const isTemplates = (error: BootError | ExecError | SecretsError, machine: VmmHandle) =>
+const isTemplateFault = (error: BootError | ExecError | SecretsError, machine: VmmHandle) =>
   error._tag === "ExecError" || error.code === "BOOT_READY_TIMEOUT"
     ? Effect.succeed(true)
-    : Effect.map(machine.exited, ({ reason, vmm }) => reason === "vmm" && !outsiders.has(vmm.signal))
+    : Effect.map(machine.exited, ({ reason, vmm }) => reason === "vmm" && !externalKillSignals.has(vmm.signal))
 
 /** SIGKILL and SIGTERM: no program ends itself by them. */
-const outsiders: ReadonlySet<number | null> = new Set([9, 15])
+const externalKillSignals: ReadonlySet<number | null> = new Set([9, 15])
 
 /** How a machine begins, and when its guest serves. */
 interface Beginning {

@@ -57,7 +57,7 @@ export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) 
       if (Option.isSome(there) && (yield* Bundle.verify(there.value.bundle)).length === 0) {
         return preparedAs(there.value.bundle, false)
       }
-      const outDir = templates.makingOf(dir)
+      const outDir = templates.stagingDir(dir)
       // a killed maker's: we hold the lock
       yield* failed(fs.remove(outDir, { recursive: true, force: true }))
       const { bundle } = yield* Effect.scoped(
@@ -77,7 +77,7 @@ export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) 
         })
       )
       return preparedAs({ ...bundle, dir }, true)
-    }).pipe(Effect.onError(() => removeUnfinished(templates.makingOf(dir))))
+    }).pipe(Effect.onError(() => removeUnfinished(templates.stagingDir(dir))))
   )
 })
 

@@ -44,7 +44,7 @@ export const exclusively = <F>(dir: string, onFailure: (cause: Error) => F) =>
   HostLock.withLock(HostLock.fileFor(dir), onFailure)
 
 /** Where a template is made, before it has its name. */
-export const makingOf = (dir: string) => `${dir}.making`
+export const stagingDir = (dir: string) => `${dir}.making`
 
 /** The machine such a boot would have: the disks of its root, the key of its template, and where that lies. */
 export const shapeOf = Effect.fn("templates.shapeOf")(function* (plan: Shaping, base: string) {
@@ -153,9 +153,9 @@ export const collect = Effect.fn("templates.collect")(function* (options: { read
   const names = yield* Effect.orElseSucceed(fs.readDirectory(dir), () => [])
   const found = yield* Effect.forEach(names, (name) => {
     const at = path.join(dir, name)
-    const making = name.endsWith(makingOf(""))
+    const making = name.endsWith(stagingDir(""))
     return exclusively(
-      making ? at.slice(0, -makingOf("").length) : at,
+      making ? at.slice(0, -stagingDir("").length) : at,
       identity
     )(
       Effect.gen(function* () {

@@ -73,7 +73,7 @@ export const make = (
     request: AgentRequest,
     guestPath: string,
     hostPath: string,
-    start: (connection: Connection, request: string) => Effect.Effect<tar.Courier, Error, Scope.Scope>
+    start: (connection: Connection, request: string) => Effect.Effect<tar.TransferProcess, Error, Scope.Scope>
   ) =>
     Effect.scoped(
       Effect.gen(function* () {

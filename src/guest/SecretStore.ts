@@ -1,6 +1,6 @@
 import { Effect, Schema } from "effect"
 import { SecretsError } from "../errors.ts"
-import { reveal, type Secrets } from "../machine/Secrets.ts"
+import { type Secrets, validateSecrets } from "../machine/Secrets.ts"
 import type { Operations } from "./operation.ts"
 
 /** What an agent has taken. */
@@ -27,7 +27,7 @@ export const make = ({ ask }: Operations): SecretStore => {
     )
   return {
     secrets: Effect.fn("Agent.secrets")(function* (values: Secrets) {
-      return yield* send(yield* reveal(values), false)
+      return yield* send(yield* validateSecrets(values), false)
     }),
     forgetSecrets: Effect.asVoid(send({}, true)).pipe(Effect.withSpan("Agent.forgetSecrets"))
   }

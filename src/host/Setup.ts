@@ -5,7 +5,7 @@ import { AssetError } from "../errors.ts"
 import * as command from "../platform/command.ts"
 import * as HostLock from "../platform/HostLock.ts"
 import * as lineLog from "../platform/lineLog.ts"
-import * as longCommand from "../platform/longCommand.ts"
+import * as streamCommand from "../platform/streamCommand.ts"
 import { Settings } from "../Settings.ts"
 import { type AssetName, Assets, assetNames, type BuildDirectories } from "./Assets.ts"
 import {
@@ -96,9 +96,9 @@ export class Setup extends Context.Tag("machinen/Setup")<
         const long = (
           what: string,
           argv: readonly [string, ...ReadonlyArray<string>],
-          options: Parameters<typeof longCommand.run>[1]
+          options: Parameters<typeof streamCommand.run>[1]
         ) =>
-          longCommand.run(argv, options).pipe(
+          streamCommand.run(argv, options).pipe(
             Effect.provideService(CommandExecutor.CommandExecutor, executor),
             Effect.mapError((cause) => buildFailed("compile the guest init and the shim", cause)),
             Effect.filterOrFail(

@@ -5,7 +5,7 @@ import { type AssetError, type BootError, ProvisionError, type RegistryError } f
 import { Assets } from "../host/Assets.ts"
 import { Registry } from "../machine/Registry.ts"
 import type { VmEntry } from "../machine/VmEntry.ts"
-import * as completeFile from "../platform/completeFile.ts"
+import * as atomicArtifact from "../platform/atomicArtifact.ts"
 import * as ext4 from "../platform/ext4.ts"
 import { given } from "../platform/given.ts"
 import { Settings } from "../Settings.ts"
@@ -115,7 +115,7 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
         const image = imageOf(id)
         const info = yield* Effect.option(fs.stat(image))
         const marker = yield* Effect.option(
-          Effect.orElse(fs.stat(`${image}.ok`), () => fs.stat(completeFile.asideMarker(image)))
+          Effect.orElse(fs.stat(`${image}.ok`), () => fs.stat(atomicArtifact.asideMarker(image)))
         )
         if (Option.isNone(info) || Option.isNone(marker)) return Option.none<StoredImage>()
         const record = yield* Effect.option(
@@ -190,7 +190,7 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
        * its VM before it looks for the image, so either we see the VM, or it sees no image and makes it again.
        */
       const removeImage = (id: ImageId) =>
-        completeFile
+        atomicArtifact
           .setAside(imageOf(id))(
             Effect.gen(function* () {
               const vms = yield* registry.list
@@ -205,7 +205,7 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
               // the image first: without it the rest means nothing
               for (const file of [
                 image,
-                completeFile.asideMarker(image),
+                atomicArtifact.asideMarker(image),
                 `${image}.bundles`,
                 path.join(dir, `${id}.json`)
               ]) {
@@ -287,7 +287,7 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
           )
           yield* images.collectLayers
           yield* Effect.provideService(
-            completeFile.removeAbandoned(dir, Date.now() - abandonedAfterMs),
+            atomicArtifact.removeAbandoned(dir, Date.now() - abandonedAfterMs),
             FileSystem.FileSystem,
             fs
           )

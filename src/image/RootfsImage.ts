@@ -5,7 +5,7 @@ import { Context, Effect, Either, Layer, Option, Schema } from "effect"
 import { type AssetError, BootError, ProvisionError } from "../errors.ts"
 import { Assets } from "../host/Assets.ts"
 import { buildFailed, cacheUnwritable, explained, toolMissing } from "../host/hostTools.ts"
-import * as completeFile from "../platform/completeFile.ts"
+import * as atomicArtifact from "../platform/atomicArtifact.ts"
 import * as ext4 from "../platform/ext4.ts"
 import * as fileState from "../platform/fileState.ts"
 import { given } from "../platform/given.ts"
@@ -78,14 +78,14 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       const names = ImageNames.make(fs, cacheDir)
 
       const publish = (target: string, build: (staging: string) => Effect.Effect<void, ProvisionError>) =>
-        completeFile.publish(target, build).pipe(
+        atomicArtifact.publish(target, build).pipe(
           Effect.provideService(FileSystem.FileSystem, fs),
           Effect.mapError((e) => (e._tag === "ProvisionError" ? e : cacheFailed(e)))
         )
 
       const withFs = Effect.provideService(FileSystem.FileSystem, fs)
 
-      const isComplete = (target: string) => withFs(completeFile.isComplete(target))
+      const isComplete = (target: string) => withFs(atomicArtifact.isComplete(target))
 
       const upperTemplate = Effect.fn("RootfsImage.upperTemplate")(function* (sizeBytes: number) {
         const target = path.join(cacheDir, `upper-${sizeBytes}.ext4`)
@@ -168,7 +168,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
             )
           )
         }
-        yield* withFs(completeFile.markUsed(target))
+        yield* withFs(atomicArtifact.markUsed(target))
         return { id: ImageId.make(sha), path: target }
       })
 
@@ -217,7 +217,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           Effect.map(ensureOciFrom(reference), ({ id }) => id),
           reference
         ).pipe(Effect.mapError((e) => (e instanceof ProvisionError ? e : Oci.unreadable(reference, archive, e))))
-        return (yield* withFs(completeFile.isSettled(imageOf(made))))
+        return (yield* withFs(atomicArtifact.isSettled(imageOf(made))))
           ? { id: made, path: imageOf(made) }
           : yield* ensureOciFrom(reference)
       })
@@ -269,7 +269,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
               )
             : []
         const [only] = candidates
-        return only !== undefined && candidates.length === 1 && (yield* withFs(completeFile.isSettled(imageOf(only))))
+        return only !== undefined && candidates.length === 1 && (yield* withFs(atomicArtifact.isSettled(imageOf(only))))
           ? Option.some(only)
           : Option.none()
       })
@@ -334,7 +334,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           if (there) {
             const known = yield* stored(image)
             if (Option.isSome(known)) {
-              yield* withFs(completeFile.markUsed(imageOf(known.value)))
+              yield* withFs(atomicArtifact.markUsed(imageOf(known.value)))
               return imageOf(known.value)
             }
           }

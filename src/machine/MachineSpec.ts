@@ -60,7 +60,7 @@ export class MachineSpec extends Schema.Class<MachineSpec>("MachineSpec")({
 }) {}
 
 /** What a machine is made of beside memory and processors. */
-export interface Plugged {
+export interface DeviceSet {
   readonly disks: ReadonlyArray<Disk>
   /** It has a network card. */
   readonly network: boolean

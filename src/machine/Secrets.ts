@@ -13,7 +13,7 @@ const maxBytes = 1024 * 1024
  * The values themselves, if each can be a variable and a line. A name that no variable can have is the agent's to skip. No message holds a
  * value.
  */
-export const reveal = Effect.fnUntraced(function* (secrets: Secrets) {
+export const validateSecrets = Effect.fnUntraced(function* (secrets: Secrets) {
   const refuse = (message: string, hint: string) => new SecretsError({ code: "SECRETS_VALUE_INVALID", message, hint })
   const revealed: Record<string, string> = {}
   let total = 0

@@ -1,6 +1,6 @@
 import { Context, type Effect, type Scope } from "effect"
 import { type BootError, VmmControlFailed } from "../errors.ts"
-import type { Accelerator, MachineFingerprint, MachineSpec, Plugged } from "./MachineSpec.ts"
+import type { Accelerator, DeviceSet, MachineFingerprint, MachineSpec } from "./MachineSpec.ts"
 import type { PortForward } from "./Network.ts"
 import type { CaptureFailed, ShimHandle } from "./Shim.ts"
 import type { VmEntry } from "./VmEntry.ts"
@@ -40,7 +40,7 @@ export interface Saving {
 }
 
 /** What the shim needs beside the machine itself. */
-export interface Supervision {
+export interface ShimOptions {
   /** The registry entry; the shim completes and maintains it. */
   readonly entry: VmEntry
   /** Copied sparsely into the VM's directory before the VMM starts. */
@@ -63,9 +63,9 @@ export class Vmm extends Context.Tag("machinen/Vmm")<
     /** Where the VMM of the VM in `dir` will listen for control, if it does. */
     readonly controlPath: (dir: string) => string | undefined
     /** Starts the machine under a shim. Released as `Shim.start` says. */
-    readonly launch: (spec: MachineSpec, supervision: Supervision) => Effect.Effect<VmmHandle, BootError, Scope.Scope>
+    readonly launch: (spec: MachineSpec, supervision: ShimOptions) => Effect.Effect<VmmHandle, BootError, Scope.Scope>
     /** What a machine made of this would be here and now. */
-    readonly fingerprint: (plugged: Plugged) => Effect.Effect<MachineFingerprint, BootError>
+    readonly fingerprint: (plugged: DeviceSet) => Effect.Effect<MachineFingerprint, BootError>
     /** What a kernel it loads is told, but for what is measured on this host. */
     readonly kernelArguments: Effect.Effect<string, BootError>
     /** The hypervisor of a VM that runs already. */

@@ -8,12 +8,12 @@ import { noSpace } from "../host/hostTools.ts"
 import { RootfsImage } from "../image/RootfsImage.ts"
 import { validateMounts } from "../machine/mountOptions.ts"
 import { Registry } from "../machine/Registry.ts"
-import * as completeFile from "../platform/completeFile.ts"
+import * as atomicArtifact from "../platform/atomicArtifact.ts"
+import { writeCacheFile } from "../platform/cacheFile.ts"
 import * as fileState from "../platform/fileState.ts"
 import { isFull } from "../platform/freeSpace.ts"
-import * as longCommand from "../platform/longCommand.ts"
-import { writeNote } from "../platform/note.ts"
 import { searchPath } from "../platform/searchPath.ts"
+import * as streamCommand from "../platform/streamCommand.ts"
 import * as hostTool from "../platform/tool.ts"
 import { ToolFailed } from "../platform/tool.ts"
 import * as treeScan from "../platform/treeScan.ts"
@@ -121,10 +121,10 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
 
       /** Whether the image can be used. It then counts as used now, and so is not removed by who collects. */
       const isUsable = Effect.fnUntraced(function* (image: string) {
-        const complete = yield* withFs(completeFile.isComplete(image))
+        const complete = yield* withFs(atomicArtifact.isComplete(image))
         if (!complete || !(yield* isSound(image))) return false
         // the marker is set aside before it is looked at whether an image is to go: either our use is seen, or the marker is not there
-        return yield* withFs(completeFile.markUsed(image))
+        return yield* withFs(atomicArtifact.markUsed(image))
       })
 
       const squash = Effect.fnUntraced(function* (host: string, image: string) {
@@ -134,7 +134,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
           Effect.gen(function* () {
             // mksquashfs removes what it could not finish: while we hold the file, a disk that it has filled still is full
             yield* Effect.mapError(fs.open(image, { flag: "w" }), cacheFailed(path.dirname(image)))
-            const { code, tail } = yield* longCommand
+            const { code, tail } = yield* streamCommand
               .run([found.value, host, image, ...squashOptions], { onLine: () => Effect.void, env: { LC_ALL: "C" } })
               .pipe(
                 Effect.provideService(CommandExecutor.CommandExecutor, executor),
@@ -153,12 +153,12 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
       })
 
       const publish = <E>(dir: string, image: string, build: (staging: string) => Effect.Effect<void, E>) =>
-        withFs(completeFile.publish(image, build)).pipe(
+        withFs(atomicArtifact.publish(image, build)).pipe(
           Effect.mapError((e) => (isPlatformError(e) ? cacheFailed(dir)(e) : e))
         )
 
       const remember = (memo: string, found: typeof Memo.Type) =>
-        Effect.ignore(Effect.flatMap(Schema.encode(Memo)(found), (text) => writeNote(fs, memo, text)))
+        Effect.ignore(Effect.flatMap(Schema.encode(Memo)(found), (text) => writeCacheFile(fs, memo, text)))
 
       /** The images in the cache, used last first. */
       const stored = Effect.gen(function* () {
@@ -169,7 +169,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
           const file = path.join(defaultCacheDir, name)
           return Effect.option(
             Effect.gen(function* () {
-              const [info, lastUsedAt] = yield* Effect.all([fs.stat(file), withFs(completeFile.lastUsedAt(file))])
+              const [info, lastUsedAt] = yield* Effect.all([fs.stat(file), withFs(atomicArtifact.lastUsedAt(file))])
               const diskBytes = Option.getOrElse(info.blocks, () => 0) * 512
               return { key, path: file, diskBytes, lastUsedAt }
             })
@@ -192,20 +192,20 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
         if (options.dryRun === true) return due
         const removed = yield* Effect.filter(due, (image) =>
           withFs(
-            completeFile.setAside(image.path)(
+            atomicArtifact.setAside(image.path)(
               Effect.gen(function* () {
-                if ((yield* withFs(completeFile.lastUsedAt(image.path))) > image.lastUsedAt) return false
+                if ((yield* withFs(atomicArtifact.lastUsedAt(image.path))) > image.lastUsedAt) return false
                 // one that could not be given another name in the VM's directory is used under this one
                 const vms = yield* registry.list
                 if (vms.some(({ disks }) => disks?.some(({ path }) => path === image.path))) return false
                 yield* fs.remove(image.path, { force: true })
-                yield* fs.remove(completeFile.asideMarker(image.path), { force: true })
+                yield* fs.remove(atomicArtifact.asideMarker(image.path), { force: true })
                 return true
               })
             )
           ).pipe(Effect.catchIf(isPlatformError, (e) => cacheFailed(defaultCacheDir)(e)))
         )
-        yield* withFs(completeFile.removeAbandoned(defaultCacheDir, now - recentMs))
+        yield* withFs(atomicArtifact.removeAbandoned(defaultCacheDir, now - recentMs))
         yield* forgetRemoved
         return removed
       })
@@ -255,7 +255,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
           .pipe(Effect.mapError(unreadable(host)), phase("manifest-hash"))
         const wanted = lowerOf(key)
         if (force || !(yield* isUsable(wanted.lowerPath))) {
-          yield* Effect.mapError(withFs(completeFile.unmark(wanted.lowerPath)), cacheFailed(dir))
+          yield* Effect.mapError(withFs(atomicArtifact.unmark(wanted.lowerPath)), cacheFailed(dir))
         }
         const build = (staging: string) =>
           Effect.gen(function* () {

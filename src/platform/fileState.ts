@@ -3,7 +3,7 @@ import { statSync } from "node:fs"
 import * as path from "node:path"
 import type { FileSystem } from "@effect/platform"
 import { Data, Effect, Option, Schema } from "effect"
-import { writeNote } from "./note.ts"
+import { writeCacheFile } from "./cacheFile.ts"
 
 /**
  * A file as it is now. Whoever changes it changes one of these: the time of its last change (ctime) is the kernel's own and cannot be set
@@ -74,7 +74,9 @@ export const remembered = <A, E, R>(
     if (Option.isSome(known)) return known.value
     const found = yield* find
     if (atRest && (yield* read(options.file)).changedNs === state.changedNs) {
-      yield* Effect.ignore(Effect.flatMap(Schema.encode(options.schema)(found), (text) => writeNote(fs, note, text)))
+      yield* Effect.ignore(
+        Effect.flatMap(Schema.encode(options.schema)(found), (text) => writeCacheFile(fs, note, text))
+      )
     }
     return found
   })

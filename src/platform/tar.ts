@@ -10,7 +10,7 @@ import { type Connection, fromSocket } from "./UnixSocket.ts"
  */
 
 /** The child that has a connection to a guest's agent instead of this process, and sends or takes the data of one operation there. */
-export interface Courier {
+export interface TransferProcess {
   /** What the agent says beside the data. */
   readonly answers: Connection["read"]
   /** It has ended, and all was well at this end. */
@@ -83,7 +83,7 @@ const courier = ([bin, ...args]: readonly [string, ...ReadonlyArray<string>], { 
     // When a child has ended, Node lets what nobody listens for run out of its pipe; between two of our reads nobody would.
     stdout.on("readable", () => {})
     const { read } = fromSocket(stdout)
-    const courier: Courier = {
+    const courier: TransferProcess = {
       answers: read,
       // it is over when its output is
       succeeded: Effect.zipRight(Effect.ignore(Effect.forever(read)), Deferred.await(ended))

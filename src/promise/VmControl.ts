@@ -6,7 +6,7 @@ import { type BootError, ExecError, type RegistryError } from "../errors.ts"
 import type { CommandOutput } from "../guest/Exec.ts"
 import { Machinen } from "../Machinen.ts"
 import type { ExitRecord } from "../machine/ShimPlan.ts"
-import { Outlet } from "../platform/Outlet.ts"
+import { TailReadable } from "../platform/TailReadable.ts"
 import type { Vm } from "../vm/Vm.ts"
 
 /** How a VM ended: as its main command did, else as the VMM did; nulls when nobody knows. `code` is 128 + signal for a main command. */
@@ -95,8 +95,8 @@ const attend = (
 ) =>
   Effect.gen(function* () {
     const input = new PassThrough()
-    const outlets = { stdout: new Outlet(tailBytes), stderr: new Outlet(tailBytes) }
-    const all = (use: (outlet: Outlet) => Effect.Effect<void>) => Effect.forEach(Object.values(outlets), use)
+    const outlets = { stdout: new TailReadable(tailBytes), stderr: new TailReadable(tailBytes) }
+    const all = (use: (outlet: TailReadable) => Effect.Effect<void>) => Effect.forEach(Object.values(outlets), use)
     let detachMain: Effect.Effect<void, ExecError> = Effect.void
     const carriers: Array<Fiber.Fiber<void>> = []
     const carry = <A, E>(from: Stream.Stream<A, E>, to: (a: A) => Effect.Effect<void>) =>

@@ -7,7 +7,7 @@ import { Effect } from "effect"
 import { BootError } from "../errors.ts"
 import { checkSize } from "../guest/Terminal.ts"
 import * as HostPty from "../platform/HostPty.ts"
-import { Outlet } from "../platform/Outlet.ts"
+import { TailReadable } from "../platform/TailReadable.ts"
 
 export interface PtyBootOptions {
   /** Absolute, or relative to `cwd`. */
@@ -58,7 +58,7 @@ export const bootPty = (options: PtyBootOptions): PtyVmHandle => {
     encoding: null
   })
 
-  const screen = new Outlet(tailBytes)
+  const screen = new TailReadable(tailBytes)
   pty.onData((bytes) => {
     pty.pause()
     Effect.runCallback(screen.write(bytes), { onExit: () => pty.resume() })

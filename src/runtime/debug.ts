@@ -52,7 +52,7 @@ const howItEnded = (exit: Exit.Exit<unknown, unknown>) => {
 }
 
 /** Tells of each span when it ends, beside what another tracer does with it. */
-const telling = (other: Tracer.Tracer) =>
+const debugTracer = (other: Tracer.Tracer) =>
   Tracer.make({
     context: (f, fiber) => other.context(f, fiber),
     span: (name, ...rest) => {
@@ -68,7 +68,7 @@ const telling = (other: Tracer.Tracer) =>
     }
   })
 
-const tracer = Layer.unwrapEffect(Effect.map(Effect.tracer, (other) => Layer.setTracer(telling(other))))
+const tracer = Layer.unwrapEffect(Effect.map(Effect.tracer, (other) => Layer.setTracer(debugTracer(other))))
 
 /**
  * Effect's logs and spans by way of `debug`: DEBUG=machinen:* shows them, DEBUG=machinen:registry those of one service or operation. Without

@@ -16,7 +16,7 @@ import { Registry } from "../machine/Registry.ts"
 import { Shim } from "../machine/Shim.ts"
 import { Mountdisk } from "../mount/Mountdisk.ts"
 import { Settings } from "../Settings.ts"
-import { Digests } from "../snapshot/Digests.ts"
+import { FileHasher } from "../snapshot/FileHasher.ts"
 import { SnapshotEngine, SnapshotEngines } from "../snapshot/SnapshotEngine.ts"
 import { Gvproxy } from "../vm/Gvproxy.ts"
 
@@ -58,7 +58,7 @@ export const withEngines = <R>(...engines: ReadonlyArray<Engine<R>>) =>
     Layer.provideMerge(QemuVmm.layer),
     Layer.provideMerge(QemuProbe.layer),
     Layer.provideMerge(Mountdisk.layer),
-    Layer.provideMerge(Layer.mergeAll(Agent.layer, RootfsImage.layer, Digests.layer, Gvproxy.layer)),
+    Layer.provideMerge(Layer.mergeAll(Agent.layer, RootfsImage.layer, FileHasher.layer, Gvproxy.layer)),
     Layer.provideMerge(foundation)
   )
 

@@ -10,7 +10,7 @@ import { probeHash } from "../platform/probeHash.ts"
 import * as processes from "../platform/processes.ts"
 import * as BundleKey from "./BundleKey.ts"
 import { BundleManifest } from "./BundleManifest.ts"
-import { Digests } from "./Digests.ts"
+import { FileHasher } from "./FileHasher.ts"
 
 /** A bundle on disk whose manifest is sound. */
 export interface Bundle {
@@ -118,7 +118,7 @@ export type Facts = Omit<typeof BundleManifest.Encoded, "blobs" | "format">
 export const finish = Effect.fn("Bundle.finish")(
   function* (dir: string, blobs: ReadonlyArray<string>, facts: Facts) {
     const fs = yield* FileSystem.FileSystem
-    const digests = yield* Digests
+    const digests = yield* FileHasher
     const files = blobs.map((name) => path.join(dir, name))
     const [hashes, probes] = yield* Effect.all(
       [digests.of(files), Effect.forEach(files, probeHash), Effect.forEach(files, sync)],
@@ -273,7 +273,7 @@ export const check = Effect.fn("Bundle.check")(function* ({ dir, manifest }: Bun
 
 /** Reads every byte of data in a bundle; returns the names of the blobs that are not what they were. */
 export const verify = Effect.fn("Bundle.verify")(function* ({ dir, manifest }: Bundle) {
-  const digests = yield* Digests
+  const digests = yield* FileHasher
   return yield* Effect.filter(
     manifest.blobs,
     ({ name, sha256, sizeBytes }) =>

@@ -39,7 +39,7 @@ export interface Place {
 }
 
 /** A capture, prepared. */
-export interface Taking {
+export interface PendingCapture {
   /** Holds the guest's processes and makes the blobs; closing the scope lets them go on. Returns when they stopped (performance.now). */
   readonly hold: Effect.Effect<number, SnapshotError, Scope.Scope>
   /** Names of the files `hold` makes. */
@@ -49,7 +49,7 @@ export interface Taking {
 }
 
 /** How a machine begins as a snapshot, and when it has. */
-export interface Revival {
+export interface RestorePlan {
   readonly start: Start
   /** After the launch: completes once the guest is one of its own and its processes go on. */
   readonly ready: (agent: AgentClient, identity: Identity) => Effect.Effect<Rejuvenation, BootError | ExecError>
@@ -62,8 +62,8 @@ export interface SnapshotEngine {
   readonly blobs: ReadonlyArray<string>
   /** A bundle goes on only in the machine it was taken from: the same VMM, devices and memory. Otherwise the same kernel and CPU do. */
   readonly sameMachine: boolean
-  readonly take: (source: Source, target: Target) => Effect.Effect<Taking, SnapshotError, Scope.Scope>
-  readonly revive: (bundleDir: string, place: Place) => Effect.Effect<Revival, BootError, Scope.Scope>
+  readonly take: (source: Source, target: Target) => Effect.Effect<PendingCapture, SnapshotError, Scope.Scope>
+  readonly revive: (bundleDir: string, place: Place) => Effect.Effect<RestorePlan, BootError, Scope.Scope>
 }
 export const SnapshotEngine = Context.GenericTag<SnapshotEngine>("machinen/SnapshotEngine")
 

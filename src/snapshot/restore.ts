@@ -12,7 +12,7 @@ import { type Disk, MachineSpec, VmName } from "../machine/MachineSpec.ts"
 import { type LiveMount, type LiveMountOption, type Mount, overridden } from "../machine/mountOptions.ts"
 import { macOf, type NetworkMode, type PortForwardOption, validateForwards } from "../machine/Network.ts"
 import { Registry } from "../machine/Registry.ts"
-import { reveal, type Secrets } from "../machine/Secrets.ts"
+import { type Secrets, validateSecrets } from "../machine/Secrets.ts"
 import { VmEntry } from "../machine/VmEntry.ts"
 import { Vmm } from "../machine/Vmm.ts"
 import { checkLiveHosts, linkedInto, sharesOf } from "../mount/mounts.ts"
@@ -26,7 +26,7 @@ import * as PhaseTimer from "../vm/PhaseTimer.ts"
 import * as Vm from "../vm/Vm.ts"
 import * as Bundle from "./Bundle.ts"
 import { type BundleManifest, channelVersion } from "./BundleManifest.ts"
-import { Digests } from "./Digests.ts"
+import { FileHasher } from "./FileHasher.ts"
 import { type SnapshotEngine, SnapshotEngines } from "./SnapshotEngine.ts"
 
 export interface RestoreOptions {
@@ -238,7 +238,7 @@ export const revive = Effect.fn("revive")(
     const portForward = yield* validateForwards(seed.network, options.portForward ?? [])
     const network = yield* Launch.networkOf(seed.network, portForward)
     const capabilities = yield* vmm.capabilities
-    const secrets = yield* reveal(options.secrets ?? {})
+    const secrets = yield* validateSecrets(options.secrets ?? {})
     const name = options.name === undefined ? undefined : yield* decodeName(options.name)
     const liveMounts = yield* overridden(seed.liveMounts, options.liveMounts ?? [])
     yield* checkLiveHosts(liveMounts)
@@ -332,7 +332,7 @@ export const revive = Effect.fn("revive")(
         ...(seed.network === "nat" ? { mac: macOf(id) } : {}),
         env: { ...given({ MACHINEN_VM_NAME: named.name }), ...options.env }
       })
-      yield* Launch.entrust(client, secrets)
+      yield* Launch.sendSecrets(client, secrets)
       return { named, rejuvenation }
     })
     const { named, rejuvenation } = yield* Launch.untilReady(
@@ -387,7 +387,7 @@ export const misfits = Effect.fn("restore.misfits")(function* (
 ) {
   const { manifest } = bundle
   const { sameMachine } = yield* engineOf(manifest)
-  const digests = yield* Digests
+  const digests = yield* FileHasher
   const fs = yield* FileSystem.FileSystem
   const vmm = yield* Vmm
   const assets = yield* Assets

@@ -11,8 +11,8 @@ import { Settings } from "../Settings.ts"
 import * as PhaseTimer from "../vm/PhaseTimer.ts"
 import * as Bundle from "./Bundle.ts"
 import { type BundleDisk, channelVersion, type EngineName } from "./BundleManifest.ts"
-import { Digests } from "./Digests.ts"
-import { type SnapshotEngine, SnapshotEngines, type Source, type Taking } from "./SnapshotEngine.ts"
+import { FileHasher } from "./FileHasher.ts"
+import { type PendingCapture, type SnapshotEngine, SnapshotEngines, type Source } from "./SnapshotEngine.ts"
 
 export interface SnapshotOptions {
   /** Absent, or an empty directory. */
@@ -185,7 +185,7 @@ const carry = Effect.fnUntraced(
 const isCarried = ({ id, readOnly }: Disk) => id === "mountlower" && readOnly
 
 /** Holds the source while the blobs are made; returns for how long it stood. */
-export const held = Effect.fnUntraced(function* (taking: Taking) {
+export const held = Effect.fnUntraced(function* (taking: PendingCapture) {
   const since = yield* Effect.scoped(taking.hold)
   return performance.now() - since
 })
@@ -204,7 +204,7 @@ export const checkSource = ({ entry }: Source) =>
 
 const factsOf = Effect.fnUntraced(
   function* ({ entry }: Source, engine: SnapshotEngine) {
-    const digests = yield* Digests
+    const digests = yield* FileHasher
     const vmm = yield* Vmm
     const all = entry.disks ?? []
     const disks = yield* Effect.forEach(all, (disk) =>

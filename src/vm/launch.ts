@@ -108,7 +108,7 @@ export const checkSocketPath = (longest: string, home: string) =>
       })
 
 /** Gives a guest that is ready its secrets, if it has any. */
-export const entrust = (client: AgentClient, secrets: Secrets) =>
+export const sendSecrets = (client: AgentClient, secrets: Secrets) =>
   Object.keys(secrets).length === 0 ? Effect.void : Effect.asVoid(client.secrets(secrets))
 
 /** A valid host name (RFC 1123: letters, digits, hyphens, at most 63) made of the VM's name, else of its id. */

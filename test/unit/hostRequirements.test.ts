@@ -156,7 +156,7 @@ describe("programs that sources start", () => {
       ["one"]
     )
     assert.deepStrictEqual(
-      inText('const f = Effect.fn("f")(function* (argv: A) { yield* longCommand.run(argv) })\nf(["one"])'),
+      inText('const f = Effect.fn("f")(function* (argv: A) { yield* streamCommand.run(argv) })\nf(["one"])'),
       ["one"]
     )
     assert.deepStrictEqual(inText('const one = ["two", "-x"] as const\nspawn(cond ? "three" : one)'), ["three", "two"])

@@ -1,19 +1,19 @@
 import * as NodeContext from "@effect/platform-node/NodeContext"
 import { assert, describe, it } from "@effect/vitest"
 import { Deferred, Effect, Fiber } from "effect"
-import * as longCommand from "../../src/platform/longCommand.ts"
 import * as processes from "../../src/platform/processes.ts"
+import * as streamCommand from "../../src/platform/streamCommand.ts"
 
 const collect = () => {
   const lines: Array<string> = []
   return { lines, onLine: (line: string) => Effect.sync(() => void lines.push(line)) }
 }
 
-describe("longCommand", () => {
+describe("streamCommand", () => {
   it.live("reports the lines of both streams and the exit code", () =>
     Effect.gen(function* () {
       const { lines, onLine } = collect()
-      const ended = yield* longCommand.run(["sh", "-c", "echo out; echo err >&2; exit 3"], { onLine })
+      const ended = yield* streamCommand.run(["sh", "-c", "echo out; echo err >&2; exit 3"], { onLine })
       assert.deepStrictEqual(lines, ["out", "err"])
       assert.deepStrictEqual(ended, { code: 3, tail: ["out", "err"] })
     }).pipe(Effect.provide(NodeContext.layer))
@@ -22,7 +22,7 @@ describe("longCommand", () => {
   it.live("gives the command an empty stdin and the directory and variables asked for", () =>
     Effect.gen(function* () {
       const { lines, onLine } = collect()
-      yield* longCommand.run(["sh", "-c", 'cat; pwd; echo "$A"'], { onLine, cwd: "/usr", env: { A: "b" } })
+      yield* streamCommand.run(["sh", "-c", 'cat; pwd; echo "$A"'], { onLine, cwd: "/usr", env: { A: "b" } })
       assert.deepStrictEqual(lines, ["/usr", "b"])
     }).pipe(Effect.provide(NodeContext.layer))
   )
@@ -31,7 +31,7 @@ describe("longCommand", () => {
     Effect.gen(function* () {
       const child = yield* Deferred.make<number>()
       const fiber = yield* Effect.fork(
-        longCommand.run(["sh", "-c", "trap '' HUP; sleep 1000 & echo $!; wait"], {
+        streamCommand.run(["sh", "-c", "trap '' HUP; sleep 1000 & echo $!; wait"], {
           onLine: (line) => Deferred.succeed(child, Number(line))
         })
       )
@@ -45,7 +45,7 @@ describe("longCommand", () => {
   it.live("what it started and left behind ends with it", () =>
     Effect.gen(function* () {
       const { lines, onLine } = collect()
-      yield* longCommand.run(["sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!"], { onLine })
+      yield* streamCommand.run(["sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!"], { onLine })
       const found = yield* processes.identify(Number(lines[0]))
       if (found._tag === "Some") yield* gone(found.value)
     }).pipe(Effect.provide(NodeContext.layer))

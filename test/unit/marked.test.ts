@@ -1,9 +1,9 @@
 import { assert, describe, it } from "@effect/vitest"
 import { FastCheck as fc } from "effect"
-import { Marked } from "../../src/terminal/Marked.ts"
+import { CommandEndParser } from "../../src/terminal/CommandEndParser.ts"
 
 const read = (bytes: Buffer, cuts: ReadonlyArray<number>) => {
-  const marked = new Marked("t0k")
+  const marked = new CommandEndParser("t0k")
   const seen: Array<string> = []
   let from = 0
   for (const at of [...cuts.map((cut) => cut % (bytes.length + 1)).sort((a, b) => a - b), bytes.length]) {

@@ -1,7 +1,7 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Fiber } from "effect"
-import { Outlet } from "../../src/platform/Outlet.ts"
 import { Tail } from "../../src/platform/Tail.ts"
+import { TailReadable } from "../../src/platform/TailReadable.ts"
 
 describe("a tail", () => {
   it("is the end of all that was pushed, however it was cut", () => {
@@ -20,11 +20,11 @@ describe("a tail", () => {
 })
 
 describe("an outlet", () => {
-  const read = async (outlet: Outlet) => Buffer.concat(await outlet.toArray()).toString()
+  const read = async (outlet: TailReadable) => Buffer.concat(await outlet.toArray()).toString()
 
   it.effect("keeps the end for who comes late, and holds nobody back", () =>
     Effect.gen(function* () {
-      const outlet = new Outlet(10)
+      const outlet = new TailReadable(10)
       for (const text of ["0123456789", "abc", "def"]) yield* outlet.write(Buffer.from(text))
       yield* outlet.end
       assert.strictEqual(outlet.tail.toString(), "6789abcdef")
@@ -34,7 +34,7 @@ describe("an outlet", () => {
 
   it.effect("gives a reader everything", () =>
     Effect.gen(function* () {
-      const outlet = new Outlet(10)
+      const outlet = new TailReadable(10)
       const reading = read(outlet)
       for (let turn = 0; turn < 1000; turn++) yield* outlet.write(Buffer.from(`${turn},`))
       yield* outlet.end
@@ -45,7 +45,7 @@ describe("an outlet", () => {
 
   /** Somebody has read and reads no more; what they left is in the way. */
   const stalled = Effect.gen(function* () {
-    const outlet = new Outlet(10)
+    const outlet = new TailReadable(10)
     outlet.once("data", () => outlet.pause())
     yield* outlet.write(Buffer.from("first"))
     yield* Effect.promise(() => new Promise((resolve) => outlet.once("pause", resolve)))
@@ -59,7 +59,7 @@ describe("an outlet", () => {
     return { outlet, writing, written: () => written }
   })
 
-  const ways: ReadonlyArray<readonly [string, (outlet: Outlet) => Effect.Effect<void>]> = [
+  const ways: ReadonlyArray<readonly [string, (outlet: TailReadable) => Effect.Effect<void>]> = [
     ["goes on", (outlet) => Effect.sync(() => void outlet.resume())],
     ["leaves", (outlet) => Effect.sync(() => void outlet.destroy())],
     ["is not waited for any more", (outlet) => outlet.unlimit]

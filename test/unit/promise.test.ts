@@ -16,7 +16,7 @@ import { Registry } from "../../src/machine/Registry.ts"
 import { Shim } from "../../src/machine/Shim.ts"
 import * as facade from "../../src/promise.ts"
 import { Settings } from "../../src/Settings.ts"
-import { Digests } from "../../src/snapshot/Digests.ts"
+import { FileHasher } from "../../src/snapshot/FileHasher.ts"
 import { SnapshotEngines } from "../../src/snapshot/SnapshotEngine.ts"
 import { temporaryDirectory } from "../fixtures.ts"
 
@@ -38,7 +38,7 @@ const client = async (change: (agent: AgentClient) => Partial<AgentClient> = () 
     )
   )
   const services = Machinen.layer.pipe(
-    Layer.provide(Layer.mergeAll(Digests.layer, Layer.succeed(SnapshotEngines, new Map()))),
+    Layer.provide(Layer.mergeAll(FileHasher.layer, Layer.succeed(SnapshotEngines, new Map()))),
     Layer.provide(Layer.mergeAll(Registry.layer, Shim.layer, lifetime)),
     Layer.provide(Layer.succeedContext(Context.add(host, Agent, scripted))),
     Layer.provide(Settings.layerTest(home)),

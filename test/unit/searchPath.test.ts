@@ -2,8 +2,8 @@ import * as NodeContext from "@effect/platform-node/NodeContext"
 import { assert, describe, it } from "@effect/vitest"
 import { Effect } from "effect"
 import * as command from "../../src/platform/command.ts"
-import * as longCommand from "../../src/platform/longCommand.ts"
 import { searchPath } from "../../src/platform/searchPath.ts"
+import * as streamCommand from "../../src/platform/streamCommand.ts"
 
 /** The PATH of a Debian user who is not root. */
 const withoutSystemPrograms = Effect.acquireRelease(
@@ -34,7 +34,7 @@ describe("searchPath", () => {
       assert.match(short.stderr, /^mke2fs \d/)
       const inShell = yield* command.run(["sh", "-c", "command -v debugfs"])
       assert.match(inShell.stdout, /\/debugfs\n$/)
-      const long = yield* longCommand.run(["mke2fs", "-V"], { onLine: () => Effect.void })
+      const long = yield* streamCommand.run(["mke2fs", "-V"], { onLine: () => Effect.void })
       assert.strictEqual(long.code, 0)
       assert.match(long.tail[0] ?? "", /^mke2fs \d/)
     }).pipe(Effect.provide(NodeContext.layer))

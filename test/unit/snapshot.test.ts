@@ -22,7 +22,7 @@ import { parseAvailable } from "../../src/platform/memory.ts"
 import { probeHash } from "../../src/platform/probeHash.ts"
 import { Settings } from "../../src/Settings.ts"
 import * as Bundle from "../../src/snapshot/Bundle.ts"
-import { Digests } from "../../src/snapshot/Digests.ts"
+import { FileHasher } from "../../src/snapshot/FileHasher.ts"
 import { SnapshotEngine, SnapshotEngines } from "../../src/snapshot/SnapshotEngine.ts"
 import { chooseEngine } from "../../src/snapshot/snapshot.ts"
 
@@ -63,7 +63,7 @@ const facts: Bundle.Facts = {
   disks: []
 }
 
-const digests = Layer.succeed(Digests, {
+const digests = Layer.succeed(FileHasher, {
   of: (files) => Effect.succeed(files.map(() => ({ sizeBytes: 1, dataBytes: 1, sha256: "0".repeat(64) }))),
   remembered: () => Effect.succeed("0".repeat(64))
 })

@@ -5,7 +5,7 @@ import { Console, Effect, Option, Queue, type Scope, Stream } from "effect"
 import { isMachinenError, render } from "../../errors.ts"
 import type { Terminal } from "../../guest/Terminal.ts"
 import { Machinen } from "../../Machinen.ts"
-import { Marked } from "../../terminal/Marked.ts"
+import { CommandEndParser } from "../../terminal/CommandEndParser.ts"
 import type { Vm } from "../../vm/Vm.ts"
 import { ExitWith } from "../exit.ts"
 import * as stdio from "../stdio.ts"
@@ -97,7 +97,7 @@ const typing: Effect.Effect<Typing, never, Scope.Scope> = Effect.gen(function* (
 /** The shell behind a terminal: lines in, output and exit codes out. */
 const drive = Effect.fnUntraced(function* (shellOf: Terminal) {
   const token = randomBytes(8).toString("hex")
-  const marked = new Marked(token)
+  const marked = new CommandEndParser(token)
   const statuses = yield* Queue.unbounded<number | "more">()
   const send = (text: string) => shellOf.write(Buffer.from(text))
   let begun = false

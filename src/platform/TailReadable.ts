@@ -6,7 +6,7 @@ import { Tail } from "./Tail.ts"
  * A Node stream that does not hold its writer back before somebody reads it: until then only the last bytes are kept for them. From the first
  * read on nothing is lost, and a reader that stalls stalls the writer; one that destroys the stream does not.
  */
-export class Outlet extends Readable {
+export class TailReadable extends Readable {
   /** The last of all that was written, read or not. */
   readonly tail: Tail
   #state: "unread" | "read" = "unread"

@@ -17,8 +17,8 @@ export class DigestFailed extends Schema.TaggedError<DigestFailed>()("DigestFail
 }) {}
 
 /** Hashes of large sparse files, by the shim: it skips holes and uses the CPU's SHA instructions. */
-export class Digests extends Context.Tag("machinen/Digests")<
-  Digests,
+export class FileHasher extends Context.Tag("machinen/FileHasher")<
+  FileHasher,
   {
     /** Reads the files. In the order asked for. */
     readonly of: (files: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<Digest>, DigestFailed>
@@ -27,14 +27,14 @@ export class Digests extends Context.Tag("machinen/Digests")<
   }
 >() {
   static readonly layer = Layer.effect(
-    Digests,
+    FileHasher,
     Effect.gen(function* () {
       const fs = yield* FileSystem.FileSystem
       const executor = yield* CommandExecutor.CommandExecutor
       const assets = yield* Assets
       const { cacheDir } = yield* Settings
 
-      const of = Effect.fn("Digests.of")(
+      const of = Effect.fn("FileHasher.of")(
         function* (files: ReadonlyArray<string>) {
           const { code, stderr, stdout } = yield* command
             .run([yield* assets.shim, "digest", ...files])
@@ -50,9 +50,9 @@ export class Digests extends Context.Tag("machinen/Digests")<
         )
       )
 
-      return Digests.of({
+      return FileHasher.of({
         of,
-        remembered: Effect.fn("Digests.remembered")(
+        remembered: Effect.fn("FileHasher.remembered")(
           function* (file) {
             const dir = path.join(cacheDir, "digests")
             const blocks = Effect.flatMap(of([file]), ([found]) =>

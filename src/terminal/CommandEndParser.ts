@@ -8,7 +8,7 @@ const longest = 64
 /**
  * Finds in what a shell prints the marks that tell of a command's end: record separator, token, `:`, exit code or `more`, record separator.
  */
-export class Marked {
+export class CommandEndParser {
   readonly #inner: RegExp
   #pending = Buffer.alloc(0)
 
