@@ -1,5 +1,6 @@
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Exit, FastCheck as fc, Schema } from "effect"
+import packageJson from "../../../package.json" with { type: "json" }
 import {
   BootError,
   ExecError,
@@ -12,7 +13,6 @@ import {
 import { autoMemoryMib, type BootOptions, validate } from "../../../src/machine/BootOptions.ts"
 import { VmName } from "../../../src/machine/MachineSpec.ts"
 import { version } from "../../../src/version.ts"
-import packageJson from "../../../package.json" with { type: "json" }
 
 const GiB = 1024 ** 3
 const host = { memoryBytes: 8 * GiB, maxVcpus: 4 }
