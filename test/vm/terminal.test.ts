@@ -440,7 +440,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
         yield* window.shows(/^victim\n\$$/m)
         const ends: ReadonlyArray<readonly [end: Effect.Effect<unknown>, code: number, said: string]> = [
           [Effect.sync(() => signalClients(home, "SIGTERM")), 143, ""],
-          [cli(home, ["stop", "--force", "victim"]), 125, "EXEC_"]
+          [cli(home, ["stop", "--force", "victim"]), 137, "EXEC_VM_ENDED"]
         ]
         for (const [end, code, said] of ends) {
           yield* line("clear; machinen attach victim -s s")
