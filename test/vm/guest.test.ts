@@ -1,3 +1,4 @@
+import * as path from "node:path"
 import { afterAll, assert, describe, it, layer } from "@effect/vitest"
 import { Effect, Fiber, type Scope, Stream } from "effect"
 import type { CommandSpec } from "../../src/guest/Exec.ts"
@@ -65,6 +66,47 @@ describe("the machine's name", () => {
         yield* first.stop()
         const second = yield* boot({ rootDisk: disk, name: "second" })
         assert.strictEqual(yield* sh(second, "cat /etc/hostname /etc/hosts"), "mine\n10.0.0.1 mine")
+      })
+    )
+  )
+})
+
+/** Prints for ever, in a control group beside that of the commands: where container engines put their containers. */
+const contained =
+  "mkdir /sys/fs/cgroup/engine /sys/fs/cgroup/engine/one; echo $$ >/sys/fs/cgroup/engine/one/cgroup.procs; while :; do echo beat; sleep 0.02; done"
+
+describe("a container's control group", () => {
+  it.scopedLive("stands still with the commands while the machine is copied", () =>
+    run(
+      Effect.gen(function* () {
+        const vm = yield* boot({ image: "micro" })
+        const { output } = yield* vm.start({ argv: ["sh", "-c", contained] })
+        const beats = yield* Stream.toPull(Stream.rechunk(output, 1))
+        yield* beats
+        yield* Effect.scoped(
+          Effect.gen(function* () {
+            yield* vm.freeze({ sync: false, lazyUmount: false, timeout: "5 seconds" })
+            // What was printed before is still to come; after it there is nothing.
+            const silent = Effect.timeoutFail(beats, { duration: "500 millis", onTimeout: () => "silent" as const })
+            const still = yield* Effect.forever(silent).pipe(Effect.timeout("5 seconds"), Effect.flip)
+            assert.strictEqual(still, "silent")
+          })
+        )
+        yield* beats
+      })
+    )
+  )
+
+  it.scopedLive("is not left out of what criu saves: it cannot save it, and says so", () =>
+    run(
+      Effect.gen(function* () {
+        const vm = yield* boot({ image: "debian" })
+        const { output } = yield* vm.start({ argv: ["sh", "-c", contained] })
+        yield* Stream.runHead(output)
+        const machinen = yield* Machinen
+        const outDir = path.join(temporaryDirectory(), "bundle")
+        const error = yield* Effect.flip(machinen.snapshot(vm, { outDir, engine: "criu", leaveRunning: true }))
+        assert.match(error.message, /is in the control group \/engine\/one, which CRIU does not freeze/)
       })
     )
   )

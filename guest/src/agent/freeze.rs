@@ -1,6 +1,5 @@
 //! The operation `freeze`: holds the commands still while the machine is being copied.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -92,10 +91,15 @@ pub async fn stop_commands<R: AsyncRead + Unpin>(limit: Duration, input: &mut Fr
 
 /// Freezes the commands and waits until the kernel says that all of them are.
 async fn freeze_workload() -> io::Result<()> {
-    let file = OwnedFd::from(File::open(cgroup::EVENTS)?);
+    for events in cgroup::freeze_workload()? {
+        until_frozen(events.into()).await?;
+    }
+    Ok(())
+}
+
+async fn until_frozen(events: OwnedFd) -> io::Result<()> {
     // SAFETY: an OwnedFd is the same open descriptor for as long as it lives.
-    let events = unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY)? };
-    cgroup::freeze_workload()?;
+    let events = unsafe { AsyncFd::register_with_interest(events, Interest::PRIORITY)? };
     loop {
         let mut text = [0; 256];
         let n = rustix::io::pread(events.as_fd(), &mut text, 0)?;

@@ -1,19 +1,19 @@
-//! Two control groups: the agent's own and the commands', so that commands can be frozen, killed, counted and limited as one.
+//! Two control groups: the agent's own and the commands', so that commands can be frozen, killed, counted and limited as one. What a
+//! command moves into groups of its own making beside them, as container engines do, is the commands' too.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::root::make_directory;
 
+const ROOT: &str = "/sys/fs/cgroup";
 /// The agent.
 const SYSTEM: &str = "/sys/fs/cgroup/system";
 /// Every command.
 pub const WORKLOAD: &str = "/sys/fs/cgroup/workload";
-/// What the commands' group says of itself; a change is an exceptional condition (`POLLPRI`) of the file.
-pub const EVENTS: &str = "/sys/fs/cgroup/workload/cgroup.events";
 
 /// Makes both groups and puts this process into `system`. No controller is turned on: freezing, killing and counting processes need
 /// none, and each costs every boot some milliseconds. Who wants limits turns on what they need.
@@ -60,44 +60,85 @@ pub fn processes() -> io::Result<u64> {
 /// Pids of all commands, those in groups they made themselves included.
 pub fn workload_pids() -> io::Result<Vec<i32>> {
     let mut pids = Vec::new();
-    let mut groups = vec![PathBuf::from(WORKLOAD)];
+    let mut groups = workload_groups()?;
     while let Some(group) = groups.pop() {
-        let listed = fs::read_to_string(group.join("cgroup.procs"))?;
+        let Some(listed) = there(fs::read_to_string(group.join("cgroup.procs")))? else { continue };
         pids.extend(listed.lines().filter_map(|pid| pid.parse::<i32>().ok()));
-        for entry in fs::read_dir(&group)? {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                groups.push(entry.path());
-            }
-        }
+        groups.extend(groups_in(&group)?);
     }
     Ok(pids)
 }
 
-/// Begins to freeze every command. `EVENTS` says when that is done.
-pub fn freeze_workload() -> io::Result<()> {
-    set_frozen(b"1")
+/// Whether `/proc/PID/cgroup` names the commands' own group, or one below it.
+pub fn is_below_workload(group: &str) -> bool {
+    let below = group.trim_end().strip_prefix("0::/workload");
+    below.is_some_and(|below| below.is_empty() || below.starts_with('/'))
+}
+
+/// The topmost groups of the commands: their own, and those they made beside it.
+fn workload_groups() -> io::Result<Vec<PathBuf>> {
+    Ok(groups_in(Path::new(ROOT))?.into_iter().filter(|group| group != Path::new(SYSTEM)).collect())
+}
+
+fn groups_in(group: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut groups = Vec::new();
+    for entry in there(fs::read_dir(group))?.into_iter().flatten() {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            groups.push(entry.path());
+        }
+    }
+    Ok(groups)
+}
+
+/// `None` for a group that has been removed meanwhile: nobody is in it.
+fn there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Err(error) if error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+/// The `cgroup.freeze` of each frozen group. Open from the freeze on: see `open_once`.
+static FROZEN: Mutex<Vec<File>> = Mutex::new(Vec::new());
+
+/// Begins to freeze every command. Returns what each group says of itself (`is_frozen`); a change is an exceptional condition (`POLLPRI`) of
+/// the file.
+pub fn freeze_workload() -> io::Result<Vec<File>> {
+    let mut frozen = FROZEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut events = Vec::new();
+    for group in workload_groups()? {
+        let Some(event) = there(File::open(group.join("cgroup.events")))? else { continue };
+        let Some(freeze) = there(OpenOptions::new().write(true).open(group.join("cgroup.freeze")))? else { continue };
+        if there(freeze.write_all_at(b"1", 0))?.is_some() {
+            frozen.push(freeze);
+            events.push(event);
+        }
+    }
+    Ok(events)
 }
 
 /// Lets the commands run again.
 pub fn thaw_workload() -> io::Result<()> {
-    set_frozen(b"0")
+    let mut frozen = FROZEN.lock().unwrap_or_else(PoisonError::into_inner);
+    for freeze in frozen.iter() {
+        there(freeze.write_all_at(b"0", 0))?;
+    }
+    frozen.clear();
+    Ok(())
 }
 
-fn set_frozen(frozen: &[u8]) -> io::Result<()> {
-    static FREEZE: OnceLock<File> = OnceLock::new();
-    let file = open_once(&FREEZE, || OpenOptions::new().write(true).open(format!("{WORKLOAD}/cgroup.freeze")))?;
-    file.write_all_at(frozen, 0)
-}
-
-/// Whether the content of `EVENTS` says that all commands are frozen.
+/// Whether that content says that all of the group are frozen.
 pub fn is_frozen(events: &[u8]) -> bool {
     events.split(|byte| *byte == b'\n').any(|line| line == b"frozen 1")
 }
 
 /// Kills every command with everything it has started.
 pub fn kill_workload() -> io::Result<()> {
-    fs::write(format!("{WORKLOAD}/cgroup.kill"), "1")
+    for group in workload_groups()? {
+        there(fs::write(group.join("cgroup.kill"), "1"))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -108,6 +149,14 @@ mod tests {
     fn reads_the_count_of_its_own_line_only() {
         assert_eq!(oom_kills_in("drop_slab 0\noom_kill_x 3\noom_kill 2\nnuma_hit 7\n"), 2);
         assert_eq!(oom_kills_in("drop_slab 0\n"), 0);
+    }
+
+    #[test]
+    fn the_commands_groups_are_their_own_and_those_below() {
+        assert!(is_below_workload("0::/workload\n"));
+        assert!(is_below_workload("0::/workload/web\n"));
+        assert!(!is_below_workload("0::/workloads\n"));
+        assert!(!is_below_workload("0::/docker/74d8\n"));
     }
 
     #[test]

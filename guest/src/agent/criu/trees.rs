@@ -69,6 +69,19 @@ impl Process {
             let message = format!("process {} ({}) uses io_uring, which CRIU cannot save", self.pid, self.name);
             return Err(ErrorReply::new(Code::Criu, message));
         }
+        // A process that has just been killed has no such file any more.
+        let group = fs::read_to_string(format!("/proc/{}/cgroup", self.pid));
+        if let Ok(group) = group
+            && !cgroup::is_below_workload(&group)
+        {
+            let message = format!(
+                "process {} ({}) is in the control group {}, which CRIU does not freeze: is it in a container?",
+                self.pid,
+                self.name,
+                group.trim_start_matches("0::").trim_end()
+            );
+            return Err(ErrorReply::new(Code::Criu, message));
+        }
         Ok(())
     }
 }
