@@ -214,6 +214,9 @@ const lost = new ExitRecord({
   vmmLogTail: ""
 })
 
+/** What is known of a VM whose shim has cleared up, and ended before it could be asked. */
+const unseen = new ExitRecord({ ...lost, reason: "unseen" })
+
 const shimMissing = (binary: string, cause: unknown) =>
   new BootError({
     code: "BOOT_VMM_MISSING",
@@ -406,7 +409,7 @@ const endOf = (
     Effect.catchAll((cause) =>
       Effect.flatMap(endsWithin(shim, isEnding(controlPath, cause) ? "30 seconds" : "1 second"), (ended) =>
         ended
-          ? Effect.succeed(lost)
+          ? Effect.succeed(existsSync(path.dirname(controlPath)) ? lost : unseen)
           : new RegistryError({
               code: "REGISTRY_VM_UNREACHABLE",
               message: `the supervisor of VM "${label}" (pid ${shim.pid}) does not answer: ${cause.message}`,

@@ -60,8 +60,11 @@ export class ExitRecord extends Schema.Class<ExitRecord>("ExitRecord")({
   main: Schema.NullOr(Schema.Struct({ code: Schema.Int, signal: Schema.NullOr(Schema.Int) })),
   /** The guest announced its power-off; false for a crash or a kill. */
   orderly: Schema.Boolean,
-  /** Who ended it. `shim-lost` is the starter's finding: the shim itself was killed. */
-  reason: Schema.Literal("guest", "stop", "kill", "owner-lost", "vmm", "shim-lost"),
+  /**
+   * Who ended it. Two are findings of a program that asked too late: `shim-lost`, the shim was killed and has recorded nothing; `unseen`, the
+   * shim had told those who waited, cleared up and ended.
+   */
+  reason: Schema.Literal("guest", "stop", "kill", "owner-lost", "vmm", "shim-lost", "unseen"),
   consoleTail: Schema.String,
   vmmLogTail: Schema.String
 }) {}
@@ -86,6 +89,8 @@ export const howEnded = ({ consoleTail, reason, vmm }: ExitRecord): string => {
       return "the VM ended with the program that had started it"
     case "shim-lost":
       return "the VM ended (nobody recorded how)"
+    case "unseen":
+      return "the VM ended"
     case "vmm": {
       const failure = guestFailure(consoleTail)
       const code = vmm.signal === null ? `code ${vmm.code}` : `signal ${vmm.signal}`
