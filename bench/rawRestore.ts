@@ -10,6 +10,7 @@ import type { Bundle } from "../src/index.ts"
 import { HostProbe } from "../src/machine/HostProbe.ts"
 import { type Disk, MachineSpec, VmId } from "../src/machine/MachineSpec.ts"
 import { Settings } from "../src/Settings.ts"
+import { channelVersion } from "../src/snapshot/BundleManifest.ts"
 import type { Vm } from "../src/vm/Vm.ts"
 import { copy, newDirectory } from "./files.ts"
 import { BenchError } from "./harness.ts"
@@ -57,7 +58,7 @@ export const prepare = Effect.fn("rawRestore.prepare")(function* (saved: Saved) 
 
 /** The hello of a host that takes over a running guest, behind zeros that complete whatever was torn (docs/protocol.md §1). */
 const greeting = () => {
-  const hello = Buffer.concat([Buffer.from([1, 0, 0, 0, 17, 2]), randomBytes(16), Buffer.from([0x5a])])
+  const hello = Buffer.concat([Buffer.from([1, 0, 0, 0, 17, channelVersion]), randomBytes(16), Buffer.from([0x5a])])
   return { hello, bytes: Buffer.concat([Buffer.alloc(65_544), hello]) }
 }
 
