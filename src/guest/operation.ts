@@ -140,7 +140,10 @@ export const sendAll = <E>(
     Effect.zipRight(Effect.ignore(send(encodeFrame(FrameType.eof, new Uint8Array(0)))))
   )
 
-/** How long after a connection the VM's own end may be seen: the shim clears up in between. */
+/**
+ * A connection ends before the shim says that the VM has: the shim clears up in between. For so long a broken connection waits for that word,
+ * which explains it.
+ */
 const endsWithin = "5 seconds"
 
 /** Reads one frame at a time; an error frame, a violation and an end before the last frame fail, that with the VM's end where that is the reason. */

@@ -5,14 +5,9 @@ import type { MkinitramfsError } from "../errors.ts"
 import { Assets } from "../host/Assets.ts"
 import { configFile } from "../image/ImageConfig.ts"
 import * as command from "../platform/command.ts"
-
 import { addParents, entriesOf, type Failure, fail, finalEntries, fnmatch, type Tree, walk, write } from "./archive.ts"
 
-/**
- * Archives for who starts a machine by other means than `boot`: whole root filesystems, bundles and directories as an initramfs. Every packer
- * writes beside `out` and renames; a failure leaves what was there. Entries are in the order of their names and have no times: but
- * for the clock's seed in it, the same input gives the same bytes.
- */
+/** Configuration and init alone, for a machine that has its root on a disk. */
 export interface TinyBundleOptions {
   /** A directory with a `machinen-config.json`. */
   readonly bundle: string

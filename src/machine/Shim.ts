@@ -323,8 +323,8 @@ const Answer = Schema.parseJson(
 )
 const decodeAnswer = Schema.decode(Answer)
 
-/** How long the shim may take to undo: it waits 2 s for the VMM, then removes files. */
-const undoneWithin = "5 seconds"
+/** How long the shim may take to undo: it gives the VMM 2 s to go on, the guest 2 s to set its clock, and then removes files. */
+const undoneWithin = "7 seconds"
 
 const startCapture = Effect.fn("Shim.capture")(function* (controlPath: string, capture: CaptureRequest) {
   const connection = yield* Effect.mapError(UnixSocket.connect(controlPath), captureLost)

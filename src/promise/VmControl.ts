@@ -21,7 +21,7 @@ export interface Started {
   readonly main: boolean
 }
 
-/** A VM as something without scopes holds it: its end releases it, and Node streams carry its main command. */
+/** A VM for callers that hold no scopes: its end releases it, and Node streams carry its main command. */
 export interface VmControl {
   /** Another one once it is detached. */
   readonly vm: () => Vm
