@@ -186,7 +186,12 @@ describe("a VM", () => {
     for (const end of ends) assert.deepStrictEqual(await end, { code: null, signal: "SIGKILL" })
     await byPid.kill()
     assert.deepStrictEqual(await list(), [])
-    assert.deepStrictEqual(await runGc({ dryRun: true }), [])
+    // what the user's own cache holds is not this test's business
+    const found = (await runGc({ dryRun: true })).flatMap(({ removedPaths }) => removedPaths)
+    assert.deepStrictEqual(
+      found.filter((file) => file.startsWith(`${home}/`)),
+      []
+    )
     assert.strictEqual((await rejection(attach({ name: "web/1" }))).code, "REGISTRY_VM_NOT_FOUND")
     assert.deepStrictEqual([...new Set(log.events.map((e) => e.source))], ["exec-stdout"])
   })
