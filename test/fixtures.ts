@@ -222,6 +222,11 @@ export const cli = (home: string, args: ReadonlyArray<string>, options: CliOptio
     Effect.scoped
   )
 
+const emptyCache = temporaryDirectory()
+/** `machinen gc` of one home. Its cache is an empty one: what other checkouts have left in the user's is not a test's to count or to remove. */
+export const collectGarbage = (home: string, ...flags: ReadonlyArray<string>): Effect.Effect<CliResult> =>
+  cli(home, ["gc", "--json", ...flags], { env: { MACHINEN_CACHE_DIR: emptyCache } })
+
 /** What is waited for while the CLI runs. One that hangs is a defect that tells what it knows, before the test's own limit hides it. */
 export const inTime = <A>(home: string, started: CliProcess, awaited: Effect.Effect<A>): Effect.Effect<A> =>
   Effect.timeoutFailCause(awaited, {

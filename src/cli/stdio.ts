@@ -3,7 +3,10 @@ import { format } from "node:util"
 import * as NodeStream from "@effect/platform-node/NodeStream"
 import { Cause, type Console, Data, Effect, Option, type Scope, Stream } from "effect"
 
-/** What the program is given on stdin. Reading stops with the scope, so that an idle terminal does not keep the program alive. */
+/**
+ * What the program is given on stdin. Reading stops with the scope, so that an idle terminal does not keep the program alive, and not before:
+ * Node leaves raw mode only of a stream that is open.
+ */
 export const stdin: Effect.Effect<Stream.Stream<Uint8Array>, never, Scope.Scope> = Effect.acquireRelease(
   Effect.sync(() => process.stdin),
   (input) => Effect.sync(() => void input.destroy())
@@ -12,7 +15,8 @@ export const stdin: Effect.Effect<Stream.Stream<Uint8Array>, never, Scope.Scope>
   Effect.map((input) =>
     NodeStream.fromReadable<unknown, Uint8Array>(
       () => input,
-      (error) => error
+      (error) => error,
+      { closeOnDone: false }
     )
   ),
   Effect.map(Stream.orElse(() => Stream.empty))

@@ -7,10 +7,10 @@ import {
   type CliOptions,
   cli,
   cliPath,
+  collectGarbage,
   environment,
   settled,
   startCli,
-  temporaryDirectory,
   temporaryHome
 } from "../fixtures.ts"
 
@@ -529,10 +529,8 @@ describe("a detached VM", () => {
 
   it.live("collects garbage, or says what it would", () =>
     Effect.gen(function* () {
-      // a cache of its own: in the user's, templates of other checkouts are not this test's business
-      const options = { env: { MACHINEN_CACHE_DIR: temporaryDirectory() } }
       const collected = (...flags: ReadonlyArray<string>) =>
-        Effect.map(machinen(["gc", "--json", ...flags], options), ({ stdout }) => json(stdout))
+        Effect.map(collectGarbage(home, ...flags), ({ stdout }) => json(stdout))
       const dead = path.join(home, "vms", "a00000000001")
       mkdirSync(dead, { recursive: true })
       const found = [{ id: "a00000000001", removedPaths: [dead], failedPaths: [] }]
