@@ -28,7 +28,7 @@ import (
 	log "github.com/sirupsen/logrus"
 )
 
-// The network as src/machine/Network.ts and guest/src/agent/network.rs know it.
+// The network as src/machine/Network.ts and guest/src/system/network.rs know it.
 const (
 	subnet     = "192.168.127.0/24"
 	gateway    = "192.168.127.1"

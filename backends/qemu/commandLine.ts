@@ -65,7 +65,7 @@ const accelerator = (accel: Accelerator, vcpus: number) =>
 /** The port the guest's agent looks for (docs/protocol.md §1). */
 const channelName = "machinen.channel"
 
-/** What the guest's agent mounts (guest/src/init/shares.rs), and where its VMM finds it. */
+/** What the guest's agent mounts (guest/src/system/shares.rs), and where its VMM finds it. */
 const sharesTag = "machinen-shares"
 export const sharesPath = (dir: string) => path.join(dir, "shares")
 

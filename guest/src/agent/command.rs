@@ -27,10 +27,10 @@ use super::vfork::{self, Start};
 use super::{Context, format};
 use crate::config::GuestConfig;
 use crate::errno;
-use crate::init::cgroup;
-use crate::init::late::COMMAND_FILES;
 use crate::reply::{Code, ErrorReply, Exit};
 use crate::request::{Exec, Secret};
+use crate::system::after_doorbell::COMMAND_FILES;
+use crate::system::cgroup;
 
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where nothing says otherwise.

@@ -12,9 +12,9 @@ use super::papers::Papers;
 use super::stream::{Abort, FrameReader};
 use super::{Context, shares};
 use crate::frame::{Frame, Kind};
-use crate::init::cgroup;
 use crate::reply::{Code, Done, ErrorReply};
 use crate::request::Freeze;
+use crate::system::cgroup;
 
 /// How long the commands may take to stop, where the request does not say.
 const TIMEOUT_MS: u64 = 5000;

@@ -13,7 +13,8 @@ use tokio::sync::watch;
 use super::exec;
 use super::stream::{Abort, Chunk, FrameWriter};
 use crate::frame::Kind;
-use crate::init::{cgroup, reset};
+use crate::system::cgroup;
+use crate::system::console::reset;
 
 /// The shim listens there.
 const PORT: u32 = 1980;

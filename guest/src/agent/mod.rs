@@ -43,8 +43,11 @@ use machinen_channel::{Incoming, Opener};
 use tokio::sync::{mpsc, watch};
 
 use crate::config::{BootConfig, GuestConfig, Share};
-use crate::init::{Failed, Phases, Step, give_up, late};
 use crate::reply::{ErrorReply, Rejuvenated};
+use crate::system::after_doorbell;
+use crate::system::console::give_up;
+use crate::system::phases::Phases;
+use crate::system::step::{Failed, Step};
 pub use criu::hook as criu_hook;
 use criu::{LazyPages, MainCommand};
 use gate::Gate;
@@ -186,7 +189,7 @@ async fn complete(opener: &Opener, boot: &BootConfig, mut phases: Phases) {
     phases.mark("session");
     doorbell::ring(opener, || {
         phases.mark("doorbell");
-        late::complete(boot, &mut phases).unwrap_or_else(|failed| give_up(&failed));
+        after_doorbell::complete(boot, &mut phases).unwrap_or_else(|failed| give_up(&failed));
         phases.mark("complete");
     })
     .await;

@@ -9,8 +9,8 @@ use std::path::Path;
 use rustix::fs::FallocateFlags;
 use rustix::mount::MountFlags;
 
-use crate::init::late;
-use crate::init::names::Names;
+use crate::system::after_doorbell;
+use crate::system::host_name::Names;
 
 /// What a program looks at to learn whether it has been copied; empty in a machine that is no copy.
 const GENERATION: &str = "generation";
@@ -46,7 +46,7 @@ impl Papers {
 
     /// Gives the machine another name.
     pub fn rename(&self, hostname: &str) -> io::Result<()> {
-        late::rename(hostname, &self.names)
+        after_doorbell::rename(hostname, &self.names)
     }
 
     pub fn renew_generation(&self, generation: &str) -> io::Result<()> {

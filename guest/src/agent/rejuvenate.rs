@@ -6,9 +6,9 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use super::{Context, clock, shares};
-use crate::init::{cgroup, network};
 use crate::reply::{Code, ErrorReply, Kept, Rejuvenated};
 use crate::request::Rejuvenate;
+use crate::system::{cgroup, network};
 
 /// `_IOW('R', 3, int[2])`: mixes bytes into the kernel's pool and counts them as entropy.
 const ADD_ENTROPY: libc::c_ulong = 0x4008_5203;

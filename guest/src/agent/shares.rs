@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use super::{Context, blocking};
 use crate::config::Share;
-use crate::init::{Failed, shares};
 use crate::reply::{Code, ErrorReply};
+use crate::system::shares;
+use crate::system::step::Failed;
 
 /// What `rejuvenate` calls them.
 pub const WHAT: &str = "shares";

@@ -6,8 +6,8 @@ use std::io;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::Context;
-use crate::init::cgroup;
 use crate::reply::{ErrorReply, Memory, Stats};
+use crate::system::cgroup;
 
 /// Figures of the whole guest, now.
 pub fn stats(context: &Context) -> Result<Stats, ErrorReply> {

@@ -2,7 +2,7 @@
 
 use rustix::process::{WaitOptions, WaitStatus, wait};
 
-use super::console::{reset, say};
+use crate::system::console::{reset, say};
 
 /// Reaps orphans until the agent itself ends, which is the end of the machine: nobody could reach it any more.
 pub fn reap_until_agent_ends(agent: i32) -> ! {

@@ -15,9 +15,9 @@ use crate::agent::stream::Abort;
 use crate::agent::threads::COMMANDS;
 use crate::agent::{Context, archive, freeze};
 use crate::frame::{Frame, Kind};
-use crate::init::cgroup;
 use crate::reply::{Code, Done, Dumped, ErrorReply};
 use crate::request::Dump;
+use crate::system::cgroup;
 
 /// The content of files that have no name any more goes into the images, up to this.
 const LARGEST_GHOST: &str = "1G";

@@ -20,9 +20,9 @@ use crate::agent::command::{self, Running};
 use crate::agent::papers::Papers;
 use crate::agent::stream::Abort;
 use crate::agent::{Context, archive, main_command, rejuvenate};
-use crate::init::late;
 use crate::reply::Rejuvenated;
 use crate::request::Revive;
+use crate::system::after_doorbell;
 
 /// The host has a time limit of its own for all of it.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -53,7 +53,7 @@ pub async fn revive(context: &Arc<Context>, request: Revive) -> Result<Rejuvenat
     if waits_for_others(&record) {
         record.trees.iter().for_each(let_go);
     }
-    late::reserve_pids().map_err(|error| Abort::io("pids", &error))?;
+    after_doorbell::reserve_pids().map_err(|error| Abort::io("pids", &error))?;
     context.gate.open();
     let context = Arc::clone(context);
     tokio::spawn(async move {

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::str::SplitAsciiWhitespace;
 
 use super::record::{AgentPipe, Tree};
-use crate::init::cgroup;
 use crate::reply::{Code, ErrorReply};
+use crate::system::cgroup;
 
 /// Reads all trees; the processes must stand still.
 pub fn read() -> Result<(Vec<Tree>, Vec<AgentPipe>), ErrorReply> {

@@ -13,8 +13,8 @@ use tokio::io::AsyncRead;
 use super::trees::stat_fields;
 use crate::agent::freeze;
 use crate::agent::stream::{Abort, FrameReader};
-use crate::init::cgroup;
 use crate::reply::{Code, ErrorReply};
+use crate::system::cgroup;
 
 /// How long commands run on before they are frozen again, at first: an exec takes less than this, and nothing tells of its end.
 const FIRST_PAUSE: Duration = Duration::from_millis(2);

@@ -16,8 +16,8 @@ use super::screen::Screen;
 use crate::agent::command::Process;
 use crate::agent::exec::{Input, Steered};
 use crate::agent::stream::{Abort, CHUNK};
-use crate::init::cgroup;
 use crate::reply::{Code, ErrorReply, Exit, SessionInfo};
+use crate::system::cgroup;
 
 /// Pieces of output that may wait for a client; then the command waits.
 const AHEAD: usize = 4;

@@ -8,8 +8,10 @@ use std::{fs, io};
 use rustix::mount::MountFlags;
 use rustix::process::{Resource, Rlimit};
 
+use super::phases::Phases;
 use super::root::make_directory;
-use super::{Failed, Phases, Step, cgroup, console, names, network};
+use super::step::{Failed, Step};
+use super::{cgroup, console, host_name, network};
 use crate::config::{BootConfig, RootKind};
 
 /// Mounts of the new root besides /dev and /sys, in order. `favordynmods`: without it every move into a group, and so every command,
@@ -62,7 +64,7 @@ pub fn complete(boot: &BootConfig, phases: &mut Phases) -> Result<(), Failed> {
     rustix::process::setrlimit(Resource::Nofile, AGENT_FILES).step("open files")?;
     set_hostname(&boot.hostname).step("hostname")?;
     // A disk that is the caller's own may have its own idea. An image whose files cannot be written runs without.
-    if let Err(error) = names::write(Path::new("/"), &boot.hostname, boot.root == RootKind::Disk) {
+    if let Err(error) = host_name::write(Path::new("/"), &boot.hostname, boot.root == RootKind::Disk) {
         console::say(&format!("machinen-init: /etc/hostname, /etc/hosts: {error}"));
     }
     phases.mark("names");
@@ -89,7 +91,7 @@ pub fn hostname() -> String {
 }
 
 /// Gives a running machine another name, in its files as well.
-pub fn rename(hostname: &str, files: &names::Names) -> io::Result<()> {
+pub fn rename(hostname: &str, files: &host_name::Names) -> io::Result<()> {
     let old = self::hostname();
     set_hostname(hostname)?;
     files.rename(&old, hostname)

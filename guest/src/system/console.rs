@@ -5,6 +5,8 @@ use std::os::fd::AsRawFd;
 
 use rustix::fs::{Mode, OFlags};
 
+use super::step::Failed;
+
 /// Points descriptors 0, 1 and 2 at the console of the new root. The ones the kernel gave belong to the initramfs; one of those in
 /// any process makes every CRIU dump of it fail ("Can't lookup mount").
 pub fn reopen() -> io::Result<()> {
@@ -27,6 +29,12 @@ pub fn say(line: &str) {
     let _ = console.write_all(format!("{line}\n").as_bytes());
     // SAFETY: tcdrain takes a descriptor that is open for the length of the call.
     let _ = unsafe { libc::tcdrain(console.as_raw_fd()) };
+}
+
+/// Says why this guest cannot go on, and resets it.
+pub fn give_up(failed: &Failed) -> ! {
+    say(&format!("machinen-init: {failed}"));
+    reset()
 }
 
 /// Restarts the machine, which ends the VM: the VMM runs with reboots off, and a guest without ACPI has no other way out.

@@ -6,7 +6,8 @@ use std::{fs, io};
 
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use super::{Failed, Step, disks, root};
+use super::step::{Failed, Step};
+use super::{disks, root};
 
 /// Where the layers are mounted for as long as it takes to join them: on a filesystem that is memory.
 const LOWER: &str = "/dev/machinen-lower";

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::{fs, io, mem, ptr};
 
-use super::{Failed, Step};
+use super::step::{Failed, Step};
 use crate::config::Network;
 
 const LOOPBACK: &CStr = c"lo";

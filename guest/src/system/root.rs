@@ -10,7 +10,9 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use super::disks::{self, Disk};
-use super::{Failed, Phases, Step, grow};
+use super::grow;
+use super::phases::Phases;
+use super::step::{Failed, Step};
 use crate::config::RootKind;
 
 const BASE: &str = "/base";

@@ -5,7 +5,8 @@ use std::{fs, io};
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use super::mounts::make_mount_point;
-use super::{Failed, Step, root};
+use super::root;
+use super::step::{Failed, Step};
 use crate::config::Share;
 
 /// The tag of the machine's 9p device.

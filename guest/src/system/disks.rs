@@ -2,7 +2,7 @@
 
 use std::{fs, io};
 
-use super::{Failed, Step};
+use super::step::{Failed, Step};
 
 /// A virtio disk.
 #[derive(Clone, Debug)]

@@ -1,0 +1,83 @@
+//! Pid 1: from the kernel's first user-space instruction to a running agent.
+//!
+//! 1. `disks`: devtmpfs and sysfs; find the disks by serial
+//! 2. `root`: mount them, join them by overlayfs, make that the root and empty the initramfs
+//!    and, where the boot asks for it, what of the host's goes below /mnt (`mounts`, `shares`)
+//! 3. fork the agent; pid 1 itself only reaps from then on (`reaper`)
+//! 4. `after_doorbell`: everything a command needs but the doorbell does not; the agent runs it between doorbell and first operation
+//!
+//! Under TCG every code path that runs for the first time costs its translation, so steps 1 and 2 do the least that lets the
+//! agent answer. A step that fails is named on the console in one line, and the machine is reset: it never hangs half made.
+
+use std::process::ExitCode;
+use std::{fs, io};
+
+use serde::de::DeserializeOwned;
+
+use super::reaper;
+use crate::agent;
+use crate::config::{BootConfig, GuestConfig};
+use crate::system::console::{self, give_up};
+use crate::system::phases::Phases;
+use crate::system::step::{Failed, Step};
+use crate::system::{mounts, root, shares};
+
+const GUEST_CONFIG: &str = "/machinen-config.json";
+const BOOT_CONFIG: &str = "/machinen-boot.json";
+/// The only version of `/machinen-boot.json` there is.
+const BOOT_VERSION: u32 = 1;
+
+/// Entry point of the binary. Comes back only where it is not pid 1.
+pub fn main() -> ExitCode {
+    if agent::criu_hook::is_called() {
+        return agent::criu_hook::main();
+    }
+    if std::process::id() != 1 {
+        eprintln!("machinen-init: runs as pid 1 of a machinen guest only");
+        return ExitCode::FAILURE;
+    }
+    match boot() {
+        Ok(never) => match never {},
+        Err(failed) => give_up(&failed),
+    }
+}
+
+fn boot() -> Result<std::convert::Infallible, Failed> {
+    let mut phases = Phases::start();
+    let guest: GuestConfig = read_json(GUEST_CONFIG)?;
+    let boot: BootConfig = read_json(BOOT_CONFIG)?;
+    if boot.version != BOOT_VERSION {
+        return Err(Failed::new(BOOT_CONFIG, io::Error::other(format!("unknown version {}", boot.version))));
+    }
+    root::mount_kernel_filesystems()?;
+    phases.mark("kernel-filesystems");
+    let writable = root::mount_root(boot.root, &mut phases)?;
+    let initramfs = root::switch()?;
+    phases.mark("root-moved");
+    console::reopen().step("console")?;
+    phases.mark("switched");
+    let mounted = boot.mount.as_deref().map(mounts::mount_copy).transpose()?;
+    shares::mount(&boot.shares)?;
+    // SAFETY: no thread has been started yet, so the child is a complete copy.
+    match unsafe { libc::fork() } {
+        -1 => Err(Failed::new("fork", io::Error::last_os_error())),
+        0 => {
+            drop(initramfs);
+            match agent::run(agent::Guest { config: guest, boot, writable, mounted, phases }) {
+                Ok(never) => match never {},
+                Err(failed) => give_up(&failed),
+            }
+        }
+        // The child has what it needs of `writable`; pid 1 keeps no descriptor but the console.
+        agent => {
+            drop((writable, mounted));
+            root::free(initramfs)?;
+            reaper::reap_until_agent_ends(agent)
+        }
+    }
+}
+
+fn read_json<T: DeserializeOwned>(path: &'static str) -> Result<T, Failed> {
+    let text = fs::read(path).step(path)?;
+    serde_json::from_slice(&text).map_err(|error| Failed::new(path, error.into()))
+}
