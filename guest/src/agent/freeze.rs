@@ -7,8 +7,8 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest};
 
+use super::identity_files::IdentityFiles;
 use super::operation::Exchange;
-use super::papers::Papers;
 use super::stream::{Abort, FrameReader};
 use super::{Context, shares};
 use crate::frame::{Frame, Kind};
@@ -38,7 +38,7 @@ where
         }
     }
     // Before anything stands still: in the original it takes its time as well.
-    *context.papers() = Some(Papers::prepare(&context.root));
+    *context.identity_files() = Some(IdentityFiles::prepare(&context.root));
     if !context.gate.hold() {
         return Err(ErrorReply::new(Code::Busy, "a freeze is held already").into());
     }

@@ -2,21 +2,21 @@
 //! which has threads (`threads`).
 
 mod archive;
-mod changes;
 mod child;
 mod clock;
 mod command;
 mod criu;
+mod directory;
 mod doorbell;
 mod exec;
 mod files;
 mod format;
 mod freeze;
 mod gate;
+mod identity_files;
 mod lifecycle;
 mod main_command;
 mod operation;
-mod papers;
 mod port;
 mod rejuvenate;
 mod secrets;
@@ -27,10 +27,10 @@ mod terminal;
 #[cfg(test)]
 mod tests;
 mod threads;
-mod tree;
 mod tunnel;
 mod user;
 mod vfork;
+mod watch;
 
 use std::convert::Infallible;
 use std::io;
@@ -40,7 +40,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use machinen_channel::{Incoming, Opener};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{self, mpsc};
 
 use crate::config::{BootConfig, GuestConfig, Share};
 use crate::reply::{ErrorReply, Rejuvenated};
@@ -51,8 +51,8 @@ use crate::system::step::{Failed, Step};
 pub use criu::hook as criu_hook;
 use criu::{LazyPages, MainCommand};
 use gate::Gate;
+use identity_files::IdentityFiles;
 use lifecycle::Lifecycle;
-use papers::Papers;
 use secrets::Secrets;
 use terminal::Terminals;
 
@@ -82,7 +82,7 @@ struct Context {
     /// `/`, unless this is a test.
     root: PathBuf,
     /// Of the last freeze: what a copy made during it writes.
-    papers: Mutex<Option<Papers>>,
+    identity_files: Mutex<Option<IdentityFiles>>,
     /// The main command, once it runs.
     main: Mutex<Option<MainCommand>>,
     /// Held while it is being started: it cannot be started twice.
@@ -113,8 +113,8 @@ impl Context {
         self.rejuvenated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn papers(&self) -> MutexGuard<'_, Option<Papers>> {
-        self.papers.lock().unwrap_or_else(PoisonError::into_inner)
+    fn identity_files(&self) -> MutexGuard<'_, Option<IdentityFiles>> {
+        self.identity_files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -149,14 +149,14 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
     guest.phases.mark("agent");
     let port = port::open().await.step("channel")?;
     guest.phases.mark("port");
-    let (sessions, current) = watch::channel(None);
+    let (sessions, current) = sync::watch::channel(None);
     let context = Arc::new(Context {
         config: Mutex::new(guest.config),
         lifecycle: Lifecycle::new(guest.writable, guest.mounted, current),
         gate: if guest.boot.revive { Gate::closed() } else { Gate::new() },
         shares: std::mem::take(&mut guest.boot.shares),
         root: "/".into(),
-        papers: Mutex::default(),
+        identity_files: Mutex::default(),
         main: Mutex::default(),
         main_start: tokio::sync::Mutex::default(),
         lazy: LazyPages::default(),

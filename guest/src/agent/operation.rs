@@ -9,8 +9,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::stream::{Abort, FrameReader, FrameWriter, split};
 use super::threads::FILES;
 use super::{
-    Context, archive, changes, clock, criu, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
-    terminal, tree, tunnel,
+    Context, archive, clock, criu, directory, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
+    terminal, tunnel, watch,
 };
 use crate::frame::{Frame, Kind};
 use crate::reply::{Done, ErrorReply};
@@ -98,10 +98,10 @@ where
         Request::Stat(request) => {
             json(&FILES.run(&mut exchange.input, move || files::stat(&request.path, request.follow)).await??)
         }
-        Request::List(request) => json(&tree::list(request, exchange).await?),
-        Request::Mkdir(request) => json(&FILES.run(&mut exchange.input, move || tree::make(&request)).await??),
-        Request::Rename(request) => json(&FILES.run(&mut exchange.input, move || tree::rename(&request)).await??),
-        Request::Remove(request) => json(&FILES.run(&mut exchange.input, move || tree::remove(&request)).await??),
+        Request::List(request) => json(&directory::list(request, exchange).await?),
+        Request::Mkdir(request) => json(&FILES.run(&mut exchange.input, move || directory::make(&request)).await??),
+        Request::Rename(request) => json(&FILES.run(&mut exchange.input, move || directory::rename(&request)).await??),
+        Request::Remove(request) => json(&FILES.run(&mut exchange.input, move || directory::remove(&request)).await??),
         Request::Secrets(request) => json(&secrets::take(context, request)?),
         Request::Stats => json(&stats::stats(context)?),
         Request::Hostname(request) => {
@@ -119,7 +119,7 @@ where
         Request::Revive(request) => json(&criu::revive(context, request).await?),
         Request::Detach => json(&main_command::detach(context)?),
         Request::Tunnel(request) => json(&tunnel::tunnel(request, exchange).await?),
-        Request::Watch(request) => json(&changes::watch(request, exchange).await?),
+        Request::Watch(request) => json(&watch::watch(request, exchange).await?),
         Request::Poweroff => return Ok(Outcome::Last(json(&Done {}), context.lifecycle.output())),
     };
     Ok(Outcome::Done(result))

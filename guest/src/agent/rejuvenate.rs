@@ -32,20 +32,20 @@ pub async fn rejuvenate(context: &Arc<Context>, request: Rejuvenate) -> Result<R
     Ok(done)
 }
 
-/// Renews what identifies the machine; the papers must have been prepared.
+/// Renews what identifies the machine; the identity files must have been prepared.
 pub fn renew(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, ErrorReply> {
-    let papers = context.papers();
-    let papers =
-        papers.as_ref().ok_or_else(|| ErrorReply::new(Code::BadRequest, "nothing was opened before the copying"))?;
-    let random = papers.random().and_then(|random| reseed(random, &request.seed));
+    let identity = context.identity_files();
+    let identity =
+        identity.as_ref().ok_or_else(|| ErrorReply::new(Code::BadRequest, "nothing was opened before the copying"))?;
+    let random = identity.random().and_then(|random| reseed(random, &request.seed));
     random.map_err(|error| ErrorReply::io("random", &error))?;
     let clock_step_ms = clock::set(request.now_ms).map_err(|error| ErrorReply::io("clock", &error))?;
     let mut done = Rejuvenated { renewed: vec!["random", "clock"], kept: Vec::new(), clock_step_ms };
-    done.note("hostname", papers.rename(&request.hostname));
-    done.note("machine-id", papers.renew_machine_id(&request.machine_id));
+    done.note("hostname", identity.rename(&request.hostname));
+    done.note("machine-id", identity.renew_machine_id(&request.machine_id));
     // A machine that has run nothing before is a copy to nobody in it.
     if request.config.is_none() {
-        done.note("generation", papers.renew_generation(&request.generation));
+        done.note("generation", identity.renew_generation(&request.generation));
     }
     if let Some(mac) = request.mac {
         done.note("mac", network::set_hardware_address(mac));

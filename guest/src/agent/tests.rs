@@ -31,14 +31,14 @@ fn machine() -> Machine {
             host = next;
         }
     });
-    let (sessions, current) = watch::channel(None);
+    let (sessions, current) = sync::watch::channel(None);
     let context = Arc::new(Context {
         config: Mutex::default(),
         lifecycle: Lifecycle::new(File::open("/").unwrap().into(), None, current),
         gate: Gate::new(),
         shares: Vec::new(),
         root: std::env::temp_dir().join("machinen-agent-test"),
-        papers: Mutex::default(),
+        identity_files: Mutex::default(),
         main: Mutex::default(),
         main_start: tokio::sync::Mutex::default(),
         lazy: LazyPages::default(),

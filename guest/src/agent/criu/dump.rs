@@ -9,7 +9,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::program::Criu;
 use super::record::{Record, Tree};
-use super::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, images, kdat, remove_images, trees, vfork};
+use super::{
+    DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, images, kdat, process_trees, remove_images, vfork,
+};
 use crate::agent::operation::Exchange;
 use crate::agent::stream::Abort;
 use crate::agent::threads::COMMANDS;
@@ -77,7 +79,7 @@ where
     let frozen = vfork::stop_commands(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
     // Freezing takes a moment; dumping takes as long as there is memory.
     let limit = request.timeout_ms.map_or(HANGS, Duration::from_millis).min(HANGS);
-    let (trees, pipes) = trees::read()?;
+    let (trees, pipes) = process_trees::read()?;
     for (n, tree) in trees.iter().enumerate() {
         save(criu, tree, &directory(n), request.tcp_close, limit).await?;
         if began.elapsed() > limit {

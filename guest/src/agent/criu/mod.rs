@@ -8,10 +8,10 @@ pub mod hook;
 mod images;
 mod kdat;
 mod lazy;
+mod process_trees;
 mod program;
 mod record;
 mod revive;
-mod trees;
 mod vfork;
 
 use std::fs;

@@ -17,7 +17,7 @@ use super::record::{Record, Tree};
 use super::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, hook, images, remove_images};
 use crate::agent::child::Child;
 use crate::agent::command::{self, Running};
-use crate::agent::papers::Papers;
+use crate::agent::identity_files::IdentityFiles;
 use crate::agent::stream::Abort;
 use crate::agent::{Context, archive, main_command, rejuvenate};
 use crate::reply::Rejuvenated;
@@ -35,7 +35,7 @@ pub async fn revive(context: &Arc<Context>, request: Revive) -> Result<Rejuvenat
     let images = IMAGES.lock().await;
     let record = Record::read().map_err(|error| Abort::io(DIR, &error))?;
     let criu = Criu::find()?;
-    *context.papers() = Some(Papers::prepare(&context.root));
+    *context.identity_files() = Some(IdentityFiles::prepare(&context.root));
     *context.config() = record.config.clone();
     let renewed = rejuvenate::renew(context, request.identity)?;
     archive::load(SHARED_MEMORY_ARCHIVE, SHARED_MEMORY).await?;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::AsyncRead;
 
-use super::trees::stat_fields;
+use super::process_trees::stat_fields;
 use crate::agent::freeze;
 use crate::agent::stream::{Abort, FrameReader};
 use crate::reply::{Code, ErrorReply};

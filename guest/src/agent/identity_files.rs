@@ -21,17 +21,17 @@ const RANDOM: &str = "/dev/urandom";
 
 /// Files to be used in a copy, each with why it cannot be.
 #[derive(Debug)]
-pub struct Papers {
+pub struct IdentityFiles {
     random: io::Result<File>,
     generation: io::Result<File>,
     machine_id: io::Result<File>,
     names: Names,
 }
 
-impl Papers {
+impl IdentityFiles {
     /// Opens what there is below `root`, `/` in a machine.
     pub fn prepare(root: &Path) -> Self {
-        Papers {
+        IdentityFiles {
             random: File::open(RANDOM),
             generation: open_generation(root),
             machine_id: open_machine_id(root),
@@ -111,7 +111,7 @@ mod tests {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, "").unwrap();
         fs::set_permissions(&path, Permissions::from_mode(0o444)).unwrap();
-        Papers::prepare(root.path()).renew_machine_id(ID).unwrap();
+        IdentityFiles::prepare(root.path()).renew_machine_id(ID).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", ID.to_lowercase()));
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o444);
     }
@@ -119,11 +119,11 @@ mod tests {
     #[test]
     fn only_a_file_can_be_a_machine_id() {
         let root = tempfile::tempdir().unwrap();
-        let papers = Papers::prepare(root.path());
-        assert_eq!(papers.renew_machine_id(ID).unwrap_err().kind(), io::ErrorKind::NotFound);
+        let identity = IdentityFiles::prepare(root.path());
+        assert_eq!(identity.renew_machine_id(ID).unwrap_err().kind(), io::ErrorKind::NotFound);
         assert!(!root.path().join(MACHINE_ID).exists());
         fs::create_dir_all(root.path().join(MACHINE_ID)).unwrap();
-        assert!(Papers::prepare(root.path()).renew_machine_id(ID).is_err());
+        assert!(IdentityFiles::prepare(root.path()).renew_machine_id(ID).is_err());
     }
 
     #[test]
@@ -131,8 +131,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join(GENERATION_DIR).join(GENERATION);
         for generation in ["one", "two"] {
-            let papers = Papers::prepare(root.path());
-            papers.renew_generation(generation).unwrap();
+            let identity = IdentityFiles::prepare(root.path());
+            identity.renew_generation(generation).unwrap();
             assert_eq!(fs::read_to_string(&path).unwrap(), format!("{generation}\n"));
         }
     }
