@@ -20,11 +20,12 @@ use tokio::net::unix::pipe;
 use zeroize::Zeroize;
 
 use super::child::Child;
+use super::context::Context;
+use super::format;
 use super::stream::{Abort, FrameReader};
 use super::threads::COMMANDS;
 use super::user::User;
 use super::vfork::{self, Start};
-use super::{Context, format};
 use crate::config::GuestConfig;
 use crate::errno;
 use crate::reply::{Code, ErrorReply, Exit};

@@ -12,8 +12,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::unix::pipe;
 use tokio::sync::{Mutex, Notify, watch};
 
-use super::Context;
 use super::command::{self, Running};
+use super::context::Context;
 use super::operation::Exchange;
 use super::stream::{Abort, CHUNK, Chunk, FrameReader, FrameWriter};
 use crate::frame::{Frame, INPUT_WINDOW, Kind};

@@ -7,10 +7,11 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest};
 
+use super::context::Context;
 use super::identity_files::IdentityFiles;
 use super::operation::Exchange;
+use super::shares;
 use super::stream::{Abort, FrameReader};
-use super::{Context, shares};
 use crate::frame::{Frame, Kind};
 use crate::reply::{Code, Done, ErrorReply};
 use crate::request::Freeze;

@@ -7,10 +7,11 @@ use std::sync::atomic::Ordering;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use super::context::Context;
 use super::criu::MainCommand;
 use super::operation::{Exchange, Outcome, json};
 use super::stream::Abort;
-use super::{Context, command, exec};
+use super::{command, exec};
 use crate::frame::Kind;
 use crate::reply::{Done, Exit, Started};
 use crate::request::{Exec, Main};

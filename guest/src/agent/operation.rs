@@ -6,10 +6,11 @@ use machinen_channel::Opener;
 use serde_json::value::{RawValue, to_raw_value};
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use super::context::Context;
 use super::stream::{Abort, FrameReader, FrameWriter, split};
 use super::threads::FILES;
 use super::{
-    Context, archive, clock, criu, directory, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
+    archive, clock, criu, directory, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
     terminal, tunnel, watch,
 };
 use crate::frame::{Frame, Kind};

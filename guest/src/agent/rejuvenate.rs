@@ -5,7 +5,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use super::{Context, clock, shares};
+use super::context::Context;
+use super::{clock, shares};
 use crate::reply::{Code, ErrorReply, Kept, Rejuvenated};
 use crate::request::Rejuvenate;
 use crate::system::{cgroup, network};

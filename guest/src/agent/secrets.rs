@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::Context;
+use super::context::Context;
 use crate::reply::{Code, ErrorReply};
 use crate::request::{self, Secret};
 

@@ -9,7 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Context, blocking};
+use super::context::Context;
+use super::threads::blocking;
 use crate::config::Share;
 use crate::reply::{Code, ErrorReply};
 use crate::system::shares;

@@ -5,7 +5,7 @@ use std::io;
 
 use rustix::time::{ClockId, clock_gettime};
 
-use super::Context;
+use super::context::Context;
 use crate::reply::{ErrorReply, Memory, Stats};
 use crate::system::cgroup;
 

@@ -4,13 +4,19 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs::File;
+use std::sync::Arc;
 
 use bytes::BytesMut;
-use machinen_channel::{Stream, connect_host, serve_guest};
+use machinen_channel::{Opener, Stream, connect_host, serve_guest};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::sync::{mpsc, watch};
 
-use super::*;
+use super::context::Context;
+use super::gate::Gate;
+use super::lifecycle::Lifecycle;
+use super::serve::{OPERATIONS_PORT, serve_session};
+use crate::config::GuestConfig;
 use crate::frame::{self, Kind};
 
 struct Machine {
@@ -31,22 +37,10 @@ fn machine() -> Machine {
             host = next;
         }
     });
-    let (sessions, current) = sync::watch::channel(None);
-    let context = Arc::new(Context {
-        config: Mutex::default(),
-        lifecycle: Lifecycle::new(File::open("/").unwrap().into(), None, current),
-        gate: Gate::new(),
-        shares: Vec::new(),
-        root: std::env::temp_dir().join("machinen-agent-test"),
-        identity_files: Mutex::default(),
-        main: Mutex::default(),
-        main_start: tokio::sync::Mutex::default(),
-        lazy: LazyPages::default(),
-        rejuvenated: Mutex::default(),
-        main_detached: AtomicBool::new(false),
-        terminals: Terminals::default(),
-        secrets: Mutex::default(),
-    });
+    let (sessions, current) = watch::channel(None);
+    let lifecycle = Lifecycle::new(File::open("/").unwrap().into(), None, current);
+    let root = std::env::temp_dir().join("machinen-agent-test");
+    let context = Arc::new(Context::new(GuestConfig::default(), lifecycle, Gate::new(), Vec::new(), root));
     let served = Arc::clone(&context);
     tokio::spawn(serve_guest(port, move |opener, incoming| {
         served.gate.new_session();

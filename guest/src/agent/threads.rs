@@ -203,6 +203,12 @@ pub async fn finished<T>(thread: JoinHandle<T>) -> Result<T, Abort> {
     thread.await.map_err(|error| Abort::io("thread", &error.into()))
 }
 
+/// Runs on a thread what may wait for a file system whose server does not answer (9p, FUSE): the agent goes on meanwhile.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ErrorReply> {
+    // Only a panic could lose the result, and that ends the whole agent.
+    spawn_blocking(work).await.map_err(|error| ErrorReply::io("thread", &error.into()))
+}
+
 /// A thread's way to the stream.
 pub struct Outgoing {
     /// `None`: nothing failed up to here, and data will follow.

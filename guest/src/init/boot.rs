@@ -9,15 +9,15 @@
 //! Under TCG every code path that runs for the first time costs its translation, so steps 1 and 2 do the least that lets the
 //! agent answer. A step that fails is named on the console in one line, and the machine is reset: it never hangs half made.
 
-use std::process::ExitCode;
+use std::convert::Infallible;
 use std::{fs, io};
 
 use serde::de::DeserializeOwned;
 
 use super::reaper;
-use crate::agent;
 use crate::config::{BootConfig, GuestConfig};
 use crate::system::console::{self, give_up};
+use crate::system::guest::Guest;
 use crate::system::phases::Phases;
 use crate::system::step::{Failed, Step};
 use crate::system::{mounts, root, shares};
@@ -27,22 +27,11 @@ const BOOT_CONFIG: &str = "/machinen-boot.json";
 /// The only version of `/machinen-boot.json` there is.
 const BOOT_VERSION: u32 = 1;
 
-/// Entry point of the binary. Comes back only where it is not pid 1.
-pub fn main() -> ExitCode {
-    if agent::criu_hook::is_called() {
-        return agent::criu_hook::main();
-    }
-    if std::process::id() != 1 {
-        eprintln!("machinen-init: runs as pid 1 of a machinen guest only");
-        return ExitCode::FAILURE;
-    }
-    match boot() {
-        Ok(never) => match never {},
-        Err(failed) => give_up(&failed),
-    }
-}
-
-fn boot() -> Result<std::convert::Infallible, Failed> {
+/// Makes the machine and starts `agent` in it. This process stays to bury what nobody else waits for.
+///
+/// # Errors
+/// The first step that failed.
+pub fn boot(agent: impl FnOnce(Guest) -> Result<Infallible, Failed>) -> Result<Infallible, Failed> {
     let mut phases = Phases::start();
     let guest: GuestConfig = read_json(GUEST_CONFIG)?;
     let boot: BootConfig = read_json(BOOT_CONFIG)?;
@@ -63,16 +52,16 @@ fn boot() -> Result<std::convert::Infallible, Failed> {
         -1 => Err(Failed::new("fork", io::Error::last_os_error())),
         0 => {
             drop(initramfs);
-            match agent::run(agent::Guest { config: guest, boot, writable, mounted, phases }) {
+            match agent(Guest { config: guest, boot, writable, mounted, phases }) {
                 Ok(never) => match never {},
                 Err(failed) => give_up(&failed),
             }
         }
         // The child has what it needs of `writable`; pid 1 keeps no descriptor but the console.
-        agent => {
+        pid => {
             drop((writable, mounted));
             root::free(initramfs)?;
-            reaper::reap_until_agent_ends(agent)
+            reaper::reap_until_agent_ends(pid)
         }
     }
 }

@@ -3,4 +3,4 @@
 mod boot;
 mod reaper;
 
-pub use boot::main;
+pub use boot::boot;

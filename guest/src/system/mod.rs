@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod console;
 mod disks;
 mod grow;
+pub mod guest;
 pub mod host_name;
 pub mod mounts;
 pub mod network;

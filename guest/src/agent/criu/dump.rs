@@ -12,10 +12,11 @@ use super::record::{Record, Tree};
 use super::{
     DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, images, kdat, process_trees, remove_images, vfork,
 };
+use crate::agent::context::Context;
 use crate::agent::operation::Exchange;
 use crate::agent::stream::Abort;
 use crate::agent::threads::COMMANDS;
-use crate::agent::{Context, archive, freeze};
+use crate::agent::{archive, freeze};
 use crate::frame::{Frame, Kind};
 use crate::reply::{Code, Done, Dumped, ErrorReply};
 use crate::request::Dump;

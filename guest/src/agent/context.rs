@@ -1,0 +1,80 @@
+//! The agent's state.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::criu::{LazyPages, MainCommand};
+use super::gate::Gate;
+use super::identity_files::IdentityFiles;
+use super::lifecycle::Lifecycle;
+use super::secrets::Secrets;
+use super::terminal::Terminals;
+use crate::config::{GuestConfig, Share};
+use crate::reply::Rejuvenated;
+
+/// What every operation can reach.
+pub struct Context {
+    /// A copy gets another environment.
+    config: Mutex<GuestConfig>,
+    pub lifecycle: Lifecycle,
+    pub gate: Gate,
+    /// What of the host's is shared.
+    pub shares: Vec<Share>,
+    /// `/`, unless this is a test.
+    pub root: PathBuf,
+    /// Of the last freeze: what a copy made during it writes.
+    identity_files: Mutex<Option<IdentityFiles>>,
+    /// The main command, once it runs.
+    main: Mutex<Option<MainCommand>>,
+    /// Held while it is being started: it cannot be started twice.
+    pub main_start: tokio::sync::Mutex<()>,
+    pub lazy: LazyPages,
+    /// What was renewed, in a copy.
+    rejuvenated: Mutex<Option<Rejuvenated>>,
+    /// It is to go on when its stream ends.
+    pub main_detached: AtomicBool,
+    pub terminals: Terminals,
+    secrets: Mutex<Secrets>,
+}
+
+impl Context {
+    /// Of a guest in which nothing has been done yet.
+    pub fn new(config: GuestConfig, lifecycle: Lifecycle, gate: Gate, shares: Vec<Share>, root: PathBuf) -> Self {
+        Self {
+            config: Mutex::new(config),
+            lifecycle,
+            gate,
+            shares,
+            root,
+            identity_files: Mutex::default(),
+            main: Mutex::default(),
+            main_start: tokio::sync::Mutex::default(),
+            lazy: LazyPages::default(),
+            rejuvenated: Mutex::default(),
+            main_detached: AtomicBool::new(false),
+            terminals: Terminals::default(),
+            secrets: Mutex::default(),
+        }
+    }
+
+    pub fn config(&self) -> MutexGuard<'_, GuestConfig> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn secrets(&self) -> MutexGuard<'_, Secrets> {
+        self.secrets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn main(&self) -> MutexGuard<'_, Option<MainCommand>> {
+        self.main.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn rejuvenated(&self) -> MutexGuard<'_, Option<Rejuvenated>> {
+        self.rejuvenated.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn identity_files(&self) -> MutexGuard<'_, Option<IdentityFiles>> {
+        self.identity_files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,99 @@
+//! The agent's life: one session after the other, and in each a task for every stream.
+
+use std::convert::Infallible;
+use std::io;
+use std::sync::Arc;
+
+use machinen_channel::{Incoming, Opener};
+use tokio::sync::{mpsc, watch};
+
+use super::context::Context;
+use super::gate::Gate;
+use super::lifecycle::Lifecycle;
+use super::{doorbell, operation, port, threads};
+use crate::config::BootConfig;
+use crate::system::after_doorbell;
+use crate::system::console::give_up;
+use crate::system::guest::Guest;
+use crate::system::phases::Phases;
+use crate::system::step::{Failed, Step};
+
+/// Where operations are served.
+pub const OPERATIONS_PORT: u32 = 1978;
+
+/// Serves until the machine is reset. Comes back only when it cannot serve at all.
+pub fn run(guest: Guest) -> Result<Infallible, Failed> {
+    keep_heap();
+    runtime().step("runtime")?.block_on(serve(guest))
+}
+
+fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(threads::MOST).build()
+}
+
+/// What is free below the top of the heap stays the agent's, up to this much.
+const KEPT_HEAP: libc::c_int = 4 << 20;
+
+/// Lets the buffers of a stream come from the heap and stay in it, instead of being mapped and given back each time.
+fn keep_heap() {
+    for option in [libc::M_TRIM_THRESHOLD, libc::M_MMAP_THRESHOLD] {
+        // SAFETY: sets a number of the allocator's.
+        unsafe { libc::mallopt(option, KEPT_HEAP) };
+    }
+}
+
+async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
+    guest.phases.mark("agent");
+    let port = port::open().await.step("channel")?;
+    guest.phases.mark("port");
+    let (sessions, current) = watch::channel(None);
+    let shares = std::mem::take(&mut guest.boot.shares);
+    let lifecycle = Lifecycle::new(guest.writable, guest.mounted, current);
+    let gate = if guest.boot.revive { Gate::closed() } else { Gate::new() };
+    let context = Arc::new(Context::new(guest.config, lifecycle, gate, shares, "/".into()));
+    let mut unfinished = Some((guest.boot, guest.phases));
+    machinen_channel::serve_guest(port, |opener, incoming| {
+        // Before anything of the session can ask.
+        context.gate.new_session();
+        sessions.send_replace(Some(opener.clone()));
+        let first = unfinished.take();
+        let context = Arc::clone(&context);
+        tokio::spawn(async move {
+            if let Some((boot, phases)) = first {
+                complete(&opener, &boot, phases).await;
+            }
+            serve_session(context, opener, incoming).await;
+        });
+    })
+    .await
+    .step("channel")?;
+    Err(Failed::new("channel", io::ErrorKind::UnexpectedEof.into()))
+}
+
+/// Tells the host that this guest is there, and makes the rest of it.
+async fn complete(opener: &Opener, boot: &BootConfig, mut phases: Phases) {
+    phases.mark("session");
+    doorbell::ring(opener, || {
+        phases.mark("doorbell");
+        after_doorbell::complete(boot, &mut phases).unwrap_or_else(|failed| give_up(&failed));
+        phases.mark("complete");
+    })
+    .await;
+    phases.mark("answered");
+    phases.print_if_asked();
+}
+
+pub async fn serve_session(context: Arc<Context>, session: Opener, mut incoming: mpsc::Receiver<Incoming>) {
+    while let Some(request) = incoming.recv().await {
+        let (context, session) = (Arc::clone(&context), session.clone());
+        tokio::spawn(async move {
+            if request.port != OPERATIONS_PORT {
+                return request.refuse();
+            }
+            // An opener that is gone already wants nothing.
+            if let Ok(stream) = request.accept().await {
+                operation::serve(&context, session, stream).await;
+            }
+        });
+    }
+}
