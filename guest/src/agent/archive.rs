@@ -14,8 +14,7 @@ use super::threads::{ARCHIVES, Incoming, Outgoing};
 use crate::frame::HEADER;
 use crate::reply::{Archived, Code, ErrorReply};
 use crate::request;
-use crate::system::after_doorbell;
-use crate::system::host_name::Names;
+use crate::system::host_name::{self, Names};
 
 /// Packs a directory's contents into a file.
 pub async fn save(directory: &'static str, file: &'static str) -> Result<(), Abort> {
@@ -75,7 +74,7 @@ where
     let packing = move |outgoing: &mut Outgoing| {
         let source = Source::filesystem("/", request.newest).map_err(|error| ErrorReply::io("/", &error))?;
         // The name in its files is this machine's alone: the same build gives the same image.
-        let unnamed = Names::open(Path::new("/")).rename(&after_doorbell::hostname(), "localhost");
+        let unnamed = Names::open(Path::new("/")).rename(&host_name::current(), "localhost");
         unnamed.map_err(|error| ErrorReply::io("/etc/hostname, /etc/hosts", &error))?;
         send(source, outgoing)
     };

@@ -9,8 +9,7 @@ use std::path::Path;
 use rustix::fs::FallocateFlags;
 use rustix::mount::MountFlags;
 
-use crate::system::after_doorbell;
-use crate::system::host_name::Names;
+use crate::system::host_name::{self, Names};
 
 /// What a program looks at to learn whether it has been copied; empty in a machine that is no copy.
 const GENERATION: &str = "generation";
@@ -46,7 +45,7 @@ impl IdentityFiles {
 
     /// Gives the machine another name.
     pub fn rename(&self, hostname: &str) -> io::Result<()> {
-        after_doorbell::rename(hostname, &self.names)
+        host_name::rename(hostname, &self.names)
     }
 
     pub fn renew_generation(&self, generation: &str) -> io::Result<()> {

@@ -16,8 +16,7 @@ use super::{
 use crate::frame::{Frame, Kind};
 use crate::reply::{Done, ErrorReply};
 use crate::request::Request;
-use crate::system::after_doorbell;
-use crate::system::host_name::Names;
+use crate::system::host_name::{self, Names};
 
 /// What an operation has of its stream.
 pub struct Exchange<R, W> {
@@ -106,7 +105,7 @@ where
         Request::Secrets(request) => json(&secrets::take(context, request)?),
         Request::Stats => json(&stats::stats(context)?),
         Request::Hostname(request) => {
-            let renamed = after_doorbell::rename(&request.hostname, &Names::open(&context.root));
+            let renamed = host_name::rename(&request.hostname, &Names::open(&context.root));
             renamed.map_err(|error| ErrorReply::io("hostname", &error))?;
             json(&Done {})
         }

@@ -62,7 +62,7 @@ pub fn complete(boot: &BootConfig, phases: &mut Phases) -> Result<(), Failed> {
     // The agent is the last to go when memory runs out: without it the host cannot even see why.
     fs::write("/proc/self/oom_score_adj", "-1000").step("oom_score_adj")?;
     rustix::process::setrlimit(Resource::Nofile, AGENT_FILES).step("open files")?;
-    set_hostname(&boot.hostname).step("hostname")?;
+    host_name::set(&boot.hostname).step("hostname")?;
     // A disk that is the caller's own may have its own idea. An image whose files cannot be written runs without.
     if let Err(error) = host_name::write(Path::new("/"), &boot.hostname, boot.root == RootKind::Disk) {
         console::say(&format!("machinen-init: /etc/hostname, /etc/hosts: {error}"));
@@ -83,22 +83,4 @@ pub fn complete(boot: &BootConfig, phases: &mut Phases) -> Result<(), Failed> {
 /// Lets commands to come have pids of their own range.
 pub fn reserve_pids() -> io::Result<()> {
     fs::write("/proc/sys/kernel/ns_last_pid", RESERVED_PIDS)
-}
-
-/// The kernel's host name.
-pub fn hostname() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
-}
-
-/// Gives a running machine another name, in its files as well.
-pub fn rename(hostname: &str, files: &host_name::Names) -> io::Result<()> {
-    let old = self::hostname();
-    set_hostname(hostname)?;
-    files.rename(&old, hostname)
-}
-
-/// Sets the kernel's host name.
-pub fn set_hostname(hostname: &str) -> io::Result<()> {
-    rustix::system::sethostname(hostname.as_bytes())?;
-    Ok(())
 }

@@ -1,4 +1,5 @@
-//! The machine's name in its files: /etc/hostname, and /etc/hosts, by which programs find the address of `localhost` and of their own host.
+//! The machine's name: in the kernel, in /etc/hostname, and in /etc/hosts, where programs find the addresses of `localhost` and of their
+//! own host.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -14,6 +15,24 @@ const LOCALHOST: [(&str, &str); 2] =
     [("127.0.0.1", "127.0.0.1\tlocalhost\n"), ("::1", "::1\tlocalhost ip6-localhost ip6-loopback\n")];
 /// Larger files are left alone.
 const MAX_FILE: u64 = 1 << 20;
+
+/// The kernel's host name.
+pub fn current() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// Gives a running machine another name, in its files as well.
+pub fn rename(hostname: &str, files: &Names) -> io::Result<()> {
+    let old = current();
+    set(hostname)?;
+    files.rename(&old, hostname)
+}
+
+/// Sets the kernel's host name.
+pub fn set(hostname: &str) -> io::Result<()> {
+    rustix::system::sethostname(hostname.as_bytes())?;
+    Ok(())
+}
 
 /// Writes both files below `root`. What an image says of other hosts stays. With `keep` a file that is there stays as it is.
 pub fn write(root: &Path, name: &str, keep: bool) -> io::Result<()> {
@@ -45,7 +64,7 @@ fn read(path: &Path) -> io::Result<Option<String>> {
 }
 
 fn replace(path: &Path, text: &str) -> io::Result<()> {
-    set(&open(path, true)?, text)
+    set_text(&open(path, true)?, text)
 }
 
 fn open(path: &Path, create: bool) -> io::Result<File> {
@@ -54,7 +73,7 @@ fn open(path: &Path, create: bool) -> io::Result<File> {
     options.mode(0o644).open(path)
 }
 
-fn set(file: &File, text: &str) -> io::Result<()> {
+fn set_text(file: &File, text: &str) -> io::Result<()> {
     file.write_all_at(text.as_bytes(), 0)?;
     file.set_len(text.len() as u64)
 }
@@ -88,7 +107,7 @@ fn edit(file: &io::Result<File>, change: impl FnOnce(&str) -> String) -> io::Res
     file.read_exact_at(&mut text, 0)?;
     let Ok(text) = String::from_utf8(text) else { return Ok(()) };
     let new = change(&text);
-    if new == text { Ok(()) } else { set(file, &new) }
+    if new == text { Ok(()) } else { set_text(file, &new) }
 }
 
 /// Address and names of a line of hosts(5).
