@@ -8,7 +8,7 @@ use machinen_archive::{Error, Pieces, Source, Target};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::operation::Exchange;
+use super::exchange::Exchange;
 use super::stream::{Abort, CHUNK};
 use super::threads::{ARCHIVES, Incoming, Outgoing};
 use crate::frame::HEADER;

@@ -9,8 +9,8 @@ use std::path::Path;
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use super::exchange::Exchange;
 use super::files;
-use super::operation::Exchange;
 use super::stream::{Abort, CHUNK};
 use super::threads::{FILES, Outgoing};
 use crate::frame::HEADER;

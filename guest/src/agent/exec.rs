@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, Notify, watch};
 
 use super::command::{self, Running};
 use super::context::Context;
-use super::operation::Exchange;
+use super::exchange::Exchange;
 use super::stream::{Abort, CHUNK, Chunk, FrameReader, FrameWriter};
 use crate::frame::{Frame, INPUT_WINDOW, Kind};
 use crate::reply::{Exit, Started};

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::operation::Exchange;
+use super::exchange::Exchange;
 use super::stream::{Abort, CHUNK};
 use super::threads::{FILES, Incoming, Outgoing};
 use crate::frame::HEADER;

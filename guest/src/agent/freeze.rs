@@ -8,8 +8,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest};
 
 use super::context::Context;
+use super::exchange::Exchange;
 use super::identity_files::IdentityFiles;
-use super::operation::Exchange;
 use super::shares;
 use super::stream::{Abort, FrameReader};
 use crate::frame::{Frame, Kind};

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use machinen_channel::{Opener, Stream};
-use serde_json::value::RawValue;
+use serde::Serialize;
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
@@ -85,7 +85,7 @@ impl Lifecycle {
 
     /// Ends the machine: kills all commands, announces the end with `result` and waits (not for long) until it is `delivered`, brings
     /// the disk in order.
-    pub async fn power_off(&self, output: Output, result: &RawValue, delivered: impl Future<Output = ()>) -> ! {
+    pub async fn power_off(&self, output: Output, result: &impl Serialize, delivered: impl Future<Output = ()>) -> ! {
         // Failures are not reported on the way down: the machine ends in any case, and whoever looks at the disk sees for himself.
         let _ = cgroup::kill_workload();
         let announced = async { tokio::join!(output.end(result), delivered) };
@@ -150,7 +150,7 @@ impl Output {
     }
 
     /// Sends the last frame and waits until the host has closed the stream, so that it is known to have arrived.
-    async fn end(mut self, result: &RawValue) {
+    async fn end(mut self, result: &impl Serialize) {
         let Some(stream) = self.stream().await else { return };
         if stream.send_json(Kind::End, result).await.is_err() {
             return;

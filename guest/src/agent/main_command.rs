@@ -9,16 +9,28 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::context::Context;
 use super::criu::MainCommand;
-use super::operation::{Exchange, Outcome, json};
+use super::exchange::Exchange;
+use super::lifecycle::Output;
 use super::stream::Abort;
 use super::{command, exec};
 use crate::frame::Kind;
 use crate::reply::{Done, Exit, Started};
 use crate::request::{Exec, Main};
 
-/// Runs the configured command. Once it has started nothing leads back but the end of the machine; a command that cannot be started
-/// is an error like any other, and the host decides what to do about it.
-pub async fn run<R, W>(context: &Arc<Context>, request: Main, exchange: &mut Exchange<R, W>) -> Result<Outcome, Abort>
+/// The main command's end, and the machine's with it.
+pub struct Ended {
+    pub exit: Exit,
+    /// Where the end is announced.
+    pub announced: Output,
+}
+
+/// Runs the configured command; `None`: it was started detached. Once it has started nothing leads back but the end of the machine; a command
+/// that cannot be started is an error like any other, and the host decides what to do about it.
+pub async fn run<R, W>(
+    context: &Arc<Context>,
+    request: Main,
+    exchange: &mut Exchange<R, W>,
+) -> Result<Option<Ended>, Abort>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -46,14 +58,14 @@ where
         let started = Started { pid: running.process.pid.as_raw_pid().cast_unsigned() };
         tokio::spawn(attend_detached(Arc::clone(context), running));
         exchange.output.send_json(Kind::Started, &started).await?;
-        return Ok(Outcome::Done(json(&Done {})));
+        return Ok(None);
     }
     // In a copy nobody is attached to it any more.
-    let mut detached = context.lifecycle.output();
-    let exit = exec::attend(running, exchange, &context.main_detached, &mut detached).await;
+    let mut announced = context.lifecycle.output();
+    let exit = exec::attend(running, exchange, &context.main_detached, &mut announced).await;
     // When that fails, it was killed because its stream ended or made no sense.
     let exit = exit.unwrap_or(Exit::Signal { signal: libc::SIGKILL, oom_killed: false });
-    Ok(Outcome::Last(json(&exit), detached))
+    Ok(Some(Ended { exit, announced }))
 }
 
 /// From now on a main command with a stream goes on without it, as if it had been started detached.
@@ -78,5 +90,5 @@ pub async fn attend_detached(context: Arc<Context>, running: command::Running) {
     let exit = exec::pump_until_end(&running, &mut output).await;
     // Only reading a pipe or waiting can have failed; then it is as lost as a killed one.
     let exit = exit.unwrap_or(Exit::Signal { signal: libc::SIGKILL, oom_killed: false });
-    context.lifecycle.power_off(output, &json(&exit), async {}).await
+    context.lifecycle.power_off(output, &exit, async {}).await
 }

@@ -9,6 +9,7 @@ mod context;
 mod criu;
 mod directory;
 mod doorbell;
+mod exchange;
 mod exec;
 mod files;
 mod format;

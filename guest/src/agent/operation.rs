@@ -7,7 +7,9 @@ use serde_json::value::{RawValue, to_raw_value};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::context::Context;
-use super::stream::{Abort, FrameReader, FrameWriter, split};
+use super::exchange::Exchange;
+use super::main_command::Ended;
+use super::stream::{Abort, split};
 use super::threads::FILES;
 use super::{
     archive, clock, criu, directory, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
@@ -17,21 +19,6 @@ use crate::frame::{Frame, Kind};
 use crate::reply::{Done, ErrorReply};
 use crate::request::Request;
 use crate::system::host_name::{self, Names};
-
-/// What an operation has of its stream.
-pub struct Exchange<R, W> {
-    pub input: FrameReader<R>,
-    pub output: FrameWriter<W>,
-    /// The stream's session.
-    pub session: Opener,
-}
-
-impl<R, W> Exchange<R, W> {
-    /// Whether the whole session has ended, and with it the stream: the host did not leave this operation, another host comes.
-    pub fn session_is_over(&self) -> bool {
-        !self.session.is_connected()
-    }
-}
 
 /// Serves one stream of `session` to its end.
 pub async fn serve<S: AsyncRead + AsyncWrite>(context: &Arc<Context>, session: Opener, stream: S) {
@@ -54,7 +41,7 @@ pub async fn serve<S: AsyncRead + AsyncWrite>(context: &Arc<Context>, session: O
 }
 
 /// How an operation ends.
-pub enum Outcome {
+enum Outcome {
     /// With this result.
     Done(Box<RawValue>),
     /// With this result, and the machine with it, which is announced there.
@@ -89,7 +76,10 @@ where
         Request::Pty(request) => json(&terminal::pty(context, request, exchange).await?),
         Request::Sessions => json(&context.terminals.list()),
         Request::SessionKill(request) => json(&context.terminals.kill(&request.session).await?),
-        Request::Main(request) => return main_command::run(context, request, exchange).await,
+        Request::Main(request) => match main_command::run(context, request, exchange).await? {
+            None => json(&Done {}),
+            Some(Ended { exit, announced }) => return Ok(Outcome::Last(json(&exit), announced)),
+        },
         Request::Write(request) => json(&files::write(request, exchange).await?),
         Request::Read(request) => json(&files::read(request, exchange).await?),
         Request::Push(request) => json(&archive::push(request, exchange).await?),
@@ -140,6 +130,6 @@ fn waits_at_gate(request: &Request) -> bool {
 }
 
 /// Results are plain structures of numbers and strings, which always have a JSON form.
-pub fn json(result: &impl serde::Serialize) -> Box<RawValue> {
+fn json(result: &impl serde::Serialize) -> Box<RawValue> {
     to_raw_value(result).unwrap_or_else(|_| RawValue::NULL.to_owned())
 }

@@ -10,7 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::operation::Exchange;
+use super::exchange::Exchange;
 use super::stream::{Abort, FrameReader};
 use crate::frame::Kind;
 use crate::reply::{Code, Done, ErrorReply};

@@ -10,7 +10,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use super::operation::Exchange;
+use super::exchange::Exchange;
 use super::stream::{Abort, Chunk, FrameReader, FrameWriter};
 use super::threads::FILES;
 use crate::frame::Kind;

@@ -25,7 +25,7 @@ use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
-use super::operation::Exchange;
+use super::exchange::Exchange;
 use super::stream::{Abort, CHUNK};
 use super::threads::{self, WATCHES};
 use crate::errno;

@@ -13,7 +13,7 @@ use super::{
     DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, images, kdat, process_trees, remove_images, vfork,
 };
 use crate::agent::context::Context;
-use crate::agent::operation::Exchange;
+use crate::agent::exchange::Exchange;
 use crate::agent::stream::Abort;
 use crate::agent::threads::COMMANDS;
 use crate::agent::{archive, freeze};

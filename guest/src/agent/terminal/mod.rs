@@ -17,7 +17,7 @@ use self::pty::Pty;
 use self::screen::Screen;
 use self::session::{Client, Keyboard, Seen, Session};
 use super::context::Context;
-use super::operation::Exchange;
+use super::exchange::Exchange;
 use super::stream::{Abort, CHUNK, FrameReader};
 use super::threads::COMMANDS;
 use super::{command, exec};
