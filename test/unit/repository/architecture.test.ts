@@ -2,9 +2,7 @@ import { existsSync, readdirSync, readFileSync } from "node:fs"
 import * as path from "node:path"
 import { assert, describe, it } from "@effect/vitest"
 
-/**
- * Each may import those above it. A folder's files may import each other; ARCHITECTURE.md says what each folder is, in this order.
- */
+/** Each place may import those above it. A folder's files may import each other. ARCHITECTURE.md describes the places in this order. */
 const order = [
   "src/version.ts",
   "src/platform/",
@@ -62,6 +60,35 @@ const circles = (files: ReadonlyArray<string>): ReadonlyArray<string> => {
   return found
 }
 
+/** The imports between places, as `importer -> imported`, without those that follow from two or more others. */
+const directImports = (): ReadonlyArray<string> => {
+  const imported = new Map(order.map((place) => [place, new Set<string>()]))
+  for (const file of files) {
+    for (const target of ownImports(file)) {
+      const [from = "", to = ""] = [order[rank(file)], order[rank(target)]]
+      if (from !== to) imported.get(from)?.add(to)
+    }
+  }
+  const reaches = (from: string, to: string): boolean =>
+    [...(imported.get(from) ?? [])].some((next) => next === to || reaches(next, to))
+  return order.flatMap((from) => {
+    const all = [...(imported.get(from) ?? [])]
+    return all.filter((to) => !all.some((other) => other !== to && reaches(other, to))).map((to) => `${from} -> ${to}`)
+  })
+}
+
+/** The Mermaid block of ARCHITECTURE.md whose nodes are places: `id["src/place/"]`, and `id --> id` for an import. */
+const picture = () => {
+  const blocks = readFileSync("ARCHITECTURE.md", "utf8").match(/^```mermaid\n[\s\S]*?^```$/gm) ?? []
+  const block = blocks.find((text) => text.includes(`["${order[0]}"]`)) ?? ""
+  const nodes = [...block.matchAll(/^ *(\w+)\["([^"]+)"\]$/gm)].map(([, id = "", place = ""]) => [id, place] as const)
+  const places = new Map(nodes)
+  const edges = [...block.matchAll(/^ *(\w+) --> (\w+)$/gm)].map(
+    ([, from = "", to = ""]) => `${places.get(from)} -> ${places.get(to)}`
+  )
+  return { places: nodes.map(([, place]) => place), edges }
+}
+
 describe("architecture", () => {
   it("every file has a place in the order, and every place has files", () => {
     assert.deepStrictEqual(
@@ -93,6 +120,12 @@ describe("architecture", () => {
       told.map(([, place]) => place),
       order
     )
+  })
+
+  it("ARCHITECTURE.md draws the places in the same order, and the imports there are between them", () => {
+    const { edges, places } = picture()
+    assert.deepStrictEqual(places, order)
+    assert.deepStrictEqual([...edges].sort(), [...directImports()].sort())
   })
 
   it("every file and folder that ARCHITECTURE.md names exists", () => {
