@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
-use super::exec;
+use super::attend;
 use super::stream::{Abort, Chunk, FrameWriter};
 use crate::frame::Kind;
 use crate::system::cgroup;
@@ -163,7 +163,7 @@ impl Output {
     }
 }
 
-impl exec::Output for Output {
+impl attend::Output for Output {
     async fn send_chunk(&mut self, chunk: &mut Chunk, kind: Kind, length: usize) -> Result<(), Abort> {
         while let Some(stream) = self.stream().await {
             if stream.send_chunk(chunk, kind, length).await.is_ok() {

@@ -12,7 +12,7 @@ use super::criu::MainCommand;
 use super::exchange::Exchange;
 use super::lifecycle::Output;
 use super::stream::Abort;
-use super::{command, exec};
+use super::{attend, process};
 use crate::frame::Kind;
 use crate::reply::{Done, Exit, Started};
 use crate::request::{Exec, Main};
@@ -51,7 +51,7 @@ where
     if context.main().is_some() {
         return Err(Abort::bad("the main command has been started already"));
     }
-    let running = command::start(context, command, &mut exchange.input).await?;
+    let running = process::start(context, command, &mut exchange.input).await?;
     *context.main() = Some(described(&running).map_err(|error| Abort::io("main", &error))?);
     drop(starting);
     if request.detach {
@@ -62,7 +62,7 @@ where
     }
     // In a copy nobody is attached to it any more.
     let mut announced = context.lifecycle.output();
-    let exit = exec::attend(running, exchange, &context.main_detached, &mut announced).await;
+    let exit = attend::attend(running, exchange, &context.main_detached, &mut announced).await;
     // When that fails, it was killed because its stream ended or made no sense.
     let exit = exit.unwrap_or(Exit::Signal { signal: libc::SIGKILL, oom_killed: false });
     Ok(Some(Ended { exit, announced }))
@@ -78,16 +78,16 @@ pub fn detach(context: &Context) -> Result<Done, Abort> {
 }
 
 /// By the inodes of its pipes a dump knows which are its.
-pub fn described(running: &command::Running) -> io::Result<MainCommand> {
+pub fn described(running: &process::Running) -> io::Result<MainCommand> {
     let inode = |pipe: BorrowedFd<'_>| Ok::<_, io::Error>(rustix::fs::fstat(pipe)?.st_ino);
     let (stdout, stderr) = (inode(running.stdout.as_fd())?, inode(running.stderr.as_fd())?);
     Ok(MainCommand { pid: running.process.pid.as_raw_pid(), stdout, stderr })
 }
 
 /// Watches over a main command that nobody is attached to.
-pub async fn attend_detached(context: Arc<Context>, running: command::Running) {
+pub async fn attend_detached(context: Arc<Context>, running: process::Running) {
     let mut output = context.lifecycle.output();
-    let exit = exec::pump_until_end(&running, &mut output).await;
+    let exit = attend::pump_until_end(&running, &mut output).await;
     // Only reading a pipe or waiting can have failed; then it is as lost as a killed one.
     let exit = exit.unwrap_or(Exit::Signal { signal: libc::SIGKILL, oom_killed: false });
     context.lifecycle.power_off(output, &exit, async {}).await

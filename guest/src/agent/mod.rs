@@ -2,15 +2,14 @@
 //! which has threads (`threads`).
 
 mod archive;
+mod attend;
 mod child;
 mod clock;
-mod command;
 mod context;
 mod criu;
 mod directory;
 mod doorbell;
 mod exchange;
-mod exec;
 mod files;
 mod format;
 mod freeze;
@@ -20,6 +19,7 @@ mod lifecycle;
 mod main_command;
 mod operation;
 mod port;
+mod process;
 mod rejuvenate;
 mod secrets;
 mod serve;

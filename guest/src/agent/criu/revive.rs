@@ -16,9 +16,9 @@ use super::program::{self, Criu};
 use super::record::{Record, Tree};
 use super::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, hook, images, remove_images};
 use crate::agent::child::Child;
-use crate::agent::command::{self, Running};
 use crate::agent::context::Context;
 use crate::agent::identity_files::IdentityFiles;
+use crate::agent::process::{self, Running};
 use crate::agent::stream::Abort;
 use crate::agent::{archive, main_command, rejuvenate};
 use crate::reply::Rejuvenated;
@@ -79,7 +79,7 @@ async fn restore(
     pipes: &Pipes,
     lazy: bool,
 ) -> Result<(), Abort> {
-    let workload = command::workload().map_err(|error| Abort::io("cgroup", &error))?;
+    let workload = process::workload().map_err(|error| Abort::io("cgroup", &error))?;
     let mut run = criu.action("restore", directory);
     // As a child of this process, in the group it begins in.
     run.arg("--restore-detached").arg("--restore-sibling").arg("--manage-cgroups=ignore").in_group(workload);

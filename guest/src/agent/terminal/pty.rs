@@ -9,7 +9,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::Size;
+use super::operation::Size;
 
 pub struct Pty {
     master: AsyncFd<OwnedFd>,

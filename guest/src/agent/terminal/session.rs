@@ -10,11 +10,11 @@ use bytes::Bytes;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::sync::{Notify, mpsc, watch};
 
-use super::Size;
+use super::operation::Size;
 use super::pty::Pty;
 use super::screen::Screen;
-use crate::agent::command::Process;
-use crate::agent::exec::{Input, Steered};
+use crate::agent::attend::{Input, Steered};
+use crate::agent::process::Process;
 use crate::agent::stream::{Abort, CHUNK};
 use crate::reply::{Code, ErrorReply, Exit, SessionInfo};
 use crate::system::cgroup;

@@ -12,9 +12,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::unix::pipe;
 use tokio::sync::{Mutex, Notify, watch};
 
-use super::command::{self, Running};
 use super::context::Context;
 use super::exchange::Exchange;
+use super::process::{self, Running};
 use super::stream::{Abort, CHUNK, Chunk, FrameReader, FrameWriter};
 use crate::frame::{Frame, INPUT_WINDOW, Kind};
 use crate::reply::{Exit, Started};
@@ -29,7 +29,7 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let running = command::start(context, request, &mut exchange.input).await?;
+    let running = process::start(context, request, &mut exchange.input).await?;
     attend(running, exchange, &AtomicBool::new(false), &mut Nowhere).await
 }
 
