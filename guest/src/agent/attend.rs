@@ -1,4 +1,4 @@
-//! The operation `exec`: a command's life on one stream.
+//! A command's life on one stream: its output goes out, and the host's frames steer it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,26 +12,14 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::unix::pipe;
 use tokio::sync::{Mutex, Notify, watch};
 
-use super::context::Context;
 use super::exchange::Exchange;
-use super::process::{self, Running};
+use super::process::Running;
 use super::stream::{Abort, CHUNK, Chunk, FrameReader, FrameWriter};
 use crate::frame::{Frame, INPUT_WINDOW, Kind};
 use crate::reply::{Exit, Started};
-use crate::request::Exec;
 
 /// Highest signal number there is.
 const MAX_SIGNAL: u8 = 64;
-
-/// Runs a command to its end. When the stream ends before, its process group is killed.
-pub async fn exec<R, W>(context: &Context, request: Exec, exchange: &mut Exchange<R, W>) -> Result<Exit, Abort>
-where
-    R: AsyncRead + Unpin,
-    W: AsyncWrite + Unpin,
-{
-    let running = process::start(context, request, &mut exchange.input).await?;
-    attend(running, exchange, &AtomicBool::new(false), &mut Nowhere).await
-}
 
 /// Says that `running` has started and connects it with the stream until it ends. In a copy, whose streams are lost, and once it
 /// `is_detached`, it goes on without input, and with its output going to `detached`.
@@ -146,15 +134,6 @@ impl<W: AsyncWrite + Unpin, D: Output> Output for Outlet<'_, W, D> {
             Err(abort) if self.bond.is_outlived(&abort) => self.detached.send_chunk(chunk, kind, length).await,
             sent => sent,
         }
-    }
-}
-
-/// Reads on so that the command never waits for a reader, for nobody.
-struct Nowhere;
-
-impl Output for Nowhere {
-    async fn send_chunk(&mut self, _: &mut Chunk, _: Kind, _: usize) -> Result<(), Abort> {
-        Ok(())
     }
 }
 

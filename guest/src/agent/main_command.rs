@@ -11,8 +11,9 @@ use super::context::Context;
 use super::criu::MainCommand;
 use super::exchange::Exchange;
 use super::lifecycle::Output;
+use super::process::Running;
 use super::stream::Abort;
-use super::{attend, process};
+use super::{attend, command};
 use crate::frame::Kind;
 use crate::reply::{Done, Exit, Started};
 use crate::request::{Exec, Main};
@@ -51,7 +52,7 @@ where
     if context.main().is_some() {
         return Err(Abort::bad("the main command has been started already"));
     }
-    let running = process::start(context, command, &mut exchange.input).await?;
+    let running = command::start(context, command, &mut exchange.input).await?;
     *context.main() = Some(described(&running).map_err(|error| Abort::io("main", &error))?);
     drop(starting);
     if request.detach {
@@ -78,14 +79,14 @@ pub fn detach(context: &Context) -> Result<Done, Abort> {
 }
 
 /// By the inodes of its pipes a dump knows which are its.
-pub fn described(running: &process::Running) -> io::Result<MainCommand> {
+pub fn described(running: &Running) -> io::Result<MainCommand> {
     let inode = |pipe: BorrowedFd<'_>| Ok::<_, io::Error>(rustix::fs::fstat(pipe)?.st_ino);
     let (stdout, stderr) = (inode(running.stdout.as_fd())?, inode(running.stderr.as_fd())?);
     Ok(MainCommand { pid: running.process.pid.as_raw_pid(), stdout, stderr })
 }
 
 /// Watches over a main command that nobody is attached to.
-pub async fn attend_detached(context: Arc<Context>, running: process::Running) {
+pub async fn attend_detached(context: Arc<Context>, running: Running) {
     let mut output = context.lifecycle.output();
     let exit = attend::pump_until_end(&running, &mut output).await;
     // Only reading a pipe or waiting can have failed; then it is as lost as a killed one.

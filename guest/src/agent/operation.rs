@@ -12,7 +12,7 @@ use super::main_command::Ended;
 use super::stream::{Abort, split};
 use super::threads::FILES;
 use super::{
-    archive, attend, clock, criu, directory, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
+    archive, clock, criu, directory, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
     terminal, tunnel, watch,
 };
 use crate::frame::{Frame, Kind};
@@ -72,7 +72,7 @@ where
         }
     }
     let result = match request {
-        Request::Exec(request) => json(&attend::exec(context, request, exchange).await?),
+        Request::Exec(request) => json(&exec::exec(context, request, exchange).await?),
         Request::Pty(request) => json(&terminal::pty(context, request, exchange).await?),
         Request::Sessions => json(&context.terminals.list()),
         Request::SessionKill(request) => json(&context.terminals.kill(&request.session).await?),

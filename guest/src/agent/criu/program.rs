@@ -13,7 +13,7 @@ use rustix::io::FdFlags;
 use rustix::process::Pid;
 
 use crate::agent::child::Child;
-use crate::agent::process;
+use crate::agent::lookup;
 use crate::reply::{Code, ErrorReply};
 
 /// Errors only: more is read by nobody and takes its time.
@@ -24,7 +24,7 @@ pub struct Criu(PathBuf);
 
 impl Criu {
     pub fn find() -> Result<Self, ErrorReply> {
-        let found = process::resolve("criu", process::DEFAULT_PATH, Path::new("/"));
+        let found = lookup::resolve("criu", lookup::DEFAULT_PATH, Path::new("/"));
         found.map(Self).map_err(|_| {
             let message = "the image has no criu, which saves and restores its processes";
             ErrorReply::new(Code::NotFound, message)

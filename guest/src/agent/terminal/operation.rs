@@ -16,7 +16,7 @@ use crate::agent::context::Context;
 use crate::agent::exchange::Exchange;
 use crate::agent::stream::{Abort, CHUNK, FrameReader};
 use crate::agent::threads::COMMANDS;
-use crate::agent::{attend, process};
+use crate::agent::{attend, command, lookup};
 use crate::frame::Kind;
 use crate::reply::{Code, Done, ErrorReply, Exit, SessionInfo, SessionList, Started};
 use crate::request::{Exec, Pty as Request};
@@ -177,13 +177,13 @@ async fn start<R: AsyncRead + Unpin>(
     let mut command = Exec { argv, env, cwd, user, stdin: true, secrets };
     if command.argv.is_empty() {
         let (config, asked) = (context.config().clone(), command.clone());
-        command.argv = COMMANDS.run(input, move || process::login_shell(&config, &asked)).await?;
+        command.argv = COMMANDS.run(input, move || lookup::login_shell(&config, &asked)).await?;
     }
     let argv = command.argv.clone();
     let failed = |error| Abort::io("terminal", &error);
     let pty = Pty::open(size).map_err(failed)?;
     let slave = pty.slave().try_clone_to_owned().map_err(failed)?;
-    let process = process::start_in(slave, context, command, input).await?;
+    let process = command::start_in(slave, context, command, input).await?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
     let created_ms = u64::try_from(now).unwrap_or(u64::MAX);
     let session = Arc::new(Session::new(name, argv, created_ms, size, pty, process));

@@ -1,0 +1,94 @@
+//! Starting a command as a request and the configuration describe it.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::io::AsyncRead;
+
+use super::context::Context;
+use super::lookup;
+use super::process::{self, Image, Process, Running, Stdio};
+use super::stream::{Abort, FrameReader};
+use super::threads::COMMANDS;
+use super::user::User;
+use super::vfork::Start;
+use crate::config::GuestConfig;
+use crate::reply::ErrorReply;
+use crate::request::{Exec, Secret};
+
+/// Starts what `request` describes, unless the stream that `input` comes from ends before: then what has been started is killed.
+pub async fn start<R: AsyncRead + Unpin>(
+    context: &Context,
+    request: Exec,
+    input: &mut FrameReader<R>,
+) -> Result<Running, Abort> {
+    let with_stdin = request.stdin;
+    let spawn = move |image: &Image, user: Option<&User>| process::spawn_with_pipes(image, user, with_stdin);
+    start_by(spawn, context, request, input).await
+}
+
+/// The same, in a session of its own whose terminal is `terminal`.
+pub async fn start_in<R: AsyncRead + Unpin>(
+    terminal: OwnedFd,
+    context: &Context,
+    request: Exec,
+    input: &mut FrameReader<R>,
+) -> Result<Process, Abort> {
+    let spawn = move |image: &Image, user: Option<&User>| {
+        user.map_or(Ok(()), |user| user.own(&terminal))?;
+        process::spawn(image, user, Stdio::Terminal(terminal.as_fd()))
+    };
+    start_by(spawn, context, request, input).await
+}
+
+/// With the configuration and the secrets of this moment.
+async fn start_by<R: AsyncRead + Unpin, T: Send + 'static>(
+    spawn: impl FnOnce(&Image, Option<&User>) -> io::Result<T> + Send + 'static,
+    context: &Context,
+    request: Exec,
+    input: &mut FrameReader<R>,
+) -> Result<T, Abort> {
+    let config = context.config().clone();
+    let secrets = context.secrets().named(&request.secrets)?;
+    let start = Arc::new(Start::default());
+    let starting = Arc::clone(&start);
+    let started = COMMANDS.run(input, move || execute(&config, &secrets, &request, starting, spawn)).await;
+    if started.is_err() {
+        start.call_off();
+    }
+    Ok(started??)
+}
+
+fn execute<T>(
+    config: &GuestConfig,
+    secrets: &[(String, Secret)],
+    request: &Exec,
+    start: Arc<Start>,
+    spawn: impl FnOnce(&Image, Option<&User>) -> io::Result<T>,
+) -> Result<T, ErrorReply> {
+    let user = request.user.as_deref().or(config.user.as_deref());
+    let user = user.map(|spec| User::find(spec, Path::new("/"))).transpose()?;
+    let mut environment = lookup::environment(config, request);
+    if let Some(user) = &user
+        && !request.env.contains_key("HOME")
+        && !config.env.contains_key("HOME")
+    {
+        environment.insert("HOME", &user.home);
+    }
+    environment.extend(secrets.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+    let cwd = lookup::working_directory(config, request)?;
+    let name = request.argv.first().map_or("", String::as_str);
+    let program = lookup::resolve(name, lookup::path_of(&environment), &cwd)?;
+    // Looked at before there is a process: one that waits for a file system cannot be frozen with the others, a thread need not be.
+    let _ = fs::metadata(cwd.join(&program));
+    let image = Image::new(start, &request.argv, &environment, &cwd, &program)
+        .map_err(|error| lookup::refused(name, &error))?;
+    spawn(&image, user.as_ref()).map_err(|error| match image.step() {
+        Image::ENTERS => lookup::cwd_refused(&cwd, &error),
+        Image::EXECUTES => lookup::refused_program(name, &cwd.join(&program), &error),
+        _ => lookup::refused(name, &error),
+    })
+}

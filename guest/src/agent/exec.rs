@@ -1,0 +1,32 @@
+//! The operation `exec`.
+
+use std::sync::atomic::AtomicBool;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::context::Context;
+use super::exchange::Exchange;
+use super::stream::{Abort, Chunk};
+use super::{attend, command};
+use crate::frame::Kind;
+use crate::reply::Exit;
+use crate::request::Exec;
+
+/// Runs a command to its end. When the stream ends before, its process group is killed.
+pub async fn exec<R, W>(context: &Context, request: Exec, exchange: &mut Exchange<R, W>) -> Result<Exit, Abort>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let running = command::start(context, request, &mut exchange.input).await?;
+    attend::attend(running, exchange, &AtomicBool::new(false), &mut Nowhere).await
+}
+
+/// Reads on so that the command never waits for a reader, for nobody.
+struct Nowhere;
+
+impl attend::Output for Nowhere {
+    async fn send_chunk(&mut self, _: &mut Chunk, _: Kind, _: usize) -> Result<(), Abort> {
+        Ok(())
+    }
+}
