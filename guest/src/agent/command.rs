@@ -44,7 +44,7 @@ pub async fn start_in<R: AsyncRead + Unpin>(
     start_by(spawn, context, request, input).await
 }
 
-/// With the configuration and the secrets of this moment.
+/// Starts the command by `spawn`, with the configuration and the secrets of this moment.
 async fn start_by<R: AsyncRead + Unpin, T: Send + 'static>(
     spawn: impl FnOnce(&Image, Option<&User>) -> io::Result<T> + Send + 'static,
     context: &Context,

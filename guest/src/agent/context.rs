@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::criu::{LazyPages, MainCommand};
+use super::criu::lazy::LazyPages;
+use super::criu::record::MainCommand;
 use super::gate::Gate;
 use super::identity_files::IdentityFiles;
 use super::lifecycle::Lifecycle;
 use super::secrets::Secrets;
-use super::terminal::Terminals;
+use super::terminal::table::Terminals;
 use crate::config::{GuestConfig, Share};
 use crate::reply::Rejuvenated;
 

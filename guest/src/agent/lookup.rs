@@ -25,18 +25,18 @@ pub fn login_shell(config: &GuestConfig, request: &Exec) -> Vec<String> {
     vec![shell.to_owned(), "-l".to_owned()]
 }
 
-/// Where its programs are.
+/// The directories that programs are looked up in.
 pub fn path_of<'a>(environment: &BTreeMap<&'a str, &'a str>) -> &'a str {
     environment.get("PATH").copied().unwrap_or_default()
 }
 
-/// What the agent, the configuration and the request say, each over what is before it.
+/// The command's variables: the request's, over the configuration's, over the defaults.
 pub fn environment<'a>(config: &'a GuestConfig, request: &'a Exec) -> BTreeMap<&'a str, &'a str> {
     let configured = config.env.iter().chain(&request.env).map(|(key, value)| (key.as_str(), value.as_str()));
     DEFAULT_ENV.into_iter().chain(configured).collect()
 }
 
-/// Where the command is to begin.
+/// The directory the command begins in. An image's own is made where it is missing.
 pub fn working_directory(config: &GuestConfig, request: &Exec) -> Result<PathBuf, ErrorReply> {
     let cwd = Path::new("/").join(request.cwd.as_deref().or(config.cwd.as_deref()).unwrap_or("/"));
     // Looked at beforehand: from a failed start one cannot tell whether directory or program was missing.

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::context::Context;
-use super::criu::MainCommand;
+use super::criu::record::MainCommand;
 use super::exchange::Exchange;
 use super::lifecycle::Output;
 use super::process::Running;

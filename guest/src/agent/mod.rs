@@ -9,6 +9,7 @@ mod command;
 mod context;
 mod criu;
 mod directory;
+mod disks;
 mod doorbell;
 mod exchange;
 mod exec;

@@ -12,8 +12,8 @@ use super::main_command::Ended;
 use super::stream::{Abort, split};
 use super::threads::FILES;
 use super::{
-    archive, clock, criu, directory, exec, files, freeze, lifecycle, main_command, rejuvenate, secrets, stats,
-    terminal, tunnel, watch,
+    archive, clock, criu, directory, exec, files, freeze, lifecycle, main_command, rejuvenate, stats, terminal, tunnel,
+    watch,
 };
 use crate::frame::{Frame, Kind};
 use crate::reply::{Done, ErrorReply};
@@ -92,7 +92,7 @@ where
         Request::Mkdir(request) => json(&FILES.run(&mut exchange.input, move || directory::make(&request)).await??),
         Request::Rename(request) => json(&FILES.run(&mut exchange.input, move || directory::rename(&request)).await??),
         Request::Remove(request) => json(&FILES.run(&mut exchange.input, move || directory::remove(&request)).await??),
-        Request::Secrets(request) => json(&secrets::take(context, request)?),
+        Request::Secrets(request) => json(&context.secrets().take(request)?),
         Request::Stats => json(&stats::stats(context)?),
         Request::Hostname(request) => {
             let renamed = host_name::rename(&request.hostname, &Names::open(&context.root));

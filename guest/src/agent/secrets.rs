@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::context::Context;
 use crate::reply::{Code, ErrorReply};
 use crate::request::{self, Secret};
 
@@ -26,26 +25,25 @@ pub struct Entrusted {
     skipped: Vec<String>,
 }
 
-/// Takes secrets in; with `forget`, in place of those there are.
-pub fn take(context: &Context, request: request::Secrets) -> Result<Entrusted, ErrorReply> {
-    let mut secrets = context.secrets();
-    if request.forget {
-        secrets.forget();
-    }
-    let (fine, skipped): (Vec<_>, Vec<_>) = request.values.into_iter().partition(|(name, _)| is_name(name));
-    let size = |(name, value): (&String, &Secret)| name.len() + value.len();
-    let bytes = secrets.0.iter().map(size).chain(fine.iter().map(|(name, value)| size((name, value)))).sum::<usize>();
-    if bytes > MAX_BYTES {
-        return Err(ErrorReply::new(
-            Code::BadRequest,
-            format!("{bytes} bytes of secrets; there is room for {MAX_BYTES}"),
-        ));
-    }
-    secrets.0.extend(fine);
-    Ok(Entrusted { stored: secrets.0.len(), skipped: skipped.into_iter().map(|(name, _)| name).collect() })
-}
-
 impl Secrets {
+    /// Takes secrets in; with `forget`, in place of those there are.
+    pub fn take(&mut self, request: request::Secrets) -> Result<Entrusted, ErrorReply> {
+        if request.forget {
+            self.forget();
+        }
+        let (fine, skipped): (Vec<_>, Vec<_>) = request.values.into_iter().partition(|(name, _)| is_name(name));
+        let size = |(name, value): (&String, &Secret)| name.len() + value.len();
+        let bytes = self.0.iter().map(size).chain(fine.iter().map(|(name, value)| size((name, value)))).sum::<usize>();
+        if bytes > MAX_BYTES {
+            return Err(ErrorReply::new(
+                Code::BadRequest,
+                format!("{bytes} bytes of secrets; there is room for {MAX_BYTES}"),
+            ));
+        }
+        self.0.extend(fine);
+        Ok(Entrusted { stored: self.0.len(), skipped: skipped.into_iter().map(|(name, _)| name).collect() })
+    }
+
     pub fn forget(&mut self) {
         self.0.clear();
     }

@@ -8,6 +8,7 @@ use machinen_channel::{Incoming, Opener};
 use tokio::sync::{mpsc, watch};
 
 use super::context::Context;
+use super::disks::Disks;
 use super::gate::Gate;
 use super::lifecycle::Lifecycle;
 use super::{doorbell, operation, port, threads};
@@ -48,7 +49,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
     guest.phases.mark("port");
     let (sessions, current) = watch::channel(None);
     let shares = std::mem::take(&mut guest.boot.shares);
-    let lifecycle = Lifecycle::new(guest.writable, guest.mounted, current);
+    let lifecycle = Lifecycle::new(Disks::new(guest.writable, guest.mounted), current);
     let gate = if guest.boot.revive { Gate::closed() } else { Gate::new() };
     let context = Arc::new(Context::new(guest.config, lifecycle, gate, shares, "/".into()));
     let mut unfinished = Some((guest.boot, guest.phases));

@@ -16,7 +16,7 @@ pub fn stats(context: &Context) -> Result<Stats, ErrorReply> {
 
 fn read(context: &Context) -> io::Result<Stats> {
     let meminfo = fs::read_to_string("/proc/meminfo")?;
-    let disk = rustix::fs::fstatvfs(context.lifecycle.writable())?;
+    let disk = rustix::fs::fstatvfs(context.lifecycle.disks().writable())?;
     let uptime = clock_gettime(ClockId::Boottime);
     Ok(Stats {
         memory: Memory {

@@ -13,6 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::sync::{mpsc, watch};
 
 use super::context::Context;
+use super::disks::Disks;
 use super::gate::Gate;
 use super::lifecycle::Lifecycle;
 use super::serve::{OPERATIONS_PORT, serve_session};
@@ -38,7 +39,7 @@ fn machine() -> Machine {
         }
     });
     let (sessions, current) = watch::channel(None);
-    let lifecycle = Lifecycle::new(File::open("/").unwrap().into(), None, current);
+    let lifecycle = Lifecycle::new(Disks::new(File::open("/").unwrap().into(), None), current);
     let root = std::env::temp_dir().join("machinen-agent-test");
     let context = Arc::new(Context::new(GuestConfig::default(), lifecycle, Gate::new(), Vec::new(), root));
     let served = Arc::clone(&context);

@@ -7,11 +7,10 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use super::place::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, remove_images};
 use super::program::Criu;
 use super::record::{Record, Tree};
-use super::{
-    DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, images, kdat, process_trees, remove_images, vfork,
-};
+use super::{images, kdat, process_trees, vfork};
 use crate::agent::context::Context;
 use crate::agent::exchange::Exchange;
 use crate::agent::stream::Abort;
@@ -37,7 +36,7 @@ where
     let prepared = async {
         let images = IMAGES.lock().await;
         kdat::remember(&criu).await;
-        remove_images(&context.lifecycle).await?;
+        remove_images(context.lifecycle.disks()).await?;
         fs::create_dir_all(DIR)?;
         Ok(images)
     };
@@ -50,14 +49,14 @@ where
         return Err(ErrorReply::new(Code::Busy, "a freeze is held already").into());
     }
     let held = hold(context, request, &criu, exchange).await;
-    context.lifecycle.thaw_disks();
+    context.lifecycle.disks().thaw();
     // The gate stays closed before commands that cannot be thawed.
     cgroup::thaw_workload().map_err(|error| Abort::io("thaw", &error))?;
     context.gate.open();
     let context = Arc::clone(context);
     tokio::spawn(async move {
         // What cannot be removed takes space and does no harm: the next dump tries again.
-        let _ = remove_images(&context.lifecycle).await;
+        let _ = remove_images(context.lifecycle.disks()).await;
         drop(images);
     });
     held
@@ -92,7 +91,7 @@ where
     let processes = trees.iter().map(|tree| tree.processes.len()).sum();
     let record = Record::new(context.config().clone(), *context.main(), trees, pipes, request.tcp_close);
     record.write().map_err(|error| Abort::io(DIR, &error))?;
-    context.lifecycle.freeze_disks().await.map_err(|error| Abort::io("the disk", &error))?;
+    context.lifecycle.disks().freeze().await.map_err(|error| Abort::io("the disk", &error))?;
     let frozen_ms = u64::try_from(frozen.elapsed().as_millis()).unwrap_or(u64::MAX);
     exchange.output.send_json(Kind::Started, &Dumped { frozen_ms, processes }).await?;
     match exchange.input.next().await? {

@@ -5,7 +5,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use super::DIR;
+use super::place::DIR;
 use crate::config::GuestConfig;
 
 const VERSION: u32 = 1;

@@ -12,9 +12,10 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
 use tokio::net::unix::pipe;
 
+use super::place::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, remove_images};
 use super::program::{self, Criu};
 use super::record::{Record, Tree};
-use super::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, hook, images, remove_images};
+use super::{hook, images};
 use crate::agent::child::Child;
 use crate::agent::context::Context;
 use crate::agent::identity_files::IdentityFiles;
@@ -60,7 +61,7 @@ pub async fn revive(context: &Arc<Context>, request: Revive) -> Result<Rejuvenat
     tokio::spawn(async move {
         context.lazy.finished().await;
         // As after a dump.
-        let _ = remove_images(&context.lifecycle).await;
+        let _ = remove_images(context.lifecycle.disks()).await;
         drop(images);
     });
     Ok(renewed)

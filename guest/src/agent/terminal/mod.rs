@@ -4,5 +4,7 @@ mod operation;
 mod pty;
 mod screen;
 mod session;
+mod size;
+pub mod table;
 
-pub use operation::{Terminals, pty};
+pub use operation::pty;

@@ -9,7 +9,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::operation::Size;
+use super::size::Size;
 
 pub struct Pty {
     master: AsyncFd<OwnedFd>,

@@ -2,7 +2,7 @@
 
 use vt100::Parser;
 
-use super::operation::Size;
+use super::size::Size;
 
 /// Larger screens are kept as if they had this size: a cell takes 32 bytes, twice.
 const LARGEST: (u16, u16) = (512, 256);

@@ -10,9 +10,9 @@ use bytes::Bytes;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::sync::{Notify, mpsc, watch};
 
-use super::operation::Size;
 use super::pty::Pty;
 use super::screen::Screen;
+use super::size::Size;
 use crate::agent::attend::{Input, Steered};
 use crate::agent::process::Process;
 use crate::agent::stream::{Abort, CHUNK};

@@ -1,0 +1,91 @@
+//! The disks that take writes: complete and clean for a copy, or for the end of the machine.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// `FIFREEZE`, `_IOWR('X', 119, int)`: writes everything out and leaves the filesystem as clean as an unmounted one.
+const FREEZE: libc::c_ulong = 0xc004_5877;
+/// `FITHAW`, `_IOWR('X', 120, int)`.
+const THAW: libc::c_ulong = 0xc004_5878;
+/// `FITRIM`, `_IOWR('X', 121, struct fstrim_range)`.
+const TRIM: libc::c_ulong = 0xc018_5879;
+
+/// A directory of each filesystem that takes writes.
+pub struct Disks {
+    /// Of the root's.
+    writable: OwnedFd,
+    /// Of the copy of a host directory.
+    mounted: Option<OwnedFd>,
+}
+
+impl Disks {
+    pub fn new(writable: OwnedFd, mounted: Option<OwnedFd>) -> Self {
+        Self { writable, mounted }
+    }
+
+    /// The filesystem that takes the root's writes.
+    pub fn writable(&self) -> &OwnedFd {
+        &self.writable
+    }
+
+    /// Every filesystem that takes writes.
+    fn all(&self) -> impl Iterator<Item = &OwnedFd> {
+        std::iter::once(&self.writable).chain(&self.mounted)
+    }
+
+    /// Writes everything to the disks and lets nothing more get there: a copy of them is complete and clean.
+    pub async fn freeze(&self) -> io::Result<()> {
+        for disk in self.all() {
+            let disk = disk.try_clone()?;
+            // On a thread: it takes as long as the disk does.
+            tokio::task::spawn_blocking(move || ask(&disk, FREEZE)).await.map_err(io::Error::other)??;
+        }
+        Ok(())
+    }
+
+    /// Ends that. A disk that is not frozen stays as it is.
+    pub fn thaw(&self) {
+        for disk in self.all() {
+            let _ = ask(disk, THAW);
+        }
+    }
+
+    /// Tells the host which of the disk's blocks hold nothing, so that its file has holes there.
+    pub async fn trim(&self) -> io::Result<()> {
+        let disk = self.writable.try_clone()?;
+        tokio::task::spawn_blocking(move || trim(&disk)).await.map_err(io::Error::other)?
+    }
+
+    /// Leaves the root's disk as clean as an unmounted one, for the end of the machine. A failure shows in the disk, and nobody is left to
+    /// tell of it.
+    pub fn freeze_root(&self) {
+        let _ = ask(&self.writable, FREEZE);
+    }
+}
+
+/// `struct fstrim_range` (linux/fs.h): all of it.
+#[repr(C)]
+struct TrimRange {
+    start: u64,
+    length: u64,
+    shortest: u64,
+}
+
+fn trim(disk: &OwnedFd) -> io::Result<()> {
+    // Blocks are free once the journal says so.
+    rustix::fs::syncfs(disk)?;
+    let mut range = TrimRange { start: 0, length: u64::MAX, shortest: 0 };
+    // SAFETY: the descriptor is open; the kernel reads and writes the structure, which outlives the call.
+    if unsafe { libc::ioctl(disk.as_raw_fd(), TRIM, &raw mut range) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn ask(disk: &OwnedFd, request: libc::c_ulong) -> io::Result<()> {
+    // SAFETY: the descriptor is open; the argument is not looked at.
+    if unsafe { libc::ioctl(disk.as_raw_fd(), request, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
