@@ -281,7 +281,7 @@ const archive = (
 ) => {
   let bytes = 0
   let toldAt = 0
-  const limited = vm.image(newest === undefined ? {} : { newest }).pipe(
+  const limited = vm.image(given({ newest })).pipe(
     Stream.mapError(
       (cause) =>
         new ProvisionError({

@@ -4,6 +4,7 @@ import { FileSystem } from "@effect/platform"
 import { Effect, Option, Schema } from "effect"
 import { ProvisionError } from "../errors.ts"
 import { cacheUnwritable, explained } from "../host/hostTools.ts"
+import { given } from "../platform/given.ts"
 import * as HostLock from "../platform/HostLock.ts"
 import * as processes from "../platform/processes.ts"
 import { sha256File } from "../platform/sha256File.ts"
@@ -485,8 +486,7 @@ const toImageConfig = (reference: string, { Cmd, Entrypoint, Env, ExposedPorts, 
     user: User == null || User === "" ? undefined : User,
     exposedPorts: ExposedPorts == null ? undefined : Object.keys(ExposedPorts)
   }
-  const given = Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined))
-  return Schema.decodeUnknown(ImageConfig)(given).pipe(asInvalid(reference, "its configuration"))
+  return Schema.decodeUnknown(ImageConfig)(given(fields)).pipe(asInvalid(reference, "its configuration"))
 }
 
 const readDocument = Effect.fnUntraced(function* (reference: string, file: string) {

@@ -1,6 +1,6 @@
 import { isUtf8 } from "node:buffer"
 import { Args, Command, Options } from "@effect/cli"
-import { Effect, Option } from "effect"
+import { Effect } from "effect"
 import { ParseError } from "../../errors.ts"
 import { Machinen } from "../../Machinen.ts"
 import { given } from "../../platform/given.ts"
@@ -92,7 +92,7 @@ export const exec = (tail: ReadonlyArray<string>) =>
           ...given({ stdin })
         }
         if (input.json) {
-          const result = yield* vm.execRaw(command, Option.isSome(limit) ? { timeout: limit.value } : {})
+          const result = yield* vm.execRaw(command, whenGiven({ timeout: limit }))
           yield* render.json({
             exitCode: result.exitCode,
             signal: result.signal,

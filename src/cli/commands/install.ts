@@ -5,6 +5,7 @@ import { baseNames } from "../../image/RootfsImage.ts"
 import { Machinen } from "../../Machinen.ts"
 import { HostProbe } from "../../machine/HostProbe.ts"
 import { Settings } from "../../Settings.ts"
+import { whenGiven } from "../options.ts"
 import * as render from "../render.ts"
 
 /** Progress goes to stderr: stdout is for what a command is asked for. */
@@ -77,6 +78,5 @@ export const install = Command.make(
       Options.withDescription("install what the tests and benches of a checkout need, too")
     )
   },
-  ({ from, verify, withTests }) =>
-    setUpWith({ verify, withTests, ...(from._tag === "Some" ? { from: from.value } : {}) })
+  ({ from, verify, withTests }) => setUpWith({ verify, withTests, ...whenGiven({ from }) })
 ).pipe(Command.withDescription("build and install what VMs need on this host"))

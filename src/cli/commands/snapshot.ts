@@ -4,7 +4,7 @@ import { Machinen } from "../../Machinen.ts"
 import { printable } from "../../platform/printable.ts"
 import type { EngineName } from "../../snapshot/BundleManifest.ts"
 import { ExitWith } from "../exit.ts"
-import { json } from "../options.ts"
+import { json, whenGiven } from "../options.ts"
 import * as render from "../render.ts"
 import { vmArg } from "./exec.ts"
 
@@ -91,7 +91,7 @@ export const snapshot = Command.make(
         leaveRunning: input.keepAlive,
         tcpClose: input.tcpClose,
         lazyUmount: input.lazyUmount,
-        ...(input.engine._tag === "Some" ? { engine: input.engine.value } : {})
+        ...whenGiven({ engine: input.engine })
       }
       if (input.dryRun) {
         yield* machinen.checkSnapshot(vm, options)
