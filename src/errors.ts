@@ -28,284 +28,265 @@ const fields = <const Codes extends ReadonlyArray<string>>(...codes: Codes) => (
   cause: Schema.optional(Schema.Defect)
 })
 
+// biome-ignore lint/suspicious/noExplicitAny: TypeScript takes no other class to be extended by a mixin
+type WithCode = new (...args: Array<any>) => { readonly code: string }
+
+/** Adds to a class of errors whether the same call may succeed when it is made again. */
+const withRetryable = <C extends WithCode>(Base: C) =>
+  class extends Base {
+    get retryable(): boolean {
+      return retryableCodes.has(this.code)
+    }
+  }
+
 /** A VM could not be started. Whatever the earlier steps of the boot acquired has been released when this is seen. */
-export class BootError extends Schema.TaggedError<BootError>()(
-  "BootError",
-  fields(
-    "BOOT_VMM_MISSING",
-    "BOOT_VMM_FAILED",
-    "BOOT_IMAGE_NOT_FOUND",
-    "BOOT_IMAGE_INVALID",
-    "BOOT_KERNEL_NOT_FOUND",
-    "BOOT_CMD_MISSING",
-    "BOOT_CMD_WITHOUT_IMAGE",
-    "BOOT_CWD_INVALID",
-    "BOOT_ENV_INVALID",
-    "BOOT_MEMORY_INVALID",
-    "BOOT_VCPUS_INVALID",
-    "BOOT_DISK_SIZE_INVALID",
-    "BOOT_OPTION_INVALID",
-    "BOOT_PORT_FORWARD_INVALID",
-    "BOOT_PORT_FORWARD_CONFLICT",
-    "BOOT_PORT_FORWARD_IN_USE",
-    "BOOT_MOUNT_INVALID",
-    "BOOT_MOUNT_HOST_NOT_FOUND",
-    "BOOT_MOUNTDISK_TOOL_MISSING",
-    "BOOT_MOUNTDISK_BUILD_FAILED",
-    "BOOT_LIVE_MOUNT_OVERRIDE_UNKNOWN",
-    "BOOT_PACK_FAILED",
-    "BOOT_NO_SPACE",
-    "BOOT_GUEST_FAILED",
-    "BOOT_READY_TIMEOUT",
-    "BOOT_TIMEOUT",
-    "BOOT_DETACHED_READINESS_FAILED",
-    "BOOT_STATE_DIR_UNUSABLE",
-    "BOOT_SNAPSHOT_NOT_FOUND",
-    "BOOT_SNAPSHOT_INVALID",
-    "BOOT_SNAPSHOT_MISMATCH",
-    "BOOT_SNAPSHOT_FOREIGN",
-    "BOOT_SNAPSHOT_ENGINE_INVALID",
-    "BOOT_REJUVENATION_FAILED",
-    "FORK_MEMORY_BACKPRESSURE"
+export class BootError extends withRetryable(
+  Schema.TaggedError<BootError>()(
+    "BootError",
+    fields(
+      "BOOT_VMM_MISSING",
+      "BOOT_VMM_FAILED",
+      "BOOT_IMAGE_NOT_FOUND",
+      "BOOT_IMAGE_INVALID",
+      "BOOT_KERNEL_NOT_FOUND",
+      "BOOT_CMD_MISSING",
+      "BOOT_CMD_WITHOUT_IMAGE",
+      "BOOT_CWD_INVALID",
+      "BOOT_ENV_INVALID",
+      "BOOT_MEMORY_INVALID",
+      "BOOT_VCPUS_INVALID",
+      "BOOT_DISK_SIZE_INVALID",
+      "BOOT_OPTION_INVALID",
+      "BOOT_PORT_FORWARD_INVALID",
+      "BOOT_PORT_FORWARD_CONFLICT",
+      "BOOT_PORT_FORWARD_IN_USE",
+      "BOOT_MOUNT_INVALID",
+      "BOOT_MOUNT_HOST_NOT_FOUND",
+      "BOOT_MOUNTDISK_TOOL_MISSING",
+      "BOOT_MOUNTDISK_BUILD_FAILED",
+      "BOOT_LIVE_MOUNT_OVERRIDE_UNKNOWN",
+      "BOOT_PACK_FAILED",
+      "BOOT_NO_SPACE",
+      "BOOT_GUEST_FAILED",
+      "BOOT_READY_TIMEOUT",
+      "BOOT_TIMEOUT",
+      "BOOT_DETACHED_READINESS_FAILED",
+      "BOOT_STATE_DIR_UNUSABLE",
+      "BOOT_SNAPSHOT_NOT_FOUND",
+      "BOOT_SNAPSHOT_INVALID",
+      "BOOT_SNAPSHOT_MISMATCH",
+      "BOOT_SNAPSHOT_FOREIGN",
+      "BOOT_SNAPSHOT_ENGINE_INVALID",
+      "BOOT_REJUVENATION_FAILED",
+      "FORK_MEMORY_BACKPRESSURE"
+    )
   )
 ) {
-  get retryable(): boolean {
+  override get retryable(): boolean {
     const { cause, code } = this
     // a detached VM was not ready for the reason that is the cause: a kernel that panics will do so again
     const isCauseFinal = code === "BOOT_DETACHED_READINESS_FAILED" && isMachinenError(cause) && !cause.retryable
-    return retryableCodes.has(code) && !isCauseFinal
+    return super.retryable && !isCauseFinal
   }
 }
 
 /** The program behind a guest's network card cannot be used. */
-export class GvproxyError extends Schema.TaggedError<GvproxyError>()("GvproxyError", fields("GVPROXY_NOT_FOUND")) {
-  get retryable() {
-    return retryableCodes.has(this.code)
-  }
-}
+export class GvproxyError extends withRetryable(
+  Schema.TaggedError<GvproxyError>()("GvproxyError", fields("GVPROXY_NOT_FOUND"))
+) {}
 
 /** A running VM could not be turned into a bundle. The VM goes on, and nothing is left where the bundle was to be. */
-export class SnapshotError extends Schema.TaggedError<SnapshotError>()(
-  "SnapshotError",
-  fields(
-    "SNAPSHOT_OPTION_INVALID",
-    "SNAPSHOT_NO_DISK",
-    "SNAPSHOT_DUMP_FAILED",
-    "SNAPSHOT_TIMEOUT",
-    "SNAPSHOT_MOUNT_BUSY"
+export class SnapshotError extends withRetryable(
+  Schema.TaggedError<SnapshotError>()(
+    "SnapshotError",
+    fields(
+      "SNAPSHOT_OPTION_INVALID",
+      "SNAPSHOT_NO_DISK",
+      "SNAPSHOT_DUMP_FAILED",
+      "SNAPSHOT_TIMEOUT",
+      "SNAPSHOT_MOUNT_BUSY"
+    )
   )
-) {
-  get retryable() {
-    return retryableCodes.has(this.code)
-  }
-}
+) {}
 
 /** A command could not be run, or ended in a way the caller asked to be told about. */
-export class ExecError extends Schema.TaggedError<ExecError>()("ExecError", {
-  ...fields(
-    "EXEC_AGENT_UNAVAILABLE",
-    "EXEC_AGENT_TIMEOUT",
-    "EXEC_NONZERO_EXIT",
-    "EXEC_PROTOCOL",
-    "EXEC_COMMAND_NOT_FOUND",
-    "EXEC_NOT_EXECUTABLE",
-    "EXEC_CWD_INVALID",
-    "EXEC_ARGUMENT_INVALID",
-    "EXEC_ARGUMENTS_TOO_LARGE",
-    "EXEC_TERMINAL_SIZE_INVALID",
-    "EXEC_NO_TERMINAL",
-    "EXEC_SESSION_INVALID",
-    "EXEC_SESSION_NOT_FOUND",
-    "EXEC_SESSION_IN_USE",
-    "EXEC_CANCELLED",
-    "EXEC_MOUNT_BUSY",
-    "EXEC_SECRET_UNKNOWN",
-    "EXEC_OUTPUT_TOO_LARGE",
-    "EXEC_VM_ENDED",
-    "EXEC_VM_FAILED",
-    "EXEC_FAILED"
-  ),
-  /** `EXEC_NONZERO_EXIT`: the command's exit code, 128 + signal when a signal ended it. */
-  exitCode: Schema.optional(Schema.Int)
-}) {
-  get retryable() {
-    return retryableCodes.has(this.code)
-  }
-}
+export class ExecError extends withRetryable(
+  Schema.TaggedError<ExecError>()("ExecError", {
+    ...fields(
+      "EXEC_AGENT_UNAVAILABLE",
+      "EXEC_AGENT_TIMEOUT",
+      "EXEC_NONZERO_EXIT",
+      "EXEC_PROTOCOL",
+      "EXEC_COMMAND_NOT_FOUND",
+      "EXEC_NOT_EXECUTABLE",
+      "EXEC_CWD_INVALID",
+      "EXEC_ARGUMENT_INVALID",
+      "EXEC_ARGUMENTS_TOO_LARGE",
+      "EXEC_TERMINAL_SIZE_INVALID",
+      "EXEC_NO_TERMINAL",
+      "EXEC_SESSION_INVALID",
+      "EXEC_SESSION_NOT_FOUND",
+      "EXEC_SESSION_IN_USE",
+      "EXEC_CANCELLED",
+      "EXEC_MOUNT_BUSY",
+      "EXEC_SECRET_UNKNOWN",
+      "EXEC_OUTPUT_TOO_LARGE",
+      "EXEC_VM_ENDED",
+      "EXEC_VM_FAILED",
+      "EXEC_FAILED"
+    ),
+    /** `EXEC_NONZERO_EXIT`: the command's exit code, 128 + signal when a signal ended it. */
+    exitCode: Schema.optional(Schema.Int)
+  })
+) {}
 
 /** A file or tree could not be moved into or out of a guest. */
-export class FilesError extends Schema.TaggedError<FilesError>()(
-  "FilesError",
-  fields(
-    "FILES_HOST_DIR_NOT_FOUND",
-    "FILES_HOST_IO",
-    "FILES_AGENT_UNAVAILABLE",
-    "FILES_NOT_FOUND",
-    "FILES_NO_SPACE",
-    "FILES_PATH_INVALID",
-    "FILES_RANGE_INVALID",
-    "FILES_WATCH_LIMIT",
-    "FILES_TOO_LARGE",
-    "FILES_PROTOCOL",
-    "FILES_GUEST_IO"
+export class FilesError extends withRetryable(
+  Schema.TaggedError<FilesError>()(
+    "FilesError",
+    fields(
+      "FILES_HOST_DIR_NOT_FOUND",
+      "FILES_HOST_IO",
+      "FILES_AGENT_UNAVAILABLE",
+      "FILES_NOT_FOUND",
+      "FILES_NO_SPACE",
+      "FILES_PATH_INVALID",
+      "FILES_RANGE_INVALID",
+      "FILES_WATCH_LIMIT",
+      "FILES_TOO_LARGE",
+      "FILES_PROTOCOL",
+      "FILES_GUEST_IO"
+    )
   )
-) {
-  get retryable() {
-    return retryableCodes.has(this.code)
-  }
-}
+) {}
 
 /** Secrets did not reach a guest. No part of this says what they are. */
-export class SecretsError extends Schema.TaggedError<SecretsError>()(
-  "SecretsError",
-  fields("SECRETS_VALUE_INVALID", "SECRETS_AGENT_UNAVAILABLE")
-) {
-  get retryable() {
-    return retryableCodes.has(this.code)
-  }
-}
+export class SecretsError extends withRetryable(
+  Schema.TaggedError<SecretsError>()("SecretsError", fields("SECRETS_VALUE_INVALID", "SECRETS_AGENT_UNAVAILABLE"))
+) {}
 
 /** A port of the host could not be led into a guest, or one connection into it failed. */
-export class TunnelError extends Schema.TaggedError<TunnelError>()(
-  "TunnelError",
-  fields(
-    "TUNNEL_PORT_IN_USE",
-    "TUNNEL_PORT_PRIVILEGED",
-    "TUNNEL_ADDRESS_INVALID",
-    "TUNNEL_TARGET_INVALID",
-    "TUNNEL_REFUSED",
-    "TUNNEL_BROKEN",
-    "TUNNEL_AGENT_UNAVAILABLE"
+export class TunnelError extends withRetryable(
+  Schema.TaggedError<TunnelError>()(
+    "TunnelError",
+    fields(
+      "TUNNEL_PORT_IN_USE",
+      "TUNNEL_PORT_PRIVILEGED",
+      "TUNNEL_ADDRESS_INVALID",
+      "TUNNEL_TARGET_INVALID",
+      "TUNNEL_REFUSED",
+      "TUNNEL_BROKEN",
+      "TUNNEL_AGENT_UNAVAILABLE"
+    )
   )
-) {
-  get retryable() {
-    return retryableCodes.has(this.code)
-  }
-}
+) {}
 
 /** The registry of running VMs refused: unknown VM, name taken, name not usable. */
-export class RegistryError extends Schema.TaggedError<RegistryError>()(
-  "RegistryError",
-  fields(
-    "REGISTRY_VM_NOT_FOUND",
-    "REGISTRY_VM_UNREACHABLE",
-    "REGISTRY_NAME_IN_USE",
-    "REGISTRY_NAME_INVALID",
-    "REGISTRY_IO"
+export class RegistryError extends withRetryable(
+  Schema.TaggedError<RegistryError>()(
+    "RegistryError",
+    fields(
+      "REGISTRY_VM_NOT_FOUND",
+      "REGISTRY_VM_UNREACHABLE",
+      "REGISTRY_NAME_IN_USE",
+      "REGISTRY_NAME_INVALID",
+      "REGISTRY_IO"
+    )
   )
-) {
-  get retryable() {
-    return retryableCodes.has(this.code)
-  }
-}
+) {}
 
 /** An image could not be turned into a bootable root filesystem. */
-export class ProvisionError extends Schema.TaggedError<ProvisionError>()(
-  "ProvisionError",
-  fields(
-    "PROVISION_BASE_NOT_FOUND",
-    "PROVISION_KERNEL_NOT_FOUND",
-    "PROVISION_DTB_NOT_FOUND",
-    "PROVISION_ASSETS_DIR_INVALID",
-    "PROVISION_INSTALL_HOOK_FAILED",
-    "PROVISION_DISK_TOO_SMALL",
-    "PROVISION_TIMEOUT",
-    "PROVISION_OUT_UNWRITABLE",
-    "PROVISION_OPTION_INVALID",
-    "ROOTFS_IMG_TOOL_MISSING",
-    "ROOTFS_IMG_NO_SPACE",
-    "ROOTFS_IMG_TOO_LARGE",
-    "ROOTFS_IMG_BUILD_FAILED",
-    "IMAGE_NOT_FOUND",
-    "IMAGE_INVALID",
-    "IMAGE_IN_USE",
-    "IMAGE_NAME_INVALID",
-    "IMAGE_PULL_FAILED",
-    "ROOTFS_IMG_IO"
+export class ProvisionError extends withRetryable(
+  Schema.TaggedError<ProvisionError>()(
+    "ProvisionError",
+    fields(
+      "PROVISION_BASE_NOT_FOUND",
+      "PROVISION_KERNEL_NOT_FOUND",
+      "PROVISION_DTB_NOT_FOUND",
+      "PROVISION_ASSETS_DIR_INVALID",
+      "PROVISION_INSTALL_HOOK_FAILED",
+      "PROVISION_DISK_TOO_SMALL",
+      "PROVISION_TIMEOUT",
+      "PROVISION_OUT_UNWRITABLE",
+      "PROVISION_OPTION_INVALID",
+      "ROOTFS_IMG_TOOL_MISSING",
+      "ROOTFS_IMG_NO_SPACE",
+      "ROOTFS_IMG_TOO_LARGE",
+      "ROOTFS_IMG_BUILD_FAILED",
+      "IMAGE_NOT_FOUND",
+      "IMAGE_INVALID",
+      "IMAGE_IN_USE",
+      "IMAGE_NAME_INVALID",
+      "IMAGE_PULL_FAILED",
+      "ROOTFS_IMG_IO"
+    )
   )
-) {
-  get retryable() {
-    return retryableCodes.has(this.code)
-  }
-}
+) {}
 
 /** A set of sandboxes was asked for one it does not hold, or to hold another under the same id. */
-export class SandboxError extends Schema.TaggedError<SandboxError>()(
-  "SandboxError",
-  fields("SANDBOX_ID_DUPLICATE", "SANDBOX_ID_UNKNOWN")
-) {
-  get retryable() {
-    return false
-  }
-}
+export class SandboxError extends withRetryable(
+  Schema.TaggedError<SandboxError>()("SandboxError", fields("SANDBOX_ID_DUPLICATE", "SANDBOX_ID_UNKNOWN"))
+) {}
 
 /** An initramfs could not be packed; what was at its place is as it was. */
-export class MkinitramfsError extends Schema.TaggedError<MkinitramfsError>()(
-  "MkinitramfsError",
-  fields(
-    "MKINITRAMFS_BUNDLE_INVALID",
-    "MKINITRAMFS_WORKSPACE_INVALID",
-    "MKINITRAMFS_WORKSPACE_TOO_LARGE",
-    "MKINITRAMFS_BASE_EXTRACT_FAILED",
-    "MKINITRAMFS_INIT_MISSING"
+export class MkinitramfsError extends withRetryable(
+  Schema.TaggedError<MkinitramfsError>()(
+    "MkinitramfsError",
+    fields(
+      "MKINITRAMFS_BUNDLE_INVALID",
+      "MKINITRAMFS_WORKSPACE_INVALID",
+      "MKINITRAMFS_WORKSPACE_TOO_LARGE",
+      "MKINITRAMFS_BASE_EXTRACT_FAILED",
+      "MKINITRAMFS_INIT_MISSING"
+    )
   )
-) {
-  get retryable() {
-    return false
-  }
-}
+) {}
 
 /** The CLI could not make sense of its arguments. Raised before any side effect. */
-export class ParseError extends Schema.TaggedError<ParseError>()(
-  "ParseError",
-  fields(
-    "PARSE_FLAG_UNKNOWN",
-    "PARSE_FLAG_MISSING_VALUE",
-    "PARSE_FLAG_DUPLICATE",
-    "PARSE_FLAG_MALFORMED",
-    "PARSE_PORT_INVALID",
-    "PARSE_ARGUMENT_MISSING",
-    "PARSE_ARGUMENT_UNKNOWN",
-    "PARSE_ARGUMENT_INVALID",
-    "PARSE_COMMAND_UNKNOWN",
-    "PARSE_ENVIRONMENT_INVALID"
+export class ParseError extends withRetryable(
+  Schema.TaggedError<ParseError>()(
+    "ParseError",
+    fields(
+      "PARSE_FLAG_UNKNOWN",
+      "PARSE_FLAG_MISSING_VALUE",
+      "PARSE_FLAG_DUPLICATE",
+      "PARSE_FLAG_MALFORMED",
+      "PARSE_PORT_INVALID",
+      "PARSE_ARGUMENT_MISSING",
+      "PARSE_ARGUMENT_UNKNOWN",
+      "PARSE_ARGUMENT_INVALID",
+      "PARSE_COMMAND_UNKNOWN",
+      "PARSE_ENVIRONMENT_INVALID"
+    )
   )
-) {
-  get retryable() {
-    return false
-  }
-}
+) {}
 
 /** Something set-up provides (kernel, guest binary, shim, base image) is not there or could not be built. */
-export class AssetError extends Schema.TaggedError<AssetError>()(
-  "AssetError",
-  fields(
-    "ASSET_MISSING",
-    "ASSET_BUILD_FAILED",
-    "ASSET_PREBUILT_INVALID",
-    "ASSET_SOURCE_MISSING",
-    "SETUP_NOT_ROOT",
-    "SETUP_PACKAGE_UNAVAILABLE",
-    "SETUP_TOOL_MISSING"
+export class AssetError extends withRetryable(
+  Schema.TaggedError<AssetError>()(
+    "AssetError",
+    fields(
+      "ASSET_MISSING",
+      "ASSET_BUILD_FAILED",
+      "ASSET_PREBUILT_INVALID",
+      "ASSET_SOURCE_MISSING",
+      "SETUP_NOT_ROOT",
+      "SETUP_PACKAGE_UNAVAILABLE",
+      "SETUP_TOOL_MISSING"
+    )
   )
-) {
-  get retryable() {
-    return false
-  }
-}
+) {}
 
 /** The hypervisor refused, or cannot be reached, on its own control socket. */
-export class VmmControlFailed extends Schema.TaggedError<VmmControlFailed>()("VmmControlFailed", {
-  ...fields(),
-  code: Schema.Literal("VMM_CONTROL_FAILED", "VMM_PAUSED").pipe(
-    Schema.propertySignature,
-    Schema.withConstructorDefault(() => "VMM_CONTROL_FAILED" as const)
-  )
-}) {
-  get retryable() {
-    return false
-  }
-}
+export class VmmControlFailed extends withRetryable(
+  Schema.TaggedError<VmmControlFailed>()("VmmControlFailed", {
+    ...fields(),
+    code: Schema.Literal("VMM_CONTROL_FAILED", "VMM_PAUSED").pipe(
+      Schema.propertySignature,
+      Schema.withConstructorDefault(() => "VMM_CONTROL_FAILED" as const)
+    )
+  })
+) {}
 
 /** The closed set a caller can see; services list only the members they can raise. */
 export const MachinenError = Schema.Union(
