@@ -13,10 +13,10 @@ import { Effect, Exit, Scope } from "effect"
  * however it ends.
  */
 
-/** The lock file of something that lies among many of its kind: in a directory beside theirs, where nobody takes it for one of them. */
+/** The lock file of `target`: in a directory beside the target's, so that no listing of the targets shows it. */
 export const fileFor = (target: string) => path.join(`${path.dirname(target)}.locks`, path.basename(target))
 
-/** The user's read and write, never through a symbolic link. Node opens with O_CLOEXEC: no other child keeps the lock. */
+/** Opens a lock file without following a symbolic link. Node adds O_CLOEXEC, so no other child keeps the lock. */
 const flags = constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW
 
 const failed = (file: string, cause: unknown) =>
@@ -60,8 +60,8 @@ const isSameFile = (file: string, fd: number) => {
 }
 
 /**
- * Takes the lock for the scope. Its holder removes the file before it lets go, so that no empty files pile up; one that waited for the
- * removed file finds that its name leads elsewhere now, and tries again.
+ * Takes the lock for the scope. The holder removes the file before it releases the lock, so that no empty files pile up. A process that
+ * waited for the removed file finds that the name leads to another file, or to none, and tries again.
  */
 const hold = (file: string): Effect.Effect<void, PlatformErrors.SystemError, Scope.Scope> =>
   Effect.uninterruptibleMask((restore) =>
@@ -86,8 +86,9 @@ const hold = (file: string): Effect.Effect<void, PlatformErrors.SystemError, Sco
   )
 
 /**
- * Runs an effect while nobody else on this host runs one under the same lock file. Waiting is an event, not a poll; it may be interrupted.
- * Fails, as `onFailure` says, when the file cannot be made or opened, or flock(1) cannot be run.
+ * Runs an effect while no other process on this host runs one under the same lock file. It waits for the lock without a time limit and
+ * without polling; the wait may be interrupted. The lock is released when the effect has ended. Fails with `onFailure`'s error when the file
+ * cannot be made or opened, or flock(1) cannot be run.
  */
 export const withLock =
   <F>(file: string, onFailure: (cause: PlatformErrors.SystemError) => F) =>

@@ -1,10 +1,10 @@
 import { createRequire } from "node:module"
 
-/** A program of this host in a terminal of its own. */
+/** A program of this host that runs in a pseudo-terminal. */
 export interface HostPty {
   readonly pid: number
   readonly onData: (listener: (bytes: Buffer) => void) => void
-  /** It has ended, and all it wrote has been handed out. */
+  /** Called once the program has ended and `onData` has been given all its output. */
   readonly onExit: (listener: (exit: { readonly exitCode: number; readonly signal?: number }) => void) => void
   readonly write: (bytes: Uint8Array) => void
   readonly resize: (columns: number, rows: number) => void
@@ -23,13 +23,13 @@ interface NodePty {
       readonly rows: number
       readonly cwd: string
       readonly env: Readonly<Record<string, string | undefined>>
-      /** Bytes, not text. */
+      /** `onData` gets bytes, not text. */
       readonly encoding: null
     }
   ) => HostPty
 }
 
-/** Loaded when it is used: it is native code, which nothing else needs. */
+/** Starts a program in a terminal. Loads the native module on the first call, because nothing else needs it. */
 export const spawn: NodePty["spawn"] = (file, args, options) => {
   const pty: NodePty = createRequire(import.meta.url)("@lydell/node-pty")
   return pty.spawn(file, args, options)

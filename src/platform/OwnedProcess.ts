@@ -3,23 +3,26 @@ import { createInterface } from "node:readline"
 import { Deferred, Effect, Exit, Mailbox, Runtime, type Scope, type Stream } from "effect"
 
 /**
- * A child that lives as long as we hold its stdin: it must end by itself when stdin does. That works in a crash of ours too, where no
- * finalizer runs.
+ * A child that lives as long as this process holds the child's stdin: the child must end when its stdin does. That works even when this
+ * process crashes and runs no finalizer.
  */
 export interface OwnedProcess {
   readonly pid: number
-  /** Its stdout, line by line; ends when it closes stdout, at the latest when it dies. May be run once. */
+  /** The child's stdout, line by line, up to the end of stdout. May be run once. */
   readonly lines: Stream.Stream<string>
   readonly writeLine: (line: string) => Effect.Effect<void>
-  /** Ends its stdin: "your owner is gone". */
+  /** Ends the child's stdin, which tells the child that its owner is gone. */
   readonly disown: Effect.Effect<void>
-  /** Lets go of it without ending stdin in its eyes, so that this process may exit; the child must have been told to expect that. */
+  /** Stops waiting for the child, so that this process may exit. That closes stdin: tell the child before to go on without an owner. */
   readonly release: Effect.Effect<void>
-  /** Completes when it has ended and its stdout is read. */
+  /** Completes when the child has ended and its stdout has been read. */
   readonly ended: Effect.Effect<void>
 }
 
-/** Starts a child in its own session, out of reach of the terminal's ctrl-c. Its stderr is discarded. */
+/**
+ * Starts a child in its own session, out of reach of the terminal's ctrl-c, in the directory `/`. The child's stderr is discarded. Closing
+ * the scope does not end the child: `disown` does. Fails with Node's error when the program cannot be started.
+ */
 export const start = (
   argv: readonly [string, ...ReadonlyArray<string>],
   env: Readonly<Record<string, string | undefined>>
@@ -35,11 +38,11 @@ export const start = (
       child.once("error", (error) => resume(Effect.fail(error)))
       child.once("spawn", () => resume(Effect.succeed(child)))
     })
-    child.stdin.on("error", () => {}) // EPIPE: it ended; `ended` tells
+    child.stdin.on("error", () => {}) // EPIPE: the child has ended, and `ended` says so
     const reader = createInterface({ input: child.stdout })
     reader.on("line", (line) => lines.unsafeOffer(line))
     child.once("close", () => {
-      lines.unsafeDone(Exit.void) // what was offered before is still read
+      lines.unsafeDone(Exit.void) // lines that were offered before can still be read
       runFork(Deferred.succeed(ended, undefined))
     })
 

@@ -1,4 +1,4 @@
-/** The last bytes of what is pushed, at most `capacity`; older ones are dropped. */
+/** Keeps the last `capacity` bytes of everything that is pushed. */
 export class Tail {
   readonly capacity: number
   #buffer = Buffer.alloc(0)
@@ -23,7 +23,7 @@ export class Tail {
     return this.bytes.toString()
   }
 
-  /** Up to twice the capacity is held, so that moving the tail to the front is rare. */
+  /** Makes room for `length` bytes. The buffer grows to twice the capacity, so that the tail is rarely moved to the front. */
   #makeRoom(length: number): void {
     const kept = this.#buffer.subarray(Math.max(0, this.#end + length - this.capacity), this.#end)
     const wanted = Math.min(2 * this.capacity, Math.max(4096, 2 * (kept.length + length)))

@@ -3,11 +3,11 @@ import { Effect } from "effect"
 import { Tail } from "./Tail.ts"
 
 /**
- * A Node stream that does not hold its writer back before somebody reads it: until then only the last bytes are kept for them. From the first
- * read on nothing is lost, and a reader that stalls stalls the writer; one that destroys the stream does not.
+ * A Node stream that nobody has to read. Until the first read it keeps the last `tailBytes` bytes only and never holds the writer back. From
+ * then on no byte is lost, and a reader that stalls holds the writer back; a reader that destroys the stream does not.
  */
 export class TailReadable extends Readable {
-  /** The last of all that was written, read or not. */
+  /** The last bytes that were written, whether they have been read or not. */
   readonly tail: Tail
   #state: "unread" | "read" = "unread"
   #ended = false
@@ -19,7 +19,7 @@ export class TailReadable extends Readable {
     this.tail = new Tail(tailBytes)
   }
 
-  /** Copies the bytes. Completes when there is room for more. */
+  /** Copies the bytes into the stream. Completes when the stream takes more. */
   write(bytes: Uint8Array): Effect.Effect<void> {
     return Effect.async((resume) => {
       this.tail.push(bytes)
@@ -32,13 +32,13 @@ export class TailReadable extends Readable {
     })
   }
 
-  /** Whoever writes does not wait for the reader any more: what is left is not much. */
+  /** From now on `write` does not wait for the reader. For the last bytes of a source that has ended: there are few of them. */
   readonly unlimit: Effect.Effect<void> = Effect.sync(() => {
     this.#unlimited = true
     this.#goOn()
   })
 
-  /** Nothing more will be written. */
+  /** Ends the stream after the bytes written so far. */
   readonly end: Effect.Effect<void> = Effect.sync(() => {
     if (this.#ended) return
     this.#ended = true

@@ -2,25 +2,28 @@ import * as net from "node:net"
 import { Effect, Queue, type Scope } from "effect"
 import { type Connection, fromSocket } from "./UnixSocket.ts"
 
-/** A client's connection. It is closed with its scope, and then at once: who wants what was written to arrive runs `finish` before. */
+/** A client's connection. Closing its scope closes it at once, with bytes that were not sent yet; run `finish` before to have them sent. */
 export interface Client extends Connection {
-  /** Half-close; completes when everything has been handed to the kernel. */
+  /** Half-closes the connection. Completes when all bytes have been handed to the kernel. */
   readonly finish: Effect.Effect<void>
-  /** Tells the client that this was no orderly end. */
+  /** Resets the connection (RST), which tells the client that this was no orderly end. */
   readonly reset: Effect.Effect<void>
 }
 
 export interface TcpListener {
   readonly address: string
   readonly port: number
-  /** Waits for the next client, which is the caller's from then on. */
+  /** Waits for the next client. The connection belongs to the caller's scope. */
   readonly accept: Effect.Effect<Client, never, Scope.Scope>
 }
 
-/** Clients that are served at one time; more are turned away. */
+/** Clients that may be connected at once. Node closes further ones. */
 const maxClients = 256
 
-/** Listens on an address of this host; port 0: on one that is free. Clients that nobody has accepted are closed with the scope. */
+/**
+ * Listens on an address of this host; port 0 takes a free port. Closing the scope closes the listener and the clients that were not
+ * accepted. Fails with Node's error (EADDRINUSE, EACCES, ...).
+ */
 export const listen = (host: string, port: number): Effect.Effect<TcpListener, NodeJS.ErrnoException, Scope.Scope> =>
   Effect.gen(function* () {
     const arrived = yield* Queue.unbounded<net.Socket>()
@@ -30,7 +33,7 @@ export const listen = (host: string, port: number): Effect.Effect<TcpListener, N
         server.maxConnections = maxClients
         server.once("error", (error) => resume(Effect.fail(error)))
         server.on("connection", (socket) => {
-          // until it is accepted: without a listener an error would end the process
+          // before the client is accepted nobody listens for its errors, and an error without a listener would end this process
           socket.on("error", () => {})
           arrived.unsafeOffer(socket)
         })

@@ -1,29 +1,29 @@
 import * as net from "node:net"
 import { Deferred, Effect, Option, type Scope, Stream } from "effect"
 
-/** Longest socket path the kernel takes: sun_path holds 108 bytes with the final NUL (unix(7)). */
+/** Longest socket path in bytes: sun_path holds 108 bytes with the final NUL (unix(7)). */
 export const maxPath = 107
 
 /**
  * A connection with backpressure both ways. Closed with its scope. Failures are Node's system errors (`code` ECONNREFUSED, ENOENT,
- * EPIPE, ...): who dials knows what they mean.
+ * EPIPE, ...), because only the caller knows what they mean.
  */
 export interface Connection {
-  /** The next piece of what the peer sends, as it arrives; `None` when the peer has ended. Nothing is read ahead while nobody asks. */
+  /** The next bytes that the peer sends, as they arrive; `None` at the end of file. Reads nothing ahead of the caller. */
   readonly read: Effect.Effect<Uint8Array, Option.Option<NodeJS.ErrnoException>>
-  /** All pieces. */
+  /** All bytes up to the end of file, by `read`. */
   readonly bytes: Stream.Stream<Uint8Array, NodeJS.ErrnoException>
-  /** Completes when the kernel or the queue has room for more. */
+  /** Writes bytes. Completes when the kernel or Node's queue has room for more. */
   readonly write: (bytes: Uint8Array) => Effect.Effect<void, NodeJS.ErrnoException>
-  /** Half-close: the peer reads to the end, we still read. */
+  /** Half-closes the connection: the peer reads to the end of file, and this side can still read. */
   readonly end: Effect.Effect<void>
-  /** For a child process to have instead: it goes on where this process has stopped reading and writing. */
+  /** The socket itself, to be handed to a child process, which goes on where this process has stopped reading and writing. */
   readonly socket: net.Socket
 }
 
 const destroy = (socket: net.Socket) => Effect.sync(() => socket.destroy())
 
-/** A socket of any kind. */
+/** A connection around any Node socket. The caller closes the socket. */
 export const fromSocket = (socket: net.Socket): Connection => {
   let failure: NodeJS.ErrnoException | undefined
   socket.on("error", (error) => {
@@ -53,7 +53,7 @@ export const fromSocket = (socket: net.Socket): Connection => {
 
 const closed = () => Object.assign(new Error("the connection is closed"), { code: "EPIPE" })
 
-/** The same connection from behind the bytes that were read too far. */
+/** The same connection, with `bytes` given to the reader first: they were read too far. */
 export const unread = (connection: Connection, bytes: Uint8Array): Connection => {
   let rest = bytes
   const read = Effect.suspend(() => {
@@ -66,9 +66,9 @@ export const unread = (connection: Connection, bytes: Uint8Array): Connection =>
 }
 
 /**
- * One read at a time: bytes already here, or the next that arrive. The reader's fiber takes them itself, so one that is interrupted loses
- * none and nothing has to be undone for it. Listeners stay from the first read on: with some for each read, or a finalizer, the garbage of
- * one read holds that of the next until a full collection (50 MiB for each GiB read, measured with --trace-gc).
+ * Reads the bytes that have arrived, or waits for the next. One read at a time. The reading fiber takes the bytes itself, so an interrupted
+ * read loses none and has nothing to undo. The listeners stay from the first read on. With listeners or a finalizer for each read, the garbage
+ * of one read would hold that of the next until a full collection (50 MiB for each GiB read, measured with --trace-gc).
  */
 const read = (socket: net.Socket, failure: () => NodeJS.ErrnoException | undefined) => {
   let wake: (() => void) | undefined
@@ -90,7 +90,7 @@ const read = (socket: net.Socket, failure: () => NodeJS.ErrnoException | undefin
   return take
 }
 
-/** Connects to a listening unix socket. What the caller must not be interrupted in, is not interrupted here either. */
+/** Connects to a listening unix socket. Can be interrupted only where the caller can be. Fails with Node's error (ENOENT, ECONNREFUSED, ...). */
 export const connect = (path: string): Effect.Effect<Connection, NodeJS.ErrnoException, Scope.Scope> =>
   acquire(
     Effect.async<net.Socket, NodeJS.ErrnoException>((resume) => {
@@ -105,7 +105,7 @@ export const connect = (path: string): Effect.Effect<Connection, NodeJS.ErrnoExc
     })
   )
 
-/** A socket for the scope. Waiting for it may be interrupted where the caller may be. */
+/** A socket that the scope destroys. Waiting for it can be interrupted only where the caller can be. */
 const acquire = <E>(waiting: Effect.Effect<net.Socket, E>): Effect.Effect<Connection, E, Scope.Scope> =>
   Effect.uninterruptibleMask((restore) =>
     restore(waiting).pipe(
@@ -115,8 +115,8 @@ const acquire = <E>(waiting: Effect.Effect<net.Socket, E>): Effect.Effect<Connec
   )
 
 /**
- * Listens on a path and hands out its first connection, also one that comes before somebody asks for it; later ones are refused. The socket
- * file goes with the scope, and with it a connection that nobody asked for.
+ * Listens on a path. The inner effect gives the first connection, also one that came before the effect was run; later ones are refused.
+ * Closing the scope removes the socket file, and closes a first connection that was never taken.
  */
 export const listenOnce = (
   path: string
@@ -129,7 +129,7 @@ export const listenOnce = (
         server.once("error", (error) => resume(Effect.fail(error)))
         server.once("connection", (socket) => {
           server.close()
-          // a reset before anybody reads: the reader finds the end
+          // a reset before the first read is no event then: the reader finds the end of file
           socket.on("error", () => {})
           Deferred.unsafeDone(first, Effect.succeed(socket))
         })

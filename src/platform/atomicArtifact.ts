@@ -4,8 +4,8 @@ import { Effect, identity, Option } from "effect"
 import * as HostLock from "./HostLock.ts"
 
 /**
- * Large files that are built once and then shared: a file counts only with its `.ok` marker, which is made when it is whole and on disk.
- * One without (a build cut short) is built again.
+ * Large files that are built once and then shared. A file counts only with its `.ok` marker, which is made once the file is whole and on disk.
+ * A file without a marker comes from a build that was cut short, and is built again.
  */
 const marker = (target: string) => `${target}.ok`
 
@@ -17,24 +17,24 @@ export const isComplete = (target: string) =>
     ]).pipe(Effect.map(([file, ok]) => file && ok))
   )
 
-/** The file is as it should be, whatever is in it: whoever says so has looked. */
+/** Makes the marker of a file that the caller knows to be whole. */
 export const markComplete = (target: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) => fs.writeFileString(marker(target), ""))
 
 export const unmark = (target: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) => fs.remove(marker(target), { force: true }))
 
-/** The marker of a file that may be about to be removed. */
+/** The name of the marker while a process decides whether to remove the file. */
 export const asideMarker = (target: string) => `${marker(target)}.aside`
 
-/** Notes that a file is used now. False: it does not count any more, or somebody looks whether it is to be removed. */
+/** Notes that a file is used now. False when the file has no marker: it was removed, or a process decides whether to remove it. */
 export const markUsed = (target: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) => {
     const now = new Date()
     return Effect.isSuccess(fs.utimes(marker(target), now, now))
   })
 
-/** When a file was used last, in milliseconds since 1970; one that does not count, when it was made. */
+/** When a file was used last, in Unix milliseconds. Of a file without a marker: when it was made. */
 export const lastUsedAt = (target: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) =>
     fs.stat(marker(target)).pipe(
@@ -44,13 +44,13 @@ export const lastUsedAt = (target: string) =>
     )
   )
 
-/** By who holds the lock: what somebody has set aside, and then was killed. */
+/** Gives a marker back that a killed process had set aside. The caller holds the lock. */
 const putBack = (target: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) => Effect.ignore(fs.rename(asideMarker(target), marker(target))))
 
 const locked = (target: string) => HostLock.withLock(HostLock.fileFor(target), identity)
 
-/** Complete, once nobody is looking whether it can be removed. */
+/** Whether the file is complete. Waits while another process decides whether to remove it. */
 export const isSettled = (target: string) =>
   Effect.flatMap(isComplete(target), (complete) =>
     complete
@@ -58,7 +58,10 @@ export const isSettled = (target: string) =>
       : Effect.zipRight(Effect.ignore(locked(target)(putBack(target))), isComplete(target))
   )
 
-/** Runs an effect, which may remove the file, while it does not count and nobody builds it; where it is still there, it counts again afterwards. */
+/**
+ * Runs an effect that may remove the file, while the file does not count and no process builds it. A file that is still there afterwards counts
+ * again.
+ */
 export const setAside =
   (target: string) =>
   <A, E, R>(effect: Effect.Effect<A, E, R>) =>
@@ -66,14 +69,14 @@ export const setAside =
       Effect.gen(function* () {
         const fs = yield* FileSystem.FileSystem
         yield* Effect.ignore(fs.rename(marker(target), asideMarker(target)))
-        // where the file is gone, so is its marker
+        // an effect that removes the file also removes the marker
         return yield* Effect.ensuring(effect, putBack(target))
       })
     )
 
 const stagingOf = (target: string) => `${target}.building`
 
-/** Removes what builds in a directory left that were killed, and that nobody has begun again since that time. */
+/** Removes the staging directories of killed builds in a directory, if no build has touched them since `before` (Unix milliseconds). */
 export const removeAbandoned = (dir: string, before: number) =>
   Effect.gen(function* () {
     const fs = yield* FileSystem.FileSystem
@@ -85,15 +88,15 @@ export const removeAbandoned = (dir: string, before: number) =>
         Option.flatMap(info, ({ mtime }) => mtime),
         (time) => Number(time) <= before
       )
-      // a build that goes on is waited for, and leaves nothing
+      // the lock waits for a build that is still running, which then leaves nothing
       const target = staging.slice(0, -stagingOf("").length)
       if (isOld) yield* Effect.ignore(locked(target)(fs.remove(staging, { recursive: true, force: true })))
     }
   })
 
 /**
- * Makes `target` from the file `image` that `build` leaves in a directory beside it; complete or not there. Any number of callers at once,
- * in any process, build it once.
+ * Makes `target`: `build` writes a file named `image` into the staging directory beside it, which is then synced and renamed. `target` is
+ * complete or not there. Any number of callers at once, in any process, build it once.
  */
 export const publish = <E, R>(target: string, build: (staging: string) => Effect.Effect<void, E, R>) =>
   locked(target)(
@@ -102,7 +105,7 @@ export const publish = <E, R>(target: string, build: (staging: string) => Effect
       yield* putBack(target)
       if (yield* isComplete(target)) return
       yield* unmark(target)
-      // a killed build's leftovers: we hold the lock, so nobody is at work on them
+      // a killed build has left this: we hold the lock, so no build uses it
       const staging = stagingOf(target)
       yield* fs.remove(staging, { recursive: true, force: true })
       yield* fs.makeDirectory(staging, { recursive: true, mode: 0o700 })

@@ -1,6 +1,6 @@
 import { Effect, Stream } from "effect"
 
-/** Lines of text from a peer that may never end one: `tooLong` when a line has more than `max` characters. */
+/** Splits a byte stream into lines. Fails with `tooLong` when a line has more than `max` characters, for a peer may never end its line. */
 export const boundedLines =
   <E2>(max: number, tooLong: () => E2) =>
   <E, R>(bytes: Stream.Stream<Uint8Array, E, R>): Stream.Stream<string, E | E2, R> =>

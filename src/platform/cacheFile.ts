@@ -4,8 +4,8 @@ import type { FileSystem } from "@effect/platform"
 import { Effect } from "effect"
 
 /**
- * Writes down what was found out, whole or not at all, while others may be noting the same. Losing a note costs finding it out again, so
- * nothing fails.
+ * Writes a cache file by rename, so that readers see it whole, whatever other processes write to the same name. Never fails: a lost file costs
+ * finding its content out again.
  */
 export const writeCacheFile = (fs: FileSystem.FileSystem, file: string, text: string): Effect.Effect<void> => {
   const draft = `${file}.${randomUUID()}`

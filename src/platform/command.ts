@@ -8,7 +8,7 @@ export interface Finished {
   readonly stderr: string
 }
 
-/** Runs a host tool to its end, whatever its exit code. Both pipes are drained, or it would block; interruption ends it. */
+/** Runs a host tool to its end and returns exit code and output, whatever the code is. Interruption ends the tool. */
 export const run = (
   argv: readonly [string, ...ReadonlyArray<string>],
   env: Readonly<Record<string, string>> = {}

@@ -9,12 +9,12 @@ export interface Written {
   readonly sha256: string
 }
 
-/** Of the time between two streams one is idle anyway; more compression would make the host the slower end. */
+/** gzip's level. A higher one would make the host slower than the guest that sends the stream. */
 const level = 4
 
 /**
- * Writes a stream to a file that is there and empty, as gzip unless `plain`, and says what the file holds then. The same bytes in give the same
- * bytes out. Complete means on disk.
+ * Writes a stream to an existing, empty file, as gzip unless `plain`. Returns the file's size in bytes and sha256 once it is on disk. The
+ * same input gives the same bytes. Fails with the stream's error or Node's.
  */
 export const write = <E, R>(
   file: string,
@@ -37,13 +37,13 @@ export const write = <E, R>(
               next(null, chunk)
             }
           })
-          // `flush`: closing syncs; the name that is given to the file later must not be there before its bytes
+          // `flush` syncs on close: the file gets its final name later, which must not be on disk before the bytes are
           pipeline(first, count, createWriteStream(file, { flags: "r+", flush: true }), (error) =>
             runFork(error ? Deferred.fail(done, error) : Deferred.succeed(done, undefined))
           )
           return first
         }),
-        // ends the pipeline if it has not ended; the file is closed when `done` is, whatever came of it
+        // ends the pipeline if it has not ended; the file is closed once `done` is completed, also by a failure
         (first) =>
           Effect.zipRight(
             Effect.sync(() => first.destroy()),
@@ -64,7 +64,7 @@ export const write = <E, R>(
         Effect.zipRight(Effect.sync(() => void first.end())),
         Effect.zipRight(Deferred.await(done))
       )
-      // a file that cannot be written is told at once, not when everything has been sent
+      // fails at once when the file cannot be written, not when the whole stream has been read
       yield* Effect.raceFirst(pushed, Effect.zipRight(Deferred.await(done), Effect.never))
       return { sizeBytes, sha256: hash.digest("hex") }
     })

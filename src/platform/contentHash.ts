@@ -18,8 +18,8 @@ const filesBelow = (base: string, relative: string, ignored: ReadonlySet<string>
 /**
  * sha256 over the relative paths and the bytes of files and directories below `base`; entries named in `ignored` do not count.
  *
- * Synchronous on purpose: every process that boots does this, and a hundred small files are read in a few milliseconds this way, against
- * a turn of the event loop for each.
+ * Synchronous on purpose: every process that boots a VM does this, and a hundred small files are read in a few milliseconds. Asynchronous
+ * reads would take a turn of the event loop for each.
  */
 export const contentHash = (
   base: string,

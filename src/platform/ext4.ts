@@ -4,10 +4,10 @@ import { Data, Effect, Option, Stream } from "effect"
 import { searchPath } from "./searchPath.ts"
 import { ToolFailed, ToolMissing } from "./tool.ts"
 
-/** An ext4 image whose file system cannot be read, or not that file of it. */
+/** The image's file system, or the file in it, cannot be read. */
 export class Ext4Unreadable extends Data.TaggedError("Ext4Unreadable")<{ readonly message: string }> {}
 
-/** The file is longer than the caller would read. */
+/** The file is longer than the caller's `maxBytes`. */
 export class Ext4TooLarge extends Data.TaggedError("Ext4TooLarge")<{ readonly message: string }> {}
 
 export type Ext4Error = Ext4Unreadable | Ext4TooLarge | ToolMissing | ToolFailed
@@ -18,8 +18,8 @@ const maxListing = 16 * 1024 * 1024
 const maxWords = 4096
 
 /**
- * What debugfs answers, no more than `maxBytes` of it. debugfs exits with 0 whatever became of the request, so an answer says something only
- * when it holds what it must hold.
+ * Asks debugfs, and fails when the answer has more than `maxBytes`. debugfs exits with 0 even when it could not serve the request, so callers
+ * check that the answer holds what it must hold.
  */
 const ask = (image: string, request: string, maxBytes: number) =>
   Effect.scoped(
@@ -52,7 +52,7 @@ const ask = (image: string, request: string, maxBytes: number) =>
     })
   ).pipe(Effect.catchTags({ BadArgument: missing, SystemError: missing }))
 
-/** `/inode/mode/uid/gid/name/size/`, a line for each entry of a directory; its own entry is `.`. */
+/** Parses a line of `ls -p`: `/inode/mode/uid/gid/name/size/`, one for each entry of a directory; the directory's own entry is `.`. */
 const entryOf = (line: string) => {
   const [, inode = "", mode = "", , , name = "", size = ""] = line.split("/")
   return { inode, name, isFile: mode.startsWith("10"), leadsOn: /^(04|12)/.test(mode), size: Number(size) }
@@ -69,8 +69,8 @@ const list = (image: string, dir: string) =>
 const lastLine = (text: string) => text.trim().split("\n").at(-1) ?? ""
 
 /**
- * Reads a file out of an ext4 image that nobody has mounted. None says for certain that the image has no such regular file; whatever keeps us
- * from knowing is an error.
+ * Reads a file out of an ext4 image that is not mounted. `None` means for certain that the image has no such regular file. Everything that
+ * leaves this open is an error: Ext4Unreadable, Ext4TooLarge, ToolMissing, ToolFailed.
  */
 export const readFile = Effect.fn("ext4.readFile")(function* (image: string, file: string, maxBytes: number) {
   const parts = file.split("/").filter((part) => part !== "")

@@ -6,29 +6,29 @@ import { Data, Effect, Option, Schema } from "effect"
 import { writeCacheFile } from "./cacheFile.ts"
 
 /**
- * A file as it is now. Whoever changes it changes one of these: the time of its last change (ctime) is the kernel's own and cannot be set
- * back, unlike the time of its last modification (mtime).
+ * The state of a file. Every change of the file changes one of these fields: no program can set the time of the last change (ctime) back,
+ * unlike the time of the last modification (mtime).
  */
 export const FileState = Schema.Struct({
   path: Schema.String,
   sizeBytes: Schema.Number,
-  /** Nanoseconds since 1970, which are more than a number can hold exactly. */
+  /** ctime in nanoseconds since 1970, as text: a number cannot hold it exactly. */
   changedNs: Schema.String,
   inode: Schema.Number,
   device: Schema.Number
 })
 export type FileState = typeof FileState.Type
 
-/** The coarsest clock that file times are taken from, with room to spare. */
+/** More than one tick of the coarsest clock that kernels take file times from (10 ms), in milliseconds. */
 export const clockTickMs = 50
 
-/** A file that cannot be looked at. */
+/** A file's state cannot be read; `cause` is Node's error. */
 export class FileUnreadable extends Data.TaggedError("FileUnreadable")<{
   readonly message: string
   readonly cause: unknown
 }> {}
 
-/** The state of a file, or why it cannot be looked at. */
+/** Reads the state of a file. Follows symbolic links. */
 export const read = (file: string): Effect.Effect<FileState, FileUnreadable> =>
   Effect.try({
     try: () => {
@@ -45,15 +45,15 @@ export const read = (file: string): Effect.Effect<FileState, FileUnreadable> =>
   })
 
 /**
- * Whether the file was last changed so long ago that another change would show in its state. Two changes within one tick of the clock have the
- * same time.
+ * Whether the last change is so long ago that another change would show in the state. Two changes within one tick of the clock have the same
+ * time.
  */
 export const isAtRest = ({ changedNs }: FileState): boolean =>
   Number(BigInt(changedNs) / 1_000_000n) < Date.now() - clockTickMs
 
 /**
- * Finds something out about a file and notes it in `dir` for the state of the file and `what` was asked. Only what was established is noted: a
- * failure is not, nor what was found in a file that was being changed.
+ * Runs `find` about a file, once for each state of the file: the result is kept in `dir`, under the state and `what` was asked. Failures are
+ * not kept, nor results about a file that was changing meanwhile. Fails as `find` does, and with FileUnreadable.
  */
 export const remembered = <A, E, R>(
   fs: FileSystem.FileSystem,

@@ -1,4 +1,4 @@
-/** The properties that have a value. An optional property that is left out is not the same as one that is `undefined`. */
+/** Leaves out the properties that are `undefined`: optional properties must be absent then (exactOptionalPropertyTypes). */
 export const given = <A extends object>(properties: A): Given<A> =>
   Object.fromEntries(Object.entries(properties).filter(([, value]) => value !== undefined)) as Given<A>
 

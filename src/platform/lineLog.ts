@@ -4,8 +4,8 @@ import { Effect, Scope } from "effect"
 import { memoizeSuccess } from "./memoizeSuccess.ts"
 
 /**
- * A log of lines in a file, which takes the place of an earlier one with its first line: who has nothing to say leaves that. Where it
- * cannot be written nothing is kept, and nothing fails. The file is closed with the scope.
+ * A log file. The first line replaces an earlier log; without a line the earlier log stays. Never fails: lines that cannot be written are
+ * lost. The file is closed with the scope.
  */
 export const make = (fs: FileSystem.FileSystem, file: string) =>
   Effect.gen(function* () {

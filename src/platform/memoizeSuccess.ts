@@ -1,9 +1,9 @@
 import { Effect, Option } from "effect"
 
 /**
- * Runs an effect until it has succeeded once with a value to `keep` (default: any), then gives that value to all. `Effect.cached` would keep
- * a failure or an interruption of the first caller as the answer for everybody. Callers at the same time wait for one run; when that is
- * interrupted, the next caller runs it.
+ * Runs an effect until it has succeeded with a value to `keep` (default: any value), then gives that value to every caller. `Effect.cached`
+ * would also keep a failure, or the interruption of the first caller. Concurrent callers wait for one run; when that run is interrupted, the
+ * next caller runs the effect.
  */
 export const memoizeSuccess = <A, E, R>(
   effect: Effect.Effect<A, E, R>,

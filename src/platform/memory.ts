@@ -5,7 +5,7 @@ import { Effect } from "effect"
 /** Physical memory of the host in bytes. */
 export const totalBytes: Effect.Effect<number> = Effect.sync(() => os.totalmem())
 
-/** What new processes can have without swapping: MemAvailable of /proc/meminfo (proc(5)); all of it where that cannot be read. */
+/** Bytes that new processes can have without swapping: MemAvailable of /proc/meminfo (proc(5)). All memory, when that cannot be read. */
 export const availableBytes: Effect.Effect<number> = Effect.async((resume) => {
   readFile("/proc/meminfo", "utf8", (_error, text) =>
     resume(Effect.succeed(parseAvailable(text ?? "") ?? os.totalmem()))

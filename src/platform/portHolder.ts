@@ -14,7 +14,7 @@ const attempt = <A>(look: () => A): A | undefined => {
   }
 }
 
-/** Of one listening socket, as /proc/net/tcp names it: state 0A, the port in hexadecimal behind the address (proc(5)). */
+/** Inodes of the sockets that listen on a port. A line of /proc/net/tcp has state 0A then, and the port in hexadecimal behind the address. */
 const inodes = (table: string, port: number): ReadonlyArray<string> =>
   (attempt(() => readFileSync(table, "utf8")) ?? "").split("\n").flatMap((line) => {
     const fields = line.trim().split(/\s+/)
@@ -25,7 +25,7 @@ const inodes = (table: string, port: number): ReadonlyArray<string> =>
       : []
   })
 
-/** The process that listens on a TCP port of this host; none when there is none, or it is not ours to see. */
+/** The process that listens on a TCP port of this host. `None` when there is none, or it belongs to another user. */
 export const portHolder = (port: number): Effect.Effect<Option.Option<PortHolder>> =>
   Effect.sync(() => {
     const sockets = new Set(

@@ -1,6 +1,6 @@
 /**
- * Text that a guest chose, for a terminal or a table: controls, and characters that reorder or hide others, are shown as escapes, so that they
- * can neither steer the terminal nor make a line look like another. `lines`: newlines and tabs stay.
+ * Makes text from a guest safe to print: control characters, and characters that reorder or hide others, become escapes. So the text can
+ * neither steer the terminal nor make a line look like another one. With `lines` newlines and tabs stay.
  */
 export const printable = (text: string, { lines = false }: { readonly lines?: boolean } = {}): string =>
   text.replace(/\p{C}|[\u2028\u2029]/gu, (character) =>

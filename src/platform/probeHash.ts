@@ -6,9 +6,9 @@ const blockSize = 4096
 const probeBytes = 1024 * 1024
 
 /**
- * sha256 over the blocks that are not all zero in a file's first, middle and last MiB, each with its offset; reads at most 3 MiB of however
- * large a file. Small files are covered whole. Guest memory changes at both ends all the time, a disk where its journal is, which ext4 has in
- * the middle; so it tells one snapshot from another.
+ * sha256 over the first, middle and last MiB of a file: each block of 4096 bytes that is not all zero, with its offset. Reads at most 3 MiB;
+ * a file of up to 3 MiB is covered whole. The hash tells one snapshot from another, because guest memory keeps changing at both ends, and a disk
+ * in its journal, which ext4 has in the middle. Fails with PlatformError when the file cannot be read.
  */
 export const probeHash = Effect.fnUntraced(function* (file: string) {
   const fs = yield* FileSystem.FileSystem

@@ -10,16 +10,16 @@ const read = (path: string): Option.Option<string> => {
   }
 }
 
-/** The start time is the 22nd field; the 2nd, the name in parentheses, may itself hold spaces and parentheses (proc(5)). */
+/** Fields of /proc/<pid>/stat from the 3rd on. The 2nd, the name in parentheses, may hold spaces and parentheses itself (proc(5)). */
 const statFields = (pid: number): Option.Option<ReadonlyArray<string>> =>
   Option.map(read(`/proc/${pid}/stat`), (text) => text.slice(text.lastIndexOf(")") + 2).split(" "))
 
-/** This host's boot. Start times of processes are only comparable within one. */
+/** The id of this host's boot. Start times of processes can be compared only within one boot. */
 export const bootId: Effect.Effect<string> = Effect.sync(() =>
   Option.getOrElse(read("/proc/sys/kernel/random/boot_id"), () => "unknown").trim()
 )
 
-/** Who runs under this pid now, if anybody; a zombie is nobody. */
+/** The process that has this pid now, if there is one. A zombie does not count. */
 export const identify = (pid: number): Effect.Effect<Option.Option<ProcessIdentity>> =>
   Effect.sync(() =>
     Option.flatMap(statFields(pid), (fields) => {

@@ -3,17 +3,17 @@ import { type Duration, Effect, type Option, Stream } from "effect"
 
 const isUrl = (location: string) => /^https?:\/\//.test(location)
 
-/** A file of a directory or of a server, by its name there. */
+/** The location of a file below a directory or a URL. In a URL each part is escaped. */
 export const join = (base: string, ...parts: ReadonlyArray<string>): string =>
   [base.replace(/\/+$/, ""), ...parts.map((part) => (isUrl(base) ? encodeURIComponent(part) : part))].join("/")
 
-/** A server that says nothing for so long will not say anything. */
+/** How long to wait for a server's answer, and for each piece of the body. */
 const patience: Record<"answer" | "nextPiece", Duration.DurationInput & string> = {
   answer: "30 seconds",
   nextPiece: "1 minute"
 }
 
-/** A file's bytes, or none where there is no such file; any other answer than the file fails. */
+/** Opens a file or an http(s) URL for reading. `None` when there is no such file (ENOENT, ENOTDIR, 404); fails on any other answer. */
 export const open = (
   location: string,
   waiting = patience
@@ -48,6 +48,6 @@ export const open = (
 
 const toError = (cause: unknown) => {
   if (!(cause instanceof Error)) return new Error(String(cause))
-  // fetch says "fetch failed", and why below it
+  // fetch's own message is "fetch failed"; the reason is its cause
   return cause.cause instanceof Error ? new Error(`${cause.message}: ${cause.cause.message}`, { cause }) : cause
 }

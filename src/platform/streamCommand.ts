@@ -9,17 +9,17 @@ export interface Ended {
 }
 
 /**
- * Starts the command with stderr joined to stdout, beside a watcher in the same process group that kills the group when our end of the
- * pipe on stdin closes. It closes when we die, too: a build whose starter was killed must not go on writing.
+ * Starts the command with stderr joined to stdout. A watcher in the same process group kills the group when our end of the pipe on stdin
+ * closes, also by our death: a build whose starter was killed must not go on writing.
  */
 const tethered = 'exec 3<&0 </dev/null 2>&1; (read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 & exec 3<&-; exec "$@"'
 
-/** A compiler ends at SIGTERM or never. */
+/** Time between SIGTERM and SIGKILL. A compiler ends at once at SIGTERM, or never. */
 const grace = "5 seconds"
 
 const tailLength = 40
 
-/** Runs a tool that takes minutes and reports each line it writes, from either stream. Interruption ends it, children included. */
+/** Runs a tool that takes minutes and reports each line of stdout and stderr. Interruption ends the tool and its children. */
 export const run = (
   argv: readonly [string, ...ReadonlyArray<string>],
   options: {

@@ -5,58 +5,59 @@ import * as Tar from "tar"
 import { type Connection, fromSocket } from "./UnixSocket.ts"
 
 /**
- * Trees of this host to and from a guest, by the shim (docs/protocol.md §5): the same code that packs and unpacks in the guest. What is unpacked
- * may come from a hostile one; the kernel itself keeps it below its directory, whatever is renamed or linked meanwhile.
+ * Copies trees between this host and a guest by a child process, the shim's `push` and `pull` (docs/protocol.md §5.6), which packs and unpacks
+ * with the same code as the guest. An archive may come from a hostile guest: the kernel (openat2) keeps every entry below its directory,
+ * whatever is renamed or linked meanwhile.
  */
 
-/** The child that has a connection to a guest's agent instead of this process, and sends or takes the data of one operation there. */
+/** A child that has taken over a connection to a guest's agent, and sends or receives the data of one operation there. */
 export interface TransferProcess {
-  /** What the agent says beside the data. */
+  /** The agent's frames other than data, as bytes. */
   readonly answers: Connection["read"]
-  /** It has ended, and all was well at this end. */
+  /** Waits for the child's end. Fails when this host's side of the copy failed, with PulledTooMuch beyond `maxBytes`. */
   readonly succeeded: Effect.Effect<void, Error>
 }
 
-/** What goes to a guest. */
+/** What is sent to a guest. */
 export interface Pushed {
-  /** A directory, whose contents are sent, or a file, which is sent by `name`. */
+  /** A directory, whose contents are sent, or a file, which is sent under `name`. */
   readonly path: string
   readonly name: string
   /** A symbolic link at `path` stands for what it leads to. */
   readonly follow: boolean
-  /** Patterns of fnmatch, for the path below the directory or for any name. */
+  /** Patterns of fnmatch(3) for the path below the directory, or, without a slash, for any name. */
   readonly excludes: ReadonlyArray<string>
 }
 
-/** Where what comes from a guest goes. */
+/** Where files from a guest are written. */
 export interface Pulled {
   readonly kind: "directory" | "file"
   readonly path: string
-  /** Most that the guest may send, in bytes; no bound when left out. */
+  /** Most bytes of archive that the guest may send. Default: no bound. */
   readonly maxBytes?: number
 }
 
-/** The guest sent more than it may. */
+/** The guest sent more than `maxBytes`. */
 export class PulledTooMuch extends Error {}
 
 export const push = (shim: string, connection: Connection, request: string, { excludes, follow, name, path }: Pushed) =>
   courier([shim, "push", request, follow ? "follow" : "link", path, name, ...excludes], connection)
 
-/** What this request brings. Files belong to the caller; devices are not made, and no file gets a set-id bit. */
+/** Receives what the request asks for. Files belong to the caller; devices are left out, and no file gets a set-id bit. */
 export const pull = (shim: string, connection: Connection, request: string, { kind, maxBytes, path }: Pulled) =>
   courier([shim, "pull", request, kind, path, String(maxBytes ?? 2n ** 64n - 1n)], connection)
 
-/** What the shim ends with when the guest sent more than it may. */
+/** The shim's exit code when the guest sent more than `maxBytes`. */
 const tooLarge = 3
 
-/** Ends with the scope, at the latest; with this process too, by a signal. */
+/** Hands the connection to a child. The child ends with the scope at the latest, and with this process (PDEATHSIG). */
 const courier = ([bin, ...args]: readonly [string, ...ReadonlyArray<string>], { socket }: Connection) =>
   Effect.gen(function* () {
     const ended = yield* Deferred.make<void, Error>()
     const child = yield* Effect.acquireRelease(
       Effect.async<ReturnType<typeof begin>, Error>((resume) => {
         const child = begin(bin, args, socket)
-        // in the same turn: not a byte of what comes to the child is read here
+        // destroyed in the same turn, so that this process reads no byte of the child's
         socket.destroy()
         const said: Array<Buffer> = []
         child.stderr?.on("data", (chunk: Buffer) => said.push(chunk))
@@ -80,12 +81,12 @@ const courier = ([bin, ...args]: readonly [string, ...ReadonlyArray<string>], { 
     )
     const { stdout } = child
     if (!(stdout instanceof net.Socket)) return yield* Effect.dieMessage("a child's pipe is no socket")
-    // When a child has ended, Node lets what nobody listens for run out of its pipe; between two of our reads nobody would.
+    // Node discards the output of a child that has ended while no listener is there, as between two of our reads.
     stdout.on("readable", () => {})
     const { read } = fromSocket(stdout)
     const courier: TransferProcess = {
       answers: read,
-      // it is over when its output is
+      // reads to the end of its output first: the child ends after that
       succeeded: Effect.zipRight(Effect.ignore(Effect.forever(read)), Deferred.await(ended))
     }
     return courier
@@ -97,7 +98,7 @@ const failureOf = (code: number | null, message: string) =>
 const begin = (bin: string, args: ReadonlyArray<string>, stdin: net.Socket) =>
   spawn(bin, args, { stdio: [stdin, "pipe", "pipe"] })
 
-/** One file's header and content, as they stand in an archive; it is root's, and of no time. */
+/** Header and content of one file as tar: mode 0644, owned by root, mtime 0. */
 export const entry = (name: string, content: Uint8Array): Uint8Array => {
   const header = new Tar.Header({
     path: name,

@@ -9,7 +9,7 @@ export class ToolMissing extends Data.TaggedError("ToolMissing")<{ readonly tool
   }
 }
 
-/** A host program that ran and failed. What that means is for the caller to say, who knows what it was to do. */
+/** A host program that ended with another code than 0. The caller turns this into an error that says what could not be done. */
 export class ToolFailed extends Data.TaggedError("ToolFailed")<{
   readonly tool: string
   readonly code: number
@@ -22,10 +22,13 @@ export class ToolFailed extends Data.TaggedError("ToolFailed")<{
 
 export type ToolError = ToolMissing | ToolFailed
 
-/** What a shell, or a program that starts another, answers when there is no such program. */
+/** The exit code of a shell, or of a program that starts another, when there is no such program. */
 const notFound = 127
 
-/** Runs a host program to its end and gives what it printed. `tool` is what to call it, where it is started by way of another. */
+/**
+ * Runs a host program to its end, with LC_ALL=C, and returns its stdout. `tool` is its name in errors, for a program that is started by way of
+ * another. Fails with ToolMissing or ToolFailed. Interruption ends the program.
+ */
 export const run = (
   argv: readonly [string, ...ReadonlyArray<string>],
   options: { readonly env?: Readonly<Record<string, string>>; readonly tool?: string } = {}

@@ -3,19 +3,19 @@ import { closeSync, lstatSync, openSync, readdirSync, readlinkSync, readSync } f
 import { Effect } from "effect"
 
 /**
- * A directory tree as `lstat` sees it. Names are bytes, one character each ("latin1"), since Linux does not ask for UTF-8. Synchronous in
- * pieces: a turn of the event loop for each of 20,000 files costs more than the files.
+ * A directory tree as lstat(2) describes it. Names are bytes, one character each ("latin1"), because names on Linux need not be UTF-8. The scan
+ * is synchronous in pieces: a turn of the event loop for each of 20,000 files would cost more than the files.
  */
 export interface TreeScan {
-  /** sha256 over everything that changes when the tree does: also times and inodes, so that what cannot have changed need not be read. */
+  /** sha256 over the metadata of all entries, times and inodes included: an equal stamp means that no content needs to be read again. */
   readonly stamp: string
   readonly entries: ReadonlyArray<TreeEntry>
-  /** The last change of anything in it, in milliseconds since 1970. */
+  /** The newest ctime in the tree, in Unix milliseconds. */
   readonly changedMs: number
 }
 
 interface TreeEntry {
-  /** From the root of the tree, which is "". */
+  /** Relative to the root of the tree, which is "". */
   readonly path: string
   readonly kind: "file" | "directory" | "symlink" | "other"
   readonly mode: bigint
@@ -29,7 +29,7 @@ interface TreeEntry {
 const bytes = (name: string) => Buffer.from(name, "latin1")
 const hasVanished = (cause: unknown) => cause instanceof Error && "code" in cause && cause.code === "ENOENT"
 
-/** Looks at everything in a tree, sorted by name; what vanishes meanwhile is not in it. */
+/** Scans a tree, sorted by name. Leaves out entries that vanish meanwhile. Fails with Node's error, also when the root is not there. */
 export const scan = Effect.fn("treeScan.scan")(function* (root: string) {
   const stamp = createHash("sha256")
   const entries: Array<TreeEntry> = []
@@ -56,7 +56,7 @@ export const scan = Effect.fn("treeScan.scan")(function* (root: string) {
       throw cause
     }
   }
-  /** Adds what is in a directory; returns the directories among it. */
+  /** Adds the entries of a directory; returns those that are directories. */
   const list = (directory: string): ReadonlyArray<string> => {
     let names: ReadonlyArray<Buffer>
     try {
@@ -84,12 +84,12 @@ export const scan = Effect.fn("treeScan.scan")(function* (root: string) {
 })
 
 const bufferBytes = 1024 * 1024
-/** Read before others get their turn. */
+/** Bytes that are read before other fibers get their turn. */
 const turnBytes = 16 * bufferBytes
 
 /**
- * sha256 over what a tree holds: a record for each path, with its mode, owner, time of change, size and content. The same for an equal copy
- * elsewhere. Of directories neither size nor order counts: they are the file system's own business.
+ * sha256 over the content of a tree: a record for each path, with its mode, owner, mtime, size and content. An equal copy elsewhere has the same
+ * key. Size and order of directories do not count: they depend on the file system.
  */
 export const contentKey = Effect.fn("treeScan.contentKey")(function* (root: string, { entries }: TreeScan) {
   const base = Buffer.from(root).toString("latin1")
@@ -124,7 +124,7 @@ export const contentKey = Effect.fn("treeScan.contentKey")(function* (root: stri
       )
       content = `${size}\0${hash.digest("hex")}`
     }
-    // no field holds a NUL, and a kind has always as many of them
+    // unambiguous: no field holds a NUL, and the kind determines the number of fields
     key.update(`${record}${content}\0`, "latin1")
   }
   return key.digest("hex")

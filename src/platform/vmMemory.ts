@@ -3,9 +3,9 @@ import { Effect, Option } from "effect"
 import * as processes from "./processes.ts"
 
 export interface VmMemory {
-  /** What of the guest's memory is resident in the host's. */
+  /** Bytes of guest memory that are resident on the host. */
   readonly guestBytes: number
-  /** What runs the guest: the rest of the VMM, the shim and its helpers. */
+  /** Resident bytes of everything that runs the guest: the rest of the VMM, the shim and its helpers. */
   readonly overheadBytes: number
 }
 
@@ -14,7 +14,7 @@ const read = (file: string): Effect.Effect<Option.Option<string>> =>
     readFile(file, "utf8", (_error, text) => resume(Effect.succeed(Option.fromNullable(text))))
   })
 
-/** The children that any thread of a process has. */
+/** Pids of the children of all threads of a process. */
 const childrenOf = (pid: number): Effect.Effect<ReadonlyArray<number>> =>
   Effect.async<ReadonlyArray<string>>((resume) => {
     readdir(`/proc/${pid}/task`, (_error, threads) => resume(Effect.succeed(threads ?? [])))
@@ -24,8 +24,8 @@ const childrenOf = (pid: number): Effect.Effect<ReadonlyArray<number>> =>
   )
 
 /**
- * What a VMM's mappings of the guest's memory hold: the shim's memfd, or the memory file of a bundle or a template, which the VMM maps
- * privately (smaps of proc(5)).
+ * Resident bytes of guest memory in a VMM's smaps (proc(5)): the mappings of the shim's memfd, or of the memory file of a bundle or template,
+ * which the VMM maps privately.
  */
 export const guestBytes = (smaps: string): number => {
   let isGuest = false
@@ -38,7 +38,7 @@ export const guestBytes = (smaps: string): number => {
   return total
 }
 
-/** None when one of the two is gone, or somebody else's. */
+/** Resident memory of a VM. `None` when the VMM has ended, or its /proc files cannot be read. */
 export const residentOf = Effect.fnUntraced(function* (vmmPid: number, shimPid: number) {
   const smaps = yield* read(`/proc/${vmmPid}/smaps`)
   const rss = yield* processes.residentBytes(vmmPid)
