@@ -60,6 +60,8 @@ where
     W: AsyncWrite + Unpin,
 {
     stop_commands(limit(request.timeout_ms), &mut exchange.input).await?;
+    // From now on no command changes them.
+    context.identity_files().iter_mut().for_each(IdentityFiles::read);
     if !request.lazy_umount {
         shares::refuse_holders(&context.shares)?;
     }

@@ -38,6 +38,11 @@ impl IdentityFiles {
         }
     }
 
+    /// Reads the files anew that a copy only changes in part: commands may have written them since they were opened.
+    pub fn read(&mut self) {
+        self.names.read();
+    }
+
     /// The kernel's generator.
     pub fn random(&self) -> io::Result<&File> {
         self.random.as_ref().map_err(again)

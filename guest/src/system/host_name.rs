@@ -78,36 +78,67 @@ fn set_text(file: &File, text: &str) -> io::Result<()> {
     file.set_len(text.len() as u64)
 }
 
-/// Both files, open: a copy of the machine only has to write them.
+/// Both files, open, with what they hold: a copy of the machine only has to write them.
 #[derive(Debug)]
 pub struct Names {
-    hostname: io::Result<File>,
-    hosts: io::Result<File>,
+    hostname: Option<Opened>,
+    hosts: Option<Opened>,
 }
 
 impl Names {
+    /// Opens what there is below `root` and reads it.
     pub fn open(root: &Path) -> Self {
-        Self { hostname: open(&root.join(HOSTNAME), false), hosts: open(&root.join(HOSTS), false) }
+        let mut names = Self { hostname: Opened::at(&root.join(HOSTNAME)), hosts: Opened::at(&root.join(HOSTS)) };
+        names.read();
+        names
+    }
+
+    /// Reads both files anew.
+    pub fn read(&mut self) {
+        for opened in [&mut self.hostname, &mut self.hosts].into_iter().flatten() {
+            opened.text = opened.read().ok();
+        }
     }
 
     /// The machine that was called `old` is called `new`. A file that calls it otherwise, or is not there, is somebody else's affair.
     pub fn rename(&self, old: &str, new: &str) -> io::Result<()> {
-        edit(&self.hostname, |text| if text.trim() == old { format!("{new}\n") } else { text.to_owned() })?;
-        edit(&self.hosts, |text| renamed(text, old, new))
+        edit(self.hostname.as_ref(), |text| if text.trim() == old { format!("{new}\n") } else { text.to_owned() })?;
+        edit(self.hosts.as_ref(), |text| renamed(text, old, new))
     }
 }
 
-fn edit(file: &io::Result<File>, change: impl FnOnce(&str) -> String) -> io::Result<()> {
-    let Ok(file) = file else { return Ok(()) };
-    let length = file.metadata()?.len();
-    if length > MAX_FILE {
+/// A file and its text when it was last read; `None` where it is too long or no UTF-8.
+#[derive(Debug)]
+struct Opened {
+    file: File,
+    text: Option<String>,
+}
+
+impl Opened {
+    fn at(path: &Path) -> Option<Self> {
+        Some(Self { file: open(path, false).ok()?, text: None })
+    }
+
+    fn read(&self) -> io::Result<String> {
+        let length = self.file.metadata()?.len();
+        if length > MAX_FILE {
+            return Err(io::Error::other("not a small file"));
+        }
+        let mut text = vec![0; usize::try_from(length).unwrap_or(0)];
+        self.file.read_exact_at(&mut text, 0)?;
+        String::from_utf8(text).map_err(io::Error::other)
+    }
+}
+
+fn edit(opened: Option<&Opened>, change: impl FnOnce(&str) -> String) -> io::Result<()> {
+    let Some(Opened { file, text: Some(text) }) = opened else { return Ok(()) };
+    let new = change(text);
+    if new == *text {
         return Ok(());
     }
-    let mut text = vec![0; usize::try_from(length).unwrap_or(0)];
-    file.read_exact_at(&mut text, 0)?;
-    let Ok(text) = String::from_utf8(text) else { return Ok(()) };
-    let new = change(&text);
-    if new == text { Ok(()) } else { set_text(file, &new) }
+    file.write_all_at(new.as_bytes(), 0)?;
+    // Only where it is needed: the kernel's way to change a length is a long one.
+    if new.len() < text.len() { file.set_len(new.len() as u64) } else { Ok(()) }
 }
 
 /// Address and names of a line of hosts(5).
@@ -223,6 +254,17 @@ mod tests {
         Names::open(root.path()).rename("a-long-name", "b").unwrap();
         assert_eq!(text(&root, HOSTS), before.replace("a-long-name", "b"));
         assert_eq!(text(&root, HOSTNAME), "b\n");
+    }
+
+    #[test]
+    fn a_name_that_changed_after_the_files_were_opened_is_read_again() {
+        let root = tempfile::tempdir().unwrap();
+        write(root.path(), "first", false).unwrap();
+        let mut names = Names::open(root.path());
+        write(root.path(), "second-and-longer", false).unwrap();
+        names.read();
+        names.rename("second-and-longer", "copy").unwrap();
+        assert_eq!((text(&root, HOSTNAME), text(&root, HOSTS)), ("copy\n".to_owned(), FRESH.replace("box", "copy")));
     }
 
     #[test]
