@@ -9,11 +9,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, netlink, recv, socket_with};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
@@ -21,7 +22,8 @@ const PORT_NAME: &str = "machinen.channel";
 const PORTS: &str = "/sys/class/virtio-ports";
 /// The kernel learns a port's name from the VMM in the background; on a loaded host that takes a moment.
 const APPEARS_WITHIN: Duration = Duration::from_secs(10);
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// The kernel's own messages, not those of udev.
+const KERNEL_EVENTS: u32 = 1;
 
 /// The open port.
 pub struct Port {
@@ -32,22 +34,32 @@ pub struct Port {
 
 /// Opens the channel's port, waiting for it to appear.
 pub async fn open() -> io::Result<Port> {
-    let deadline = Instant::now() + APPEARS_WITHIN;
-    loop {
-        match find() {
-            Ok(Some(device)) => return Port::open(&device),
-            Ok(None) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
-        if Instant::now() > deadline {
-            return Err(io::Error::new(io::ErrorKind::NotFound, format!("no virtio port is named {PORT_NAME}")));
-        }
-        tokio::time::sleep(LOOK_AGAIN).await;
+    if let Some(device) = find()? {
+        return Port::open(&device);
     }
+    let appears = async {
+        // Listens before it looks again: nothing is missed in between.
+        let changes = Changes::listen()?;
+        loop {
+            if let Some(device) = find()? {
+                return Port::open(&device);
+            }
+            changes.next().await?;
+        }
+    };
+    tokio::time::timeout(APPEARS_WITHIN, appears).await.unwrap_or_else(|_| {
+        Err(io::Error::new(io::ErrorKind::NotFound, format!("no virtio port is named {PORT_NAME}")))
+    })
 }
 
 fn find() -> io::Result<Option<String>> {
+    match find_named() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        found => found,
+    }
+}
+
+fn find_named() -> io::Result<Option<String>> {
     for entry in fs::read_dir(PORTS)? {
         let name = entry?.file_name();
         let Some(name) = name.to_str() else { continue };
@@ -56,6 +68,34 @@ fn find() -> io::Result<Option<String>> {
         }
     }
     Ok(None)
+}
+
+/// Changes of the kernel's devices: a port that has got its name is one.
+struct Changes(AsyncFd<OwnedFd>);
+
+impl Changes {
+    fn listen() -> io::Result<Self> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let socket = socket_with(AddressFamily::NETLINK, SocketType::DGRAM, flags, Some(netlink::KOBJECT_UEVENT))?;
+        bind(&socket, &netlink::SocketAddrNetlink::new(0, KERNEL_EVENTS))?;
+        // SAFETY: an OwnedFd is the same open descriptor for as long as it lives.
+        Ok(Self(unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? }))
+    }
+
+    /// Waits for one, and takes those that have come since.
+    async fn next(&self) -> io::Result<()> {
+        let mut ready = self.0.readable().await?;
+        loop {
+            match recv(self.0.get_ref(), &mut [0; 1][..], RecvFlags::TRUNC) {
+                // Some were lost: the caller looks for the port whatever an event said.
+                Ok(_) | Err(Errno::NOBUFS | Errno::INTR) => {}
+                Err(Errno::AGAIN) => break,
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        ready.clear_ready();
+        Ok(())
+    }
 }
 
 impl Port {
