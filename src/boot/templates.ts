@@ -11,7 +11,7 @@ import { FileState } from "../platform/fileState.ts"
 import * as HostLock from "../platform/HostLock.ts"
 import { Settings } from "../Settings.ts"
 import * as Bundle from "../snapshot/Bundle.ts"
-import { misfits } from "../snapshot/restore.ts"
+import { misfits } from "../snapshot/compatibility.ts"
 import { type SnapshotEngine, SnapshotEngines } from "../snapshot/SnapshotEngine.ts"
 import { TemplateRecord, TemplateShape } from "./Template.ts"
 

@@ -1,7 +1,7 @@
 import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect, Option } from "effect"
 import { Machinen } from "../../Machinen.ts"
-import type { Restored } from "../../snapshot/restore.ts"
+import type { Restored } from "../../snapshot/revive.ts"
 import {
   environment,
   json,

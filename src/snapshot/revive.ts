@@ -1,0 +1,212 @@
+import { randomUUID } from "node:crypto"
+import * as path from "node:path"
+import { Duration, Effect, Option, Schema } from "effect"
+import { BootError } from "../errors.ts"
+import { Agent } from "../guest/Agent.ts"
+import type { Rejuvenation } from "../guest/AgentProtocol.ts"
+import { decodeName } from "../machine/BootOptions.ts"
+import { type Disk, MachineSpec, VmName } from "../machine/MachineSpec.ts"
+import { type LiveMount, type LiveMountOption, type Mount, overridden } from "../machine/mountOptions.ts"
+import { macOf, type NetworkMode, type PortForwardOption, validateForwards } from "../machine/Network.ts"
+import { Registry } from "../machine/Registry.ts"
+import { type Secrets, validateSecrets } from "../machine/Secrets.ts"
+import { VmEntry } from "../machine/VmEntry.ts"
+import { Vmm } from "../machine/Vmm.ts"
+import { checkLiveHosts, linkedInto, sharesOf } from "../mount/mounts.ts"
+import { given } from "../platform/given.ts"
+import * as processes from "../platform/processes.ts"
+import { Settings } from "../Settings.ts"
+import * as Launch from "../vm/launch.ts"
+import * as PhaseTimer from "../vm/PhaseTimer.ts"
+import * as Vm from "../vm/Vm.ts"
+import type { SnapshotEngine } from "./SnapshotEngine.ts"
+
+/** What is chosen for each machine; the rest is the seed's. */
+export interface ReviveOptions {
+  /** Default: `<source>/<pid>`, else `<source>~<pid>`, when the source had a name. */
+  readonly name?: string
+  /**
+   * Of the source's live mounts, by their place in the guest: another directory, or another mode. Every one of them, where the bundle is not
+   * this user's own.
+   */
+  readonly liveMounts?: ReadonlyArray<LiveMountOption>
+  /** Over the environment the source was booted with. */
+  readonly env?: Readonly<Record<string, string>>
+  /** A copy has none of its source's. */
+  readonly secrets?: Secrets
+  readonly detached?: boolean
+  /** Ports of the host that lead to this VM; it has none of its source's. */
+  readonly portForward?: ReadonlyArray<PortForwardOption>
+  /** Memory is read when it is touched. An engine that maps the whole machine does so in any case. Default false. */
+  readonly lazy?: boolean
+}
+
+export interface Restored {
+  readonly vm: Vm.Vm
+  /** What the guest made new before its processes went on, and what it kept. */
+  readonly rejuvenation: Rejuvenation
+  readonly phases: ReadonlyMap<string, number>
+}
+
+/** What a machine is started from: a bundle that was checked, or what a fork has just made. */
+export interface Seed {
+  readonly engine: SnapshotEngine
+  /** Holds the engine's files. */
+  readonly dir: string
+  readonly disks: ReadonlyArray<Disk>
+  readonly mount: Mount | undefined
+  readonly liveMounts: ReadonlyArray<LiveMount>
+  readonly image: string
+  readonly command: ReadonlyArray<string> | undefined
+  readonly kernel: string
+  readonly memoryMib: number
+  readonly vcpus: number
+  readonly network: NetworkMode
+  readonly sourceName: string | undefined
+  readonly forkedFrom: string
+}
+
+/** Starts one machine from a seed, attached as well. */
+export const revive = Effect.fn("revive")(
+  function* (seed: Seed, options: ReviveOptions) {
+    const settings = yield* Settings
+    const registry = yield* Registry
+    const vmm = yield* Vmm
+    const agent = yield* Agent
+    const { phase, phases } = yield* PhaseTimer.make
+
+    // 1. Who it will be.
+    const portForward = yield* validateForwards(seed.network, options.portForward ?? [])
+    const network = yield* Launch.networkOf(seed.network, portForward)
+    const capabilities = yield* vmm.capabilities
+    const secrets = yield* validateSecrets(options.secrets ?? {})
+    const name = options.name === undefined ? undefined : yield* decodeName(options.name)
+    const liveMounts = yield* overridden(seed.liveMounts, options.liveMounts ?? [])
+    yield* checkLiveHosts(liveMounts)
+    const id = Launch.newId()
+    const dir = path.join(settings.vmsDir, id)
+    const vsockPath = path.join(dir, "vsock.sock")
+    yield* Launch.checkSocketPath(`${vsockPath}_65535`, settings.home)
+    const controlPath = vmm.controlPath(dir)
+    const own = (disk: Disk): Disk => (disk.readOnly ? disk : { ...disk, path: path.join(dir, `${disk.id}.img`) })
+    const entry = new VmEntry({
+      version: 1,
+      id,
+      name,
+      state: "booting",
+      bootId: yield* processes.bootId,
+      owner: yield* processes.self,
+      // until the guest is one of its own: a copy whose maker dies before would stand frozen for good
+      detached: false,
+      backend: capabilities.backend,
+      accel: capabilities.accel,
+      image: seed.image,
+      command: seed.command,
+      memoryMib: seed.memoryMib,
+      vcpus: seed.vcpus,
+      kernel: seed.kernel,
+      disks: seed.disks.map(own),
+      network: seed.network,
+      portForward,
+      mount: seed.mount,
+      ...(liveMounts.length === 0 ? {} : { liveMounts }),
+      forkedFrom: seed.forkedFrom,
+      ...(options.lazy === true ? { lazy: true } : {}),
+      createdAt: Date.now(),
+      vsockPath,
+      controlPath: path.join(dir, "shim.sock"),
+      ...given({ vmmControlPath: controlPath })
+    })
+
+    // 2. The VM's directory and name, and how it begins.
+    const cleanup = yield* registry.claim(entry).pipe(phase("claim"))
+    const disks = yield* Effect.forEach(entry.disks ?? [], (disk) =>
+      // the bundle may be removed, and the copy be captured itself
+      disk.id === "mountlower"
+        ? Effect.map(linkedInto(disk.path, path.join(dir, `${disk.id}.img`)), (path) => ({ ...disk, path }))
+        : Effect.succeed(disk)
+    )
+    const revival = yield* seed.engine.revive(seed.dir, { dir, entry, lazy: options.lazy ?? false })
+
+    // 3. Shim and VMM, with disks of its own.
+    const files = seed.disks.flatMap((disk) => (disk.readOnly ? [] : [{ from: disk.path, to: own(disk).path }]))
+    const machine = yield* vmm
+      .launch(
+        new MachineSpec({
+          id,
+          dir,
+          start: revival.start,
+          memoryMib: seed.memoryMib,
+          vcpus: seed.vcpus,
+          disks,
+          shares: sharesOf(entry),
+          ...Launch.cardOf(entry)
+        }),
+        {
+          entry: new VmEntry({ ...entry, disks }),
+          files,
+          ...network,
+          cleanup,
+          graceMs: Duration.toMillis(settings.stopGrace)
+        }
+      )
+      .pipe(Launch.namingPortHolder, phase("vmm-spawn"))
+
+    // 4. The name it gets if it was given none: its pid is known only now. Then the guest becomes one of its own; it serves nobody before.
+    const client = agent.client(vsockPath, machine.exited)
+    const becoming = Effect.gen(function* () {
+      const assigned =
+        name === undefined && seed.sourceName !== undefined
+          ? yield* registry.assign(id, childNames(seed.sourceName, machine.vmm.pid), machine.rename)
+          : Option.none()
+      const named = new VmEntry({
+        ...entry,
+        disks,
+        name: name ?? Option.getOrUndefined(assigned),
+        state: "running",
+        shim: machine.shim,
+        vmm: machine.vmm
+      })
+      const rejuvenation = yield* revival.ready(client, {
+        hostname: Launch.hostname(named),
+        generation: randomUUID(),
+        ...(seed.network === "nat" ? { mac: macOf(id) } : {}),
+        env: { ...given({ MACHINEN_VM_NAME: named.name }), ...options.env }
+      })
+      yield* Launch.sendSecrets(client, secrets)
+      return { named, rejuvenation }
+    })
+    const { named, rejuvenation } = yield* Launch.untilReady(
+      Launch.afterTheEnd(becoming, machine),
+      machine,
+      settings.bootTimeout
+    ).pipe(
+      Effect.mapError((error) => (error._tag === "ExecError" ? notRejuvenated(error) : error)),
+      phase("guest-ready")
+    )
+    const entryNow = new VmEntry({ ...named, detached: options.detached ?? false })
+    yield* Effect.logDebug("restored", Object.fromEntries(phases()))
+    const restored: Restored = { vm: Vm.make(entryNow, machine, client), rejuvenation, phases: phases() }
+    return restored
+  },
+  (effect) => Launch.inOwnScope(effect),
+  Effect.annotateLogs({ service: "restore" })
+)
+
+/** `<source>/<pid>`, and another for the case that it is taken. */
+const childNames = (source: string, pid: number) =>
+  [`${source}/${pid}`, `${source}~${pid}`].flatMap((name) => Option.toArray(Schema.decodeOption(VmName)(name)))
+
+/** Lets go of VMs that are ready: from here on they belong to nobody. All, or none that goes on. */
+export const detachAll = (restored: ReadonlyArray<Restored>) =>
+  Effect.forEach(restored, ({ vm }) => vm.detach, { discard: true }).pipe(
+    Effect.tapError(() => Effect.forEach(restored, ({ vm }) => Effect.ignore(vm.kill), { concurrency: "unbounded" })),
+    Effect.uninterruptible
+  )
+
+const notRejuvenated = (cause: Error) =>
+  new BootError({
+    code: "BOOT_REJUVENATION_FAILED",
+    message: `the restored guest could not be given an identity of its own, and was ended: ${cause.message}`,
+    cause
+  })
