@@ -17,9 +17,9 @@ import { Vmm, type VmmHandle } from "../machine/Vmm.ts"
 import { checkHosts, guestMounts, mountDisks, sharesOf } from "../mount/mounts.ts"
 import { given } from "../platform/given.ts"
 import * as memory from "../platform/memory.ts"
-import * as processes from "../platform/processes.ts"
 import { Settings } from "../Settings.ts"
 import * as Launch from "../vm/launch.ts"
+import { newVm } from "../vm/newVm.ts"
 import * as PhaseTimer from "../vm/PhaseTimer.ts"
 import * as Vm from "../vm/Vm.ts"
 import * as templates from "./templates.ts"
@@ -91,24 +91,11 @@ const start = Effect.fnUntraced(function* (
   const assets = yield* Assets
   const vmm = yield* Vmm
   const agent = yield* Agent
-  const capabilities = yield* vmm.capabilities
   const network = yield* Launch.networkOf(asked.network, asked.portForward)
-  const id = Launch.newId()
-  const dir = path.join(settings.vmsDir, id)
-  const vsockPath = path.join(dir, "vsock.sock")
-  yield* Launch.checkSocketPath(`${vsockPath}_65535`, settings.home)
-  const controlPath = vmm.controlPath(dir)
+  const { dir, entry: fields, id } = yield* newVm
   const entry = new VmEntry({
-    version: 1,
-    id,
+    ...fields,
     name: asked.name,
-    state: "booting",
-    bootId: yield* processes.bootId,
-    owner: yield* processes.self,
-    // until it is ready: a start that is interrupted, or whose process is killed, leaves no VM without an owner
-    detached: false,
-    backend: capabilities.backend,
-    accel: capabilities.accel,
     image: asked.rootDisk ?? asked.image,
     command: asked.command,
     memoryMib: asked.memoryMib,
@@ -116,11 +103,7 @@ const start = Effect.fnUntraced(function* (
     network: asked.network,
     portForward: asked.portForward,
     mount: asked.mounts.mount,
-    ...(asked.mounts.liveMounts.length === 0 ? {} : { liveMounts: asked.mounts.liveMounts }),
-    createdAt: Date.now(),
-    vsockPath,
-    controlPath: path.join(dir, "shim.sock"),
-    ...given({ vmmControlPath: controlPath })
+    ...(asked.mounts.liveMounts.length === 0 ? {} : { liveMounts: asked.mounts.liveMounts })
   })
 
   // 2. The VM's directory and name.
@@ -148,7 +131,7 @@ const start = Effect.fnUntraced(function* (
   const guest = guestOf(plan, complete)
   const beginning =
     template === undefined
-      ? yield* fromKernel(kernel, vsockPath, Launch.writeInitramfs(dir, guest).pipe(phase("initramfs-pack")))
+      ? yield* fromKernel(kernel, entry.vsockPath, Launch.writeInitramfs(dir, guest).pipe(phase("initramfs-pack")))
       : yield* fromTemplate(template, dir, complete, guest)
 
   // 4. Shim and VMM. From here on the shim answers for everything in the directory.
@@ -181,7 +164,7 @@ const start = Effect.fnUntraced(function* (
     )
 
   // 5. The guest's word, raced against the machine's end and the deadline; what only the guest may know follows at once.
-  const client = agent.client(vsockPath, machine.exited)
+  const client = agent.client(entry.vsockPath, machine.exited)
   const ready = Effect.zipRight(beginning.ready(client), Launch.sendSecrets(client, secrets))
   yield* Launch.untilReady(
     template === undefined ? ready : Launch.afterTheEnd(ready, machine),

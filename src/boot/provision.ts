@@ -13,6 +13,7 @@ import { given } from "../platform/given.ts"
 import * as processes from "../platform/processes.ts"
 import * as tar from "../platform/tar.ts"
 import { Settings } from "../Settings.ts"
+import { consoleTail, shownConsole } from "../vm/consoleTail.ts"
 import * as PhaseTimer from "../vm/PhaseTimer.ts"
 import type { Vm } from "../vm/Vm.ts"
 import { type Booted, boot } from "./boot.ts"
@@ -232,7 +233,7 @@ const vmEnded = (exit: ExitRecord) =>
     code: "PROVISION_INSTALL_HOOK_FAILED",
     message: `the build's VM ended before the build was done: ${howEnded(exit)}`,
     hint: "did a command of the build power it off, or did it run out of memory?",
-    ...shown(exit.consoleTail)
+    ...shownConsole(exit.consoleTail)
   })
 
 const hookFailed = Effect.fnUntraced(function* (vm: Vm, failure: unknown) {
@@ -244,12 +245,7 @@ const hookFailed = Effect.fnUntraced(function* (vm: Vm, failure: unknown) {
     const ended = yield* Effect.timeoutOption(Effect.disconnect(vm.wait), "2 seconds")
     if (Option.isSome(ended)) return vmEnded(ended.value)
   }
-  const console = yield* vm.logs("console", { tailBytes: 4096 }).pipe(
-    Stream.decodeText(),
-    Stream.mkString,
-    Effect.timeout("1 second"),
-    Effect.orElseSucceed(() => "")
-  )
+  const console = yield* consoleTail(vm)
   const free = yield* vm.stats.pipe(
     Effect.map((stats) => stats.diskFreeBytes),
     Effect.timeout("2 seconds"),
@@ -261,15 +257,13 @@ const hookFailed = Effect.fnUntraced(function* (vm: Vm, failure: unknown) {
     code: full ? "PROVISION_DISK_TOO_SMALL" : "PROVISION_INSTALL_HOOK_FAILED",
     message: full ? `the build's disk is full: ${message}` : `the build failed: ${message}`,
     ...(full ? { hint: "give the build a larger disk (`--disk`, diskSizeBytes)" } : {}),
-    ...shown(console),
+    ...shownConsole(console),
     cause: error
   })
 })
 
 /** What ext4 has left for nobody. */
 const fullBelow = 1024 * 1024
-
-const shown = (console: string) => (console.trim() === "" ? {} : { console })
 
 /** The root filesystem as a tar stream that begins with the image's configuration. */
 const archive = (

@@ -14,9 +14,9 @@ import { VmEntry } from "../machine/VmEntry.ts"
 import { Vmm } from "../machine/Vmm.ts"
 import { checkLiveHosts, linkedInto, sharesOf } from "../mount/mounts.ts"
 import { given } from "../platform/given.ts"
-import * as processes from "../platform/processes.ts"
 import { Settings } from "../Settings.ts"
 import * as Launch from "../vm/launch.ts"
+import { newVm } from "../vm/newVm.ts"
 import * as PhaseTimer from "../vm/PhaseTimer.ts"
 import * as Vm from "../vm/Vm.ts"
 import type { SnapshotEngine } from "./SnapshotEngine.ts"
@@ -78,28 +78,15 @@ export const revive = Effect.fn("revive")(
     // 1. Who it will be.
     const portForward = yield* validateForwards(seed.network, options.portForward ?? [])
     const network = yield* Launch.networkOf(seed.network, portForward)
-    const capabilities = yield* vmm.capabilities
     const secrets = yield* validateSecrets(options.secrets ?? {})
     const name = options.name === undefined ? undefined : yield* decodeName(options.name)
     const liveMounts = yield* overridden(seed.liveMounts, options.liveMounts ?? [])
     yield* checkLiveHosts(liveMounts)
-    const id = Launch.newId()
-    const dir = path.join(settings.vmsDir, id)
-    const vsockPath = path.join(dir, "vsock.sock")
-    yield* Launch.checkSocketPath(`${vsockPath}_65535`, settings.home)
-    const controlPath = vmm.controlPath(dir)
+    const { dir, entry: fields, id } = yield* newVm
     const own = (disk: Disk): Disk => (disk.readOnly ? disk : { ...disk, path: path.join(dir, `${disk.id}.img`) })
     const entry = new VmEntry({
-      version: 1,
-      id,
+      ...fields,
       name,
-      state: "booting",
-      bootId: yield* processes.bootId,
-      owner: yield* processes.self,
-      // until the guest is one of its own: a copy whose maker dies before would stand frozen for good
-      detached: false,
-      backend: capabilities.backend,
-      accel: capabilities.accel,
       image: seed.image,
       command: seed.command,
       memoryMib: seed.memoryMib,
@@ -111,11 +98,7 @@ export const revive = Effect.fn("revive")(
       mount: seed.mount,
       ...(liveMounts.length === 0 ? {} : { liveMounts }),
       forkedFrom: seed.forkedFrom,
-      ...(options.lazy === true ? { lazy: true } : {}),
-      createdAt: Date.now(),
-      vsockPath,
-      controlPath: path.join(dir, "shim.sock"),
-      ...given({ vmmControlPath: controlPath })
+      ...(options.lazy === true ? { lazy: true } : {})
     })
 
     // 2. The VM's directory and name, and how it begins.
@@ -153,7 +136,7 @@ export const revive = Effect.fn("revive")(
       .pipe(Launch.namingPortHolder, phase("vmm-spawn"))
 
     // 4. The name it gets if it was given none: its pid is known only now. Then the guest becomes one of its own; it serves nobody before.
-    const client = agent.client(vsockPath, machine.exited)
+    const client = agent.client(entry.vsockPath, machine.exited)
     const becoming = Effect.gen(function* () {
       const assigned =
         name === undefined && seed.sourceName !== undefined

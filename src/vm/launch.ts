@@ -1,12 +1,11 @@
-import { randomBytes } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
-import { Duration, Effect, ExecutionStrategy, Exit, Option, Scope, Stream } from "effect"
+import { Duration, Effect, ExecutionStrategy, Exit, Option, Scope } from "effect"
 import { BootError } from "../errors.ts"
 import type { AgentClient } from "../guest/Agent.ts"
 import * as Initramfs from "../guest/Initramfs.ts"
 import { Assets } from "../host/Assets.ts"
-import { type Disk, VmId } from "../machine/MachineSpec.ts"
+import type { Disk } from "../machine/MachineSpec.ts"
 import { hostSocket, macOf, type NetworkMode, type PortForward } from "../machine/Network.ts"
 import { Registry } from "../machine/Registry.ts"
 import type { Secrets } from "../machine/Secrets.ts"
@@ -15,14 +14,8 @@ import { type ExitRecord, guestFailure } from "../machine/ShimPlan.ts"
 import type { VmEntry } from "../machine/VmEntry.ts"
 import type { VmmHandle } from "../machine/Vmm.ts"
 import { portHolder } from "../platform/portHolder.ts"
-import * as UnixSocket from "../platform/UnixSocket.ts"
+import { consoleTail, shownConsole } from "./consoleTail.ts"
 import { Gvproxy } from "./Gvproxy.ts"
-
-/** The first digit is a letter: digits alone would be taken for a pid. */
-export const newId = () => {
-  const hex = randomBytes(6).toString("hex")
-  return VmId.make("abcdef".charAt(Number.parseInt(hex.charAt(0), 16) % 6) + hex.slice(1))
-}
 
 /**
  * Gives a start a scope of its own within the caller's. When the start fails or is interrupted, that scope is closed at once: the name, the
@@ -98,15 +91,6 @@ const packFailed = (cause: PlatformErrors.PlatformError) =>
     cause
   })
 
-export const checkSocketPath = (longest: string, home: string) =>
-  Buffer.byteLength(longest) <= UnixSocket.maxPath
-    ? Effect.void
-    : new BootError({
-        code: "BOOT_STATE_DIR_UNUSABLE",
-        message: `the state directory's path is too long for unix sockets (${Buffer.byteLength(longest)} of ${UnixSocket.maxPath} bytes): ${home}`,
-        hint: "set MACHINEN_HOME to a shorter path"
-      })
-
 /** Gives a guest that is ready its secrets, if it has any. */
 export const sendSecrets = (client: AgentClient, secrets: Secrets) =>
   Object.keys(secrets).length === 0 ? Effect.void : Effect.asVoid(client.secrets(secrets))
@@ -145,14 +129,6 @@ export const afterTheEnd = <A, E>(ready: Effect.Effect<A, E>, machine: VmmHandle
     machine.exited.pipe(Effect.zipRight(Effect.never), Effect.timeout("5 seconds"), Effect.ignore)
   )
 
-const consoleTail = (machine: VmmHandle) =>
-  machine.logs("console", { tailBytes: 4096 }).pipe(
-    Stream.decodeText(),
-    Stream.mkString,
-    Effect.timeout("1 second"),
-    Effect.orElseSucceed(() => "")
-  )
-
 /** The VMM ended before the guest was ready: its own fault, the guest kernel's, or our init's, told apart by what they printed. */
 const exitedEarly = (exit: ExitRecord) => {
   const vmm = exit.vmm.signal === null ? `code ${exit.vmm.code}` : `signal ${exit.vmm.signal}`
@@ -163,22 +139,20 @@ const exitedEarly = (exit: ExitRecord) => {
         code: "BOOT_VMM_FAILED",
         message: `the VMM ended (${vmm}) before the guest was ready${printed === "" ? "" : `: ${printed.split("\n").slice(-3).join("; ")}`}`,
         hint: "`machinen doctor` tells what is missing or broken on this host",
-        ...nonEmpty(exit.consoleTail)
+        ...shownConsole(exit.consoleTail)
       })
     : new BootError({
         code: "BOOT_GUEST_FAILED",
         message: `the guest did not come up: ${guest}`,
         hint: "is the image a root filesystem, and is there enough memory for it?",
-        ...nonEmpty(exit.consoleTail)
+        ...shownConsole(exit.consoleTail)
       })
 }
-
-const nonEmpty = (console: string) => (console.trim() === "" ? {} : { console })
 
 const notReady = (limit: Duration.Duration) => (console: string) =>
   new BootError({
     code: "BOOT_READY_TIMEOUT",
     message: `the guest did not report ready within ${Duration.format(limit)}`,
     hint: "raise MACHINEN_BOOT_TIMEOUT on a slow or busy host; `machinen doctor` checks the host",
-    ...nonEmpty(console)
+    ...shownConsole(console)
   })

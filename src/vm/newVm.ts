@@ -1,0 +1,58 @@
+import { randomBytes } from "node:crypto"
+import * as path from "node:path"
+import { Effect } from "effect"
+import { BootError } from "../errors.ts"
+import { VmId } from "../machine/MachineSpec.ts"
+import { Vmm } from "../machine/Vmm.ts"
+import { given } from "../platform/given.ts"
+import * as processes from "../platform/processes.ts"
+import * as UnixSocket from "../platform/UnixSocket.ts"
+import { Settings } from "../Settings.ts"
+
+/**
+ * Decides on a new VM's id and directory. Nothing is made yet. `entry` holds the fields of its entry that are the same for a boot and a
+ * restore.
+ */
+export const newVm = Effect.gen(function* () {
+  const settings = yield* Settings
+  const vmm = yield* Vmm
+  const { accel, backend } = yield* vmm.capabilities
+  const id = newId()
+  const dir = path.join(settings.vmsDir, id)
+  const vsockPath = path.join(dir, "vsock.sock")
+  yield* checkSocketPath(`${vsockPath}_65535`, settings.home)
+  return {
+    id,
+    dir,
+    entry: {
+      version: 1 as const,
+      id,
+      state: "booting" as const,
+      bootId: yield* processes.bootId,
+      owner: yield* processes.self,
+      // Until it is ready: a start that is interrupted, or whose process is killed, leaves no VM without an owner, and no copy that stands frozen.
+      detached: false,
+      backend,
+      accel,
+      createdAt: Date.now(),
+      vsockPath,
+      controlPath: path.join(dir, "shim.sock"),
+      ...given({ vmmControlPath: vmm.controlPath(dir) })
+    }
+  }
+})
+
+/** The first digit is a letter: digits alone would be taken for a pid. */
+const newId = () => {
+  const hex = randomBytes(6).toString("hex")
+  return VmId.make("abcdef".charAt(Number.parseInt(hex.charAt(0), 16) % 6) + hex.slice(1))
+}
+
+const checkSocketPath = (longest: string, home: string) =>
+  Buffer.byteLength(longest) <= UnixSocket.maxPath
+    ? Effect.void
+    : new BootError({
+        code: "BOOT_STATE_DIR_UNUSABLE",
+        message: `the state directory's path is too long for unix sockets (${Buffer.byteLength(longest)} of ${UnixSocket.maxPath} bytes): ${home}`,
+        hint: "set MACHINEN_HOME to a shorter path"
+      })
