@@ -1,6 +1,7 @@
 //! Trees as tar, out of one machine and into another: the guest agent at one end, the host at the other. Neither trusts what the other
 //! sends.
 
+mod error;
 mod pack;
 mod pieces;
 mod sparse;
@@ -9,46 +10,7 @@ mod tests;
 mod times;
 mod unpack;
 
+pub use error::{Error, errno};
 pub use pack::Source;
 pub use pieces::Pieces;
 pub use unpack::Target;
-
-use std::fmt;
-use std::io;
-
-/// Why a tree could not be packed or unpacked.
-#[derive(Debug)]
-pub enum Error {
-    /// The archive is none, or asks for what it must not.
-    Refused(String),
-    /// The kernel refused something about `path`.
-    Io { path: String, error: io::Error },
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Refused(why) => write!(f, "archive: {why}"),
-            Self::Io { path, error } => write!(f, "{path}: {error}"),
-        }
-    }
-}
-
-impl std::error::Error for Error {}
-
-/// The number at the root of an I/O error, which libraries wrap to say what they were about; `None` when it did not come from the
-/// kernel.
-pub fn errno(error: &io::Error) -> Option<i32> {
-    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = next {
-        if let Some(errno) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-            return Some(errno);
-        }
-        next = error.source();
-    }
-    None
-}
-
-fn invalid(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what)
-}

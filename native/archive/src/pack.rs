@@ -13,8 +13,10 @@ use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 use tar::{Builder, EntryType, Header};
 
+use crate::error::Error;
+use crate::pieces::Pieces;
 use crate::sparse::{self, Parts};
-use crate::{Error, Pieces, times};
+use crate::times;
 
 /// Filesystems the kernel makes up: their files have no end or no meaning elsewhere. Magic numbers of proc, sysfs, cgroup2 and devpts.
 const MADE_UP: [u64; 4] = [0x9fa0, 0x6265_6572, 0x6367_7270, 0x1cd1];

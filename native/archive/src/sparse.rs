@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::SeekFrom;
 
-use crate::invalid;
+use crate::error::invalid;
 
 /// A part of a file that is no hole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,8 +14,9 @@ use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, 
 use rustix::io::Errno;
 use tar::{Entry, EntryType};
 
+use crate::error::{Error, errno, invalid};
 use crate::sparse::{self, Part};
-use crate::{Error, errno, invalid, times};
+use crate::times;
 
 /// Written at once: in an emulated machine it is the number of system calls that counts.
 const CHUNK: usize = 256 * 1024;

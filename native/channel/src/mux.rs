@@ -10,8 +10,8 @@
 //!   refused; more unsent refusals than an honest peer can cause end the session.
 
 use crate::frame::{Frame, Id, MAX_DATA, Reason};
+use crate::limits::{LARGE_WINDOW, MAX_GUEST_STREAMS, MAX_LARGE, MAX_STREAMS, WINDOW};
 use crate::output::Output;
-use crate::{LARGE_WINDOW, MAX_GUEST_STREAMS, MAX_LARGE, MAX_STREAMS, WINDOW};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::task::{Context, Poll, Waker};

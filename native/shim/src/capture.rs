@@ -1,14 +1,14 @@
 //! Copies what a stopped VM consists of, and undoes a snapshot whose maker is gone (docs/protocol.md, section 5).
 
-use crate::control::{MAX_LINE, answer};
 use crate::hang_up::hung_up;
 use crate::identity::Identity;
+use crate::line::{self, MAX_LINE, answer};
 use crate::memory::Memory;
 use crate::pieces::Known;
 use crate::plan::{FileCopy, removable};
 use crate::state::State;
 use crate::undo::Undo;
-use crate::{failed, files, line};
+use crate::{failed, files};
 use nix::errno::Errno;
 use serde::Deserialize;
 use serde_json::json;

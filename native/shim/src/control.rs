@@ -1,14 +1,15 @@
 //! The control socket: one request a connection, a JSON line. Only a capture is a conversation.
 
 use crate::accept::Reserve;
+use crate::capture;
 use crate::event::Reason;
 use crate::hang_up::hung_up;
+use crate::line::{self, MAX_LINE, answer};
 use crate::log::Log;
 use crate::state::State;
 use crate::stop::Ask;
-use crate::{capture, line};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::io;
 use std::path::PathBuf;
 use std::pin::pin;
@@ -23,8 +24,6 @@ use tokio::task::JoinSet;
 const MAX_CLIENTS: usize = 128;
 /// Of them, those that may stay for as long as they like (`wait`, `logs`, `capture`); the rest is for those that want something done.
 const MAX_STAYING: usize = 96;
-/// Longest request.
-pub const MAX_LINE: usize = 64 * 1024;
 const BUFFER: usize = 64 * 1024;
 
 #[derive(Deserialize)]
@@ -134,10 +133,6 @@ async fn serve_client(mut client: UnixStream, state: Arc<State>, staying: Arc<Se
     }
 }
 
-pub async fn answer(client: &mut UnixStream, answer: &Value) -> io::Result<()> {
-    client.write_all(format!("{answer}\n").as_bytes()).await
-}
-
 /// Asks for the VM's end, on behalf of a client that may not stay to see it.
 async fn end(client: &mut UnixStream, state: &State, reason: Reason, ask: Ask) -> io::Result<()> {
     state.asked(reason);
@@ -200,6 +195,7 @@ async fn send_log(client: &mut UnixStream, log: &Log, follow: bool, tail: Option
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use serde_json::Value;
 
     /// Values of every kind, also where a request has others.
     fn values() -> impl Strategy<Value = Value> {

@@ -1,9 +1,12 @@
 //! The lines of a connection, from a peer that may send anything, or nothing.
 
+use serde_json::Value;
 use std::io::{self, ErrorKind};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+/// Longest line of a client of the control socket, and of QMP.
+pub const MAX_LINE: usize = 64 * 1024;
 /// How long a peer may take for its first line.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Read at once: the line, and most often all that is said behind it.
@@ -70,6 +73,11 @@ pub async fn next(from: &mut (impl AsyncRead + Unpin), rest: &mut Vec<u8>, max: 
             return Err(ErrorKind::UnexpectedEof.into());
         }
     }
+}
+
+/// Sends `answer` as a line.
+pub async fn answer(client: &mut (impl AsyncWrite + Unpin), answer: &Value) -> io::Result<()> {
+    client.write_all(format!("{answer}\n").as_bytes()).await
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! What remains to be done when the maker of a snapshot is gone.
 
 use crate::agent::Agent;
-use crate::control::MAX_LINE;
-use crate::{cleanup, line};
+use crate::cleanup;
+use crate::line::{self, MAX_LINE};
 use serde::Deserialize;
 use serde_json::Value;
 use std::io;
