@@ -5,8 +5,8 @@ import { Config, Context, Duration, Effect, Layer, Option } from "effect"
 const home = path.join(os.homedir(), ".machinen")
 
 /**
- * A directory: empty means not given, as in shells; a relative one is refused, for the shim of a VM runs in `/` and the next command of the
- * same user may run anywhere.
+ * Reads a directory from the environment. Empty means not given, as in shells. A relative path is refused, because a VM's shim runs in `/` and the
+ * user's next command may run anywhere.
  */
 const directory = (name: string) =>
   Config.string(name).pipe(
@@ -21,7 +21,10 @@ const directory = (name: string) =>
 const directoryOr = (name: string, otherwise: string) =>
   Config.map(directory(name), (given) => Option.getOrElse(given, () => otherwise))
 
-/** A program by its name on PATH, or a path; empty means not given. A relative path is of the directory we were started in: the shim's is `/`. */
+/**
+ * Reads a program from the environment: a name on PATH, or a path. Empty means not given. A relative path is resolved in this process's working
+ * directory, because the shim runs in `/`.
+ */
 const given = (name: string) =>
   Config.option(Config.string(name)).pipe(
     Config.map(Option.filter((value) => value !== "")),
@@ -51,35 +54,35 @@ const raw = Config.nested(
 )
 
 export interface SettingsValues {
-  /** All state of this user's VMs and assets. */
+  /** Holds all state of this user: VMs, assets, keys. Default `~/.machinen`. */
   readonly home: string
-  /** Things that can be built again: root images, mount disks, probes. */
+  /** Holds files that can be built again: root images, mount disks, probe results, templates. */
   readonly cacheDir: string
-  /** Kernel, guest binary, shim and base images, by content (src/host/Assets.ts). */
+  /** Holds kernel, guest binary, shim and base images, by content (src/host/Assets.ts). */
   readonly assetsDir: string
-  /** One directory for each VM. */
+  /** Holds a directory for each VM. */
   readonly vmsDir: string
-  /** One pin for each name in use. */
+  /** Holds a pin file for each name in use. */
   readonly namesDir: string
   readonly backend: "auto" | "qemu"
   readonly accel: "auto" | "kvm" | "tcg"
   /** The VMM binary to use instead of the one on PATH. */
   readonly vmm: Option.Option<string>
   readonly mke2fs: Option.Option<string>
-  /** The program behind guests' network cards to use instead of the one set-up builds. */
+  /** The gvproxy binary to use instead of the one that set-up builds. */
   readonly gvproxy: Option.Option<string>
   readonly mksquashfs: Option.Option<string>
-  /** A directory of the user's with a kernel and a root filesystem to build upon, instead of those of set-up. */
+  /** The user's own directory with a kernel and a root filesystem to build images upon, instead of those of set-up. */
   readonly baseAssetsDir: Option.Option<string>
-  /** What a tarball may hold, and a build may come to. */
+  /** Most bytes that the content of a tarball, or a built image, may have. Default 16 GiB. */
   readonly imageLimitBytes: number
-  /** From the VMM's start to the agent's doorbell. */
+  /** Time limit from the VMM's start to the agent's doorbell. Default 60 s. */
   readonly bootTimeout: Duration.Duration
-  /** From the request to power off to SIGKILL. */
+  /** Time between the request to power off and SIGKILL. Default 5 s. */
   readonly stopGrace: Duration.Duration
-  /** As it was given; empty when it was not. Checked by who takes a snapshot. */
+  /** MACHINEN_SNAPSHOT_ENGINE as given, else empty. Checked when a snapshot is taken (`chooseEngine`). */
   readonly snapshotEngine: string
-  /** Whether a boot begins as a machine that was prepared, where there is one of its shape. */
+  /** `auto`: a boot starts from a template when there is one of its shape. `off`: it always boots a kernel. */
   readonly prepared: "auto" | "off"
 }
 
@@ -102,7 +105,7 @@ const derive = (c: Config.Config.Success<typeof raw>): SettingsValues => {
 export class Settings extends Context.Tag("machinen/Settings")<Settings, SettingsValues>() {
   static readonly layer = Layer.effect(Settings, Effect.map(raw, derive))
 
-  /** For tests: everything below `dir`. */
+  /** For tests: all directories are below `dir`. */
   static readonly layerTest = (dir: string, overrides?: Partial<SettingsValues>) =>
     Layer.succeed(Settings, {
       home: dir,

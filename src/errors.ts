@@ -1,7 +1,7 @@
 import { Schema } from "effect"
 import { printable } from "./platform/printable.ts"
 
-/** Codes after which the same call may succeed without anybody having changed anything. */
+/** Codes of errors after which the same call may succeed later, though nobody has changed anything. */
 const retryableCodes: ReadonlySet<string> = new Set([
   "BOOT_PORT_FORWARD_IN_USE",
   "BOOT_DETACHED_READINESS_FAILED",
@@ -17,8 +17,8 @@ const retryableCodes: ReadonlySet<string> = new Set([
 ])
 
 /**
- * What every error of ours carries: a stable `code` to program against, a `message` that says what happened, a `hint` that says
- * what to do, and the `cause` below it. `console` holds the guest's last console lines where they explain the failure.
+ * The fields of every error: a stable `code` to program against, a `message` that says what happened, a `hint` that says what to do, and the
+ * underlying `cause`. `console` holds the guest's last console lines when they explain the failure.
  */
 const fields = <const Codes extends ReadonlyArray<string>>(...codes: Codes) => ({
   code: Schema.Literal(...codes),
@@ -39,7 +39,7 @@ const withRetryable = <C extends WithCode>(Base: C) =>
     }
   }
 
-/** A VM could not be started. Whatever the earlier steps of the boot acquired has been released when this is seen. */
+/** A VM could not be started. Everything that earlier steps of the start acquired has been released. */
 export class BootError extends withRetryable(
   Schema.TaggedError<BootError>()(
     "BootError",
@@ -84,18 +84,18 @@ export class BootError extends withRetryable(
 ) {
   override get retryable(): boolean {
     const { cause, code } = this
-    // a detached VM was not ready for the reason that is the cause: a kernel that panics will do so again
+    // the cause says why a detached VM was not ready: a kernel that panics will panic again
     const isCauseFinal = code === "BOOT_DETACHED_READINESS_FAILED" && isMachinenError(cause) && !cause.retryable
     return super.retryable && !isCauseFinal
   }
 }
 
-/** The program behind a guest's network card cannot be used. */
+/** gvproxy, the program that serves a guest's network card, is missing or cannot be run. */
 export class GvproxyError extends withRetryable(
   Schema.TaggedError<GvproxyError>()("GvproxyError", fields("GVPROXY_NOT_FOUND"))
 ) {}
 
-/** A running VM could not be turned into a bundle. The VM goes on, and nothing is left where the bundle was to be. */
+/** A running VM could not be saved as a bundle. The VM keeps running, and no partial bundle remains. */
 export class SnapshotError extends withRetryable(
   Schema.TaggedError<SnapshotError>()(
     "SnapshotError",
@@ -109,7 +109,7 @@ export class SnapshotError extends withRetryable(
   )
 ) {}
 
-/** A command could not be run, or ended in a way the caller asked to be told about. */
+/** A command could not be run, or ended in a way that the caller wanted as an error. */
 export class ExecError extends withRetryable(
   Schema.TaggedError<ExecError>()("ExecError", {
     ...fields(
@@ -140,7 +140,7 @@ export class ExecError extends withRetryable(
   })
 ) {}
 
-/** A file or tree could not be moved into or out of a guest. */
+/** A file or tree could not be copied into or out of a guest. */
 export class FilesError extends withRetryable(
   Schema.TaggedError<FilesError>()(
     "FilesError",
@@ -160,12 +160,12 @@ export class FilesError extends withRetryable(
   )
 ) {}
 
-/** Secrets did not reach a guest. No part of this says what they are. */
+/** Secrets did not reach a guest. No field holds a secret's value. */
 export class SecretsError extends withRetryable(
   Schema.TaggedError<SecretsError>()("SecretsError", fields("SECRETS_VALUE_INVALID", "SECRETS_AGENT_UNAVAILABLE"))
 ) {}
 
-/** A port of the host could not be led into a guest, or one connection into it failed. */
+/** A port of the host could not be forwarded to a guest, or one connection to the guest failed. */
 export class TunnelError extends withRetryable(
   Schema.TaggedError<TunnelError>()(
     "TunnelError",
@@ -181,7 +181,7 @@ export class TunnelError extends withRetryable(
   )
 ) {}
 
-/** The registry of running VMs refused: unknown VM, name taken, name not usable. */
+/** The registry of running VMs refused: unknown VM, name in use, name not valid; or its files cannot be read or written. */
 export class RegistryError extends withRetryable(
   Schema.TaggedError<RegistryError>()(
     "RegistryError",
@@ -223,12 +223,12 @@ export class ProvisionError extends withRetryable(
   )
 ) {}
 
-/** A set of sandboxes was asked for one it does not hold, or to hold another under the same id. */
+/** A set of sandboxes has no sandbox of that id, or has one already. */
 export class SandboxError extends withRetryable(
   Schema.TaggedError<SandboxError>()("SandboxError", fields("SANDBOX_ID_DUPLICATE", "SANDBOX_ID_UNKNOWN"))
 ) {}
 
-/** An initramfs could not be packed; what was at its place is as it was. */
+/** An initramfs could not be packed. A file that was at the output path is unchanged. */
 export class MkinitramfsError extends withRetryable(
   Schema.TaggedError<MkinitramfsError>()(
     "MkinitramfsError",
@@ -242,7 +242,7 @@ export class MkinitramfsError extends withRetryable(
   )
 ) {}
 
-/** The CLI could not make sense of its arguments. Raised before any side effect. */
+/** The CLI's arguments are not valid. Raised before any side effect. */
 export class ParseError extends withRetryable(
   Schema.TaggedError<ParseError>()(
     "ParseError",
@@ -261,7 +261,7 @@ export class ParseError extends withRetryable(
   )
 ) {}
 
-/** Something set-up provides (kernel, guest binary, shim, base image) is not there or could not be built. */
+/** An asset that set-up provides (kernel, guest binary, shim, base image) is missing or could not be built. */
 export class AssetError extends withRetryable(
   Schema.TaggedError<AssetError>()(
     "AssetError",
@@ -288,7 +288,7 @@ export class VmmControlFailed extends withRetryable(
   })
 ) {}
 
-/** The closed set a caller can see; services list only the members they can raise. */
+/** All errors that a caller can get; each operation lists those that it can raise. */
 export const MachinenError = Schema.Union(
   BootError,
   SnapshotError,
@@ -314,13 +314,13 @@ const causes = (cause: unknown): ReadonlyArray<string> => {
   return [cause.message, ...causes(cause.cause)]
 }
 
-/** `(CODE): message`, then one indented line for each cause. */
+/** Formats an error: `(CODE): message`, then one indented line for each cause. */
 export const format = (error: MachinenError): string =>
   [`(${error.code}): ${error.message}`, ...causes(error.cause).map((line) => `  caused by: ${line}`)].join("\n")
 
 /**
- * For a terminal: what happened, why, the console's last lines where they help, and what to do about it. A guest wrote some of it: none of it
- * steers the terminal.
+ * Formats an error for a terminal: what happened, why, the console's last lines where they help, and what to do. Text of the guest is escaped,
+ * so that it cannot steer the terminal.
  */
 export const render = (error: MachinenError): string =>
   printable(

@@ -1,2 +1,2 @@
-/** Of this release; package.json's is the same (a test holds it). */
+/** The version of this release, the same as in package.json (a test compares them). */
 export const version = "0.1.0"

@@ -13,45 +13,45 @@ import {
 } from "./Network.ts"
 import type { Secrets } from "./Secrets.ts"
 
-/** What a caller may ask of a boot. Everything has a default; nothing is acquired before all of it is checked. */
+/** Options of a boot. Every option has a default. All are checked before anything is acquired. */
 export interface BootOptions extends MountOptions {
   /**
-   * `micro`, `debian`, the path of a rootfs tarball or of an ext4 image used as a read-only base. Default `debian`. What it says about its
-   * commands (`machinen-config.json`) holds where these options say nothing; a command of these options replaces its own.
+   * `micro`, `debian`, the name of an image, or the path of a rootfs tarball or of an ext4 image that is used as a read-only base. Default
+   * `debian`. The image's `machinen-config.json` gives defaults for command, environment, directory and user; `command` replaces the image's.
    */
   readonly image?: string
-  /** An ext4 image attached read-write as the whole root, as is; it is the caller's and stays. Excludes `image`. */
+  /** An ext4 image that is attached read-write as the whole root. It belongs to the caller and is not removed. Excludes `image`. */
   readonly rootDisk?: string
-  /** The main command; the VM powers off when it ends. Without one, nor one of the image, the VM idles until it is stopped. */
+  /** The main command; the VM powers off when it ends. Default: the image's; without either the VM idles until it is stopped. */
   readonly command?: ReadonlyArray<string>
-  /** Environment of the main command and of every command run later. */
+  /** Environment of the main command and of every later command, over the image's. */
   readonly env?: Readonly<Record<string, string>>
   /**
-   * The main command gets them as variables, later commands those that they name. They go over the channel and are in no file, and in no copy
-   * of the VM.
+   * Values that the main command gets as variables, and later commands when they name them. They are sent over the channel: no file and no copy of
+   * the VM has them.
    */
   readonly secrets?: Secrets
-  /** Working directory of commands in the guest; absolute. Default `/`. */
+  /** Working directory of commands in the guest; absolute. Default: the image's, else `/`. */
   readonly cwd?: string
-  /** Whom commands run as: `user[:group]`, names or numbers of the image's. Default: the image's user, else root. */
+  /** The user of commands: `user[:group]`, names or numbers in the guest. Default: the image's user, else root. */
   readonly user?: string
   readonly name?: string
-  /** Ceiling of guest memory in MiB; the host gives it as the guest touches it. Default 512; `"auto"`: half of the host's, at most 16 GiB. */
+  /** Guest memory in MiB; the host allocates it as the guest touches it. Default 512. `"auto"`: half of the host's, from 512 MiB to 16 GiB. */
   readonly memoryMib?: number | "auto"
-  /** Default 1. */
+  /** Number of virtual CPUs. Default 1. */
   readonly vcpus?: number
-  /** Size of the writable layer in bytes, a multiple of 4096. Default 2 GiB, as a hole that fills as it is written. */
+  /** Size of the writable layer in bytes, a multiple of 4096. Default 2 GiB; the file is sparse and grows as the guest writes. */
   readonly rootDiskSizeBytes?: number
-  /** `nat` (the default): the guest reaches what this host reaches. `none`: it has no network card. */
+  /** `nat` (default): the guest reaches what this host reaches. `none`: the guest has no network card. */
   readonly network?: NetworkMode
-  /** Ports of this host that lead to the guest's; there until the VM is gone. */
+  /** Ports of this host that are forwarded to the guest until the VM has ended. */
   readonly portForward?: ReadonlyArray<PortForwardOption>
   /**
-   * The VM outlives the scope and the process that starts it, from the moment it is ready. With a command, rather boot it attached and
-   * `vm.detach` once `vm.startMainDetached` has succeeded: a command that cannot be started leaves no VM then.
+   * True: from the moment it is ready, the VM outlives the scope and the process that start it. Default false. With a command, boot the VM attached
+   * and call `vm.detach` once `vm.startMainDetached` has succeeded: a command that cannot be started then leaves no VM.
    */
   readonly detached?: boolean
-  /** False: with a kernel, even where a machine of its shape has been prepared (`Machinen.prepare`). Default: as MACHINEN_PREPARED says. */
+  /** False: boots a kernel even when a template of this shape exists (`Machinen.prepare`). Default: as MACHINEN_PREPARED says. */
   readonly prepared?: boolean
 }
 
@@ -76,7 +76,7 @@ const optionNames: OptionNames<BootOptions> = {
   prepared: true
 }
 
-/** Fails for an option that the operation does not know. */
+/** Fails with BOOT_OPTION_INVALID for an option that the operation does not know. */
 export const refuseUnknown = <Options extends object>(
   operation: string,
   options: Options,
@@ -88,14 +88,14 @@ export const refuseUnknown = <Options extends object>(
     : new BootError({ code: "BOOT_OPTION_INVALID", ...unknownOptionText(operation, unknown, known) })
 }
 
-/** Options after every check and default. */
+/** Boot options after all checks, with all defaults. */
 export interface BootPlan {
   readonly image: string
   readonly rootDisk: string | undefined
   readonly command: readonly [string, ...ReadonlyArray<string>] | undefined
   readonly env: Readonly<Record<string, string>>
   readonly cwd: string | undefined
-  /** It is the image's own: made in the guest if it is missing. */
+  /** `cwd` comes from the image: the guest makes the directory if it is missing. */
   readonly makeCwd: boolean
   readonly user: string | undefined
   readonly name: VmName | undefined
@@ -112,7 +112,7 @@ export interface BootPlan {
 export const defaultImage = "debian"
 export const defaultMemoryMib = 512
 export const defaultRootDiskBytes = 2 * 1024 ** 3
-/** Less does not reach user space with our kernel; measured, `micro` needs about 40 MiB. */
+/** Our kernel does not reach user space with less. Measured: `micro` needs about 40 MiB. */
 export const minMemoryMib = 64
 
 /** Half of the host's memory, from 512 MiB to 16 GiB. */
@@ -124,7 +124,7 @@ export interface HostLimits {
   readonly maxVcpus: number
 }
 
-/** Checks everything that can be known without touching the host, and fills in the defaults. First failure wins. */
+/** Checks the options, without touching the host, and fills in the defaults. Fails with the first BootError or RegistryError. */
 export const validate = Effect.fnUntraced(function* (options: BootOptions, host: HostLimits) {
   yield* refuseUnknown("boot", options, optionNames)
   const { command, cwd, env = {}, image, name, network = defaultNetwork, rootDisk, vcpus = 1 } = options
@@ -211,7 +211,7 @@ export const validateEnv = Effect.fnUntraced(function* (env: Readonly<Record<str
   }
 })
 
-/** MAX_ARG_STRLEN of execve(2); and half of the 2 MiB that arguments and environment share under the default stack limit. */
+/** MAX_ARG_STRLEN of execve(2). `maxEnv`: half of the 2 MiB that arguments and environment share under the default stack limit. */
 const maxEnvString = 128 * 1024
 const maxEnv = 1024 * 1024
 

@@ -2,23 +2,23 @@ import { Context, type Effect } from "effect"
 import type { BootError } from "../errors.ts"
 import type { Accelerator } from "./MachineSpec.ts"
 
-/** Which accelerator guests get here, and why that one. */
+/** The accelerator of guests on this host, and why it was chosen. */
 export interface AcceleratorChoice {
   readonly accel: Accelerator
   readonly reason: string
 }
 
 /**
- * What this host can do for a VM. `/dev/kvm` alone proves nothing: there are hosts where it exists and a guest hangs, so KVM counts only
- * when our kernel booted on it once. Answers are kept for the host's boot.
+ * What this host can do for a VM. A host may have `/dev/kvm` and guests still hang there, so KVM counts only when our kernel has booted on it
+ * once. Answers are kept until the host reboots.
  */
 export class HostProbe extends Context.Tag("machinen/HostProbe")<
   HostProbe,
   {
     readonly accelerator: Effect.Effect<AcceleratorChoice, BootError>
-    /** Rate of the time stamp counter in kHz; under TCG it is the guest's as well. */
+    /** Rate of the host's time stamp counter in kHz. Under TCG the guest reads the same counter. */
     readonly tscKhz: Effect.Effect<number, BootError>
-    /** What the VMM says its version is. */
+    /** The version that the VMM binary reports. */
     readonly vmmVersion: Effect.Effect<string, BootError>
   }
 >() {}

@@ -1,12 +1,15 @@
 import { Schema } from "effect"
 
-/** A VM's identity: 12 hex digits of which the first is a letter (digits alone are a pid), made at boot, never used again. It is a directory name, and short because socket paths are. */
+/**
+ * A VM's id: 12 hex digits, made at boot and never used again. The first one is a letter, because digits alone are a pid. The id is a directory
+ * name, and short because socket paths are limited to 107 bytes.
+ */
 export const VmId = Schema.String.pipe(Schema.pattern(/^[a-f][0-9a-f]{11}$/), Schema.brand("VmId"))
 export type VmId = typeof VmId.Type
 
 /**
- * What a user may call a VM. Path-like names (`team/job-1`) are allowed; what could be mistaken for a path on the host (`..`, a
- * leading `/`), a pid (digits only) or an option is not.
+ * A VM's name. Path-like names (`team/job-1`) are allowed. Names that could be mistaken for a path of the host (`..`, a leading `/`), for a pid
+ * (digits only) or for an option are not.
  */
 export const VmName = Schema.String.pipe(
   Schema.filter((name) =>
@@ -30,11 +33,11 @@ export const Disk = Schema.Struct({
 })
 export type Disk = typeof Disk.Type
 
-/** A directory of the host's that a guest shares, by the name it has there. */
+/** A host directory that the guest shares; `tag` is its name on the 9p device. */
 export const Share = Schema.Struct({ tag: Schema.String, path: Schema.String, readOnly: Schema.Boolean })
 export type Share = typeof Share.Type
 
-/** How a machine begins: a kernel is loaded, or a saved machine goes on where it was stopped. */
+/** How a machine starts: with a kernel, or as a saved machine that continues where it was stopped. */
 export const Start = Schema.Union(
   Schema.TaggedStruct("Kernel", { kernel: Schema.String, initrd: Schema.String }),
   /** `memory` is mapped copy-on-write and never written. */
@@ -48,47 +51,47 @@ export type Start = typeof Start.Type
  */
 export class MachineSpec extends Schema.Class<MachineSpec>("MachineSpec")({
   id: VmId,
-  /** Holds everything that belongs to this VM alone. */
+  /** The VM's own directory, which exists. */
   dir: Schema.String,
   start: Start,
   memoryMib: Schema.Int,
   vcpus: Schema.Int,
   disks: Schema.Array(Disk),
   shares: Schema.optionalWith(Schema.Array(Share), { default: () => [] }),
-  /** Its network card, if it has one. */
+  /** The network card; absent: the machine has none. */
   net: Schema.optional(Schema.Struct({ mac: Schema.String }))
 }) {}
 
-/** What a machine is made of beside memory and processors. */
+/** The devices of a machine, as far as they differ between machines. */
 export interface DeviceSet {
   readonly disks: ReadonlyArray<Disk>
-  /** It has a network card. */
+  /** Whether the machine has a network card. */
   readonly network: boolean
-  /** It shares directories of the host's. How many is not the machine's business. */
+  /** Whether the machine shares host directories. All shares are on one device. */
   readonly shares: boolean
 }
 
-/** Which accelerator runs guest code: the CPU itself, or QEMU's translator. */
+/** What runs guest code: the CPU itself (KVM), or QEMU's translator (TCG). */
 export const Accelerator = Schema.Literal("kvm", "tcg")
 export type Accelerator = typeof Accelerator.Type
 
-/** What the VMM and the host make of a machine; a saved one goes on only where all of it is the same. */
+/** Identifies VMM, host and devices of a machine. A saved machine is restored only where all of them match. */
 export class MachineFingerprint extends Schema.Class<MachineFingerprint>("MachineFingerprint")({
   backend: Schema.String,
   vmmVersion: Schema.String,
   machine: Schema.String,
   accel: Accelerator,
   cpu: Schema.String,
-  /** The guest's clock counts in the host's TSC ticks. */
+  /** Rate of the host's TSC, in whose ticks the guest's clock counts. */
   tscKhz: Schema.Int,
-  /** In the order they are plugged in. */
+  /** Names of the devices, in the order in which they are plugged in. */
   devices: Schema.Array(Schema.String)
 }) {}
 
-/** How a command ended. `code` is 128 + `signal` when a signal ended it, as a shell reports it. */
+/** How a command ended. `code` is 128 + `signal` when a signal ended the command, as a shell reports it. */
 export class ExitStatus extends Schema.Class<ExitStatus>("ExitStatus")({
   code: Schema.Int,
   signal: Schema.optionalWith(Schema.NullOr(Schema.Int), { default: () => null }),
-  /** The guest kernel ended it for want of memory. */
+  /** The command got SIGKILL, and the guest kernel killed a process for want of memory while it ran. */
   oomKilled: Schema.optionalWith(Schema.Boolean, { default: () => false })
 }) {}

@@ -3,13 +3,13 @@ import { BootError } from "../errors.ts"
 import type { VmId } from "./MachineSpec.ts"
 import { showAddress } from "./TunnelAddress.ts"
 
-/** `nat`: a card behind a gateway of its own (gvproxy), which reaches what the host reaches. `none`: no card at all. */
+/** `nat`: a network card behind a gateway of the VM's own (gvproxy), which reaches what the host reaches. `none`: no network card. */
 export const NetworkMode = Schema.Literal("nat", "none")
 export type NetworkMode = typeof NetworkMode.Type
 
 export const defaultNetwork: NetworkMode = "nat"
 
-/** TCP clients of the host's address and port are clients of the guest's port. */
+/** Forwards TCP connections from an address and port of the host to a port of the guest. */
 export const PortForward = Schema.Struct({
   hostAddr: Schema.String,
   hostPort: Schema.Int,
@@ -17,7 +17,7 @@ export const PortForward = Schema.Struct({
 })
 export type PortForward = typeof PortForward.Type
 
-/** A forward as it is asked for; only this host's own programs reach it unless an address is given. */
+/** A forward in the options. By default only programs on this host can reach it. */
 export interface PortForwardOption {
   readonly hostPort: number
   readonly guestPort: number
@@ -26,9 +26,9 @@ export interface PortForwardOption {
 }
 
 /**
- * Every guest's side of its network, the same in all of them, for each has a gateway of its own; `gvproxy/main.go` is the other side. From
- * the guest, `host.machinen.internal` is the host's 127.0.0.1. The MTU is that of the two ends alone: TCP ends at the gateway. What a packet costs
- * is code the guest runs for it: with 1500 bytes a forwarded download has 87 MB/s instead of 290 (measured, TCG).
+ * The guest's side of its network; `gvproxy/main.go` is the other side. All guests have the same addresses, because each has a gateway of its own.
+ * In the guest, `host.machinen.internal` is the host's 127.0.0.1. The MTU concerns guest and gateway only, because TCP ends at the gateway. The
+ * guest runs code for each packet, so a large MTU pays: with 1500 bytes a forwarded download has 87 MB/s instead of 290 (measured, TCG).
  */
 export const guestNetwork = {
   address: "192.168.127.2",
@@ -38,7 +38,7 @@ export const guestNetwork = {
   mtu: 65520
 } as const
 
-/** A VM's hardware address: of its id, locally administered, unicast (IEEE 802, the two low bits of the first octet). */
+/** A VM's hardware address, derived from its id: locally administered, unicast (IEEE 802, the two low bits of the first octet). */
 export const macOf = (id: VmId): string => {
   const octets = [...Buffer.from(id, "hex")]
   const first = ((octets[0] ?? 0) & 0xfc) | 0x02
@@ -49,7 +49,7 @@ export const hostSocket = ({ hostAddr, hostPort }: PortForward): string => showA
 
 const maxForwards = 128
 
-/** Checks what can be known without the host; whether a port is free is known when it is bound. First failure wins. */
+/** Checks forwards without touching the host: the shim finds out whether a port is free. Fails with the first BOOT_PORT_FORWARD_* error. */
 export const validateForwards = Effect.fnUntraced(function* (
   network: NetworkMode,
   asked: ReadonlyArray<PortForwardOption>

@@ -11,43 +11,44 @@ import { Settings } from "../Settings.ts"
 import { VmId, type VmName } from "./MachineSpec.ts"
 import { VmEntry } from "./VmEntry.ts"
 
-/** What a dead VM or a dead starter left behind, and what became of it. */
+/** What a dead VM, or the dead process that was starting it, left behind, and what became of it. */
 export interface Leftover {
   readonly id: string
   readonly name?: string
-  /** What was (in a dry run: would be) removed. */
+  /** Paths that were removed; in a dry run those that would be. */
   readonly removedPaths: ReadonlyArray<string>
   readonly failedPaths: ReadonlyArray<string>
 }
 
 /**
- * Which VMs exist on this host: a directory for each below `vmsDir`, a pin for each name below `namesDir`. It does not end VMs; it
- * removes what dead ones left. An entry is believed only while the process it names, by pid, start time and host boot, is alive.
+ * The VMs of this user on this host: a directory for each below `vmsDir`, a pin file for each name below `namesDir`. The registry does not end
+ * VMs; it removes what dead ones left. An entry counts only while the process that it names (pid, start time, host boot) is alive.
  */
 export class Registry extends Context.Tag("machinen/Registry")<
   Registry,
   {
     /**
-     * Creates the VM's directory and takes its name. Closing the scope gives both back, unless a shim has taken the VM over and lives;
-     * the shim is to remove what is returned, before the entry, so that nobody takes a name over that it then removes.
+     * Creates the VM's directory and takes its name. Closing the scope removes both, unless a shim has taken the VM over and is alive. Returns paths
+     * that the shim must remove before the entry: otherwise it could remove a pin that another VM has taken meanwhile. Fails with
+     * REGISTRY_NAME_IN_USE, REGISTRY_IO.
      */
     readonly claim: (entry: VmEntry) => Effect.Effect<ReadonlyArray<string>, RegistryError, Scope.Scope>
     /**
-     * Gives a VM without a name the first of these that is free; its shim is told by `rename`, before the pin is made, so that the pin goes
-     * with the VM. None free: none given.
+     * Gives a VM without a name the first of `names` that is free; `None` when none is. `rename` tells the shim before the pin is made, so that
+     * the shim removes the pin with the VM.
      */
     readonly assign: <E>(
       id: VmId,
       candidates: ReadonlyArray<VmName>,
       rename: (name: VmName | null, pin: string | null) => Effect.Effect<void, E>
     ) => Effect.Effect<Option.Option<VmName>, RegistryError | E>
-    /** A directory for files that live no longer than the scope; gone as well, at the next command, if this process is killed. */
+    /** A directory that is removed with the scope; if this process is killed, the next command removes it (`reconcile`). */
     readonly scratch: Effect.Effect<string, RegistryError, Scope.Scope>
-    /** VMs that are alive, oldest first. */
+    /** Live VMs, oldest first. */
     readonly list: Effect.Effect<ReadonlyArray<VmEntry>, RegistryError>
-    /** A live VM by pid (digits), name, id or unambiguous beginning of an id (4 characters or more). */
+    /** A live VM by pid (digits), name, id or unambiguous beginning of an id (4 characters or more). Fails with REGISTRY_VM_NOT_FOUND. */
     readonly find: (reference: string) => Effect.Effect<VmEntry, RegistryError>
-    /** Removes what dead VMs and dead starters left. */
+    /** Removes what dead VMs and dead starters left; with `dryRun` only lists it. */
     readonly reconcile: (options?: {
       readonly dryRun?: boolean
     }) => Effect.Effect<ReadonlyArray<Leftover>, RegistryError>
@@ -64,7 +65,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
       const dirOf = (id: string) => path.join(vmsDir, id)
       const pinOf = (name: string) => path.join(namesDir, encodeURIComponent(name))
 
-      /** Unreadable or malformed counts as absent: nothing may be done on the word of such an entry. */
+      /** An entry that cannot be read or parsed counts as absent: nothing may be done because of it. */
       const readEntry = (id: string) =>
         fs.readFileString(path.join(dirOf(id), "entry.json")).pipe(
           Effect.flatMap(Schema.decode(Schema.parseJson(VmEntry))),
@@ -94,7 +95,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
         if (Option.isSome(held)) return yield* nameInUse(name, held.value)
       })
 
-      /** link(2) is the atomic step: of all who try, one makes the pin. */
+      /** Makes a pin. link(2) is the atomic step: of several processes one succeeds. */
       const link = (from: string, to: string) => fs.link(from, to).pipe(Effect.as(true), orWhen("AlreadyExists", false))
 
       const takeName = Effect.fnUntraced(function* (name: VmName, id: VmId) {
@@ -102,7 +103,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
         const mine = path.join(dirOf(id), "pin")
         yield* fs.writeFileString(mine, id)
         if (yield* link(mine, pinOf(name))) return
-        // A stale pin is replaced under the lock only: of two that find it stale, the slower would remove the faster one's.
+        // A stale pin is replaced under the lock only: of two processes that find it stale, the slower one would remove the other's new pin.
         yield* HostLock.withLock(
           `${namesDir}.lock`,
           identity
@@ -115,13 +116,13 @@ export class Registry extends Context.Tag("machinen/Registry")<
         )
       })
 
-      /** Under the lock: between a look and a removal outside of it, a new owner could have taken the name over. */
+      /** Removes a pin if it holds this id. Under the lock, because a new owner could take the name between the check and the removal. */
       const dropName = (name: string, id: string) =>
         Effect.flatMap(readPin(name), (held) =>
           Option.contains(held, id) ? fs.remove(pinOf(name), { force: true }) : Effect.void
         ).pipe(HostLock.withLock(`${namesDir}.lock`, identity), Effect.ignore)
 
-      /** The directory appears complete, by rename: one without an entry is a leftover, never a VM in the making. */
+      /** Makes the directory by rename, so that it appears complete: a directory without an entry is a leftover, never a VM being started. */
       const createDir = Effect.fnUntraced(function* (entry: VmEntry) {
         const staging = dirOf(stagingName(entry.id, entry.owner))
         yield* fs.makeDirectory(vmsDir, { recursive: true, mode: 0o700 })
@@ -129,12 +130,12 @@ export class Registry extends Context.Tag("machinen/Registry")<
         const text = yield* Effect.orDie(Schema.encode(Schema.parseJson(VmEntry))(entry))
         yield* fs.writeFileString(path.join(staging, "entry.json"), text).pipe(
           Effect.zipRight(fs.rename(staging, dirOf(entry.id))),
-          // a full disk, say
+          // the write fails on a full disk
           Effect.onError(() => Effect.ignore(fs.remove(staging, { recursive: true, force: true })))
         )
       })
 
-      /** Removes what is left of a VM that is gone. Touches nothing of one whose shim lives. */
+      /** Removes what is left of a VM, unless its shim is alive. */
       const forget = Effect.fnUntraced(function* (id: VmId) {
         const entry = yield* readEntry(id)
         if (Option.isSome(entry)) {
@@ -153,7 +154,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
         return entries.flatMap(Option.toArray).sort((a, b) => a.createdAt - b.createdAt)
       }).pipe(Effect.mapError(unreadable(vmsDir)), Effect.withSpan("Registry.list"))
 
-      /** Directories of VMs and of starters that are gone, with the name their entry holds. */
+      /** Directories of dead VMs and dead starters, with the name in their entry. */
       const deadDirs = Effect.gen(function* () {
         const found: Array<{ readonly id: string; readonly name: string | undefined; readonly path: string }> = []
         for (const dir of yield* names(vmsDir)) {
@@ -170,7 +171,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
         return found
       })
 
-      /** Pins that no live VM answers for. */
+      /** Pins whose VM is not alive. */
       const deadPins = Effect.gen(function* () {
         const found: Array<{ readonly id: string; readonly name: string; readonly path: string }> = []
         for (const file of yield* names(namesDir)) {
@@ -183,7 +184,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
 
       const reconcile = Effect.fn("Registry.reconcile")(
         function* (options?: { readonly dryRun?: boolean }) {
-          // Pins first: taking a name writes the entry before the pin, so a pin seen now whose entry is not there is stale.
+          // Pins first: a starter writes its entry before its pin, so a pin that is there without an entry is stale.
           const pins = (yield* names(namesDir)).length === 0 ? [] : yield* deadPins
           const dirs = yield* deadDirs
           if (pins.length === 0 && dirs.length === 0) return []
@@ -207,7 +208,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
             identity
           )(
             Effect.gen(function* () {
-              // looked at again under the lock: a pin may have been taken over by a live VM meanwhile
+              // read again under the lock: a live VM may have taken a pin meanwhile
               const stale = pins.length === 0 ? [] : yield* deadPins
               return yield* Effect.forEach([...stale, ...dirs], remove)
             })
@@ -253,7 +254,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
         ),
         list,
         find: Effect.fn("Registry.find")(function* (reference) {
-          // The pin decides who has a name: of those that want one at once, all but one are about to go.
+          // The pin decides which VM has a name: of several that want it at once, all but one are about to fail.
           const named = yield* holder(reference)
           if (Option.isSome(named)) return named.value
           const all = yield* list
@@ -273,7 +274,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
   )
 }
 
-/** The name a pin's file stands for; a file that is no pin of ours stands for itself. */
+/** The VM's name behind a pin's file name. A file name that cannot be decoded stands for itself. */
 const nameOf = (file: string): string => {
   try {
     return decodeURIComponent(file)
@@ -326,7 +327,7 @@ const notFound = (reference: string, all: ReadonlyArray<VmEntry>, found: Readonl
     hint: all.length === 0 ? "no VM is running" : `running: ${all.map((e) => e.label).join(", ")}`
   })
 
-/** `.<id>.<pid>.<start time>`: says who is making it, so that it can be told when nobody is any more. */
+/** `.<id>.<pid>.<start time>`: names the process that makes the directory, so that leftovers of dead ones can be recognised. */
 const stagingName = (id: string, owner: ProcessIdentity) => `.${id}.${owner.pid}.${owner.startTime}`
 
 const parseStagingName = (dir: string): ProcessIdentity | undefined => {

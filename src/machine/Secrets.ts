@@ -1,17 +1,17 @@
 import { Effect, Redacted } from "effect"
 import { SecretsError } from "../errors.ts"
 
-/** Values by name, for a guest's commands. A plain string is as good as a redacted one here; who prints the record had better redact. */
+/** Values by name, for a guest's commands. Use `Redacted` values where the record itself might be printed. */
 export type Secrets = Readonly<Record<string, string | Redacted.Redacted<string>>>
 
-/** MAX_ARG_STRLEN of execve(2), for the whole `NAME=value`. */
+/** Longest `NAME=value` in bytes: MAX_ARG_STRLEN of execve(2). */
 const maxVariable = 128 * 1024
-/** What an agent has room for. */
+/** Most bytes of names and values together that the agent takes. */
 const maxBytes = 1024 * 1024
 
 /**
- * The values themselves, if each can be a variable and a line. A name that no variable can have is the agent's to skip. No message holds a
- * value.
+ * Checks that each value can be a variable, and returns the plain values. Names that no variable can have are left in: the agent skips them.
+ * Fails with SECRETS_VALUE_INVALID; no message holds a value.
  */
 export const validateSecrets = Effect.fnUntraced(function* (secrets: Secrets) {
   const refuse = (message: string, hint: string) => new SecretsError({ code: "SECRETS_VALUE_INVALID", message, hint })

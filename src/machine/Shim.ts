@@ -27,30 +27,30 @@ import type { VmEntry } from "./VmEntry.ts"
 export type LogSource = "console" | "output"
 
 export interface LogOptions {
-  /** Go on until the VM ends. */
+  /** Follow the log until the VM ends. Default false. */
   readonly follow?: boolean
-  /** Begin this many bytes before the end instead of at the beginning. */
+  /** Start this many bytes before the end. Default: at the beginning. */
   readonly tailBytes?: number
 }
 
-/** What is copied while a VM is stopped, and how a snapshot whose maker is gone is undone (docs/protocol.md §5, capture). */
+/** What is copied while a VM is stopped, and how the shim undoes a snapshot whose maker has died (docs/protocol.md §5.5). */
 export interface CaptureRequest {
-  /** Where the guest's memory goes, if it is wanted. */
+  /** Path of the copy of the guest's memory; `undefined`: no copy. */
   readonly memory: string | undefined
   readonly files: ReadonlyArray<{ readonly from: string; readonly to: string }>
   readonly undo: {
     readonly remove: ReadonlyArray<string>
-    /** Who lets the VM go on, and what to say to it. */
+    /** The VMM's control socket, and the lines by which the VM goes on. */
     readonly socket: string
     readonly lines: ReadonlyArray<string>
   }
 }
 
-/** A capture under way. Closing its scope before `commit` undoes it, as does the end of this process. */
+/** A prepared capture. Closing the scope before `commit`, or the end of this process, undoes it. */
 export interface Capture {
-  /** Copies memory and files; the VM is stopped. Returns the bytes written. */
+  /** Copies memory and files. The caller has stopped the VM before. Returns the bytes written. */
   readonly copy: Effect.Effect<number, CaptureFailed>
-  /** What was made stays. */
+  /** Keeps the copies: nothing is undone from now on. */
   readonly commit: Effect.Effect<void, CaptureFailed>
 }
 
@@ -62,38 +62,41 @@ export class CaptureFailed extends Schema.TaggedError<CaptureFailed>()("CaptureF
 }) {}
 
 /**
- * A VM's supervisor, seen from its starter (`E` is never: it hears of the end by a pipe) or from any process that found it in the registry,
- * which may fail to reach a shim that lives (`E` is a RegistryError).
+ * A VM's supervisor. Its starter learns of the VM's end by a pipe, so `E` is `never`. Any other process has found the VM in the registry and
+ * may fail to reach the shim: `E` is RegistryError.
  */
 export interface ShimHandle<E = never> {
   readonly shim: ProcessIdentity
   readonly vmm: ProcessIdentity
-  /** Completes when the VM is gone and nothing of it is left on the host. */
+  /** Completes when the VM has ended and nothing of it is left on the host. */
   readonly exited: Effect.Effect<ExitRecord, E>
-  /** Asks the guest to power off; after the grace the VMM is killed. Completes as `exited`; a VM that is gone is what was wanted. */
+  /**
+   * Asks the guest to power off; after the grace (default: the plan's `graceMs`) the shim kills the VMM. Completes as `exited`, also when the VM
+   * had ended before.
+   */
   readonly stop: (graceMs?: number) => Effect.Effect<ExitRecord, E>
   readonly kill: Effect.Effect<ExitRecord, E>
-  /** From now on the VM outlives its starter. Fails when the shim does not say so: the VM ends with its starter, if it has not ended already. */
+  /** Lets the VM outlive its starter from now on. If the shim does not confirm it, this fails and the VM ends with its starter. */
   readonly detach: Effect.Effect<void, BootError>
   readonly logs: (source: LogSource, options?: LogOptions) => Stream.Stream<Uint8Array, RegistryError>
-  /** Prepares a capture: what never changes is copied already, the rest when the VM is stopped. One at a time. */
+  /** Prepares a capture: copies memory while the VM runs, so that less is left when it is stopped. One at a time (CaptureFailed EBUSY). */
   readonly capture: (request: CaptureRequest) => Effect.Effect<Capture, CaptureFailed, Scope.Scope>
-  /** Gives the VM, which has none, a name, or takes it back; the pin that goes with it is removed with the VM. */
+  /** Gives a VM without a name a name, or takes that back (`null`). The shim removes `pin` with the VM. */
   readonly rename: (name: VmName | null, pin: string | null) => Effect.Effect<void, RegistryError>
 }
 
 /**
- * Starts shims and talks to them. A shim owns everything of its VM on the host: VMM, sockets, files, registry entry. It
- * does not know images, options or names; those are decided before it starts.
+ * Starts shims and talks to them. A shim owns everything of its VM on the host: VMM, sockets, files, registry entry. Images and options are
+ * resolved before the shim starts.
  */
 export class Shim extends Context.Tag("machinen/Shim")<
   Shim,
   {
     /**
-     * Starts a VM under a shim. Closing the scope ends the VM, in order, and waits until nothing is left, unless it was detached.
+     * Starts a VM under a shim. Closing the scope stops the VM as `stop` does and waits until nothing of it is left, unless it was detached.
      */
     readonly start: (binary: string, plan: ShimPlan) => Effect.Effect<ShimHandle, BootError, Scope.Scope>
-    /** The shim of a running VM. */
+    /** Connects to the shim of a running VM. Fails with REGISTRY_VM_NOT_FOUND while the VM is still being started. */
     readonly attach: (entry: VmEntry) => Effect.Effect<ShimHandle<RegistryError>, RegistryError>
   }
 >() {
@@ -109,7 +112,7 @@ export class Shim extends Context.Tag("machinen/Shim")<
             Effect.mapError((cause) => shimMissing(binary, cause))
           )
           const first = yield* Deferred.make<ShimEvent, void>()
-          // outlives the acquire on purpose: it ends with the shim's stdout
+          // a daemon, because it must outlive the acquire: it ends with the shim's stdout
           yield* Effect.forkDaemon(follow(process, first, exited))
           yield* process.writeLine(line)
           return { process, first }
@@ -127,7 +130,7 @@ export class Shim extends Context.Tag("machinen/Shim")<
       )
       if (event.event === "failed") return yield* startFailed(event, plan)
       if (event.event === "exited") return yield* Effect.dieMessage("the shim reported an exit before a start")
-      // a shim that cannot be reached is told by the end of our pipe, which is an orderly stop
+      // if the control socket fails, closing our pipe asks the shim for an orderly stop
       const end = (body: object) =>
         Effect.zipRight(
           Effect.orElse(ask(plan.controlPath, body), () => started.process.disown),
@@ -152,7 +155,7 @@ export class Shim extends Context.Tag("machinen/Shim")<
                 cause
               })
           ),
-          // between the shim's answer and our note of it, closing the scope would wait for the end of a VM that goes on
+          // an interruption after the shim's answer would leave a scope that waits for the end of a detached VM
           Effect.uninterruptible
         )
       }
@@ -181,7 +184,7 @@ export class Shim extends Context.Tag("machinen/Shim")<
   })
 }
 
-/** Reads the shim's events to its end and settles the two things others wait for; `exited` only once the shim itself is gone. */
+/** Reads the shim's events to the end. Completes `first` with the first event, and `exited` once the shim itself has ended. */
 const follow = (
   process: OwnedProcess.OwnedProcess,
   first: Deferred.Deferred<ShimEvent, void>,
@@ -204,7 +207,7 @@ const follow = (
     yield* Deferred.succeed(exited, record)
   })
 
-/** What is known of a VM whose shim was killed: the VMM died with it (PDEATHSIG), nobody recorded how. */
+/** The record of a VM whose shim was killed: the VMM died with the shim (PDEATHSIG), and no process recorded how. */
 const lost = new ExitRecord({
   vmm: { code: null, signal: null },
   main: null,
@@ -214,7 +217,7 @@ const lost = new ExitRecord({
   vmmLogTail: ""
 })
 
-/** What is known of a VM whose shim has cleared up, and ended before it could be asked. */
+/** The record of a VM whose shim cleaned up and ended before it could be asked. */
 const unseen = new ExitRecord({ ...lost, reason: "unseen" })
 
 const shimMissing = (binary: string, cause: unknown) =>
@@ -262,7 +265,7 @@ const startFailed = (event: Extract<ShimEvent, { event: "failed" }>, plan: ShimP
   })
 }
 
-/** The cause of BOOT_PORT_FORWARD_IN_USE: which of the host's sockets (`ip:port`) somebody else has. */
+/** The cause of BOOT_PORT_FORWARD_IN_USE: the host's socket (`ip:port`) that another process holds. */
 export class HostSocketTaken extends Data.TaggedError("HostSocketTaken")<{
   readonly message: string
   readonly hostSocket: string
@@ -289,7 +292,7 @@ const forwardFailed = ({ code, message, subject }: Extract<ShimEvent, { event: "
 
 const stopRequest = (graceMs: number | undefined) => ({ op: "stop", ...given({ graceMs }) })
 
-/** What the owner of a VM and who attached to it get alike from the control socket (docs/protocol.md §5). */
+/** The part of a handle that goes by the control socket (docs/protocol.md §5.4), for the starter and for other processes alike. */
 const control = (controlPath: string) => ({
   logs: (source: LogSource, options: LogOptions = {}) =>
     Stream.unwrapScoped(
@@ -323,7 +326,7 @@ const Answer = Schema.parseJson(
 )
 const decodeAnswer = Schema.decode(Answer)
 
-/** How long the shim may take to undo: it gives the VMM 2 s to go on, the guest 2 s to set its clock, and then removes files. */
+/** How long to wait for an undo: the shim gives the VMM 2 s to go on and the guest 2 s to set its clock, then it removes files. */
 const undoneWithin = "7 seconds"
 
 const startCapture = Effect.fn("Shim.capture")(function* (controlPath: string, capture: CaptureRequest) {
@@ -331,7 +334,7 @@ const startCapture = Effect.fn("Shim.capture")(function* (controlPath: string, c
   const lines = yield* Stream.toPull(
     connection.bytes.pipe(Stream.decodeText(), Stream.splitLines, Stream.rechunk(1), Stream.mapError(captureLost))
   )
-  // The shim undoes what was not committed once we hang up, and hangs up when it has.
+  // When we close the connection, the shim undoes what was not committed; it closes its side when that is done.
   yield* Effect.addFinalizer(() =>
     connection.end.pipe(
       Effect.zipRight(Effect.ignore(Effect.forever(lines))),
@@ -362,7 +365,7 @@ const startCapture = Effect.fn("Shim.capture")(function* (controlPath: string, c
 const captureLost = (cause: unknown) =>
   new CaptureFailed({ code: "ECONNRESET", message: "the VM's shim is gone", cause })
 
-/** Sends a request and reads its first line; `rest` is what follows. */
+/** Sends a request and reads the first line of the answer; `rest` is what follows. */
 const request = (controlPath: string, body: object) =>
   Effect.gen(function* () {
     const connection = yield* UnixSocket.connect(controlPath)
@@ -387,10 +390,10 @@ const request = (controlPath: string, body: object) =>
 
 const gone: NodeJS.ErrnoException = Object.assign(new Error("the shim closed the connection"), { code: "ECONNRESET" })
 
-/** A request whose effect is seen elsewhere. */
+/** Sends a request and discards the answer. */
 const ask = (controlPath: string, body: object) => Effect.scoped(request(controlPath, body))
 
-/** A request that is answered by the VM's end. The VM counts as gone without an answer only when its shim is dead. */
+/** Sends a request that the shim answers with the VM's end. Without an answer, the VM counts as ended only when its shim is dead. */
 const endOf = (
   { controlPath, label }: VmEntry,
   shim: ProcessIdentity,
@@ -420,11 +423,11 @@ const endOf = (
     )
   )
 
-/** A shim that nobody listens for any more, or whose VM's directory it has removed, is on its way out; how soon, depends on the host. */
+/** Whether a shim is about to end: its control socket refuses or breaks, or it has removed the VM's directory. */
 const isEnding = (controlPath: string, { code }: NodeJS.ErrnoException) =>
   ["ECONNREFUSED", "ECONNRESET", "EPIPE"].includes(code ?? "") || !existsSync(path.dirname(controlPath))
 
-/** A process tells nobody but its parent of its end: that is looked for. */
+/** Whether a process ends within the limit. Polls, because the kernel reports the end of a process to its parent only. */
 const endsWithin = (who: ProcessIdentity, limit: Duration.DurationInput) =>
   processes.isAlive(who).pipe(
     Effect.filterOrFail((alive) => !alive),

@@ -2,7 +2,7 @@ import { Schema } from "effect"
 import { ProcessIdentity } from "../platform/ProcessIdentity.ts"
 import { VmEntry } from "./VmEntry.ts"
 
-/** Everything the shim has to know, sent as one JSON line on its stdin (docs/protocol.md §5). */
+/** The shim's instructions for one VM, sent as one JSON line on its stdin (docs/protocol.md §5.1). All paths are absolute. */
 export class ShimPlan extends Schema.Class<ShimPlan>("ShimPlan")({
   version: Schema.Literal(1),
   id: Schema.String,
@@ -16,16 +16,16 @@ export class ShimPlan extends Schema.Class<ShimPlan>("ShimPlan")({
   /** The guest channel over an inherited descriptor, or null when the VMM serves `vsock.sock` itself. */
   channel: Schema.NullOr(Schema.Struct({ fd: Schema.Int, vsockPath: Schema.String, resume: Schema.Boolean })),
   console: Schema.Struct({ fd: Schema.Int, logPath: Schema.String, maxBytes: Schema.Int }),
-  /** The guest's memory, for the VMM at /proc/self/fd/<fd>: new, or a file that is mapped copy-on-write. */
+  /** The guest's memory, which the VMM finds at /proc/self/fd/<fd>: a new memfd, or a file that is mapped copy-on-write. */
   memory: Schema.optional(
     Schema.Union(
       Schema.Struct({ fd: Schema.Int, sizeBytes: Schema.Int }),
       Schema.Struct({ fd: Schema.Int, from: Schema.String })
     )
   ),
-  /** Files the VMM gets as open descriptors, read-only. */
+  /** Files that the VMM inherits as open, read-only descriptors. */
   inherit: Schema.optional(Schema.Array(Schema.Struct({ fd: Schema.Int, path: Schema.String }))),
-  /** The guest's network card: `fd` is the listener of its other end, which `gvproxy` serves once it is needed. */
+  /** The guest's network card: `fd` is the listener of its other end, which `gvproxy` serves. */
   network: Schema.optional(
     Schema.Struct({
       fd: Schema.Int,
@@ -36,7 +36,7 @@ export class ShimPlan extends Schema.Class<ShimPlan>("ShimPlan")({
       forwards: Schema.Array(Schema.Struct({ host: Schema.String, guestPort: Schema.Int }))
     })
   ),
-  /** What the VMM sees of the host's directories: below `root`, each under its name. */
+  /** Host directories that the VMM sees: below `root`, each under its name. */
   shares: Schema.optional(
     Schema.Struct({
       root: Schema.String,
@@ -56,27 +56,27 @@ export class ShimPlan extends Schema.Class<ShimPlan>("ShimPlan")({
 /** How a VM ended. */
 export class ExitRecord extends Schema.Class<ExitRecord>("ExitRecord")({
   vmm: Schema.Struct({ code: Schema.NullOr(Schema.Int), signal: Schema.NullOr(Schema.Int) }),
-  /** How the main command ended, when the guest lived to tell. */
+  /** How the main command ended, if the guest reported it. */
   main: Schema.NullOr(Schema.Struct({ code: Schema.Int, signal: Schema.NullOr(Schema.Int) })),
-  /** The guest announced its power-off; false for a crash or a kill. */
+  /** The guest announced its power-off. False after a crash or a kill. */
   orderly: Schema.Boolean,
   /**
-   * Who ended it. Two are findings of a program that asked too late: `shim-lost`, the shim was killed and has recorded nothing; `unseen`, the
-   * shim had told those who waited, cleared up and ended.
+   * Who ended the VM (docs/protocol.md §5.3). No shim writes the last two: `shim-lost`, the shim was killed and has recorded nothing; `unseen`, the
+   * shim has cleaned up and ended before this program asked.
    */
   reason: Schema.Literal("guest", "stop", "kill", "owner-lost", "vmm", "shim-lost", "unseen"),
   consoleTail: Schema.String,
   vmmLogTail: Schema.String
 }) {}
 
-/** What a guest said that did not come up or could not go on: its kernel's panic, or the last word of our init. */
+/** The console line that says why a guest failed: its kernel's panic, or the last line of our init. */
 export const guestFailure = (console: string): string | undefined =>
   (/Kernel panic[^\n]*/.exec(console) ?? /machinen-init: [^\n]*/.exec(console))?.[0].trim()
 
-/** Whether nobody, in the guest or outside, had wanted it to end. */
+/** Whether a VM ended though neither its guest nor a user had asked for it. */
 export const hasFailed = ({ reason }: ExitRecord): boolean => reason === "vmm" || reason === "shim-lost"
 
-/** How a VM ended, in words: a sentence without its full stop. */
+/** Says how a VM ended: a sentence without its full stop. */
 export const howEnded = ({ consoleTail, reason, vmm }: ExitRecord): string => {
   switch (reason) {
     case "guest":
@@ -99,14 +99,14 @@ export const howEnded = ({ consoleTail, reason, vmm }: ExitRecord): string => {
   }
 }
 
-/** What the shim says on its stdout, one JSON object a line. */
+/** The shim's events on stdout, one JSON object a line (docs/protocol.md §5.2). */
 export const ShimEvent = Schema.Union(
   Schema.Struct({ event: Schema.Literal("started"), shim: ProcessIdentity, vmm: ProcessIdentity }),
   Schema.Struct({
     event: Schema.Literal("failed"),
     step: Schema.Literal("plan", "network", "files", "registry", "shares", "vmm"),
     code: Schema.String,
-    /** What the step was busy with: a path, or the host's socket of a forwarded port. */
+    /** A path, or the host's socket of a forwarded port. */
     subject: Schema.String,
     message: Schema.String
   }),

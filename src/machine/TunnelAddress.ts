@@ -1,26 +1,29 @@
 import { Effect } from "effect"
 import { ParseError } from "../errors.ts"
 
-/** Something that listens in a guest: a TCP port of its loopback interface, or a unix socket. */
+/** A listener in a guest: a TCP port of its loopback interface, or a unix socket. */
 export type TunnelTarget = { readonly port: number } | { readonly path: string }
 
 export interface TunnelMapping {
-  /** Default 127.0.0.1: other hosts cannot reach it. */
+  /** Default 127.0.0.1, which other hosts cannot reach. */
   readonly hostAddress?: string
-  /** Default 0: one that is free. */
+  /** Default 0: a free port. */
   readonly hostPort?: number
   readonly guest: TunnelTarget
 }
 
-/** A target as it is written and shown. */
+/** Formats a target: a port, or `unix:/path`. */
 export const showTarget = (target: TunnelTarget): string =>
   "port" in target ? String(target.port) : `unix:${target.path}`
 
-/** An address of the host as it is written and shown. */
+/** Formats an address of the host; an IPv6 address is in brackets. */
 export const showAddress = (address: string, port: number): string =>
   address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`
 
-/** `[[ADDRESS:]PORT:]GUEST`; GUEST: a port (also `80/tcp`) or `unix:/path`; an IPv6 address stands in brackets. Without a PORT: any that is free. */
+/**
+ * Parses `[[ADDRESS:]PORT:]GUEST`. GUEST is a port (also `80/tcp`) or `unix:/path`; an IPv6 address is in brackets. Without PORT: a free port.
+ * Fails with ParseError.
+ */
 export const parseMapping = (text: string): Effect.Effect<TunnelMapping, ParseError> => {
   const refuse = (why: string) =>
     new ParseError({

@@ -5,8 +5,8 @@ import { LiveMount, Mount } from "./mountOptions.ts"
 import { NetworkMode, PortForward } from "./Network.ts"
 
 /**
- * The registry's record of one VM: `<vms>/<id>/entry.json`. Written by the starter when it claims the id (`booting`), from then on by
- * the shim, which adds itself and the VMM and removes the entry when the VM is gone.
+ * The registry's record of one VM: `<vms>/<id>/entry.json`. The starter writes it when it claims the id (`booting`). From then on the shim
+ * writes it: it adds itself and the VMM, and removes the entry when the VM has ended.
  */
 export class VmEntry extends Schema.Class<VmEntry>("VmEntry")({
   version: Schema.Literal(1),
@@ -14,7 +14,7 @@ export class VmEntry extends Schema.Class<VmEntry>("VmEntry")({
   name: Schema.optional(VmName),
   state: Schema.Literal("booting", "running"),
   bootId: Schema.String,
-  /** The process that boots the VM; it answers for the entry until there is a shim. */
+  /** The process that starts the VM. Until there is a shim, the entry counts while this process is alive. */
   owner: ProcessIdentity,
   shim: Schema.optional(ProcessIdentity),
   vmm: Schema.optional(ProcessIdentity),
@@ -25,30 +25,30 @@ export class VmEntry extends Schema.Class<VmEntry>("VmEntry")({
   command: Schema.optional(Schema.Array(Schema.String)),
   memoryMib: Schema.Int,
   vcpus: Schema.Int,
-  /** The kernel it was booted with, and its disks: what a snapshot is made of beside memory. */
+  /** Kernel and disks of the machine, which a snapshot needs beside memory. Entries of older versions have neither. */
   kernel: Schema.optional(Schema.String),
   disks: Schema.optional(Schema.Array(Disk)),
-  /** How it is connected; an entry of an older version has no word of it, and its VM no card. */
+  /** The network mode. Entries of older versions have none, and their VMs no network card. */
   network: Schema.optionalWith(NetworkMode, { default: () => "none" }),
   portForward: Schema.optional(Schema.Array(PortForward)),
-  /** The copy of a host directory among them. */
+  /** The copy of a host directory, which is on two of the disks. */
   mount: Schema.optional(Mount),
-  /** Directories of the host's that it shares. */
+  /** Host directories that the VM shares. */
   liveMounts: Schema.optional(Schema.Array(LiveMount)),
-  /** The bundle it was restored from, or the id of the VM it was forked from. */
+  /** The bundle that the VM was restored from, or the id of the VM that it was forked from. */
   forkedFrom: Schema.optional(Schema.String),
-  /** It began as a template, not with a kernel: what its kernel printed at boot is on no console log of its own. */
+  /** The VM started from a template: its own console log has no kernel messages of the boot. */
   prepared: Schema.optional(Schema.Boolean),
-  /** Its processes were restored without their memory, which comes as it is touched. */
+  /** The VM's processes were restored lazily: their memory is read when it is touched. */
   lazy: Schema.optional(Schema.Boolean),
   /** Unix milliseconds. */
   createdAt: Schema.Number,
   vsockPath: Schema.String,
   controlPath: Schema.String,
-  /** The VMM's own control socket; what is spoken on it is the backend's business. */
+  /** The VMM's own control socket, whose protocol the backend knows. */
   vmmControlPath: Schema.optional(Schema.String)
 }) {
-  /** What a user calls it. */
+  /** The name for messages: the VM's name, else its id. */
   get label(): string {
     return this.name ?? this.id
   }

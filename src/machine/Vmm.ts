@@ -5,7 +5,7 @@ import type { PortForward } from "./Network.ts"
 import type { CaptureFailed, ShimHandle } from "./Shim.ts"
 import type { VmEntry } from "./VmEntry.ts"
 
-/** What a backend can do beyond booting; callers ask before they promise. */
+/** What a backend is and offers. */
 export interface Capabilities {
   readonly backend: string
   readonly accel: Accelerator
@@ -14,61 +14,61 @@ export interface Capabilities {
 
 export { VmmControlFailed }
 
-/** A live hypervisor, as the rest of the program sees it. */
+/** A running VM: its supervisor, and what the hypervisor can do with the machine. */
 export interface VmmHandle<E = never> extends ShimHandle<E> {
-  /** Stops the vCPUs; memory and devices stay as they are. */
+  /** Stops the vCPUs; memory and devices stay as they are. The guest does not notice, but its clock falls behind. */
   readonly pause: Effect.Effect<void, VmmControlFailed>
   readonly resume: Effect.Effect<void, VmmControlFailed>
-  /** Prepares to take the machine's state out. Closing the scope before `commit` leaves the machine running and no file. */
+  /** Prepares to save the machine. Closing the scope before `commit` leaves the machine running and removes what was made. */
   readonly save: (target: SaveTarget) => Effect.Effect<Saving, VmmControlFailed | CaptureFailed, Scope.Scope>
 }
 
-/** Absolute paths of files that are to be made. */
+/** The files that a save makes. All paths are absolute. */
 export interface SaveTarget {
-  /** Device state and memory; left out when only disks are wanted. */
+  /** Where device state and memory go; absent: only disks are copied. */
   readonly machine?: { readonly state: string; readonly memory: string }
   readonly files: ReadonlyArray<{ readonly from: string; readonly to: string }>
-  /** Removed, with everything below, if the saving is not committed. */
+  /** Paths that are removed, with everything below, if the save is not committed. */
   readonly remove: ReadonlyArray<string>
 }
 
 export interface Saving {
-  /** Stops the machine and saves it. Closing the scope lets it go on. */
+  /** Stops the machine and saves it. Closing the scope lets the machine go on. */
   readonly whileStopped: Effect.Effect<void, VmmControlFailed | CaptureFailed, Scope.Scope>
-  /** What was made stays. Fails, and leaves it to be undone, when the machine did not go on. */
+  /** Keeps what was made. Fails when the machine did not go on; closing the scope of `save` then undoes everything. */
   readonly commit: Effect.Effect<void, VmmControlFailed | CaptureFailed>
 }
 
-/** What the shim needs beside the machine itself. */
+/** What the shim needs to know beside the machine itself. */
 export interface ShimOptions {
   /** The registry entry; the shim completes and maintains it. */
   readonly entry: VmEntry
   /** Copied sparsely into the VM's directory before the VMM starts. */
   readonly files: ReadonlyArray<{ readonly from: string; readonly to: string; readonly size?: number }>
-  /** Who serves the machine's network card, and the host's ports that lead to it. */
+  /** The program that serves the network card, and the forwarded ports of the host. */
   readonly network?: {
     readonly gvproxy: readonly [string, ...ReadonlyArray<string>]
     readonly forwards: ReadonlyArray<PortForward>
   }
-  /** Removed when the VM is gone, before its entry. */
+  /** Paths that are removed when the VM has ended, before its entry. */
   readonly cleanup: ReadonlyArray<string>
   readonly graceMs: number
 }
 
-/** Turns a machine into a running process. What differs between QEMU, Firecracker and a fake lives behind this tag. */
+/** Turns a machine into a running process. Everything that differs between hypervisors is behind this tag. */
 export class Vmm extends Context.Tag("machinen/Vmm")<
   Vmm,
   {
     readonly capabilities: Effect.Effect<Capabilities, BootError>
-    /** Where the VMM of the VM in `dir` will listen for control, if it does. */
+    /** The VMM's control socket for the VM in `dir`; `undefined` when the VMM has none. */
     readonly controlPath: (dir: string) => string | undefined
-    /** Starts the machine under a shim. Released as `Shim.start` says. */
+    /** Starts the machine under a shim. Closing the scope ends it, as for `Shim.start`. */
     readonly launch: (spec: MachineSpec, supervision: ShimOptions) => Effect.Effect<VmmHandle, BootError, Scope.Scope>
-    /** What a machine made of this would be here and now. */
+    /** The fingerprint that a machine with these devices would have on this host. */
     readonly fingerprint: (plugged: DeviceSet) => Effect.Effect<MachineFingerprint, BootError>
-    /** What a kernel it loads is told, but for what is measured on this host. */
+    /** The kernel's command line, without values that are measured on this host. */
     readonly kernelArguments: Effect.Effect<string, BootError>
-    /** The hypervisor of a VM that runs already. */
+    /** A handle on a VM that is already running. */
     readonly attach: <E>(entry: VmEntry, shim: ShimHandle<E>) => VmmHandle<E>
   }
 >() {}

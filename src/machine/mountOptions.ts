@@ -2,44 +2,44 @@ import * as path from "node:path"
 import { Effect, Schema } from "effect"
 import { BootError } from "../errors.ts"
 
-/** Whether a guest may write a host directory it shares. */
+/** Whether the guest may write to a shared host directory. */
 export const MountMode = Schema.Literal("ro", "rw")
 export type MountMode = typeof MountMode.Type
 
-/** A host directory shared with a guest. */
+/** A host directory that is shared with a guest. */
 export const LiveMount = Schema.Struct({
-  /** In the guest, below /mnt, normalised. */
+  /** Path in the guest, below /mnt, normalised. */
   guest: Schema.String,
-  /** On the host, absolute. */
+  /** Absolute path on the host. */
   host: Schema.String,
   mode: MountMode
 })
 export type LiveMount = typeof LiveMount.Type
 
-/** A copy of a host directory in a guest. */
+/** A copy of a host directory, mounted in a guest. */
 export const Mount = Schema.Struct({
   guest: Schema.String,
-  /** Where it was copied from; nobody looks there again. */
+  /** The directory that was copied. It is not read again. */
   host: Schema.String
 })
 export type Mount = typeof Mount.Type
 
-/** A live mount as it is asked for. */
+/** A live mount in the options. */
 export interface LiveMountOption {
   /** An existing directory; relative to the working directory. */
   readonly host: string
-  /** Below /mnt. */
+  /** Path in the guest, below /mnt. */
   readonly guest: string
-  /** Default "rw"; on restore: as it was. */
+  /** Default "rw"; of a restore: the source's. */
   readonly mode?: MountMode
 }
 
 export interface MountOptions {
-  /** A host directory copied into the guest, which writes to a layer of its own: the host's is never changed. */
+  /** A host directory that is copied into the guest. The guest writes to a layer of its own; the host's directory is never changed. */
   readonly mount?: { readonly host: string; readonly guest: string }
-  /** Size of that layer in bytes, a multiple of 4096. Default 4 GiB, as a hole that fills as it is written. */
+  /** Size of that layer in bytes, a multiple of 4096. Default 4 GiB; the file is sparse and grows as the guest writes. */
   readonly mountDiskUpperSizeBytes?: number
-  /** Host directories shared with the guest: what either side changes the other sees. At most 5. */
+  /** Host directories that are shared with the guest: each side sees the other's changes. At most 5. */
   readonly liveMounts?: ReadonlyArray<LiveMountOption>
 }
 
@@ -54,7 +54,7 @@ export const defaultMountUpperBytes = 4 * 1024 ** 3
 
 const invalid = (message: string, hint: string) => new BootError({ code: "BOOT_MOUNT_INVALID", message, hint })
 
-/** Without doubled and trailing slashes. What is not below /mnt, or might lead out of it, is refused. */
+/** Normalises a path in the guest (doubled and trailing slashes). Fails with BOOT_MOUNT_INVALID unless the path is below /mnt. */
 export const guestPath = (guest: string): Effect.Effect<string, BootError> => {
   const parts = guest.split("/").filter((part) => part !== "" && part !== ".")
   const isBelow = guest.startsWith("/") && parts[0] === "mnt" && parts.length > 1
@@ -71,7 +71,7 @@ const hostPath = (host: string) =>
     ? Effect.succeed(path.resolve(host))
     : invalid(`${JSON.stringify(host)} is no directory of the host`, "give an existing directory")
 
-/** Everything about mounts that can be known without looking at the host. */
+/** Checks mounts without touching the host, and fills in defaults. Fails with BOOT_MOUNT_INVALID or BOOT_DISK_SIZE_INVALID. */
 export const validateMounts = Effect.fnUntraced(function* (options: MountOptions) {
   const { liveMounts = [], mount, mountDiskUpperSizeBytes = defaultMountUpperBytes } = options
   if (liveMounts.length > maxLiveMounts) {
@@ -99,8 +99,8 @@ export const validateMounts = Effect.fnUntraced(function* (options: MountOptions
 })
 
 /**
- * The shares of a copy: those of its original, each from another directory or in another mode where that is asked for. A machine that was
- * saved has no place for others.
+ * The shares of a copy: the original's, with another directory or mode where the options name one. Further shares are refused
+ * (BOOT_LIVE_MOUNT_OVERRIDE_UNKNOWN): a saved machine has no place for them.
  */
 export const overridden = Effect.fnUntraced(function* (
   recorded: ReadonlyArray<LiveMount>,
@@ -123,7 +123,7 @@ export const overridden = Effect.fnUntraced(function* (
   })
 })
 
-/** One mount over or in another would hide it, or be made in the host's directory. */
+/** Refuses a mount over or inside another one: it would hide the other, or be made in the host's directory. */
 const checkApart = (guests: ReadonlyArray<string>) => {
   const sorted = [...guests].sort()
   const clash = sorted.flatMap((outer, i) =>

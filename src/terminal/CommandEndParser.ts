@@ -1,12 +1,12 @@
-/** `"more"`: the shell wants another line, as the command is not complete. */
+/** Output of a shell, or how a command ended: its exit code, or `"more"` when the command is not complete and the shell wants another line. */
 export type Piece = { readonly text: Uint8Array } | { readonly status: number | "more" }
 
 const mark = 0x1e
-/** No mark is longer. */
+/** Longest mark in bytes. */
 const longest = 64
 
 /**
- * Finds in what a shell prints the marks that tell of a command's end: record separator, token, `:`, exit code or `more`, record separator.
+ * Splits the output of a shell at the marks of ended commands: record separator, token, `:`, exit code or `more`, record separator.
  */
 export class CommandEndParser {
   readonly #inner: RegExp
@@ -34,7 +34,7 @@ export class CommandEndParser {
       }
       const status = this.#inner.exec(rest.subarray(1, Math.max(end, 1)).toString("latin1"))?.[1]
       if (status === undefined) {
-        // somebody else's: text like any other
+        // a record separator that begins no mark of ours is output
         show(rest.subarray(0, 1))
         rest = rest.subarray(1)
       } else {

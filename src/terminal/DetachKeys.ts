@@ -2,16 +2,16 @@
 const key = 0x1d
 
 export interface Typed {
-  /** What is for the terminal. */
+  /** Bytes to send to the terminal. */
   readonly forward: Uint8Array
-  /** Both keys have been seen; `rest` followed them. */
+  /** The detach keys were typed; `rest` is what was typed after them. */
   readonly detached: boolean
   readonly rest: Uint8Array
 }
 
 /**
- * Finds Ctrl-] pressed twice in what is typed, however it is cut. The first waits for what follows; neither is forwarded. One alone is, with
- * what follows it.
+ * Finds Ctrl-] Ctrl-] in typed bytes, however they arrive. The first Ctrl-] is held back until the next byte: another Ctrl-] detaches, and
+ * neither is forwarded; any other byte is forwarded behind the held one.
  */
 export class DetachKeys {
   #held = false
