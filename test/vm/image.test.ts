@@ -120,6 +120,19 @@ layer(live(home, cache), { excludeTestServices: true })("a container image", (it
     }).pipe(Effect.scoped)
   )
 
+  it.scoped("has the working directory it names made, if none of its layers has it", () =>
+    Effect.gen(function* () {
+      const workingDirectory = ["--tag", "nowhere", "--config.workingdir", "/not/there"]
+      umoci("config", "--image", `${layout}:v1`, ...workingDirectory)
+      const machinen = yield* Machinen
+      const { vm } = yield* machinen.boot({ image: `oci:${layout}:nowhere`, network: "none" })
+      assert.strictEqual(yield* sh(vm, "pwd; stat -c '%a %u:%g %F' ."), "/not/there\n755 0:0 directory")
+      // one that the caller names is not
+      const error = yield* Effect.flip(vm.execRaw({ argv: ["pwd"], cwd: "/nor/there" }))
+      assert.strictEqual(error.code, "EXEC_CWD_INVALID")
+    })
+  )
+
   it.scoped("comes from a registry once, with layers kept by digest, until it is fetched again", () =>
     Effect.gen(function* () {
       const storage = path.join(dir, "registry")

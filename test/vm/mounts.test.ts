@@ -366,6 +366,21 @@ describe.sequential("a live mount", () => {
       yield* sh(copy, 'rm -f /tmp/state; until [ "$(cat /tmp/state 2>/dev/null)" = no ]; do sleep 0.05; done')
       assert.strictEqual(yield* sh(copy, "ls /mnt/work"), "")
       yield* sh(copy, "kill -9 $(cat /tmp/holder); until [ -e /mnt/work/tool ]; do sleep 0.05; done; /mnt/work/tool")
+
+      // a failure that stays is told instead, and leaves nothing mounted
+      const { vm: other } = yield* machinen.restore({ snapDir: dir })
+      const because = Effect.map(
+        other.stats,
+        ({ rejuvenation }) => rejuvenation?.kept.find(({ what }) => what === "shares")?.why ?? ""
+      )
+      assert.include(yield* because, "mounted once nobody holds files")
+      yield* sh(other, "rmdir /mnt/work; touch /mnt/work; kill -9 $(cat /tmp/holder)")
+      const why = yield* because.pipe(
+        Effect.repeat({ until: (why) => !why.startsWith("mounted once") }),
+        Effect.timeout("20 seconds")
+      )
+      assert.match(why, /\/mnt\/work: (File exists|Not a directory)/)
+      assert.strictEqual(yield* sh(other, "grep -cE 'machinen-shares|/mnt/work' /proc/mounts || true"), "0")
     }).pipe(Effect.provide(machine))
   )
 })
