@@ -9,8 +9,8 @@ import { Settings } from "../Settings.ts"
 import { SourceTree } from "./SourceTree.ts"
 
 /**
- * What set-up builds, each with the files and directories of the source tree that decide what comes out. `programs` is one asset because
- * one cargo build makes both: the guest's init and the shim.
+ * The assets that set-up builds, each with the files and directories of the source tree that decide its content. `programs` is one asset,
+ * because one cargo build makes the guest's init and the shim.
  */
 const inputs = {
   kernel: ["kernel"],
@@ -23,10 +23,10 @@ const inputs = {
 export type AssetName = keyof typeof inputs
 export const assetNames: ReadonlyArray<AssetName> = ["programs", "gvproxy", "kernel", "base-micro", "base-debian"]
 
-/** Below the inputs, what does not reach the result. */
+/** Entries below the inputs that do not affect the result. */
 const ignored: ReadonlySet<string> = new Set(["target", "tests", "examples", "benches"])
 
-/** `asset.json`: an asset directory without it does not exist. */
+/** `asset.json`: a directory without it does not count as an asset. */
 export class AssetManifest extends Schema.Class<AssetManifest>("AssetManifest")({
   format: Schema.Literal(1),
   name: Schema.Literal("kernel", "programs", "gvproxy", "base-micro", "base-debian"),
@@ -40,39 +40,39 @@ const manifestFile = "asset.json"
 const ManifestJson = Schema.parseJson(AssetManifest)
 
 /**
- * The kernel, the guest's init, the shim and the base images: built on this machine, kept by the hash of what they are built from. A
- * second checkout with the same inputs uses the same assets; a changed input makes another asset beside the old one, which running VMs
- * and bundles may still need.
+ * The kernel, the guest's init, the shim and the base images: built on this machine and kept by the hash of their inputs. A second checkout
+ * with the same inputs uses the same assets. A changed input makes another asset beside the old one, which running VMs and bundles may still
+ * need. The paths are absolute; an asset that is not built fails with AssetError.
  */
 export class Assets extends Context.Tag("machinen/Assets")<
   Assets,
   {
-    /** The guest kernel, an ELF file. */
+    /** Path of the guest kernel, an ELF file. */
     readonly kernel: Effect.Effect<string, AssetError>
-    /** The guest's init and agent, a static program. */
+    /** Path of the guest's init and agent, one static program. */
     readonly init: Effect.Effect<string, AssetError>
-    /** The program every VM runs under. */
+    /** Path of `machinen-shim`, the supervisor of each VM. */
     readonly shim: Effect.Effect<string, AssetError>
-    /** The program behind a guest's network card. */
+    /** Path of `gvproxy`, which serves a guest's network card. */
     readonly gvproxy: Effect.Effect<string, AssetError>
-    /** A base image, read-only ext4. */
+    /** Path of a base image, read-only ext4. */
     readonly base: (name: "micro" | "debian") => Effect.Effect<string, AssetError>
-    /** The directory of an asset in any store, and what it is built from: the same for the same sources. */
+    /** The asset's directory name in any store, and the hash of its inputs. Both are the same for the same sources. */
     readonly identity: (
       name: AssetName
     ) => Effect.Effect<{ readonly directory: string; readonly inputs: string }, AssetError>
-    /** The files of a built asset that are not what its manifest says; `deep` reads them, else only their sizes are looked at. */
+    /** The files of a built asset that differ from the manifest: in size, and with `deep` in content. */
     readonly damaged: (
       name: AssetName,
       options: { readonly deep: boolean }
     ) => Effect.Effect<ReadonlyArray<string>, AssetError>
-    /** Has the next build replace an asset. */
+    /** Removes an asset's manifest, so that the next build replaces the asset. */
     readonly discard: (name: AssetName) => Effect.Effect<void, AssetError>
-    /** What an asset consists of, or nothing when it is not built for the present inputs. */
+    /** The asset for the present inputs; `None` when it is not built. */
     readonly find: (name: AssetName) => Effect.Effect<Option.Option<FoundAsset>, AssetError>
     /**
-     * Has `make` fill `out` unless the asset is there. Of any number of processes that want it one builds and the others wait for it;
-     * nothing is left of a build that failed or was killed, except until the next one.
+     * Runs `make`, which fills `out`, unless the asset is there. Of several processes one builds and the others wait. A failed build leaves
+     * nothing; the leftovers of a killed build are removed by the next one.
      */
     readonly build: <E, R>(
       name: AssetName,
@@ -80,7 +80,7 @@ export class Assets extends Context.Tag("machinen/Assets")<
     ) => Effect.Effect<void, E | AssetError, R>
   }
 >() {
-  /** For tests: with a source tree of their own. */
+  /** For tests, which provide their own source tree. */
   static readonly layerWithoutSource = Layer.effect(
     Assets,
     Effect.gen(function* () {
@@ -96,7 +96,7 @@ export class Assets extends Context.Tag("machinen/Assets")<
         )
       })
 
-      // Kept for the life of the process: it boots what its sources were when it first booted.
+      // Kept for the life of the process, which so boots with the sources of its first boot.
       const hashes = new Map<AssetName, string>()
       const inputsHash = (name: AssetName) =>
         Effect.suspend(() => {
@@ -129,7 +129,7 @@ export class Assets extends Context.Tag("machinen/Assets")<
       const sync = (target: string) =>
         Effect.scoped(Effect.flatMap(fs.open(target, { flag: "r" }), (handle) => handle.sync))
 
-      /** Makes the finished directory an asset: everything on disk, then the manifest, then the name. */
+      /** Makes a finished directory an asset: syncs all files, writes the manifest, then renames the directory. */
       const publish = Effect.fnUntraced(function* (name: AssetName, hash: string, out: string, dir: string) {
         const names = (yield* fs.readDirectory(out)).sort(Order.string)
         const files = yield* Effect.forEach(names, (entry) =>
@@ -154,7 +154,7 @@ export class Assets extends Context.Tag("machinen/Assets")<
         yield* fs.rename(out, dir)
       })
 
-      /** Only ever called under the asset's lock: whatever carries its name there is of a build that died. */
+      /** Removes leftovers of killed builds. The caller holds the asset's lock, so no build uses them. */
       const removeLeftovers = Effect.fnUntraced(function* (name: AssetName) {
         const entries = yield* fs.readDirectory(buildingDir)
         const left = entries.filter((entry) => entry.startsWith(`${name}-`))
@@ -180,7 +180,7 @@ export class Assets extends Context.Tag("machinen/Assets")<
               const dirs = { out: path.join(staging, "out"), work: path.join(staging, "work") }
               yield* writing(Effect.zipRight(fs.makeDirectory(dirs.out), fs.makeDirectory(dirs.work)))
               yield* make(dirs)
-              // Someone edited meanwhile: what came out may be of either state and must not be found under this hash.
+              // The sources changed during the build: the result may be of either state and must not be kept under this hash.
               if ((yield* hashInputs(name)) !== hash) return yield* inputsChanged(name)
               yield* writing(publish(name, hash, dirs.out, dir))
             }).pipe(Effect.ensuring(Effect.ignore(fs.remove(staging, { recursive: true, force: true }))))
@@ -235,13 +235,13 @@ export class Assets extends Context.Tag("machinen/Assets")<
   static readonly layer = Assets.layerWithoutSource.pipe(Layer.provide(SourceTree.layer))
 }
 
-/** An asset that is built: where it lies and what its manifest says. */
+/** A built asset: its directory and its manifest. */
 export interface FoundAsset {
   readonly dir: string
   readonly manifest: AssetManifest
 }
 
-/** `out` becomes the asset, `work` is thrown away. */
+/** The directories of a build: `out` becomes the asset, `work` is removed. */
 export interface BuildDirectories {
   readonly out: string
   readonly work: string

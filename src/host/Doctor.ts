@@ -17,7 +17,7 @@ import {
   versionIn
 } from "./hostRequirements.ts"
 
-/** One thing a host needs. `broken` is there but does not work; `optional` things only make VMs faster. */
+/** One requirement of a host. `broken`: it is there but does not work. `optional`: VMs run without it, only slower. */
 export const Requirement = Schema.Struct({
   id: Schema.String,
   title: Schema.String,
@@ -37,7 +37,7 @@ export const DoctorReport = Schema.Struct({
 })
 export type DoctorReport = typeof DoctorReport.Type
 
-/** The arguments that make a program say its version, where these are not `--version`. */
+/** The arguments by which a program prints its version, where they are not `--version`. */
 const versionArguments: Readonly<Record<string, ReadonlyArray<string>>> = {
   busybox: [],
   debugfs: ["-V"],
@@ -47,7 +47,7 @@ const versionArguments: Readonly<Record<string, ReadonlyArray<string>>> = {
   resize2fs: ["--help"]
 }
 
-/** A program of a Debian package, and the assets whose building needs it; none when VMs need it. */
+/** A program of a Debian package, and the assets that need it to be built; none when running VMs needs it. */
 interface Tool {
   readonly bin: string
   readonly package: string
@@ -66,18 +66,18 @@ for (const name of assetNames) {
 }
 const tools: ReadonlyArray<Tool> = [...runTools, ...buildTools.values()]
 
-/** A program that does not say its version within this does not work. */
+/** A program that does not print its version within this counts as broken. */
 const patience = "10 seconds"
 
 const GiB = 1024 ** 3
-/** The kernel's source tree and objects (2 GB), the bases and their staging. */
+/** Free bytes for builds: the kernel's source tree and objects (2 GB), the bases and their staging. */
 const spaceToBuild = 4 * GiB
-/** Uppers and memory files of a few VMs. */
+/** Free bytes for the writable layers and memory files of a few VMs. */
 const spaceToRun = 1 * GiB
 
 const install = "run `machinen install` (in a checkout: `npm run setup`)"
 
-/** Looks at everything a VM needs from this host, by using it. Changes nothing and cannot fail: what is wrong is in the report. */
+/** Checks everything that VMs need from this host, by using it. Changes nothing and never fails: the report says what is wrong. */
 export class Doctor extends Context.Tag("machinen/Doctor")<
   Doctor,
   { readonly examine: Effect.Effect<DoctorReport> }
@@ -107,7 +107,7 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
             : { status: "broken", detail: `older than ${minimumNode}`, fix: "install Node 20 or newer" })
         }
 
-        /** Runs a program for its version. Some print it to stderr, some end with 1 after it; from 126 on it did not get to run. */
+        /** Runs a program for its version. Some programs print it to stderr, some then end with code 1; codes from 126 on mean that it did not run. */
         const program = (bin: string, args: ReadonlyArray<string>, title: string, fix: string) =>
           run([bin, ...args]).pipe(
             Effect.map(({ code, stdout, stderr }): Requirement => {
@@ -318,7 +318,7 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
               { concurrency: "unbounded" }
             )
             const built = assetNames.filter((_, at) => found.assets[at]?.status === "found")
-            /** What only builds assets that are all there is optional: this host may have brought them with `install --from`. */
+            /** A requirement of builds is optional when all its assets are there: `install --from` may have fetched them. */
             const neededToBuild = (requirement: Requirement, assets: ReadonlyArray<AssetName>): Requirement =>
               requirement.status !== "found" && assets.length > 0 && assets.every((name) => built.includes(name))
                 ? { ...requirement, optional: true, detail: `only builds ${assets.join(", ")}, which is there` }

@@ -22,7 +22,7 @@ import { SourceTree } from "./SourceTree.ts"
 
 export type StepId = "toolchain" | "packages" | AssetName
 
-/** What a running set-up has to tell. Steps run at the same time where they may, so every event names its step. */
+/** Events of a running set-up. Steps may run at the same time, so every event names its step. */
 export type Progress =
   | { readonly _tag: "Skipped"; readonly step: StepId; readonly title: string }
   | { readonly _tag: "Started"; readonly step: StepId; readonly title: string }
@@ -30,7 +30,7 @@ export type Progress =
   | { readonly _tag: "Done"; readonly step: StepId; readonly title: string; readonly elapsed: Duration.Duration }
   | { readonly _tag: "Failed"; readonly step: StepId; readonly title: string; readonly error: AssetError }
 
-/** One thing this host must have. `run` is called when `check` says it does not. */
+/** One step of set-up. `run` is called when `check` says that its result is missing. */
 interface Step {
   readonly id: StepId
   readonly title: string
@@ -39,19 +39,19 @@ interface Step {
 }
 
 export interface SetupOptions {
-  /** Another host's asset store, a directory or a web server: what is there for the present sources is not built. */
+  /** Another host's asset store, a directory or a URL. Assets that it has for the present sources are fetched instead of built. */
   readonly from?: string
-  /** Read all of what is there, and build again what is not as it was; otherwise only sizes are looked at. Default false. */
+  /** True: compares the content of existing assets, not only file sizes, and builds damaged ones again. Default false. */
   readonly verify?: boolean
-  /** Install what tests and benches need, too, and all that is needed to build, though every asset may be there. Default false. */
+  /** True: also installs what tests and benches need, and what builds need even when every asset is there. Default false. */
   readonly withTests?: boolean
 }
 
-/** Who runs the set-up, on what. */
+/** The user and the host of a set-up. */
 export interface SetupHost {
   readonly uid: number
   readonly nodeVersion: string
-  /** The code name in /etc/os-release; empty where there is none. */
+  /** The code name in /etc/os-release; empty when it has none. */
   readonly release: string
 }
 
@@ -64,13 +64,13 @@ const titles: Record<AssetName, string> = {
 }
 
 /**
- * Makes this host ready to boot VMs: packages, then the assets. What is there is left alone, so it may be run at any time, and after a
- * failure goes on where it stopped.
+ * Makes this host ready to boot VMs: installs packages, then builds the assets. Existing results are kept, so set-up may be run at any time,
+ * and continues after a failure.
  */
 export class Setup extends Context.Tag("machinen/Setup")<
   Setup,
   {
-    /** Fails with the first step that failed, after every step that could still succeed has. */
+    /** Runs all steps that can still succeed after a failure, then fails with the first error. */
     readonly run: (
       onProgress: (event: Progress) => Effect.Effect<void>,
       options?: SetupOptions
@@ -111,7 +111,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
 
         const isBuilt = (name: AssetName) => Effect.map(assets.find(name), Option.isSome)
 
-        /** What an asset is compiled with; nothing when the asset is there, or the compiler is new enough. */
+        /** The compiler that an asset lacks: nothing when the asset is there, or the compiler is new enough. */
         const compiler = (asset: AssetName, argv: readonly [string, ...ReadonlyArray<string>], minimum: string) =>
           Effect.gen(function* () {
             if (yield* isBuilt(asset)) return Option.none()
@@ -125,7 +125,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
         const goWrong = compiler("gvproxy", ["go", "version"], minimumGo)
         const hasNode = isAtLeast(host.nodeVersion, minimumNode)
 
-        // Found out first: it fails within a second what would otherwise fail in the middle of minutes.
+        // Checked first, because it fails within a second. Otherwise a build would fail after minutes.
         const toolchain: Step = {
           id: "toolchain",
           title: "Node, Rust and Go",
@@ -140,7 +140,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
             })
         }
 
-        /** Of what is needed here: to run VMs, to build the assets that are missing and, when it is asked for, to test. */
+        /** Debian packages that are not installed, of those that VMs, missing assets and, with `withTests`, tests need. */
         const missingPackages = (withTests: boolean) =>
           Effect.gen(function* () {
             const unbuilt = yield* Effect.filter(assetNames, (name) => isBuilt(name), { negate: true })
@@ -148,7 +148,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
             // biome-ignore lint/suspicious/noTemplateCurlyInString: dpkg-query's own placeholders
             const format = "${Package} ${db:Status-Abbrev}\n"
             const answer = yield* quick(["dpkg-query", "--show", "--showformat", format, ...needed])
-            // Its exit code only says that some package is unknown.
+            // dpkg-query's exit code only says that some package is unknown.
             if (Option.isNone(answer)) return yield* notDebian
             const installed = new Set(
               answer.value.stdout.split("\n").flatMap((line) => {
@@ -159,7 +159,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
             return needed.filter((name) => !installed.has(name))
           })
 
-        /** Those that apt could not install from the sources it has. */
+        /** The packages that apt's sources do not have. */
         const unavailable = (names: ReadonlyArray<string>) =>
           Effect.gen(function* () {
             const answer = yield* quick(["apt-cache", "policy", ...names])
@@ -191,7 +191,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
           ({ out, work }: BuildDirectories, onLine: (line: string) => Effect.Effect<void>) =>
             Effect.flatMap(root, (dir) => long(`run ${name}`, ["bash", path.join(dir, name), out, work], { onLine }))
 
-        /** Compiled in the cache, where a changed line does not mean compiling every dependency again. */
+        /** Compiles the Rust programs in the cache directory, so that a changed line does not compile every dependency again. */
         const programs = ({ out }: BuildDirectories, onLine: (line: string) => Effect.Effect<void>) =>
           Effect.gen(function* () {
             const target = path.join(settings.cacheDir, "cargo-target")
@@ -201,8 +201,8 @@ export class Setup extends Context.Tag("machinen/Setup")<
               cwd: yield* root,
               env: { CARGO_TARGET_DIR: target, CARGO_TERM_COLOR: "never", CARGO_TERM_PROGRESS_WHEN: "never" }
             }
-            // Cargo names a workspace's own packages without the path of the workspace and tells by their files' times what is fresh: here it
-            // would take another checkout's for ours.
+            // Cargo does not distinguish the packages of two checkouts in one target directory, and tells by file times what is fresh: it would
+            // take another checkout's packages for ours.
             const own = ["archive", "channel", "guest", "shim"].flatMap((name) => ["--package", `machinen-${name}`])
             yield* long(
               "forget another checkout's programs",
@@ -228,14 +228,14 @@ export class Setup extends Context.Tag("machinen/Setup")<
                   fs.chmod(path.join(out, to), 0o755)
                 )
             ).pipe(Effect.mapError((cause) => buildFailed("compile the guest init and the shim", cause)))
-            // every checkout compiles there, and each leaves its own under the same name
+            // all checkouts compile there, into files of the same names
           }).pipe(
             HostLock.withLock(path.join(settings.cacheDir, "compile.lock"), (cause) =>
               buildFailed("compile the guest init and the shim", cause)
             )
           )
 
-        /** Pure Go, static: a resolver of its own and no libraries of the host's. */
+        /** Builds gvproxy static and in pure Go: with Go's own resolver and without libraries of the host. */
         const gvproxy = ({ out }: BuildDirectories, onLine: (line: string) => Effect.Effect<void>) =>
           Effect.gen(function* () {
             const argv = ["go", "build", "-trimpath", "-ldflags=-s -w", "-o", path.join(out, "gvproxy"), "."] as const
@@ -251,7 +251,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
           "base-debian": script("bases/debian.sh")
         }
 
-        /** An asset that is there and damaged is not there any more. */
+        /** Whether an asset is there and undamaged. A damaged one is discarded. */
         const isSound = (name: AssetName, deep: boolean) =>
           Effect.gen(function* () {
             const damaged = yield* assets.damaged(name, { deep })
@@ -306,11 +306,11 @@ export class Setup extends Context.Tag("machinen/Setup")<
               )
 
             yield* Effect.forEach(assetNames, (name) => isSound(name, verify), { concurrency: 2 })
-            // before the toolchain is looked for: what is brought needs none
+            // before the toolchain check: fetched assets need no toolchain
             if (from !== undefined) yield* Effect.forEach(assetNames, (name) => perform(bringStep(from, name)))
             yield* perform(toolchain)
             yield* perform(packagesStep(withTests))
-            // Together: a base is one thread and a download, the kernel takes what is left. A mirror that is down must not cost the kernel.
+            // In parallel: a base uses one thread and a download, the kernel the rest. If a mirror is down, the kernel is built all the same.
             const ended = yield* Effect.forEach(assetNames, (name) => Effect.either(perform(assetStep(name))), {
               concurrency: "unbounded"
             })
@@ -332,7 +332,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
   }).pipe(Layer.unwrapEffect, Layer.provide(SourceTree.layer))
 }
 
-/** That of `.cargo/config.toml`; `cargo clean` does not look there. */
+/** The target triple, as in `.cargo/config.toml`, which `cargo clean` does not read. */
 const triple = "x86_64-unknown-linux-gnu"
 
 const aptInstall = ["apt-get", "install", "--yes", "--no-install-recommends"] as const

@@ -5,12 +5,12 @@ import { Context, Effect, Layer } from "effect"
 import { AssetError } from "../errors.ts"
 import { memoizeSuccess } from "../platform/memoizeSuccess.ts"
 
-/** Where the sources of the assets are: the checkout or the installed package this code belongs to. */
+/** The root of the sources that assets are built from: the checkout, or the installed package, that this code belongs to. */
 export class SourceTree extends Context.Tag("machinen/SourceTree")<
   SourceTree,
   { readonly root: Effect.Effect<string, AssetError> }
 >() {
-  /** The nearest directory above this file that has a kernel and a Cargo workspace; the bundled CLI lies deeper than this file. */
+  /** Takes the nearest directory above this file that has a kernel and a Cargo workspace: the bundled CLI is deeper than this file. */
   static readonly layer = Layer.effect(
     SourceTree,
     Effect.gen(function* () {

@@ -5,7 +5,7 @@ import { ProvisionError } from "../errors.ts"
 import { Settings } from "../Settings.ts"
 import { Assets } from "./Assets.ts"
 
-/** What a machine is made from, where the user does not say it. */
+/** A file that machines are made from, unless the user names another. */
 export type BaseAsset = "rootfs" | "kernel" | "dtb"
 
 const missingCode = {
@@ -14,7 +14,7 @@ const missingCode = {
   dtb: "PROVISION_DTB_NOT_FOUND"
 } as const
 
-/** In MACHINEN_ASSETS_DIR, for this host's architecture as Debian calls it. */
+/** File names in MACHINEN_ASSETS_DIR, for an architecture by Debian's name. */
 const fileNames = (arch: string): Readonly<Record<BaseAsset, string>> => {
   const debian = arch === "x64" ? "amd64" : arch
   return {
@@ -25,8 +25,9 @@ const fileNames = (arch: string): Readonly<Record<BaseAsset, string>> => {
 }
 
 /**
- * An explicit path, else the file of MACHINEN_ASSETS_DIR, else what set-up made: the first of them that is given decides, there or not (spec
- * provision.md §4). An x86 machine has no device tree: set-up makes none.
+ * Resolves a base asset: an explicit path, else the file in MACHINEN_ASSETS_DIR, else what set-up built. The first one that is given decides,
+ * whether its file exists or not. Set-up makes no device tree, because an x86 machine has none. Fails with PROVISION_*_NOT_FOUND or
+ * PROVISION_ASSETS_DIR_INVALID.
  */
 export const resolve = Effect.fn("baseAssets.resolve")(function* (
   kind: BaseAsset,

@@ -1,9 +1,9 @@
 import { Option } from "effect"
 
-/** Debian packages, each with those of its programs that we start, or that a tool of ours starts. */
+/** Debian packages, each with its programs that machinen starts, directly or by way of another tool. */
 export type Packages = Readonly<Record<string, ReadonlyArray<string>>>
 
-/** On every Debian; set-up does not install them. */
+/** Packages of every Debian. Set-up does not install them. */
 export const basePackages = {
   apt: ["apt-cache", "apt-get"],
   bash: ["bash"],
@@ -59,7 +59,7 @@ export const basePackages = {
   "util-linux": ["fallocate", "flock", "nsenter", "prlimit", "unshare"]
 } as const satisfies Packages
 
-/** What VMs and images need on a host that has all assets. */
+/** Packages that VMs and images need on a host that has all assets. */
 export const runPackages = {
   e2fsprogs: ["debugfs", "mke2fs"],
   fakeroot: ["fakeroot"],
@@ -76,7 +76,7 @@ const imagePackages = {
   jq: ["jq"]
 } as const
 
-/** What the building of each asset needs; a host that has the asset does without. */
+/** Packages that each asset needs to be built. A host that has the asset does not need them. */
 export const buildPackages = {
   // cargo links with `cc`
   programs: { gcc: ["cc"], "libc6-dev": [] },
@@ -99,7 +99,7 @@ export const buildPackages = {
   "base-debian": { ...imagePackages, "debian-archive-keyring": [], mmdebstrap: ["mmdebstrap"] }
 } as const satisfies Readonly<Record<string, Packages>>
 
-/** What only tests and benches need: another reader of our archives, clients of a server, a registry, a terminal, a repository to copy. */
+/** Packages that only tests and benches need: a second reader of our archives, clients of servers, a registry, a terminal, git. */
 export const testPackages = {
   "busybox-static": ["busybox"],
   cpio: ["cpio"],
@@ -110,10 +110,10 @@ export const testPackages = {
   tmux: ["tmux"]
 } as const satisfies Packages
 
-/** Compilers that come from elsewhere than Debian, whose own are too old; `npm` comes with Node. */
+/** Compilers that do not come from Debian, whose versions are too old. `npm` comes with Node. */
 export const toolchainPrograms = ["cargo", "go", "gofmt", "node", "npm", "rustc"] as const
 
-/** The packages a host needs that builds these assets, each once; with those of tests, all there are. */
+/** The packages that a host needs to run VMs and to build these assets, each once. With `tests`: all packages. */
 export const packagesFor = (
   assets: ReadonlyArray<keyof typeof buildPackages>,
   { tests = false } = {}
@@ -136,10 +136,10 @@ export const minimumNode = "20.19"
 /** The first toolchain with Rust 2024. */
 export const minimumRust = "1.85"
 
-/** What gvisor-tap-vsock asks for (gvproxy/go.mod). */
+/** The Go version that gvisor-tap-vsock requires (gvproxy/go.mod). */
 export const minimumGo = "1.25"
 
-/** The version in the first line of what a program prints about itself, such as `1.47.0` in `mke2fs 1.47.0 (5-Feb-2023)`. */
+/** The version in the first line of a program's output, such as `1.47.0` in `mke2fs 1.47.0 (5-Feb-2023)`. */
 export const versionIn = (text: string): Option.Option<string> =>
   Option.fromNullable(/\d+(?:\.\d+)+/.exec(text.trimStart().split("\n", 1)[0] ?? "")?.[0])
 

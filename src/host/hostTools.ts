@@ -4,8 +4,8 @@ import { isFull } from "../platform/freeSpace.ts"
 import type { ToolError, ToolFailed, ToolMissing } from "../platform/tool.ts"
 
 /**
- * Turns the failure of a host program into an error of ours. The caller says what it means, for it knows what the program was to do; before
- * that it is looked whether the disk of `dir`, where the program wrote, is full.
+ * Turns the failure of a host program into a ProvisionError. If the disk of `dir`, where the program wrote, is full, the error is
+ * ROOTFS_IMG_NO_SPACE; otherwise `meaning` decides, because the caller knows what the program was to do.
  */
 export const explained =
   (dir: string, meaning: (failed: ToolFailed) => ProvisionError) =>
@@ -26,7 +26,7 @@ export const toolMissing = ({ cause, message }: ToolMissing) =>
     })
   )
 
-/** A program of this host could not make an image of sound input. */
+/** The error of a host program that failed to make an image. */
 export const buildFailed = (failed: ToolFailed) =>
   new ProvisionError({
     code: "ROOTFS_IMG_BUILD_FAILED",

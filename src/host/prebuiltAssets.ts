@@ -11,8 +11,8 @@ const maxManifest = 1024 * 1024
 const programs: ReadonlySet<AssetName> = new Set(["programs", "gvproxy"])
 
 /**
- * Takes an asset from another host's asset store, a directory or a web server: nothing is compiled. It must be of the same inputs, and every file
- * must be what its manifest says. Tells whether it was there.
+ * Fetches an asset from another host's asset store, a directory or a URL. Returns whether the store has it for the same inputs. Fails with
+ * AssetError when a file differs from the store's manifest, or the store does not answer.
  */
 export const bring = Effect.fn("prebuiltAssets.bring")(function* (from: string, name: AssetName) {
   const assets = yield* Assets

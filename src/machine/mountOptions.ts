@@ -71,7 +71,7 @@ const hostPath = (host: string) =>
     ? Effect.succeed(path.resolve(host))
     : invalid(`${JSON.stringify(host)} is no directory of the host`, "give an existing directory")
 
-/** Checks mounts without touching the host, and fills in defaults. Fails with BOOT_MOUNT_INVALID or BOOT_DISK_SIZE_INVALID. */
+/** Checks mounts without touching the host, and fills in defaults. Fails with BOOT_MOUNT_INVALID. */
 export const validateMounts = Effect.fnUntraced(function* (options: MountOptions) {
   const { liveMounts = [], mount, mountDiskUpperSizeBytes = defaultMountUpperBytes } = options
   if (liveMounts.length > maxLiveMounts) {
