@@ -15,10 +15,10 @@ import * as Terminal from "./Terminal.ts"
 import * as Tunnel from "./Tunnel.ts"
 import { Vsock } from "./Vsock.ts"
 
-/** The host port the agent calls when it can serve. */
+/** The host port that the agent dials when it can serve. */
 export const doorbellPort = 1979
 
-/** What the agent in one guest can do. */
+/** The operations of one guest's agent. */
 export interface AgentClient
   extends Exec.Exec,
     Files.Files,
@@ -29,15 +29,18 @@ export interface AgentClient
     Standstill.Standstill {}
 
 /**
- * Runs commands in guests and moves files, over the private channel. It knows a VM by its vsock socket only; whether that VM should be
- * running is somebody else's question.
+ * Runs commands in guests and copies files, over the private channel. The agent's client knows a VM by its vsock socket only, not by the
+ * registry.
  */
 export class Agent extends Context.Tag("machinen/Agent")<
   Agent,
   {
-    /** `exited`: the end of the VM, which explains that of a connection. */
+    /** The client of one guest. `exited` completes at the VM's end, which then explains a broken connection. Default: never. */
     readonly client: (vsockPath: string, exited?: Effect.Effect<ExitRecord, unknown>) => AgentClient
-    /** Waits for the guest's doorbell and answers it with the time: returns once listening, the inner effect is the wait. */
+    /**
+     * Listens for the guest's doorbell. The inner effect waits for it and answers with the time; it fails with EXEC_PROTOCOL or
+     * EXEC_AGENT_UNAVAILABLE. Closing the scope ends the listening.
+     */
     readonly doorbell: (vsockPath: string) => Effect.Effect<Effect.Effect<void, ExecError>, ExecError, Scope.Scope>
   }
 >() {
@@ -68,7 +71,7 @@ export class Agent extends Context.Tag("machinen/Agent")<
               hint: "run `machinen install`: kernel and guest binary must come from the same release"
             })
           }
-          // Not waited for: what is asked of the guest next comes after it on the same channel.
+          // The guest's end is not waited for: later requests come after this answer on the same channel.
           yield* Effect.ignore(connection.write(Buffer.from(`${JSON.stringify({ nowMs: Date.now() })}\n`)))
           yield* connection.end
         }).pipe(Effect.scoped)

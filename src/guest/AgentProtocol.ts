@@ -2,8 +2,8 @@ import { Schema } from "effect"
 import { ExitStatus } from "../machine/MachineSpec.ts"
 
 /**
- * Frames between host and guest agent (docs/protocol.md §3): u8 type, u32 big-endian length, payload. This file is the TypeScript
- * side of `guest/src/frame.rs`; `test/golden/agent-frames.json` holds both to the same bytes.
+ * Frames between host and guest agent (docs/protocol.md §3.1): u8 type, u32 big-endian length, payload. This file is the TypeScript side;
+ * `test/golden/agent-frames.json` holds both sides to the same bytes.
  */
 export const FrameType = {
   request: 1,
@@ -21,7 +21,7 @@ export const FrameType = {
 export type FrameType = (typeof FrameType)[keyof typeof FrameType]
 
 const frameTypes: ReadonlySet<number> = new Set(Object.values(FrameType))
-/** Types whose payload is delivered whole: JSON documents, and a number. The others are byte streams, delivered as they arrive. */
+/** Types whose payload is delivered as a whole: JSON documents, and `credit`. The others are byte streams, delivered as they arrive. */
 const wholeTypes: ReadonlySet<number> = new Set([
   FrameType.request,
   FrameType.started,
@@ -30,7 +30,7 @@ const wholeTypes: ReadonlySet<number> = new Set([
   FrameType.credit
 ])
 
-/** Types whose payload has one length only, in bytes. */
+/** Types whose payload has a fixed length, in bytes. */
 const fixedLengths: ReadonlyMap<number, number> = new Map([
   [FrameType.eof, 0],
   [FrameType.signal, 1],
@@ -40,19 +40,19 @@ const fixedLengths: ReadonlyMap<number, number> = new Map([
 
 export const maxPayload = 1024 * 1024
 export const maxRequest = 4 * 1024 * 1024
-/** How many bytes of input a command may be sent before the guest gives credit for more. */
+/** Bytes of input that a command may be sent before the guest grants credit for more. */
 export const inputWindow = 1024 * 1024
-/** Largest piece of input: the guest may keep back up to a quarter of the window before it gives credit. */
+/** Largest piece of input in bytes. The guest may keep back up to a quarter of the window before it grants credit, so a piece must be smaller. */
 export const inputPiece = 64 * 1024
 const headerSize = 5
 
-/** One frame, or a part of one: byte streams are passed on in the pieces they arrive in. */
+/** A frame, or of byte streams a part of one: they are passed on in the pieces in which they arrive. */
 export interface Frame {
   readonly type: FrameType
   readonly payload: Uint8Array
 }
 
-/** A header alone; the payload follows it on the wire and need not be copied into the same buffer. */
+/** Encodes a header alone, so that the payload need not be copied into the same buffer. */
 export const encodeHeader = (type: FrameType, length: number): Buffer => {
   const header = Buffer.allocUnsafe(headerSize)
   header.writeUInt8(type, 0)
@@ -63,7 +63,7 @@ export const encodeHeader = (type: FrameType, length: number): Buffer => {
 export const encodeFrame = (type: FrameType, payload: Uint8Array): Buffer =>
   Buffer.concat([encodeHeader(type, payload.length), payload])
 
-/** Pieces no larger than a frame may be, or than `most`. */
+/** Splits bytes into pieces of at most `most` bytes (default: what a frame may carry). */
 export const pieces = (bytes: Uint8Array, most = maxPayload): ReadonlyArray<Uint8Array> => {
   if (bytes.length <= most) return bytes.length === 0 ? [] : [bytes]
   const parts: Array<Uint8Array> = []
@@ -71,12 +71,12 @@ export const pieces = (bytes: Uint8Array, most = maxPayload): ReadonlyArray<Uint
   return parts
 }
 
-/** The peer broke the framing; nothing after this can be trusted. */
+/** The peer broke the framing. Nothing that follows on the stream can be read. */
 export class FrameViolation extends Schema.TaggedError<FrameViolation>()("FrameViolation", {
   message: Schema.String
 }) {}
 
-/** Incremental decoder; give it every byte in order. It keeps at most one incomplete JSON payload. */
+/** Incremental decoder: `push` every byte in order. It holds at most one incomplete JSON payload. */
 export class FrameDecoder {
   #header = Buffer.alloc(headerSize)
   #headerFill = 0
@@ -84,7 +84,7 @@ export class FrameDecoder {
   #left = 0
   #whole: Array<Uint8Array> | undefined
 
-  /** True between frames: a stream that ends here ended cleanly. */
+  /** Whether the bytes so far end between two frames. */
   get atBoundary(): boolean {
     return this.#headerFill === 0
   }
@@ -107,7 +107,7 @@ export class FrameDecoder {
       at += n
       this.#left -= n
       if (this.#whole !== undefined) {
-        // copied: the chunk may be a view of a pool the socket reuses
+        // copied, because the chunk may be a view of a buffer that the socket reuses
         if (n > 0) this.#whole.push(Buffer.from(piece))
         if (this.#left === 0) frames.push({ type: this.#type, payload: Buffer.concat(this.#whole) })
       } else if (n > 0 || this.#type === FrameType.eof) {
@@ -141,17 +141,17 @@ const isFrameType = (type: number): type is FrameType => frameTypes.has(type)
 
 const Environment = Schema.Record({ key: Schema.String, value: Schema.String })
 
-/** What makes a copy a machine of its own. */
+/** Fields of `rejuvenate` and `revive`: the identity of a copy. */
 const identity = {
   seed: Schema.String,
   nowMs: Schema.Int,
   hostname: Schema.String,
   machineId: Schema.String,
   generation: Schema.String,
-  /** Of its network card. */
+  /** Hardware address of the network card. */
   mac: Schema.optional(Schema.String),
   env: Environment,
-  /** In place of the whole configuration the original was booted with. */
+  /** Replaces the whole configuration that the original was booted with. */
   config: Schema.optional(
     Schema.Struct({
       cmd: Schema.optional(Schema.Array(Schema.String)),
@@ -163,7 +163,7 @@ const identity = {
   )
 }
 
-/** What the host may ask of the agent; the first frame of every stream. */
+/** A request to the agent, the first frame of every stream. Each operation is described in docs/protocol.md §3. */
 export const AgentRequest = Schema.Union(
   Schema.Struct({
     op: Schema.Literal("exec"),
@@ -176,7 +176,7 @@ export const AgentRequest = Schema.Union(
   }),
   Schema.Struct({
     op: Schema.Literal("pty"),
-    /** A login shell when it is empty. */
+    /** Empty: a login shell. */
     argv: Schema.optionalWith(Schema.Array(Schema.String), { default: () => [] }),
     env: Schema.optionalWith(Environment, { default: () => ({}) }),
     cwd: Schema.optional(Schema.String),
@@ -206,13 +206,13 @@ export const AgentRequest = Schema.Union(
   Schema.Struct({
     op: Schema.Literal("push"),
     path: Schema.String,
-    /** The path is that of one file, not of the directory that is unpacked into. */
+    /** True: `path` is the name of one file. False: `path` is the directory that is unpacked into. */
     file: Schema.optionalWith(Schema.Boolean, { default: () => false })
   }),
   Schema.Struct({
     op: Schema.Literal("pull"),
     path: Schema.String,
-    /** A symbolic link stands for what it leads to. */
+    /** True: a symbolic link stands for what it leads to. */
     follow: Schema.optionalWith(Schema.Boolean, { default: () => false }),
     excludes: Schema.Array(Schema.String)
   }),
@@ -220,7 +220,7 @@ export const AgentRequest = Schema.Union(
   Schema.Struct({
     op: Schema.Literal("stat"),
     path: Schema.String,
-    /** A symbolic link stands for what it leads to. */
+    /** True: describes what a symbolic link leads to. */
     follow: Schema.optionalWith(Schema.Boolean, { default: () => false })
   }),
   Schema.Struct({ op: Schema.Literal("list"), path: Schema.String }),
@@ -257,12 +257,12 @@ export type AgentRequest = typeof AgentRequest.Type
 
 export const AgentStarted = Schema.Struct({
   pid: Schema.optional(Schema.Int),
-  /** `dump`: for how long the processes have stood still. */
+  /** `dump`: for how many milliseconds the processes have stood still. */
   frozenMs: Schema.optional(Schema.Number),
   processes: Schema.optional(Schema.Int)
 })
 
-/** Why the agent refused or gave up; the last frame of its stream. */
+/** Why an operation failed in the guest; the last frame of its stream. */
 export const AgentFault = Schema.Struct({
   code: Schema.Literal(
     "AGENT_BAD_REQUEST",
@@ -289,7 +289,7 @@ export type AgentFault = typeof AgentFault.Type
 
 export class FileStat extends Schema.Class<FileStat>("FileStat")({
   kind: Schema.Literal("file", "directory", "symlink", "other"),
-  /** Bytes. */
+  /** Size in bytes. */
   size: Schema.Number,
   /** Permission bits. */
   mode: Schema.Int,
@@ -306,36 +306,36 @@ export class TerminalSession extends Schema.Class<TerminalSession>("TerminalSess
   argv: Schema.Array(Schema.String),
   /** Unix milliseconds, by the guest's clock. */
   createdMs: Schema.Number,
-  /** Somebody is attached to it. */
+  /** Whether a client is attached. */
   attached: Schema.Boolean,
   columns: Schema.Int,
   rows: Schema.Int,
-  /** How its command ended, if it has and nobody has seen it yet. */
+  /** How the command ended; null while it runs. A client that has seen the end removes the session. */
   ended: Schema.NullOr(ExitStatus)
 }) {}
 
-/** What is in a directory, by name. A byte that is not UTF-8 is the lone surrogate U+DC00 + byte, here and in every path of the guest's. */
+/** An entry of a directory. In `name`, as in every path of a guest, a byte that is not UTF-8 is the lone surrogate U+DC00 + byte. */
 export class DirectoryEntry extends FileStat.extend<DirectoryEntry>("DirectoryEntry")({ name: Schema.String }) {}
 
-/** What happened below a watched directory; paths are relative to it. */
+/** A change below a watched directory. Paths are relative to that directory. */
 export const FileChange = Schema.Union(
   Schema.Struct({
-    /** `modified`: closed by somebody who could write to it, or its attributes changed. */
+    /** `modified`: a program that could write to the file closed it, or its attributes changed. */
     kind: Schema.Literal("created", "modified", "removed"),
     path: Schema.String
   }),
-  /** Within what is watched; into it is `created`, out of it `removed`. */
+  /** A move within what is watched. A move into it is `created`, out of it `removed`. */
   Schema.Struct({ kind: Schema.Literal("moved"), from: Schema.String, path: Schema.String }),
-  /** There were more changes than the guest could keep: look for yourself. What comes after this is known again. */
+  /** The guest's kernel dropped changes: list the directory again. Later changes are complete again. */
   Schema.Struct({ kind: Schema.Literal("lost") })
 )
 export type FileChange = typeof FileChange.Type
 
-/** What a restored guest made new before its processes went on, and what stayed as it was in the original. */
+/** What a restored guest renewed before its processes went on, and what it still has in common with the original. */
 export class Rejuvenation extends Schema.Class<Rejuvenation>("Rejuvenation")({
   renewed: Schema.Array(Schema.String),
   kept: Schema.Array(Schema.Struct({ what: Schema.String, why: Schema.String })),
-  /** How far the wall clock was set, in milliseconds; about the age of the snapshot. */
+  /** By how many milliseconds the wall clock was set forward: about the age of the snapshot. */
   clockStepMs: Schema.Number
 }) {}
 
@@ -345,10 +345,10 @@ export class GuestStats extends Schema.Class<GuestStats>("GuestStats")({
   processes: Schema.Int,
   diskTotalBytes: Schema.Number,
   diskFreeBytes: Schema.Number,
-  /** Processes the guest kernel ended for want of memory since boot. */
+  /** Processes that the guest kernel has killed for want of memory since boot. */
   oomKills: Schema.Int,
-  /** Pages (of 4 KiB) of restored processes that will be read when they are touched. */
+  /** Pages (of 4 KiB) of lazily restored processes that have not been read yet. */
   lazyPagesPending: Schema.Int,
-  /** Of a restored guest. */
+  /** What was renewed in a copy; null in a machine that is no copy. */
   rejuvenation: Schema.NullOr(Rejuvenation)
 }) {}

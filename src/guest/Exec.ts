@@ -12,17 +12,17 @@ import { forEachOf, type Operations, sendAll } from "./operation.ts"
 export interface CommandSpec {
   readonly argv: readonly [string, ...ReadonlyArray<string>]
   readonly env?: Readonly<Record<string, string>>
-  /** Absolute; the VM's own working directory when left out. */
+  /** Absolute path. Default: the VM's working directory. */
   readonly cwd?: string
-  /** `user[:group]`, names or numbers of the guest's; the VM's own user when left out. */
+  /** `user[:group]`, names or numbers in the guest. Default: the VM's user. */
   readonly user?: string
-  /** Names of secrets the guest has been given, to be variables of this command. */
+  /** Names of secrets of the guest that the command gets as variables. Unknown: EXEC_SECRET_UNKNOWN. */
   readonly secrets?: ReadonlyArray<string>
-  /** What the command reads; nothing (end of file at once) when left out. */
+  /** The command's input. Default: none, the command reads end of file at once. */
   readonly stdin?: Stream.Stream<Uint8Array>
 }
 
-/** A command, or a line for the guest's `sh -c`. */
+/** A command, or a line that the guest's `sh -c` runs. */
 export type Commandlike = CommandSpec | string
 
 export interface CommandOutput {
@@ -33,20 +33,20 @@ export interface CommandOutput {
 /** A command running in the guest. Closing its scope before its end kills its process group. */
 export interface RunningCommand {
   readonly pid: number
-  /** Both channels in the order they were sent. Not reading it stops the command's writes; it may be run once. */
+  /** stdout and stderr in the order in which they were sent. A reader that stalls stops the command's writes. May be run once. */
   readonly output: Stream.Stream<CommandOutput, ExecError>
   /**
-   * How the command ended. Completes once `output` has been read to its end. While nobody reads that, this does: 1 MiB is kept for a reader that comes
-   * later, the rest is dropped, and such a reader fails EXEC_OUTPUT_TOO_LARGE behind what was kept.
+   * How the command ended. Completes once `output` has been read to its end. While nobody reads `output`, `exit` reads it: 1 MiB is kept for a
+   * later reader and the rest is dropped. A later reader then fails with EXEC_OUTPUT_TOO_LARGE after the bytes that were kept.
    */
   readonly exit: Effect.Effect<ExitStatus, ExecError>
   /** Sends a signal (by number) to the command's process group. */
   readonly signal: (signal: number) => Effect.Effect<void>
 }
 
-/** The command a VM exists for. */
+/** The main command of a VM: the VM powers off when it ends. */
 export interface MainCommand extends RunningCommand {
-  /** It goes on when its scope closes, without input; what it prints from now on goes to the shim's log. */
+  /** Lets the command go on when its scope closes, without input. From now on its output goes to the shim's log. */
   readonly detach: Effect.Effect<void, ExecError>
 }
 
@@ -60,15 +60,15 @@ export interface ExecResult {
 
 export interface ExecOptions {
   readonly timeout?: Duration.DurationInput
-  /** Is given each piece as it comes; the command's writes wait for it. */
+  /** Called with each piece of output. The command's writes wait for it. */
   readonly onOutput?: (piece: CommandOutput) => Effect.Effect<void>
-  /** The channels whose output the result holds; the field of any other is empty. Default: both. */
+  /** The channels whose output is kept in the result; the field of the other one is empty. Default: both. */
   readonly keep?: ReadonlyArray<CommandOutput["channel"]>
-  /** Most that the result holds; a command that prints more is killed, and fails EXEC_OUTPUT_TOO_LARGE. Default 256 MiB. */
+  /** Most bytes kept in the result. A command that prints more is killed, and this fails with EXEC_OUTPUT_TOO_LARGE. Default 256 MiB. */
   readonly maxOutputBytes?: number
   /**
-   * How long to wait for the guest to take the command, and after which pause to try again when it cannot be reached. A VM that is gone, and
-   * a command that has started, are not tried again. Without it, a guest that is held (paused, being captured) is waited for.
+   * How long to wait until the guest has started the command, and the pause between attempts while the guest cannot be reached. A VM that has
+   * ended, and a command that has started, are not tried again. Default: one attempt, which waits for a guest that is paused or being captured.
    */
   readonly connect?: { readonly timeout: Duration.DurationInput; readonly pause: Duration.DurationInput }
 }
@@ -76,18 +76,21 @@ export interface ExecOptions {
 /** Commands in a guest. */
 export interface Exec {
   readonly start: (command: Commandlike) => Effect.Effect<RunningCommand, ExecError, Scope.Scope>
-  /** Runs a command to its end and keeps all it printed. `timeout` kills it and fails EXEC_AGENT_TIMEOUT. */
+  /**
+   * Runs a command to its end and keeps its output. After `timeout` the command is killed, and this fails with EXEC_AGENT_TIMEOUT. An
+   * interruption kills the command.
+   */
   readonly execRaw: (command: Commandlike, options?: ExecOptions) => Effect.Effect<ExecResult, ExecError>
-  /** The same, but an exit code other than 0 fails EXEC_NONZERO_EXIT, with the end of what it wrote to stderr. */
+  /** As `execRaw`, but an exit code other than 0 fails with EXEC_NONZERO_EXIT and the end of the command's stderr. */
   readonly exec: (command: Commandlike, options?: ExecOptions) => Effect.Effect<ExecResult, ExecError>
-  /** Starts the VM's main command, with all secrets the guest has by then; the VM powers off when it ends. */
+  /** Starts the VM's main command, with all secrets that the guest has by then. The VM powers off when the command ends. */
   readonly startMain: (stdin?: Stream.Stream<Uint8Array>) => Effect.Effect<MainCommand, ExecError, Scope.Scope>
-  /** The same, with its output left to the shim's log. */
+  /** As `startMain`, but detached from the start: without input, its output goes to the shim's log. */
   readonly startMainDetached: Effect.Effect<void, ExecError>
 }
 
 interface Running extends RunningCommand {
-  /** The next piece of its output. */
+  /** The next piece of output; `None` at its end. */
   readonly piece: Effect.Effect<CommandOutput, Option.Option<ExecError>>
 }
 
@@ -168,7 +171,7 @@ export const make = ({ ask, operate }: Operations): Exec => {
             if (keep.includes(channel)) {
               kept += bytes.length
               if (kept > maxOutputBytes) return Effect.fail(outputTooLarge(command, maxOutputBytes))
-              // copied: a piece may be a view of a larger buffer that would be kept alive
+              // copied, because a piece may be a view of a larger buffer, which would be kept alive
               parts[channel].push(Buffer.from(bytes))
             }
             if (channel === "stderr") said.push(bytes)
@@ -229,7 +232,7 @@ export const make = ({ ask, operate }: Operations): Exec => {
   }
 }
 
-/** How much of a command's output a result holds unless its caller says otherwise, in bytes. */
+/** Default of `maxOutputBytes`. */
 const defaultMaxOutput = 256 * 1024 * 1024
 
 const outputTooLarge = (command: Commandlike, bytes: number) =>
@@ -242,11 +245,11 @@ const outputTooLarge = (command: Commandlike, bytes: number) =>
 const toCommand = (command: Commandlike): CommandSpec =>
   typeof command === "string" ? { argv: ["sh", "-c", command] } : command
 
-/** A command as an error names it. */
+/** A command as error messages name it. */
 const shown = (command: Commandlike): string =>
   (typeof command === "string" ? command : command.argv.join(" ")).slice(0, 200)
 
-/** How much of a failed command's stderr goes into its error, in bytes. */
+/** Bytes of a failed command's stderr that its error holds. */
 const stderrTail = 64 * 1024
 
 const decodeExit = Schema.decodeUnknown(ExitStatus)

@@ -7,24 +7,25 @@ import { toFilesError } from "./agentErrors.ts"
 import type { Operation, Operations } from "./operation.ts"
 
 /**
- * Names in a guest: what there is, making, moving and removing it. All paths are absolute. A name need not be UTF-8: a byte that is not is the lone
- * surrogate U+DC00 + byte, in what is told and in what is asked for, so a listed name can be given back as it is.
+ * Operations on names in a guest. All paths are absolute. A name need not be UTF-8: each other byte is the lone surrogate U+DC00 + byte, in
+ * answers and in requests alike, so that a listed name can be used in a request as it is. Failures are FILES_* errors.
  */
 export interface FileTree {
-  /** What is in a directory, in the order of the names. A link is described itself. */
+  /** The entries of a directory, sorted by name. Symbolic links are not followed. At most 1,000,000. */
   readonly list: (path: string) => Effect.Effect<ReadonlyArray<DirectoryEntry>, FilesError>
-  /** With `recursive` (the default) also the directories above it, and one that is there is fine. */
+  /** Makes a directory. With `recursive` (default) also those above it, and an existing directory is no error. */
   readonly makeDirectory: (
     path: string,
     options?: { readonly recursive?: boolean; readonly mode?: number }
   ) => Effect.Effect<void, FilesError>
-  /** Within one filesystem; what has the new name already is replaced. */
+  /** Renames within one filesystem. Replaces a file that has the new name. */
   readonly rename: (from: string, to: string) => Effect.Effect<void, FilesError>
-  /** A file, a link, an empty directory; with `recursive` a directory with all that is in it. */
+  /** Removes a file, a link or an empty directory; with `recursive` (default false) a directory with its content. */
   readonly remove: (path: string, options?: { readonly recursive?: boolean }) => Effect.Effect<void, FilesError>
   /**
-   * What changes in a directory from now on, with `recursive` also in those below it, on its filesystem; until it is removed or renamed, or the
-   * scope closes. Run once. Something may be told twice, nothing is left out but where a change says so (`lost`).
+   * Changes in a directory from now on, with `recursive` also in the directories below it on the same filesystem. The stream ends when the
+   * directory is removed or renamed; closing the scope ends the watch. May be run once. A change may be reported twice; none is missing unless a
+   * `lost` says so.
    */
   readonly watch: (
     path: string,
@@ -64,12 +65,12 @@ export const make = ({ ask, operate }: Operations): FileTree => ({
   )
 })
 
-/** Two paths of 4 KiB, each byte as an escape of six characters, and what stands around them. */
+/** Longest line in characters: two paths of 4 KiB, each byte as an escape of six characters, and the rest of the JSON. */
 const maxLine = 64 * 1024
-/** Of one directory: a guest must not fill the memory of its caller. */
+/** Most entries of one listing: a guest must not fill the memory of the caller. */
 const maxEntries = 1_000_000
 
-/** What an operation sends as text. */
+/** The lines of text that an operation sends as data. */
 const lines = ({ frames }: Operation) =>
   frames.pipe(
     Stream.filterMap(({ payload, type }) => (type === FrameType.data ? Option.some(payload) : Option.none())),

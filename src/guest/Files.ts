@@ -11,64 +11,68 @@ import { toFilesError } from "./agentErrors.ts"
 import { encodeRequest, forEachOf, type Operations, sendAll } from "./operation.ts"
 
 export interface WriteFileOptions {
-  /** Permission bits; a new file's default is 0644. */
+  /** Permission bits. Default: 0644 for a new file; an existing file keeps its own. */
   readonly mode?: number
-  /** Create missing parent directories. Default true. */
+  /** Makes missing parent directories. Default true. */
   readonly recursive?: boolean
   readonly append?: boolean
 }
 
 export interface FileRange {
-  /** Default 0. */
+  /** First byte. Default 0. */
   readonly offset?: number
-  /** Default: to the end. */
+  /** Number of bytes. Default: to the end. */
   readonly length?: number
 }
 
 export interface CopyOptions {
-  /** Patterns of fnmatch, for the path below a directory or for any name. */
+  /** Patterns of fnmatch(3) for the path below a directory, or, without a slash, for any name. */
   readonly excludes?: ReadonlyArray<string>
-  /** A source that is a symbolic link stands for what it leads to (default); with `false` the link itself is copied. */
+  /** True (default): a source that is a symbolic link stands for what it leads to. False: the link itself is copied. */
   readonly follow?: boolean
 }
 
 export interface PullOptions extends CopyOptions {
-  /** Most that the guest may send, in bytes: contents without holes, and at least 512 for each file. FILES_TOO_LARGE beyond it. Default: no bound. */
+  /**
+   * Most bytes that the guest may send: contents without holes, and at least 512 for each file. More fails with FILES_TOO_LARGE. Default: no
+   * bound.
+   */
   readonly maxBytes?: number
 }
 
-/** Contents of files in a guest: single files, trees, the whole root. */
+/** Copies file contents to and from a guest: single files, trees, the whole root. Failures are FILES_* errors. */
 export interface Files {
   readonly writeFile: (
     path: string,
     contents: Stream.Stream<Uint8Array> | Uint8Array | string,
     options?: WriteFileOptions
   ) => Effect.Effect<void, FilesError>
-  /** The file, or `length` bytes of it from `offset` on. Not reading it stops the guest's reads. */
+  /** The content of a file, or of a range of it. A reader that stalls stops the guest's reads. */
   readonly readFile: (path: string, range?: FileRange) => Stream.Stream<Uint8Array, FilesError>
   /**
-   * Copies the contents of a host directory into a guest directory, made if missing; a host file to that guest path, or to where a link there leads. A
-   * file gets its name when all of it has come, and what had the name stays until then; of a directory that fails half-way, the files that came whole stay.
+   * Copies the contents of a host directory into a guest directory, which is made if missing; or a host file to that guest path (a symbolic link
+   * there stands for what it leads to). Each file gets its name once it is whole and replaces what had the name. If a copy fails half-way, the
+   * files that are whole remain.
    */
   readonly push: (hostPath: string, guestPath: string, options?: CopyOptions) => Effect.Effect<void, FilesError>
-  /** The other way round. */
+  /** Copies from the guest to the host, in the same way. Files belong to the caller; devices and set-id bits are left out. */
   readonly pull: (guestPath: string, hostPath: string, options?: PullOptions) => Effect.Effect<void, FilesError>
   /**
-   * The root filesystem as a tar stream that another machine can start from: owners, modes, extended attributes, links and devices; not what is
-   * mounted in it. No entry is younger than `newest`, in seconds since 1970.
+   * The root filesystem as a tar stream that another machine can start from: with owners, modes, extended attributes, links and devices, without
+   * anything that is mounted in it. No entry has an mtime after `newest` (seconds since 1970).
    */
   readonly image: (options?: { readonly newest?: number }) => Stream.Stream<Uint8Array, FilesError>
-  /** With `follow` of what a symbolic link leads to, else of the link itself. */
+  /** Describes a file. With `follow` what a symbolic link leads to, else (default) the link itself. */
   readonly stat: (path: string, options?: { readonly follow?: boolean }) => Effect.Effect<FileStat, FilesError>
 }
 
-/** `archiver`: the program that packs and unpacks trees on the host. */
+/** `archiver` is the path of the shim, which packs and unpacks trees on the host. */
 export const make = (
   { ask, begun, dial, operate }: Operations,
   fs: FileSystem.FileSystem,
   archiver: Assets["Type"]["shim"]
 ): Files => {
-  /** A tree between host and guest: a child has the connection, and its data do not pass through here. */
+  /** Copies a tree between host and guest. A child takes over the connection, so the data do not pass through this process. */
   const copy = (
     request: AgentRequest,
     guestPath: string,
@@ -89,7 +93,7 @@ export const make = (
             yield* result
           })
         )
-        // what went wrong at this end first: the guest's answer is missing then
+        // the host's own failure first, because the guest's answer is missing then
         yield* Effect.mapError(succeeded, (cause) =>
           cause instanceof tar.PulledTooMuch
             ? new FilesError({

@@ -1,15 +1,15 @@
 import type { guestNetwork } from "../machine/Network.ts"
 
 /**
- * The initramfs of a boot: a cpio archive in the "newc" format the kernel unpacks (Documentation/driver-api/early-userspace/
- * buffer-format.rst): ASCII headers of 13 eight-digit hexadecimal fields, names and data padded to four bytes.
+ * An entry of an initramfs: a cpio archive in the kernel's "newc" format (Documentation/driver-api/early-userspace/buffer-format.rst), with
+ * ASCII headers of 13 eight-digit hexadecimal fields, and names and data padded to four bytes.
  */
 export interface CpioEntry {
   readonly name: string
   /** File type and permission bits, as st_mode. */
   readonly mode: number
   readonly data?: Uint8Array
-  /** Device number of a node. */
+  /** Device number of a device node. */
   readonly device?: readonly [major: number, minor: number]
 }
 
@@ -25,13 +25,13 @@ const header = (entry: CpioEntry, inode: number): Buffer => {
   return Buffer.concat([head, padding(head.length)])
 }
 
-/** One entry as it stands in an archive: header with name, data, padding. */
+/** Encodes one entry: header with name, data, padding. */
 export const cpioPieces = (entry: CpioEntry, inode: number): ReadonlyArray<Uint8Array> => {
   const data = entry.data ?? new Uint8Array(0)
   return [header(entry, inode), data, padding(data.length)]
 }
 
-/** An archive of these entries, in this order; parents must come before what they hold. The same entries give the same bytes. */
+/** Encodes an archive of these entries, in this order: directories must come before their entries. The same entries give the same bytes. */
 export const cpio = (entries: ReadonlyArray<CpioEntry>): Buffer =>
   Buffer.concat([...entries, { name: "TRAILER!!!", mode: 0 }].flatMap((entry, index) => cpioPieces(entry, index + 1)))
 
@@ -39,14 +39,14 @@ const directory = 0o040000
 const file = 0o100000
 const characterDevice = 0o020000
 
-/** What the guest is told before it can be talked to (docs/protocol.md §4). */
+/** The configuration that the guest reads before it can be talked to (docs/protocol.md §4). */
 export interface GuestConfig {
-  /** `/machinen-config.json`: what the user asked for. */
+  /** `/machinen-config.json`: what image and options say about commands. */
   readonly config: {
     readonly cmd?: ReadonlyArray<string>
     readonly env: Readonly<Record<string, string>>
     readonly cwd?: string
-    /** Make it if it is missing. */
+    /** The guest makes `cwd` if it is missing. */
     readonly makeCwd?: boolean
     readonly user?: string
   }
@@ -56,18 +56,18 @@ export interface GuestConfig {
     readonly id: string
     readonly hostname: string
     readonly root: "overlay" | "disk"
-    /** Where the disks `mountlower` and `mountupper` go. */
+    /** Where the disks `mountlower` and `mountupper` are mounted. */
     readonly mount?: string
-    /** Directories of the host's, by the name the machine's device has for each. */
+    /** Shared host directories: where each is mounted, and its name on the 9p device. */
     readonly shares?: ReadonlyArray<{ readonly guest: string; readonly tag: string }>
-    /** The disk holds processes that go on here; nothing else is served before. */
+    /** The disk holds processes that are to be restored; the guest serves nothing else before (`revive`). */
     readonly revive?: boolean
-    /** Of the machine's network card, if it has one. */
+    /** Addresses of the network card; absent: the machine has none. */
     readonly network?: typeof guestNetwork
   }
 }
 
-/** The archive a boot hands to the kernel: our init, a console for it, and its configuration. */
+/** The initramfs of a boot: our init, a console for it, and the guest's configuration. */
 export const forBoot = (init: Uint8Array, guest: GuestConfig): Buffer =>
   cpio([
     { name: ".", mode: directory | 0o755 },

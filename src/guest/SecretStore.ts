@@ -3,19 +3,19 @@ import { SecretsError } from "../errors.ts"
 import { type Secrets, validateSecrets } from "../machine/Secrets.ts"
 import type { Operations } from "./operation.ts"
 
-/** What an agent has taken. */
+/** The agent's answer to `secrets`. */
 export class Entrusted extends Schema.Class<Entrusted>("Entrusted")({
-  /** How many secrets it has now. */
+  /** Number of secrets that the guest has now. */
   stored: Schema.Int,
-  /** Names that no variable can have. */
+  /** Names that no variable can have; their values were not stored. */
   skipped: Schema.Array(Schema.String)
 }) {}
 
-/** A guest's secrets: in its agent's memory alone, in no copy of the guest, and in the environment of those commands that name them. */
+/** A guest's secrets. They are in the agent's memory and in the environment of the commands that name them; no copy of the guest has them. */
 export interface SecretStore {
-  /** Adds to those there are, or changes them. Refused values: nothing is sent. */
+  /** Adds secrets, or changes values. Sends nothing when a value is refused (SECRETS_VALUE_INVALID). */
   readonly secrets: (values: Secrets) => Effect.Effect<Entrusted, SecretsError>
-  /** The agent overwrites all it has. What a process was given is that process's. */
+  /** Makes the agent overwrite all secrets. Processes keep the variables that they have. */
   readonly forgetSecrets: Effect.Effect<void, SecretsError>
 }
 
@@ -33,7 +33,7 @@ export const make = ({ ask }: Operations): SecretStore => {
   }
 }
 
-/** Without the cause of what the agent did not take: nobody knows what it may quote. */
+/** Leaves out the cause when the agent refused: its message could quote a value. */
 const toSecretsError = (error: { readonly _tag: string; readonly message: string }): SecretsError =>
   error._tag === "AgentRefusal"
     ? new SecretsError({

@@ -7,50 +7,50 @@ import { toAnswerError, toExecError } from "./agentErrors.ts"
 import type { GuestConfig } from "./Initramfs.ts"
 import { forEachOf, type Operations } from "./operation.ts"
 
-/** What is a restored guest's own. */
+/** Values that a restored guest must not share with its original. */
 export interface Identity {
   readonly hostname: string
-  /** A UUID; no other machine that was restored from the same snapshot has it. */
+  /** A UUID, different for every machine that is restored from the same snapshot. */
   readonly generation: string
-  /** Of its network card, if it has one. */
+  /** Hardware address of the network card; absent: the machine has none. */
   readonly mac?: string
-  /** Over the environment the original was booted with. */
+  /** Overlays the environment that the original was booted with. */
   readonly env: Readonly<Record<string, string>>
-  /** In place of everything the original was configured with: it has run nothing, and begins here. */
+  /** Replaces the original's whole configuration, when the original is a template that has run nothing. */
   readonly config?: GuestConfig["config"]
 }
 
-/** What a snapshot asks of a guest, what a copy is told, and what the guest says of itself. */
+/** Operations of snapshots and copies: holding a guest still, giving a copy its identity, and the guest's statistics. */
 export interface Standstill {
   /**
-   * Freezes the guest's commands until the scope closes; with `sync` its filesystems are written out first. Operations asked for meanwhile
-   * wait.
+   * Freezes the guest's commands until the scope closes; with `sync` the guest writes its filesystems out first. Operations that are asked for
+   * meanwhile wait. Fails with EXEC_AGENT_TIMEOUT after `timeout`.
    */
   readonly freeze: (options: {
     readonly sync: boolean
-    /** Fail EXEC_MOUNT_BUSY otherwise when a process holds files on a shared directory: a copy's host does not know them. */
+    /** False: fails with EXEC_MOUNT_BUSY when a process holds files on a shared directory, which the host of a copy does not know. */
     readonly lazyUmount: boolean
     readonly timeout: Duration.DurationInput
   }) => Effect.Effect<void, ExecError, Scope.Scope>
   /**
-   * Writes the guest's processes to its disk and keeps both still until the scope closes; returns for how many milliseconds they have stood
-   * still by then. `timeout` is the guest's: what it has begun it ends before it says so.
+   * Writes the guest's processes to the guest's disk and holds both still until the scope closes. Returns for how many milliseconds the processes
+   * have stood still by then. The guest measures `timeout`, and reports it only after the step that it has begun.
    */
   readonly dump: (options: {
     readonly tcpClose: boolean
     readonly timeout: Duration.DurationInput
   }) => Effect.Effect<number, ExecError, Scope.Scope>
-  /** Brings such processes back in a guest that was booted from a copy of that disk, once it is one of its own. */
+  /** Gives a guest that was booted from a copy of that disk an identity of its own, and restores the processes in it. */
   readonly revive: (identity: Identity, options: { readonly lazy: boolean }) => Effect.Effect<Rejuvenation, ExecError>
-  /** Makes a restored guest one of its own, and only then lets its commands go on. */
+  /** Gives a restored guest an identity of its own, and only then lets its commands go on. */
   readonly rejuvenate: (identity: Identity) => Effect.Effect<Rejuvenation, ExecError>
-  /** Sets the guest's wall clock to the host's: it has stood still for as long as the machine did. Answered while commands are frozen, too. */
+  /** Sets the guest's wall clock to the host's, after a standstill of the machine. Works while commands are frozen. */
   readonly setClock: Effect.Effect<void, ExecError>
   readonly stats: Effect.Effect<GuestStats, ExecError>
 }
 
 export const make = ({ ask, operate }: Operations): Standstill => {
-  /** Asks what tells the guest the time, which is late there by as long as it was under way: the answer's delay bounds that. */
+  /** Sends a request that holds the time. The guest's clock is late by the transport time; `lateMs`, the delay of the answer, bounds that. */
   const tell = Effect.fnUntraced(function* (request: () => AgentRequest) {
     let sentMs = 0
     const json = yield* ask(() => {
@@ -62,7 +62,7 @@ export const make = ({ ask, operate }: Operations): Standstill => {
 
   const tellTime = tell(() => ({ op: "clock", nowMs: Date.now() }))
 
-  /** For operations that keep the guest still from their first answer on; the stream is the scope's: whatever ends it lets go. */
+  /** Runs an operation that holds the guest still from `started` on. Closing the scope sends `eof`, which lets the guest go on. */
   const held = Effect.fnUntraced(function* (request: AgentRequest) {
     const { frame, send, started } = yield* Effect.mapError(operate(request), toExecError)
     yield* Effect.addFinalizer(() =>
@@ -86,7 +86,7 @@ export const make = ({ ask, operate }: Operations): Standstill => {
     }),
     rejuvenate: Effect.fn("Agent.rejuvenate")(function* (identity) {
       const { json, lateMs } = yield* tell(() => ({ op: "rejuvenate", ...renewed(identity) }))
-      // on a host so busy that the copy's clock may be far behind, it is told again, which takes less
+      // on a busy host the copy's clock may be far behind: set it again, which takes less time than the first answer
       if (lateMs > maxLateMs) {
         yield* Effect.repeat(tellTime, { until: ({ lateMs }) => lateMs <= maxLateMs, times: 2 })
       }
@@ -105,10 +105,10 @@ export const make = ({ ask, operate }: Operations): Standstill => {
   }
 }
 
-/** More than a copy's first answer takes on a host that has time for it (about 45 ms, TCG). */
+/** Milliseconds. A copy's first answer takes less on an idle host (about 45 ms, TCG). */
 const maxLateMs = 80
 
-/** What must not be the same twice, made at the last moment. */
+/** The fields of `rejuvenate`: random values and the time are made when the request is sent. */
 const renewed = ({ config, env, generation, hostname, mac }: Identity) => ({
   seed: randomBytes(32).toString("hex"),
   nowMs: Date.now(),

@@ -5,48 +5,48 @@ import { given } from "../platform/given.ts"
 import { type AgentRequest, encodeFrame, type Frame, FrameType, TerminalSession } from "./AgentProtocol.ts"
 import { checkCommand } from "./commandCheck.ts"
 
-/** What runs in a terminal. A line is for the guest's `sh -c`; without `argv` it is a login shell. */
+/** The command of a terminal: a line that the guest's `sh -c` runs, or an `argv`; without either a login shell. */
 export type TerminalCommand =
   | string
   | {
       readonly argv?: ReadonlyArray<string>
-      /** `TERM` says what the terminal understands; default `xterm`. */
+      /** Variables over the VM's. `TERM` names the kind of terminal; default `xterm`. */
       readonly env?: Readonly<Record<string, string>>
-      /** Absolute; the VM's own working directory when left out. */
+      /** Absolute path. Default: the VM's working directory. */
       readonly cwd?: string
-      /** `user[:group]`, names or numbers of the guest's; the VM's own user when left out. */
+      /** `user[:group]`, names or numbers in the guest. Default: the VM's user. */
       readonly user?: string
-      /** Names of secrets the guest has been given, to be variables of this command. */
+      /** Names of secrets of the guest that the command gets as variables. */
       readonly secrets?: ReadonlyArray<string>
     }
 
 export interface TerminalSize {
-  /** 1 to 65535, each. */
+  /** Columns and rows are from 1 to 65535 each. */
   readonly columns: number
   readonly rows: number
 }
 
 export interface TerminalOptions extends TerminalSize {
   /**
-   * The command outlives its client under this name, which is the guest's own: 1 to 64 letters, digits, `_`, `.`, `-`. A session that is there
-   * is joined instead, and the command ignored: `output` begins with what its screen shows. One client at a time. The screen of a session
-   * has at most 512 × 256 cells.
+   * Name of a session: the command outlives its client. 1 to 64 letters, digits, `_`, `.`, `-`, unique in the guest. An existing session is joined:
+   * the command is ignored, and `output` begins with what the session's screen shows. One client at a time (EXEC_SESSION_IN_USE). The screen of a
+   * session has at most 512 × 256 cells.
    */
   readonly session?: string
-  /** Take the session from whoever is attached to it. */
+  /** True: takes the session from the client that is attached. Default false. */
   readonly steal?: boolean
 }
 
-/** A terminal in the guest, with a command that is controlled from it. Closing its scope hangs it up, unless it is a session. */
+/** A terminal in the guest that runs a command. Closing its scope hangs the command up, unless the command is in a session. */
 export interface Terminal {
   readonly pid: number
-  /** What it shows. Not reading it stops the command's writes; it may be run once. */
+  /** The terminal's output. A reader that stalls stops the command's writes. May be run once. */
   readonly output: Stream.Stream<Uint8Array, ExecError>
-  /** Types; completes when there is room for more. */
+  /** Types bytes. Completes when the guest takes more. */
   readonly write: (bytes: Uint8Array) => Effect.Effect<void, ExecError>
-  /** Its programs are told. The size it has is not sent again. */
+  /** Resizes the terminal, which its programs learn by SIGWINCH. Does nothing when the size is the same. */
   readonly resize: (size: TerminalSize) => Effect.Effect<void, ExecError>
-  /** Completes once `output` has been read to its end. */
+  /** How the command ended. Completes once `output` has been read to its end. */
   readonly exit: Effect.Effect<ExitStatus, ExecError>
 }
 
@@ -57,11 +57,11 @@ export interface TerminalClient {
   ) => Effect.Effect<Terminal, ExecError, Scope.Scope>
   /** Terminal sessions, oldest first. */
   readonly sessions: Effect.Effect<ReadonlyArray<TerminalSession>, ExecError>
-  /** Hangs a session up; when it returns nothing of it is left. */
+  /** Hangs a session up, and completes when its processes are gone. Fails with EXEC_SESSION_NOT_FOUND. */
   readonly killSession: (name: string) => Effect.Effect<void, ExecError>
 }
 
-/** The agent's streams, as terminals need them. */
+/** The part of the agent's operations that terminals need. */
 interface Wire {
   readonly open: (request: AgentRequest) => Effect.Effect<
     {

@@ -9,31 +9,31 @@ import { encodeFrame, type Frame, FrameType, pieces } from "./AgentProtocol.ts"
 import type { AgentRefusal } from "./agentErrors.ts"
 import type { Operations } from "./operation.ts"
 
-/** A connection to something that listens in the guest. Closing its scope before its end resets it there. */
+/** A connection to a listener in the guest. Closing the scope before the connection's end resets the connection in the guest. */
 export interface TunnelConnection {
-  /** What comes from the guest, to the end of what it has to say. May be run once. */
+  /** Bytes from the guest, up to its end of file. May be run once. */
   readonly bytes: Stream.Stream<Uint8Array, TunnelError>
-  /** Completes when there is room for more. */
+  /** Sends bytes. Completes when the channel takes more. */
   readonly write: (bytes: Uint8Array) => Effect.Effect<void, TunnelError>
-  /** Half-close: the guest reads to the end, we still read. */
+  /** Half-closes the connection: the guest reads to the end of file, and this side can still read. */
   readonly end: Effect.Effect<void>
-  /** Once `bytes` has ended: completes when the guest has got all that was written, up to `end`. */
+  /** After the end of `bytes`: completes when the guest's listener has received everything that was written, up to `end`. */
   readonly finished: Effect.Effect<void, TunnelError>
 }
 
-/** A port of this host that leads into a guest. */
+/** A port of this host that is forwarded into a guest. */
 export interface TunnelListener {
   readonly hostAddress: string
   readonly hostPort: number
   readonly guest: TunnelTarget
 }
 
-/** TCP into a guest over the private channel: the VM needs no network for it. */
+/** Connections into a guest over the private channel. The VM needs no network for them. Failures are TUNNEL_* errors. */
 export interface Tunnels {
   readonly connect: (guest: TunnelTarget) => Effect.Effect<TunnelConnection, TunnelError, Scope.Scope>
   /**
-   * Listens on the host until the scope closes. Each client has a stream of its own; one the guest does not take is reset, and the others go
-   * on.
+   * Listens on the host until the scope closes. Each client has a stream of its own. A client that the guest refuses is reset; the others are not
+   * affected.
    */
   readonly tunnel: (mapping: TunnelMapping) => Effect.Effect<TunnelListener, TunnelError, Scope.Scope>
 }
@@ -68,7 +68,7 @@ export const make = ({ operate }: Operations): Tunnels => {
     return connection
   })
 
-  /** Carries both directions, each at the pace of its reader, until both have ended. */
+  /** Copies both directions, each at the pace of its reader, until both have ended. */
   const carry = (client: TcpListener.Client, guest: TunnelTarget) =>
     Effect.gen(function* () {
       const connection = yield* connect(guest)

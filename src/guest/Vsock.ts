@@ -1,7 +1,7 @@
 import { Context, Effect, Layer, Option, Schema, type Scope } from "effect"
 import * as UnixSocket from "../platform/UnixSocket.ts"
 
-/** A guest port could not be reached: no VM behind the socket, nobody listening, or the VM went away in between. */
+/** A guest port could not be reached: there is no VM behind the socket, no program listens, or the VM ended meanwhile. */
 export class VsockUnreachable extends Schema.TaggedError<VsockUnreachable>()("VsockUnreachable", {
   path: Schema.String,
   port: Schema.Int,
@@ -13,18 +13,18 @@ export class VsockUnreachable extends Schema.TaggedError<VsockUnreachable>()("Vs
 }
 
 /**
- * Byte streams to and from guest ports, the same on every backend: Firecracker's hybrid vsock over unix sockets (docs/protocol.md §2).
+ * Byte streams to and from guest ports, by Firecracker's hybrid vsock over unix sockets (docs/protocol.md §2), which every backend has.
  */
 export class Vsock extends Context.Tag("machinen/Vsock")<
   Vsock,
   {
-    /** Connects to a port in the guest. What is to be said `first` travels with the request, and is lost if that is refused. */
+    /** Connects to a port in the guest. `first` is sent with the request, which saves a round trip; it is lost if the request is refused. */
     readonly dial: (
       vsockPath: string,
       port: number,
       first?: Uint8Array
     ) => Effect.Effect<UnixSocket.Connection, VsockUnreachable, Scope.Scope>
-    /** Waits where the guest will call: returns once listening; the inner effect is the guest's first call. */
+    /** Listens on a host port that the guest dials. The inner effect waits for the guest's first connection. */
     readonly listen: (
       vsockPath: string,
       port: number
@@ -56,7 +56,7 @@ export class Vsock extends Context.Tag("machinen/Vsock")<
 
 const maxGreeting = 32
 
-/** Reads `OK <n>\n` and gives what follows it in the same piece. */
+/** Reads `OK <n>\n` and returns the bytes that arrived behind it. */
 const readGreeting = Effect.fnUntraced(function* ({ read }: UnixSocket.Connection) {
   let line = Buffer.alloc(0)
   while (!line.includes("\n")) {

@@ -19,7 +19,7 @@ export const unavailable = (cause: unknown) =>
     cause
   })
 
-/** Not a VM whose socket is gone, and it with it. */
+/** Whether another attempt may reach the guest. Not when the VM's socket is gone, because then the VM has ended. */
 export const mayBeReachedLater = ({ cause, code }: ExecError): boolean =>
   code === "EXEC_AGENT_UNAVAILABLE" &&
   !(
@@ -39,7 +39,7 @@ export const vmEnded = (exit: ExitRecord) =>
     hint: "`machinen ls` shows what is running"
   })
 
-/** The guest, or its shim, has gone: nobody broke the protocol. */
+/** The stream ended because guest or shim ended, not because a peer broke the protocol. */
 export class StreamEnded extends Error {}
 
 export const protocolError = (message: string, cause?: unknown) =>
@@ -167,6 +167,6 @@ export const toFilesError =
     })
   }
 
-/** Of operations whose answer is decoded. */
+/** Maps the errors of an operation whose answer is decoded. */
 export const toAnswerError = (error: ExecError | AgentRefusal | ParseResult.ParseError) =>
   error._tag === "ParseError" ? protocolError("unreadable answer", error) : toExecError(error)

@@ -3,7 +3,10 @@ import { ExecError } from "../errors.ts"
 
 const maxString = 128 * 1024
 
-/** What execve(2) would refuse for certain is refused here, before anything is sent: NUL, MAX_ARG_STRLEN, MAX_ARG_STRINGS × stack limit. */
+/**
+ * Refuses, before anything is sent, what execve(2) would refuse for certain: NUL bytes, and arguments beyond MAX_ARG_STRLEN or the space for all
+ * of them. Fails with EXEC_ARGUMENT_INVALID or EXEC_ARGUMENTS_TOO_LARGE.
+ */
 export const checkCommand = ({
   argv,
   cwd,

@@ -3,12 +3,12 @@ import { ExecError } from "../errors.ts"
 
 type Next<A> = Effect.Effect<A, Option.Option<ExecError>>
 
-/** How much of a command's output is kept for a reader that comes after `exit` was asked for, in bytes. */
+/** Bytes of output that are kept for a reader that begins after `exit` was asked for. */
 const maxUnread = 1024 * 1024
 
 /**
- * Output that somebody may read. `drained` reads it for as long as nobody else does, so that its end comes; a reader that begins later gets first what
- * was kept, and one that leaves lets `drained` go on. `over`: the end has come, or there will be none.
+ * Output that may be read or not. `drained` reads it while no reader does, so that its end comes. A reader that begins later first gets the bytes
+ * that were kept; when a reader leaves, `drained` goes on. `over` says that the output has ended or failed.
  */
 export const drainable = Effect.fnUntraced(function* <A extends { readonly bytes: Uint8Array }>(
   next: Next<A>,
@@ -49,7 +49,7 @@ export const drainable = Effect.fnUntraced(function* <A extends { readonly bytes
   )
   const drained = Effect.suspend(() => {
     isDraining = true
-    // why there is no more is the result's to tell
+    // the operation's result says why the output ended
     return Effect.ignore(Effect.forever(unread.whenOpen(turn)))
   }).pipe(Effect.unlessEffect(over))
   const output = Stream.unwrap(Effect.as(unread.close, Stream.repeatEffectOption(piece))).pipe(

@@ -107,7 +107,7 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
             : { status: "broken", detail: `older than ${minimumNode}`, fix: "install Node 20 or newer" })
         }
 
-        /** Runs a program for its version. Some programs print it to stderr, some then end with code 1; codes from 126 on mean that it did not run. */
+        /** Runs a program for its version. Some print it to stderr, some then end with code 1; codes from 126 on mean that it did not run. */
         const program = (bin: string, args: ReadonlyArray<string>, title: string, fix: string) =>
           run([bin, ...args]).pipe(
             Effect.map(({ code, stdout, stderr }): Requirement => {
