@@ -71,33 +71,42 @@ describe("the machine's name", () => {
   )
 })
 
-/** Prints for ever, in a control group beside that of the commands: where container engines put their containers. */
-const contained =
-  "mkdir /sys/fs/cgroup/engine /sys/fs/cgroup/engine/one; echo $$ >/sys/fs/cgroup/engine/one/cgroup.procs; while :; do echo beat; sleep 0.02; done"
+/** Prints for ever, in another control group than that of the commands. */
+const inGroup = (made: string, group: string) =>
+  `${made}; echo $$ >/sys/fs/cgroup/${group}/cgroup.procs; while :; do echo beat; sleep 0.02; done`
+/** One beside: where container engines put their containers. */
+const contained = inGroup("mkdir /sys/fs/cgroup/engine /sys/fs/cgroup/engine/one", "engine/one")
+/** The root group, which itself can neither be frozen nor killed: where a process goes to leave one that is to be removed. */
+const uncontained = inGroup("true", "")
 
-describe("a container's control group", () => {
-  it.scopedLive("stands still with the commands while the machine is copied", () =>
-    run(
-      Effect.gen(function* () {
-        const vm = yield* boot({ image: "micro" })
-        const { output } = yield* vm.start({ argv: ["sh", "-c", contained] })
-        const beats = yield* Stream.toPull(Stream.rechunk(output, 1))
-        yield* beats
-        yield* Effect.scoped(
-          Effect.gen(function* () {
-            yield* vm.freeze({ sync: false, lazyUmount: false, timeout: "5 seconds" })
-            // What was printed before is still to come; after it there is nothing.
-            const silent = Effect.timeoutFail(beats, { duration: "500 millis", onTimeout: () => "silent" as const })
-            const still = yield* Effect.forever(silent).pipe(Effect.timeout("5 seconds"), Effect.flip)
-            assert.strictEqual(still, "silent")
-          })
-        )
-        yield* beats
-      })
+describe("a control group of a command's own choice", () => {
+  for (const [what, command] of [
+    ["a container's", contained],
+    ["the root group", uncontained]
+  ] as const) {
+    it.scopedLive(`${what}: stands still with the commands while the machine is copied`, () =>
+      run(
+        Effect.gen(function* () {
+          const vm = yield* boot({ image: "micro" })
+          const { output } = yield* vm.start({ argv: ["sh", "-c", command] })
+          const beats = yield* Stream.toPull(Stream.rechunk(output, 1))
+          yield* beats
+          yield* Effect.scoped(
+            Effect.gen(function* () {
+              yield* vm.freeze({ sync: false, lazyUmount: false, timeout: "5 seconds" })
+              // What was printed before is still to come; after it there is nothing.
+              const silent = Effect.timeoutFail(beats, { duration: "500 millis", onTimeout: () => "silent" as const })
+              const still = yield* Effect.forever(silent).pipe(Effect.timeout("5 seconds"), Effect.flip)
+              assert.strictEqual(still, "silent")
+            })
+          )
+          yield* beats
+        })
+      )
     )
-  )
+  }
 
-  it.scopedLive("is not left out of what criu saves: it cannot save it, and says so", () =>
+  it.scopedLive("a container's: is not left out of what criu saves: it cannot save it, and says so", () =>
     run(
       Effect.gen(function* () {
         const vm = yield* boot({ image: "debian" })

@@ -99,12 +99,30 @@ fn there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
+/// Puts commands back that have moved themselves into the root group, as one does who is about to remove a group: that one can neither be
+/// frozen nor killed.
+fn gather_workload() -> io::Result<()> {
+    for pid in fs::read_to_string(format!("{ROOT}/cgroup.procs"))?.lines() {
+        // A kernel thread has no program; pid 1 is init.
+        if pid == "1" || fs::read_link(format!("/proc/{pid}/exe")).is_err() {
+            continue;
+        }
+        match fs::write(format!("{WORKLOAD}/cgroup.procs"), pid) {
+            // It has ended meanwhile.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            moved => moved?,
+        }
+    }
+    Ok(())
+}
+
 /// The `cgroup.freeze` of each frozen group. Open from the freeze on: see `open_once`.
 static FROZEN: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
 /// Begins to freeze every command. Returns what each group says of itself (`is_frozen`); a change is an exceptional condition (`POLLPRI`) of
 /// the file.
 pub fn freeze_workload() -> io::Result<Vec<File>> {
+    gather_workload()?;
     let mut frozen = FROZEN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut events = Vec::new();
     for group in workload_groups()? {
@@ -118,14 +136,18 @@ pub fn freeze_workload() -> io::Result<Vec<File>> {
     Ok(events)
 }
 
-/// Lets the commands run again.
+/// Lets the commands run again. A group that cannot be thawed does not keep the others still; it is tried again by the next thaw.
 pub fn thaw_workload() -> io::Result<()> {
     let mut frozen = FROZEN.lock().unwrap_or_else(PoisonError::into_inner);
-    for freeze in frozen.iter() {
-        there(freeze.write_all_at(b"0", 0))?;
-    }
-    frozen.clear();
-    Ok(())
+    let mut failed = Ok(());
+    frozen.retain(|freeze| match there(freeze.write_all_at(b"0", 0)) {
+        Ok(_) => false,
+        Err(error) => {
+            failed = Err(error);
+            true
+        }
+    });
+    failed
 }
 
 /// Whether that content says that all of the group are frozen.
@@ -135,10 +157,11 @@ pub fn is_frozen(events: &[u8]) -> bool {
 
 /// Kills every command with everything it has started.
 pub fn kill_workload() -> io::Result<()> {
+    let gathered = gather_workload();
     for group in workload_groups()? {
         there(fs::write(group.join("cgroup.kill"), "1"))?;
     }
-    Ok(())
+    gathered
 }
 
 #[cfg(test)]
