@@ -1,4 +1,5 @@
 import { createReadStream } from "node:fs"
+import { FetchHttpClient, HttpClient, type HttpClientError } from "@effect/platform"
 import { type Duration, Effect, type Option, Stream } from "effect"
 
 const isUrl = (location: string) => /^https?:\/\//.test(location)
@@ -19,17 +20,18 @@ export const open = (
   waiting = patience
 ): Effect.Effect<Option.Option<Stream.Stream<Uint8Array, Error>>, Error> =>
   isUrl(location)
-    ? Effect.tryPromise({ try: (signal) => fetch(location, { signal }), catch: toError }).pipe(
+    ? HttpClient.get(location).pipe(
+        Effect.mapError(withoutClient),
+        Effect.provide(FetchHttpClient.layer),
         Effect.timeoutFail({
           duration: waiting.answer,
           onTimeout: () => new Error(`${location}: no answer within ${waiting.answer}`)
         }),
-        Effect.flatMap((response) => {
-          if (response.status === 404) return Effect.succeedNone
-          const { body } = response
-          if (!response.ok || body === null) return Effect.fail(new Error(`${location}: HTTP ${response.status}`))
+        Effect.flatMap(({ status, stream }) => {
+          if (status === 404) return Effect.succeedNone
+          if (status < 200 || status > 299) return Effect.fail(new Error(`${location}: HTTP ${status}`))
           return Effect.succeedSome(
-            Stream.fromReadableStream({ evaluate: () => body, onError: toError }).pipe(
+            Stream.mapError(stream, withoutClient).pipe(
               Stream.timeoutFail(
                 () => new Error(`${location}: nothing came for ${waiting.nextPiece}`),
                 waiting.nextPiece
@@ -45,6 +47,9 @@ export const open = (
         )
         file.once("open", () => resume(Effect.succeedSome(Stream.fromAsyncIterable(file, toError))))
       })
+
+/** The client's errors name the request; what fetch said is their cause. */
+const withoutClient = (error: HttpClientError.HttpClientError) => toError(error.cause ?? error)
 
 const toError = (cause: unknown) => {
   if (!(cause instanceof Error)) return new Error(String(cause))

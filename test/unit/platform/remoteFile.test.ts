@@ -29,6 +29,22 @@ describe("a file of a server", () => {
     })
   )
 
+  it.live("fails with the reason when the server cannot be reached", () =>
+    Effect.gen(function* () {
+      const error = yield* Effect.flip(remoteFile.open("http://127.0.0.1:2/file", waiting))
+      assert.include(error.message, "ECONNREFUSED 127.0.0.1:2")
+    })
+  )
+
+  it.scopedLive("fails with the status of any answer but the file and 404", () =>
+    Effect.gen(function* () {
+      const answer = (status: number) => serving((_, response) => void response.writeHead(status).end("no"))
+      const location = yield* answer(500)
+      assert.strictEqual((yield* Effect.flip(remoteFile.open(location, waiting))).message, `${location}: HTTP 500`)
+      assert.isTrue(Option.isNone(yield* remoteFile.open(yield* answer(404), waiting)))
+    })
+  )
+
   it.scopedLive("fails when the rest does not come", () =>
     Effect.gen(function* () {
       const location = yield* serving((_, response) => void response.write("begun"))
