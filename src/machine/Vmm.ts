@@ -2,7 +2,8 @@ import { Context, type Effect, type Scope } from "effect"
 import { type BootError, VmmControlFailed } from "../errors.ts"
 import type { Accelerator, DeviceSet, MachineFingerprint, MachineSpec } from "./MachineSpec.ts"
 import type { PortForward } from "./Network.ts"
-import type { CaptureFailed, ShimHandle } from "./Shim.ts"
+import type { ShimHandle } from "./Shim.ts"
+import type { CaptureFailed } from "./shimControl.ts"
 import type { VmEntry } from "./VmEntry.ts"
 
 /** What a backend is and offers. */
