@@ -1,6 +1,7 @@
 import { randomUUID } from "node:crypto"
-import { type Duration, Effect, Option, Schema, type Scope, Stream } from "effect"
+import { type Duration, Effect, Option, Schema, type Scope } from "effect"
 import { VmmControlFailed } from "../../src/machine/Vmm.ts"
+import { lineByLine } from "../../src/platform/connectionLines.ts"
 import * as UnixSocket from "../../src/platform/UnixSocket.ts"
 
 /** A monitor session: one command at a time, each waits for its answer. QEMU serves one session at once. */
@@ -33,16 +34,14 @@ export const connect = (
     const connection = yield* Effect.mapError(UnixSocket.connect(path), (cause) =>
       failed("QEMU's monitor is not there", cause)
     )
-    const lines = connection.bytes.pipe(Stream.decodeText(), Stream.splitLines, Stream.rechunk(1))
-    const pull = yield* Stream.toPull(lines)
-    const next = pull.pipe(
+    const next = (yield* lineByLine(connection)).pipe(
       Effect.mapError(
         Option.match({
           onNone: () => failed("QEMU closed its monitor"),
           onSome: (cause) => failed("QEMU's monitor broke", cause)
         })
       ),
-      Effect.flatMap(([line = ""]) =>
+      Effect.flatMap((line) =>
         Effect.mapError(Schema.decode(Message)(line), (cause) =>
           failed("QEMU's monitor sent something unreadable", cause)
         )

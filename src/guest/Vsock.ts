@@ -1,4 +1,5 @@
-import { Context, Effect, Layer, Option, Schema, type Scope } from "effect"
+import { Context, Effect, Layer, Schema, type Scope } from "effect"
+import { firstLine } from "../platform/connectionLines.ts"
 import * as UnixSocket from "../platform/UnixSocket.ts"
 
 /** A guest port could not be reached: there is no VM behind the socket, no program listens, or the VM ended meanwhile. */
@@ -40,7 +41,7 @@ export class Vsock extends Context.Tag("machinen/Vsock")<
       function* (vsockPath, port, first = new Uint8Array(0)) {
         const connection = yield* UnixSocket.connect(vsockPath)
         yield* connection.write(Buffer.concat([Buffer.from(`CONNECT ${port}\n`), first]))
-        return UnixSocket.unread(connection, yield* readGreeting(connection))
+        return yield* greeted(connection)
       },
       (effect, path, port) => Effect.mapError(effect, (cause) => new VsockUnreachable({ path, port, cause }))
     ),
@@ -56,23 +57,15 @@ export class Vsock extends Context.Tag("machinen/Vsock")<
 
 const maxGreeting = 32
 
-/** Reads `OK <n>\n` and returns the bytes that arrived behind it. */
-const readGreeting = Effect.fnUntraced(function* ({ read }: UnixSocket.Connection) {
-  let line = Buffer.alloc(0)
-  while (!line.includes("\n")) {
-    if (line.length > maxGreeting) return yield* Effect.fail(refused("no greeting"))
-    const piece = yield* Effect.mapError(
-      read,
-      Option.getOrElse(() => refused("refused"))
-    )
-    line = Buffer.concat([line, piece])
-  }
-  const at = line.indexOf("\n")
-  if (!/^OK \d+$/.test(line.subarray(0, at).toString("latin1"))) return yield* Effect.fail(refused("no greeting"))
-  return line.subarray(at + 1)
+/** Reads `OK <n>\n` and returns the connection from behind it. */
+const greeted = Effect.fnUntraced(function* (connection: UnixSocket.Connection) {
+  const { after, line } = yield* firstLine(connection, {
+    ended: () => refused("nobody listens on that guest port"),
+    maxBytes: maxGreeting,
+    tooLong: notVsock
+  })
+  return /^OK \d+$/.test(line) ? after : yield* Effect.fail(notVsock())
 })
 
-const refused = (why: string) =>
-  Object.assign(new Error(why === "refused" ? "nobody listens on that guest port" : "not a vsock socket"), {
-    code: "ECONNREFUSED"
-  })
+const refused = (why: string) => Object.assign(new Error(why), { code: "ECONNREFUSED" })
+const notVsock = () => refused("not a vsock socket")

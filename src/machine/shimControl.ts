@@ -2,6 +2,7 @@ import { existsSync } from "node:fs"
 import * as path from "node:path"
 import { type Duration, Effect, Option, Schedule, Schema, Stream } from "effect"
 import { RegistryError } from "../errors.ts"
+import { firstLine, lineByLine } from "../platform/connectionLines.ts"
 import { given } from "../platform/given.ts"
 import type { ProcessIdentity } from "../platform/ProcessIdentity.ts"
 import * as processes from "../platform/processes.ts"
@@ -88,13 +89,11 @@ const undoneWithin = "7 seconds"
 
 const startCapture = Effect.fn("Shim.capture")(function* (controlPath: string, capture: CaptureRequest) {
   const connection = yield* Effect.mapError(UnixSocket.connect(controlPath), captureLost)
-  const lines = yield* Stream.toPull(
-    connection.bytes.pipe(Stream.decodeText(), Stream.splitLines, Stream.rechunk(1), Stream.mapError(captureLost))
-  )
+  const nextLine = yield* lineByLine(connection)
   // When we close the connection, the shim undoes what was not committed; it closes its side when that is done.
   yield* Effect.addFinalizer(() =>
     connection.end.pipe(
-      Effect.zipRight(Effect.ignore(Effect.forever(lines))),
+      Effect.zipRight(Effect.ignore(Effect.forever(nextLine))),
       Effect.interruptible,
       Effect.timeout(undoneWithin),
       Effect.ignore
@@ -103,10 +102,7 @@ const startCapture = Effect.fn("Shim.capture")(function* (controlPath: string, c
   const ask = (body: object) =>
     Effect.gen(function* () {
       yield* Effect.mapError(connection.write(Buffer.from(`${JSON.stringify(body)}\n`)), captureLost)
-      const [line = ""] = yield* Effect.mapError(
-        lines,
-        Option.getOrElse(() => captureLost(gone))
-      )
+      const line = yield* Effect.mapError(nextLine, (end) => captureLost(Option.getOrElse(end, () => gone)))
       const answer = yield* Effect.mapError(decodeAnswer(line), captureLost)
       if (answer.ok) return answer
       return yield* new CaptureFailed({ code: answer.code ?? "EIO", message: answer.message ?? "the shim refused" })
@@ -127,22 +123,8 @@ export const request = (controlPath: string, body: object) =>
   Effect.gen(function* () {
     const connection = yield* UnixSocket.connect(controlPath)
     yield* connection.write(Buffer.from(`${JSON.stringify(body)}\n`))
-    const pull = yield* Stream.toPull(connection.bytes)
-    let head = Buffer.alloc(0)
-    while (!head.includes("\n")) {
-      head = Buffer.concat([
-        head,
-        ...(yield* Effect.mapError(
-          pull,
-          Option.getOrElse(() => gone)
-        ))
-      ])
-    }
-    const at = head.indexOf("\n")
-    const more = Stream.fromPull(Effect.succeed(pull))
-    const rest: Stream.Stream<Uint8Array, NodeJS.ErrnoException> =
-      head.length === at + 1 ? more : Stream.concat(Stream.make(head.subarray(at + 1)), more)
-    return { answer: head.subarray(0, at).toString(), rest }
+    const { after, line } = yield* firstLine(connection, { ended: () => gone })
+    return { answer: line, rest: after.bytes }
   })
 
 const gone: NodeJS.ErrnoException = Object.assign(new Error("the shim closed the connection"), { code: "ECONNRESET" })
