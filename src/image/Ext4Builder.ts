@@ -9,15 +9,18 @@ import type { Tool } from "./Oci.ts"
 
 /** Builds ext4 images with the host's mke2fs, tar and debugfs. The same input gives the same bytes. */
 export interface Ext4Builder {
-  /** Makes the file `image` an empty upper. */
+  /** Makes the file `image`: an empty writable layer (upper) of `sizeBytes`, a sparse file. */
   readonly upper: (image: string, sizeBytes: number) => Effect.Effect<void, ProvisionError>
-  /** Unpacks a rootfs tarball into the directory `tree`, with what must be remembered of it in `staging`. */
+  /** Unpacks a rootfs tarball into the directory `tree`. `staging` gets the owners of the files, when this process is not root. */
   readonly extract: (tarball: string, tree: string, staging: string) => Effect.Effect<void, ProvisionError>
-  /** The same tree gives the same bytes, for a bundle is restored only on the image it was taken on. `sha` is that of its source. */
+  /**
+   * Makes the file `image` in `staging` from a tree. The same tree gives the same bytes, because a bundle is restored only with the image that it
+   * was taken on. `sha` is the sha256 of the tree's source, from which the filesystem gets its UUID.
+   */
   readonly fromTree: (tree: string, staging: string, sha: string) => Effect.Effect<void, ProvisionError>
 }
 
-/** `cacheDir`: what errors name when it cannot be written. */
+/** `cacheDir` is named in the errors about a cache that cannot be written. */
 export const make = (
   fs: FileSystem.FileSystem,
   tool: Tool,
@@ -45,7 +48,7 @@ export const make = (
       yield* building(tool(argv, "mke2fs"))
     })
 
-  /** Owners and device nodes need root, or something that answers like root and remembers from one command to the next. */
+  /** Owners and device nodes need root. Other users run the command under fakeroot, which keeps both in `staging` between commands. */
   const asRoot = (staging: string, argv: ReadonlyArray<string>): readonly [string, ...ReadonlyArray<string>] => {
     const state = path.join(staging, "owners")
     const [first = "true", ...rest] = argv
@@ -61,9 +64,8 @@ export const make = (
   }
 
   /**
-   * The tarball is not trusted: GNU tar itself refuses names with `..`, makes absolute ones relative and never writes through a symbolic
-   * link of the archive's. Beyond the limit it is ended from its own checkpoint, which first makes the file `too-large`; the shell turns
-   * the signal into an exit code.
+   * The tarball is not trusted. GNU tar refuses names with `..`, makes absolute names relative, and never writes through a symbolic link of the
+   * archive. Beyond the size limit tar's own checkpoint makes the file `too-large` and ends tar; the shell turns the signal into an exit code.
    */
   const extract = Effect.fnUntraced(function* (tarball: string, tree: string, staging: string) {
     const beyondLimit = path.join(staging, "too-large")
@@ -76,7 +78,7 @@ export const make = (
       "--extract",
       "--numeric-owner",
       "--same-owner",
-      // capabilities and ACLs, not only user attributes; fakeroot loses the kind of a file that has any
+      // with root all extended attributes (capabilities, ACLs); without root none, because fakeroot loses the type of a file that has any
       ...(process.getuid?.() === 0 ? ["--xattrs", "--xattrs-include=*"] : ["--no-xattrs"]),
       "--preserve-permissions",
       `--checkpoint=${Math.ceil(imageLimitBytes / tarRecord)}`,
@@ -103,12 +105,12 @@ export const make = (
     const inodes = new Map<string, number>()
     for (const line of listing.trimEnd().split("\n")) {
       const [inode = "", size, blocks] = line.split(" ")
-      // holes of a large file take no space, and blocks that are not written yet are not counted
+      // counts the blocks of large files only: holes take no space, but the kernel reports blocks of small files late
       const bytes = Number(size) > sparseFrom ? Math.min(Number(size), Number(blocks) * 512) : Number(size)
       inodes.set(inode, Math.ceil(bytes / 4096) * 4096)
     }
     const bytes = [...inodes.values()].reduce((sum, size) => sum + size, 0)
-    // Room for metadata; the file is sparse, so what is not needed costs nothing. Nothing is ever added to a base.
+    // Leaves room for metadata. The file is sparse, so unused room takes no space. A base never grows.
     const size = Math.ceil((bytes * 1.25 + 64 * 1024 * 1024) / 4096) * 4096
     const id = sha.replace(/^(.{8})(.{4}).(.{3}).(.{3})(.{12}).*$/, "$1-$2-4$3-8$4-$5")
     yield* makeExt4(
@@ -120,7 +122,7 @@ export const make = (
       ],
       (argv) => asRoot(staging, argv)
     )
-    // mke2fs copies access and change times of the extracted files, which are those of this run
+    // mke2fs copies access and change times of the extracted files, which differ from run to run: they are set to 0
     const times = path.join(staging, "times")
     const numbers = [2, ...Array.from({ length: inodes.size + 16 }, (_, i) => 11 + i)]
     yield* Effect.mapError(
@@ -141,14 +143,14 @@ export const make = (
   }
 }
 
-/** Without reserved descriptor blocks an upper is 92 KiB instead of 1.2 MiB. */
+/** Without reserved descriptor blocks an upper takes 92 KiB instead of 1.2 MiB. */
 const upperFeatures = "^resize_inode"
 
-/** Of a base: named one by one, so that the host's mke2fs.conf has no say. */
+/** Features of a base, named one by one, so that the host's mke2fs.conf does not decide them. */
 const baseFeatures =
   "none,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,flex_bg,huge_file,large_file,metadata_csum,sparse_super,64bit"
 
-/** tar counts in records of this many bytes. */
+/** Bytes of a tar record, the unit of tar's checkpoints. */
 const tarRecord = 10240
 const sparseFrom = 64 * 1024 * 1024
 const tooLarge = (tarball: string, limit: number) =>

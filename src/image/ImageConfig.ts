@@ -7,38 +7,38 @@ import { validateEnv } from "../machine/BootOptions.ts"
 const Line = Schema.String.pipe(Schema.filter((text) => !text.includes("\0")))
 
 /**
- * What an image says about the commands that run in it: `machinen-config.json` at the root of its tree. A caller's own options go over it.
+ * `machinen-config.json` at the root of an image: defaults for the commands that run in it. The caller's options override them.
  */
 export const ImageConfig = Schema.Struct({
-  /** Before the command, the caller's or the image's own. */
+  /** Arguments that are put before the command, whether that is the caller's or the image's. */
   entrypoint: Schema.optional(Schema.NonEmptyArray(Line)),
   cmd: Schema.optional(Schema.NonEmptyArray(Line)),
   env: Schema.optional(Schema.Record({ key: Line, value: Line })),
-  /** Absolute. */
+  /** Working directory; absolute. */
   cwd: Schema.optional(Line.pipe(Schema.filter((dir) => path.posix.isAbsolute(dir)))),
   /** `user[:group]`, names or numbers. */
   user: Schema.optional(Line.pipe(Schema.minLength(1))),
-  /** `80/tcp`: what it listens on, for who looks at it; nothing is forwarded for that. */
+  /** Ports that the image listens on, like `80/tcp`. For information only: nothing is forwarded. */
   exposedPorts: Schema.optional(Schema.Array(Line))
 })
 export type ImageConfig = typeof ImageConfig.Type
 
-/** The same, as the text of the file. */
+/** The configuration as the text of the file. */
 export const ImageConfigJson = Schema.parseJson(ImageConfig)
 
 export const configFile = "machinen-config.json"
 
-/** What an image was made from with what is put over it; each field as a whole, the environment variable by variable. */
+/** Overlays `base` with `top`: each field as a whole, the environment variable by variable. */
 export const over = (base: ImageConfig, top: ImageConfig): ImageConfig => ({
   ...base,
   ...top,
   ...(base.env === undefined && top.env === undefined ? {} : { env: { ...base.env, ...top.env } })
 })
 
-/** Whether it says anything. */
+/** Whether the configuration has no field. */
 export const isEmpty = (config: ImageConfig): boolean => Object.values(config).every((value) => value === undefined)
 
-/** A plan with what the image says where the caller says nothing; an entrypoint stays before any command. */
+/** Completes a boot plan with the image's defaults. The image's entrypoint is put before any command. */
 export const applied = Effect.fnUntraced(function* (plan: BootPlan, image: ImageConfig) {
   const env = { ...image.env, ...plan.env }
   yield* validateEnv(env)

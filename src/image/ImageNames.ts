@@ -6,10 +6,10 @@ import { cacheUnwritable } from "../host/hostTools.ts"
 import * as HostLock from "../platform/HostLock.ts"
 import { ImageId } from "./Image.ts"
 
-/** Names of images in the store: a file for each, with the image's id in it. */
+/** Names of images in the store: a file for each name, which holds the image's id. */
 export interface ImageNames {
   readonly get: (name: string) => Effect.Effect<Option.Option<ImageId>>
-  /** Makes a name stand for an image, or for nothing. */
+  /** Sets the image of a name; `None` removes the name. */
   readonly set: (name: string, id: Option.Option<ImageId>) => Effect.Effect<void, ProvisionError>
   readonly all: Effect.Effect<ReadonlyArray<{ readonly name: string; readonly id: ImageId }>>
 }
@@ -30,7 +30,7 @@ export const make = (fs: FileSystem.FileSystem, cacheDir: string): ImageNames =>
       Option.match(id, {
         onNone: () => fs.remove(nameFile(name), { force: true }),
         onSome: (id) => {
-          // one place for all drafts, since one is written at a time: what a killed writer left is written over
+          // one file for all drafts, because the lock lets one writer write at a time: the leftovers of a killed writer are overwritten
           const draft = path.join(namesDir, nameDraft)
           return fs
             .makeDirectory(namesDir, { recursive: true })
@@ -53,10 +53,10 @@ export const make = (fs: FileSystem.FileSystem, cacheDir: string): ImageNames =>
   return { get: named, set: setName, all: names }
 }
 
-/** No name is encoded like this, since no name begins with a dot. */
+/** The file name of the draft. No name is encoded like this, because no name begins with a dot. */
 const nameDraft = ".draft"
 
-/** The name that a file in the directory of names stands for; nothing else that lies there is one. */
+/** The name behind a file name; `undefined` for other files in the directory. */
 const decodedName = (file: string): string | undefined => {
   try {
     const name = decodeURIComponent(file)

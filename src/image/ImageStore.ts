@@ -16,20 +16,20 @@ import { baseNames, RootfsImage } from "./RootfsImage.ts"
 /** An image that VMs can be booted from. */
 export interface StoredImage {
   readonly id: ImageId
-  /** The ext4 image. */
+  /** Path of the ext4 image. */
   readonly path: string
   readonly names: ReadonlyArray<string>
-  /** Where it came from. */
+  /** The reference or path by which the image was added. */
   readonly source: string
   readonly sizeBytes: number
-  /** What it takes on the host. */
+  /** Bytes that the image takes on the host's disk. */
   readonly diskBytes: number
   /** Unix milliseconds. */
   readonly builtAt: number
   readonly lastUsedAt: number
-  /** The VMs that run from it, by name or id. */
+  /** VMs that run from the image, by name or id. */
   readonly vms: ReadonlyArray<string>
-  /** Bundles that can be restored only with it. */
+  /** Directories of bundles that can be restored only with this image. */
   readonly bundles: ReadonlyArray<string>
 }
 
@@ -39,7 +39,7 @@ export interface ImageDetails extends StoredImage {
   readonly packages: Readonly<Record<string, string>>
 }
 
-/** One that set-up provides. */
+/** A base image that set-up provides. */
 export interface BaseImage {
   readonly name: string
   readonly path: string
@@ -51,25 +51,25 @@ export type ImageFailure = ProvisionError | RegistryError
 const Info = Schema.parseJson(Schema.Struct({ packages: Schema.Record({ key: Schema.String, value: Schema.String }) }))
 
 /**
- * The images in RootfsImage's cache, as a user deals with them. An image is known by the sha256 of what it was made from; names are files that
- * hold an id. One that a VM runs from, that a VM may be about to run from, or that a bundle needs is not removed.
+ * The user's view of the images in RootfsImage's cache. An image's id is the sha256 of its source; names are files that hold an id. An image
+ * that a VM runs from or is about to run from, or that a bundle needs, is not removed. Failures are ProvisionErrors (IMAGE_*, ROOTFS_IMG_*).
  */
 export class ImageStore extends Context.Tag("machinen/ImageStore")<
   ImageStore,
   {
     readonly bases: Effect.Effect<ReadonlyArray<BaseImage>, AssetError>
-    /** Used last first. */
+    /** All images, the most recently used first. */
     readonly list: Effect.Effect<ReadonlyArray<StoredImage>, ImageFailure>
-    /** By name, id, or the first six digits of an id or more. */
+    /** Describes an image, by name, id, or the first digits of an id (six or more). */
     readonly inspect: (reference: string) => Effect.Effect<ImageDetails, ImageFailure>
-    /** Puts an image into the store under these names. */
+    /** Adds an image (a path or reference, as of a boot) to the store under these names. */
     readonly add: (image: string, names: ReadonlyArray<string>) => Effect.Effect<ImageDetails, ImageFailure | BootError>
     readonly tag: (reference: string, name: string) => Effect.Effect<void, ImageFailure>
-    /** Takes a name away, and with the last name, or given an id, the image; says which it was. */
+    /** Removes a name. The last name, or an id instead of a name, removes the image too. Returns what was removed. */
     readonly remove: (
       reference: string
     ) => Effect.Effect<{ readonly id: ImageId; readonly name?: string; readonly removed: boolean }, ImageFailure>
-    /** Removes images that have no name, that nothing uses, and that were not used for so long; a dry run only tells. */
+    /** Removes unused images without a name that were not used for `unusedForMs`. With `dryRun` only lists them. */
     readonly gc: (options: {
       readonly unusedForMs: number
       readonly dryRun: boolean
@@ -90,7 +90,7 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
 
       const entries = (of: string) => Effect.orElseSucceed(fs.readDirectory(of), () => [] as ReadonlyArray<string>)
 
-      /** Bundles that are still where they were made; others leave their note behind, which goes. */
+      /** Bundles of an image that are still where they were made. Notes about other bundles are removed. */
       const bundlesOf = Effect.fnUntraced(function* (image: string) {
         const notes = yield* entries(`${image}.bundles`)
         const found = yield* Effect.forEach(notes, (note) =>
@@ -146,7 +146,7 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
         return found.flatMap(Option.toArray).sort((a, b) => b.lastUsedAt - a.lastUsedAt || Order.string(a.id, b.id))
       })
 
-      /** The image a user means, and the name by which it was found. */
+      /** Finds the image of a reference, and the name by which it was found. */
       const find = Effect.fnUntraced(function* (reference: string) {
         const all = yield* list
         const named = [reference, withTag(reference)]
@@ -160,7 +160,7 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
         return yield* notFound(reference, byId.length)
       })
 
-      /** What dpkg has noted: `Package`, `Status` and `Version` of each stand in this order. */
+      /** Installed packages by dpkg's status file. */
       const packagesOf = (image: string) =>
         ext4.readFile(image, "/var/lib/dpkg/status", maxDpkgStatus).pipe(
           Effect.provideService(CommandExecutor.CommandExecutor, executor),
@@ -186,8 +186,8 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
         )
 
       /**
-       * Removes an image nothing uses. It is set aside first, then looked for users, then removed or put back: a boot that comes between claims
-       * its VM before it looks for the image, so either we see the VM, or it sees no image and makes it again.
+       * Removes an image that nothing uses. The image is set aside first; then users are searched; then it is removed or put back. A boot claims its
+       * VM before it looks for the image. So either this search sees the VM, or the boot sees no image and makes it again.
        */
       const removeImage = (id: ImageId) =>
         atomicArtifact
@@ -202,7 +202,7 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
                 return yield* inUse(id, `the VM ${booting.label} is being started, maybe from it`)
               const [bundle] = yield* bundlesOf(image)
               if (bundle !== undefined) return yield* inUse(id, `the snapshot ${bundle} needs it`)
-              // the image first: without it the rest means nothing
+              // the image first: without it the other files have no meaning
               for (const file of [
                 image,
                 atomicArtifact.asideMarker(image),
@@ -278,7 +278,7 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
           const removed = yield* Effect.filter(due, ({ id }) =>
             removeImage(id).pipe(
               Effect.as(true),
-              // somebody has begun to use it
+              // a VM has begun to use the image
               Effect.catchIf(
                 (e) => e.code === "IMAGE_IN_USE",
                 () => Effect.succeed(false)
@@ -298,12 +298,12 @@ export class ImageStore extends Context.Tag("machinen/ImageStore")<
   )
 }
 
-/** What a build that was killed left is removed once it is as old as no build gets that goes on. */
+/** Age in milliseconds from which the leftovers of killed builds are removed. No running build leaves its files untouched that long. */
 const abandonedAfterMs = 3_600_000
 
 const maxDpkgStatus = 64 * 1024 * 1024
 
-/** Installed packages of a dpkg database. */
+/** Parses a dpkg database: versions of installed packages by name. `Package`, `Status` and `Version` come in this order. */
 export const parsePackages = (status: string): Readonly<Record<string, string>> =>
   Object.fromEntries(
     status.split("\n\n").flatMap((paragraph) => {

@@ -12,12 +12,12 @@ import type { ToolError, ToolFailed } from "../platform/tool.ts"
 import { ImageConfig } from "./ImageConfig.ts"
 
 /**
- * Container images: `docker://registry/name:tag`, `docker-archive:FILE`, `oci:DIR[:TAG]`. skopeo brings them, umoci applies their layers; what they
- * say about themselves is read and checked here.
+ * Container images: `docker://registry/name:tag`, `docker-archive:FILE`, `oci:DIR[:TAG]`. skopeo fetches them, umoci applies their layers;
+ * manifest and configuration are read and checked here.
  *
- * The layers of the images in the store are kept in one directory, the pool, each once by its digest, so that another image with the same
- * layers need not fetch them. Every pull has a layout of its own that begins with links to all of the pool: pulls do not wait for each other,
- * and a layer that is removed from the pool meanwhile stays where it is used.
+ * The pool is a directory that holds the layers of the images in the store, each once by its digest, so that another image with the same layers
+ * need not fetch them. Every pull has a layout of its own that begins with hard links to all of the pool. So pulls do not wait for each other,
+ * and a layer that is removed from the pool meanwhile stays in the layouts that use it.
  */
 const schemes = ["docker://", "docker-archive:", "oci:"] as const
 export const isReference = (image: string): boolean => schemes.some((scheme) => image.startsWith(scheme))
@@ -35,7 +35,7 @@ type Descriptor = typeof Descriptor.Type
 const Index = Schema.parseJson(Schema.Struct({ manifests: Schema.NullOr(Schema.Array(Descriptor)) }))
 const Manifest = Schema.parseJson(Schema.Struct({ config: Descriptor, layers: Schema.Array(Descriptor) }))
 
-/** Containers' own word for "nothing" is null, absent or empty. */
+/** An optional list of an image's configuration: null, absent and empty all mean none. */
 const words = Schema.optional(Schema.NullOr(Schema.Array(Schema.String)))
 const word = Schema.optional(Schema.NullOr(Schema.String))
 const Config = Schema.parseJson(
@@ -61,7 +61,7 @@ const manifestType = "application/vnd.oci.image.manifest.v1+json"
 const configType = "application/vnd.oci.image.config.v1+json"
 const plainLayer = "application/vnd.oci.image.layer.v1.tar"
 const zstd = "zstd -dcq"
-/** The media types of layers, each with the command that gives the tar stream in it. */
+/** The media types of layers, each with the command that unpacks its tar stream. */
 const layerTypes = new Map(
   [plainLayer, "application/vnd.oci.image.layer.nondistributable.v1.tar"].flatMap((type) => [
     [type, "cat"],
@@ -73,14 +73,14 @@ const layerTypes = new Map(
 const refName = "org.opencontainers.image.ref.name"
 const maxDocument = 4 * 1024 * 1024
 
-/** An image in a layout, whose manifest and configuration are sound. */
+/** An image in a layout, whose manifest and configuration have been checked. */
 export interface OciImage {
-  /** The manifest's sha256: what the image is known by. */
+  /** The manifest's sha256, which is the image's id. */
   readonly id: string
   readonly layout: string
   readonly tag: string
   readonly config: ImageConfig
-  /** The file of the configuration. */
+  /** The blob of the image's configuration. */
   readonly configBlob: Blob
   readonly layers: ReadonlyArray<Layer>
 }
@@ -91,22 +91,22 @@ interface Blob {
 }
 
 interface Layer extends Blob {
-  /** The command that unpacks it. */
+  /** The command that unpacks the layer to a tar stream. */
   readonly unpack: string
 }
 
-/** Runs a host program, which may be called by another name than that of what is started first. */
+/** Runs a host program and returns its stdout. `name` is the program's name in errors, when another program starts it. */
 export type Tool = (
   argv: readonly [string, ...ReadonlyArray<string>],
   name?: string
 ) => Effect.Effect<string, ToolError>
 
-/** No pull takes longer: whoever waits for the same image is not held up for ever by a server that sends nothing. */
+/** Time limit of a pull: a server that sends nothing must not hold up other processes that wait for the same image. */
 const pullLimit = "1 hour"
 
 /**
- * Finds the image a reference means and uses it; brings it to this host first, unless it lies in a layout. Pulls of one reference follow each
- * other, so that what the first has brought is there for the next.
+ * Runs `use` with the image of a reference, which is fetched first unless it is in a layout on this host. Pulls of one reference run one after
+ * the other, so that the second finds what the first has fetched. Fails with IMAGE_PULL_FAILED, IMAGE_INVALID, IMAGE_NOT_FOUND or ROOTFS_IMG_*.
  */
 export const withImage = Effect.fn("Oci.withImage")(function* <A, E, R>(
   reference: string,
@@ -119,7 +119,7 @@ export const withImage = Effect.fn("Oci.withImage")(function* <A, E, R>(
     const [, dir = "", tag] = local
     const layout = path.resolve(dir)
     const found = yield* tagged(reference, yield* readIndex(reference, layout), tag)
-    // an index of images for several machines has to be chosen from, which skopeo does
+    // of an index of images for several architectures skopeo chooses one
     if (found.mediaType === manifestType && found.annotations?.[refName] !== undefined) {
       return yield* Effect.flatMap(read(reference, layout, found.annotations[refName], found), use)
     }
@@ -148,7 +148,7 @@ const poolOf = (own: string) => path.join(own, "blobs", "sha256")
 const pullsOf = (own: string) => path.join(own, "pulls")
 const blobOf = (layout: string, digest: string) => path.join(layout, "blobs", "sha256", digest.slice("sha256:".length))
 
-/** A layout that has every layer of the pool, and is gone with the scope. Its name tells who has made it, should he be killed. */
+/** Makes a layout that has every layer of the pool; the scope removes it. Its name holds the process, for the case that this one is killed. */
 const pullLayout = Effect.fnUntraced(function* (own: string, key: string) {
   const fs = yield* FileSystem.FileSystem
   const me = yield* processes.self
@@ -160,7 +160,7 @@ const pullLayout = Effect.fnUntraced(function* (own: string, key: string) {
     Effect.gen(function* () {
       yield* fs.makeDirectory(blobs, { recursive: true, mode: 0o700 })
       for (const name of yield* Effect.orElseSucceed(fs.readDirectory(poolOf(own)), () => [])) {
-        // one that is removed from the pool at this moment is fetched again
+        // a layer that is removed from the pool at this moment is fetched again
         yield* Effect.ignore(fs.link(path.join(poolOf(own), name), path.join(blobs, name)))
       }
       return layout
@@ -169,7 +169,7 @@ const pullLayout = Effect.fnUntraced(function* (own: string, key: string) {
   )
 })
 
-/** Removes what pulls left whose process was killed. */
+/** Removes the layouts of killed processes. */
 const removeDeadPulls = Effect.fnUntraced(function* (own: string) {
   const fs = yield* FileSystem.FileSystem
   const boot = (yield* processes.bootId).slice(0, 8)
@@ -181,7 +181,7 @@ const removeDeadPulls = Effect.fnUntraced(function* (own: string) {
   }
 })
 
-/** Keeps the parts of an image that was built, and so was found to be what its digests say, for the next pull. */
+/** Adds the blobs of a built image to the pool: the build has checked their digests. */
 const keepBlobs = Effect.fnUntraced(function* ({ configBlob, id, layers, layout }: OciImage, own: string) {
   const fs = yield* FileSystem.FileSystem
   yield* Effect.ignore(fs.makeDirectory(poolOf(own), { recursive: true, mode: 0o700 }))
@@ -194,7 +194,7 @@ const bring = Effect.fnUntraced(function* (reference: string, layout: string, to
   const fs = yield* FileSystem.FileSystem
   const hasPolicy = yield* Effect.orElseSucceed(fs.exists("/etc/containers/policy.json"), () => false)
   const host = /^docker:\/\/(\[::1\]|[^/:]+)/.exec(reference)?.[1] ?? ""
-  // as docker does: a registry on this very host need not have a certificate
+  // as in docker, a registry on the loopback interface needs no certificate
   const loopback = host === "localhost" || host === "[::1]" || /^127\.[0-9.]+$/.test(host)
   const skopeo = ["skopeo", ...(hasPolicy ? [] : ["--insecure-policy"]), "--override-os", "linux"] as const
   const copy = tool([
@@ -229,7 +229,7 @@ const IndexOfMachines = Schema.parseJson(
   })
 )
 
-/** Fails with the reason, where the reference means an index of images none of which is for our guests; completes where it is another. */
+/** Fails with IMAGE_INVALID when the reference is an index without an image for linux/amd64. Completes when the pull failed for another reason. */
 const whyNotBrought = (reference: string, inspect: Effect.Effect<string, ToolError>) =>
   inspect.pipe(
     Effect.flatMap(Schema.decode(IndexOfMachines)),
@@ -251,7 +251,10 @@ const whyNotBrought = (reference: string, inspect: Effect.Effect<string, ToolErr
     })
   )
 
-/** Applies the layers to `tree`, which is made; what they hold in all is counted at the same time. `work` is an empty directory for this. */
+/**
+ * Applies the layers to `tree`, which is made. `work` is an empty directory for temporary files. Fails with ROOTFS_IMG_TOO_LARGE when the layers
+ * hold more than `limitBytes`.
+ */
 export const unpack = Effect.fn("Oci.unpack")(function* (
   original: OciImage,
   tree: string,
@@ -276,7 +279,7 @@ export const unpack = Effect.fn("Oci.unpack")(function* (
     ...(process.getuid?.() === 0 ? [] : ["--rootless"]),
     ...["--image", `${layout}:${tag}`, tree]
   ])
-  // a layer may be a bomb: a program that only counts is ahead of one that writes, and ends it
+  // a layer may be a decompression bomb: counting runs beside the unpacking, is faster because it writes nothing, and ends it
   const count = Effect.reduce(layers, 0, (sum, { file, unpack }) =>
     tool([
       "sh",
@@ -296,12 +299,12 @@ export const unpack = Effect.fn("Oci.unpack")(function* (
   yield* Effect.all([apply, count], { concurrency: 2 }).pipe(explained(path.dirname(tree), notApplied))
 })
 
-/** What the shell answers for a program that has written more than `ulimit -f` allows: 128 and SIGXFSZ. */
+/** The shell's exit code for a program that wrote more than `ulimit -f` allows: 128 + SIGXFSZ. */
 const fileTooLarge = 128 + 25
 
 /**
- * The same image in a layout at `work` whose layers packed by zstd, which umoci does not know, are unpacked. A packed layer is checked here
- * against its digest; that what comes out of it is the layer that the configuration speaks of, umoci checks as for any other.
+ * Copies the image into a layout at `work` whose zstd layers are unpacked, because umoci does not know zstd. A packed layer is checked here
+ * against its digest. umoci checks the unpacked layer against the configuration, as any other layer.
  */
 const withoutZstd = Effect.fnUntraced(function* (
   image: OciImage,
@@ -329,7 +332,7 @@ const withoutZstd = Effect.fnUntraced(function* (
       return yield* invalid(name, `the file of ${layer.descriptor.digest} holds something else`)
     }
     const draft = path.join(work, "layer")
-    // the shell counts in blocks of 512 bytes, and turns the signal into an exit code
+    // `ulimit -f` counts in blocks of 512 bytes; the shell turns the signal into an exit code
     yield* tool(
       [
         "sh",
@@ -371,7 +374,7 @@ const withoutZstd = Effect.fnUntraced(function* (
   return { ...image, layout: work, tag: pulledTag, layers }
 })
 
-/** Removes the parts of images that are not kept from the pool. Pulls that go on have links of their own. */
+/** Removes blobs from the pool whose images are not in `keep`. Running pulls have links of their own. */
 export const collect = Effect.fn("Oci.collect")(function* (own: string, keep: ReadonlySet<string>) {
   const fs = yield* FileSystem.FileSystem
   yield* removeDeadPulls(own)
@@ -481,7 +484,7 @@ const toImageConfig = (reference: string, { Cmd, Entrypoint, Env, ExposedPorts, 
     entrypoint: command(Entrypoint),
     cmd: command(Cmd),
     env: Object.keys(env).length === 0 ? undefined : env,
-    // docker takes a relative one from the root
+    // as in docker, a relative directory is relative to the root
     cwd: WorkingDir == null || WorkingDir === "" ? undefined : path.posix.resolve("/", WorkingDir),
     user: User == null || User === "" ? undefined : User,
     exposedPorts: ExposedPorts == null ? undefined : Object.keys(ExposedPorts)

@@ -18,41 +18,41 @@ import { configFile, ImageConfig, ImageConfigJson, isEmpty } from "./ImageConfig
 import * as ImageNames from "./ImageNames.ts"
 import * as Oci from "./Oci.ts"
 
-/** Base images that set-up provides, by the name a user gives. */
+/** Names of the base images that set-up provides. */
 export const baseNames = ["micro", "debian"] as const
 export type BaseName = (typeof baseNames)[number]
 const isBaseName = (image: string): image is BaseName => (baseNames as ReadonlyArray<string>).includes(image)
 
 /**
- * Root filesystems. A base is a read-only ext4 image shared by every VM that boots from it, built once for each tarball and found by its
- * sha256; what a VM writes goes to its own upper. Since no guest can write a base, its `.ok` marker means "complete and on
- * disk" and stays; an image without one (a build cut short) is built again.
+ * Root filesystems. A base is a read-only ext4 image that all VMs booted from it share. It is built once for each source and found by the
+ * source's sha256. What a VM writes goes to its own upper. A base counts only with its `.ok` marker ("complete and on disk"); a base without it
+ * comes from a build that was cut short, and is built again.
  */
 export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
   RootfsImage,
   {
     /**
-     * The base for `micro`, `debian`, a rootfs tarball, an ext4 image, a container image (src/image/Oci.ts), or the name or id of one that is in the
-     * store. A registry is asked only for what is not there.
+     * Path of the base for `micro`, `debian`, a rootfs tarball, an ext4 image, a container image (src/image/Oci.ts), or the name or id of an image in
+     * the store. Builds the base if needed. A registry is asked only for images that are not in the store.
      */
     readonly resolve: (image: string) => Effect.Effect<string, BootError | ProvisionError | AssetError>
-    /** A caller's own ext4 image, to be attached as it is; gives its absolute path. */
+    /** Checks a caller's own ext4 image, which is attached as it is. Returns its absolute path. */
     readonly checkDisk: (image: string) => Effect.Effect<string, BootError>
-    /** What an ext4 image says about the commands that run in it. */
+    /** The configuration in an ext4 image (`machinen-config.json`); empty when the image has none. */
     readonly config: (image: string) => Effect.Effect<ImageConfig, ProvisionError>
-    /** The base built from a rootfs tarball. Any number of callers at once build it once. */
+    /** Path of the base of a rootfs tarball. Any number of concurrent callers build it once. */
     readonly ensure: (tarball: string) => Effect.Effect<string, ProvisionError>
-    /** Puts an image into the store, whatever it is in; asks a registry again. Gives its id. */
+    /** Adds an image of any kind to the store and returns its id. Always asks the registry of a container image. */
     readonly add: (image: string) => Effect.Effect<ImageId, BootError | ProvisionError>
-    /** Every name, with the image it stands for. */
+    /** All names, with the ids of their images. */
     readonly names: Effect.Effect<ReadonlyArray<{ readonly name: string; readonly id: ImageId }>>
-    /** Makes a name stand for an image, or for nothing. */
+    /** Sets the image of a name; `None` removes the name. */
     readonly setName: (name: string, id: Option.Option<ImageId>) => Effect.Effect<void, ProvisionError>
-    /** Removes layers of container images that are not in the store any more. */
+    /** Removes the layers of container images that are no longer in the store. */
     readonly collectLayers: Effect.Effect<void, ProvisionError>
-    /** A bundle that can be restored only with this image is at `dir`, or will be. */
+    /** Notes that the bundle at `dir`, which may be in the making, can be restored only with this image. */
     readonly noteBundle: (image: string, dir: string) => Effect.Effect<void>
-    /** An empty upper of that size, to be copied for a VM: almost all hole, so the copy is quick. */
+    /** Path of an empty upper of that size, which is copied for each VM. The file is sparse, so the copy is quick. */
     readonly upperTemplate: (sizeBytes: number) => Effect.Effect<string, ProvisionError>
   }
 >() {
@@ -65,7 +65,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       const assets = yield* Assets
       const cacheDir = path.join(settings.cacheDir, "rootfs")
 
-      /** No file of an image is made at a time of its own: the same input gives the same image. */
+      /** Runs tools with a fixed time (SOURCE_DATE_EPOCH), so that the same input gives the same image. */
       const tool: Oci.Tool = (argv, name) =>
         hostTool
           .run(argv, { env: { E2FSPROGS_FAKE_TIME: "1" }, ...given({ tool: name }) })
@@ -94,7 +94,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         return target
       })
 
-      /** Hashing 100 MB, or starting a program, on each boot would cost more than the boot: what was found is noted for the file's state. */
+      /** Keeps results by the file's state: hashing 100 MB, or starting a program, would take longer than the rest of a boot. */
       const remembered = <A, E, R>(
         kind: "digests" | "image-config",
         file: string,
@@ -108,7 +108,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
 
       const digest = (tarball: string) => remembered("digests", tarball, Sha256, sha256File(fs, tarball))
 
-      /** Only an image that certainly says nothing has no configuration: its user, for one, decides what its command may do. */
+      /** Reads the configuration. Fails when it cannot be read: without the image's user, for example, its command would run as root. */
       const readConfig = Effect.fnUntraced(
         function* (image: string) {
           const ignored = (why: string) =>
@@ -144,7 +144,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
 
       const imageOf = (id: string) => path.join(cacheDir, `${id}.img`)
 
-      /** The image made of what has this sha256, built by `build` unless it is there. */
+      /** Path of the image of a source with this sha256. `build` makes it unless it is there. */
       const ensureImage = Effect.fnUntraced(function* (
         sha: string,
         source: string,
@@ -196,7 +196,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         )
       })
 
-      /** An ext4 image's own copy in the store, holes and all. */
+      /** Path of the store's own, sparse copy of an ext4 image. */
       const ensureCopy = Effect.fnUntraced(function* (image: string) {
         const sha = yield* Effect.mapError(digest(image), (cause) => imageNotFound(image, cause))
         return yield* ensureImage(sha, image, (staging) =>
@@ -209,7 +209,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       const ensureOci = Effect.fn("RootfsImage.ensureOci")(function* (reference: string) {
         const archive = /^docker-archive:([^:]+)/.exec(reference)?.[1]
         if (archive === undefined) return yield* ensureOciFrom(reference)
-        // an archive says what is in it only when all of it is read: that is remembered
+        // finding an archive's image needs a read of the whole archive, so the result is kept
         const made = yield* remembered(
           "digests",
           path.resolve(archive),
@@ -235,12 +235,12 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
             )
           )
         )
-        // what is fetched once is there; what lies in a file or directory is looked at each time
+        // the result of a registry reference is kept under its name; files and directories are examined each time
         if (reference.startsWith("docker://")) yield* names.set(reference, Option.some(made.id))
         return made
       })
 
-      /** Whatever the tree has under that name is not followed and goes. */
+      /** Writes the configuration into a tree. Removes what the tree has under that name, without following a link. */
       const writeConfig = Effect.fnUntraced(function* (tree: string, config: ImageConfig) {
         const file = path.join(tree, configFile)
         yield* fs.remove(file, { recursive: true, force: true }).pipe(
@@ -249,13 +249,13 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
               ? Effect.void
               : fs.writeFileString(file, Schema.encodeSync(ImageConfigJson)(config), { flag: "wx", mode: 0o644 })
           ),
-          // no file of the image has the time of its building
+          // time 0, because no file of an image may have the time of its building
           Effect.zipRight(isEmpty(config) ? Effect.void : fs.utimes(file, 0, 0)),
           Effect.mapError(cacheFailed)
         )
       })
 
-      /** What is in the store under a name, or under an id of which at least this much is given. */
+      /** Finds an image in the store by name, or by the first digits of its id (six or more). */
       const stored = Effect.fnUntraced(function* (image: string) {
         const byName = yield* Effect.orElse(
           Effect.flatten(names.get(Oci.isReference(image) ? image : withTag(image))),
@@ -284,7 +284,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           })
         )
 
-      /** The absolute path of an existing file, and whether it holds ext4. */
+      /** The absolute path of an existing file, and whether it is an ext4 image. */
       const inspect = Effect.fnUntraced(function* (image: string) {
         const file = path.resolve(image)
         const info = yield* Effect.mapError(fs.stat(file), (cause) => imageNotFound(image, cause))
@@ -347,7 +347,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
   )
 }
 
-/** Superblock at 1024, s_magic 0x38 into it (Documentation/filesystems/ext4/super.rst). */
+/** Offset of ext4's magic number: the superblock is at 1024, s_magic at 0x38 in it (Documentation/filesystems/ext4/super.rst). */
 const ext4MagicOffset = 1024 + 0x38
 
 const maxConfig = 1024 * 1024

@@ -19,15 +19,15 @@ import { ToolFailed } from "../platform/tool.ts"
 import * as treeScan from "../platform/treeScan.ts"
 import { Settings } from "../Settings.ts"
 
-/** A host directory as a disk. */
+/** A disk image of a host directory. */
 export interface Lower {
-  /** A squashfs image. */
+  /** Path of a squashfs image. */
   readonly lowerPath: string
-  /** What the directory held, as a hash (platform/treeScan.ts). */
+  /** Hash of the directory's content (platform/treeScan.ts). */
   readonly key: string
 }
 
-/** An image of a directory, in the cache. */
+/** An image of a directory in the cache. */
 export interface MountImage {
   readonly key: string
   readonly path: string
@@ -39,30 +39,30 @@ export interface MountImage {
 export interface LowerOptions {
   /** Default: `mountdisk` in the cache directory. */
   readonly cacheDir?: string
-  /** Build it again. */
+  /** True: builds the image even when it is in the cache. Default false. */
   readonly force?: boolean
   readonly onPhase?: (name: string, ms: number) => void
 }
 
 /**
- * Host directories as disks for guests: a read-only squashfs image of what the directory holds, found by content and shared by every VM, and
- * an empty ext4 layer of the VM's own above it. A directory nobody has touched costs a look at its files, not a read of them. Extended
- * attributes are not copied: they are no part of the key.
+ * Host directories as disks for guests: a read-only squashfs image of the directory, found by content and shared by all VMs, and above it an
+ * empty ext4 layer of the VM's own. A directory that has not changed costs one lstat per file, no read. Extended attributes are not copied and
+ * not part of the key.
  */
 export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
   Mountdisk,
   {
     readonly cacheDir: string
-    /** The `mksquashfs` of this host, if it has one. */
+    /** Path of this host's `mksquashfs`; `None` when it has none. */
     readonly tool: Effect.Effect<Option.Option<string>, BootError>
     readonly lower: (host: string, options?: LowerOptions) => Effect.Effect<Lower, BootError | ProvisionError>
-    /** An empty upper of that size, to be copied for a VM. */
+    /** Path of an empty upper of that size, which is copied for each VM. */
     readonly upperTemplate: (sizeBytes: number) => Effect.Effect<string, BootError | ProvisionError>
-    /** Such a copy, for who makes a machine of his own: a file in the directory for temporary ones, which is the caller's. */
+    /** Makes such a copy in the directory of temporary files, for callers with a VMM of their own. The caller removes it. */
     readonly upper: (sizeBytes: number) => Effect.Effect<string, BootError | ProvisionError>
     /**
-     * Removes images of directories from the cache that were not used for so long, and the longest unused ones beyond 8 GiB in all; gives
-     * what was removed, or in a dry run would be. One that was used within ten minutes, or that a VM uses, stays. A bundle has its own.
+     * Removes images that were not used for `unusedForMs`, and the least recently used ones beyond 8 GiB in all. Returns what was removed, with
+     * `dryRun` what would be. An image that was used within ten minutes, or that a VM uses, stays. Bundles have copies or links of their own.
      */
     readonly collect: (options: {
       readonly unusedForMs: number
@@ -104,7 +104,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
         return yield* Effect.mapError(fs.realPath(given), unreadable(given))
       })
 
-      /** Whether the image begins as one, and is as long as it says: quick, and finds what was cut. */
+      /** Whether a file has squashfs's magic number and the length that its superblock states: a quick check that finds truncated files. */
       const isSound = (image: string) =>
         Effect.scoped(
           Effect.gen(function* () {
@@ -119,11 +119,11 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
           })
         ).pipe(Effect.orElseSucceed(() => false))
 
-      /** Whether the image can be used. It then counts as used now, and so is not removed by who collects. */
+      /** Whether the image can be used. It then counts as used now, so that `collect` does not remove it. */
       const isUsable = Effect.fnUntraced(function* (image: string) {
         const complete = yield* withFs(atomicArtifact.isComplete(image))
         if (!complete || !(yield* isSound(image))) return false
-        // the marker is set aside before it is looked at whether an image is to go: either our use is seen, or the marker is not there
+        // `collect` sets the marker aside before it looks for users: either it sees this use, or this finds no marker
         return yield* withFs(atomicArtifact.markUsed(image))
       })
 
@@ -132,7 +132,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
         if (Option.isNone(found)) return yield* toolMissing("there is no mksquashfs on this host")
         yield* Effect.scoped(
           Effect.gen(function* () {
-            // mksquashfs removes what it could not finish: while we hold the file, a disk that it has filled still is full
+            // mksquashfs removes an unfinished image: while we hold the file open, a disk that it has filled is still full
             yield* Effect.mapError(fs.open(image, { flag: "w" }), cacheFailed(path.dirname(image)))
             const { code, tail } = yield* streamCommand
               .run([found.value, host, image, ...squashOptions], { onLine: () => Effect.void, env: { LC_ALL: "C" } })
@@ -147,7 +147,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
           })
         )
         const { size } = yield* Effect.mapError(fs.stat(image), cacheFailed(path.dirname(image)))
-        // a disk has whole sectors
+        // a virtual disk has whole sectors
         const whole = Math.ceil(Number(size) / sectorBytes) * sectorBytes
         yield* Effect.mapError(fs.truncate(image, whole), cacheFailed(path.dirname(image)))
       })
@@ -160,7 +160,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
       const remember = (memo: string, found: typeof Memo.Type) =>
         Effect.ignore(Effect.flatMap(Schema.encode(Memo)(found), (text) => writeCacheFile(fs, memo, text)))
 
-      /** The images in the cache, used last first. */
+      /** The images in the cache, the most recently used first. */
       const stored = Effect.gen(function* () {
         const names = yield* Effect.orElseSucceed(fs.readDirectory(defaultCacheDir), () => [])
         const found = yield* Effect.forEach(names, (name) => {
@@ -195,7 +195,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
             atomicArtifact.setAside(image.path)(
               Effect.gen(function* () {
                 if ((yield* withFs(atomicArtifact.lastUsedAt(image.path))) > image.lastUsedAt) return false
-                // one that could not be given another name in the VM's directory is used under this one
+                // when the VM's directory could not have a hard link, the VM uses the image under this name
                 const vms = yield* registry.list
                 if (vms.some(({ disks }) => disks?.some(({ path }) => path === image.path))) return false
                 yield* fs.remove(image.path, { force: true })
@@ -210,7 +210,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
         return removed
       })
 
-      /** What was noted of directories whose image is gone. */
+      /** Removes memos of directories whose image is gone. */
       const forgetRemoved = Effect.gen(function* () {
         const memos = path.join(defaultCacheDir, "trees")
         for (const name of yield* fs.readDirectory(memos)) {
@@ -224,7 +224,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
         }
       }).pipe(Effect.ignore)
 
-      /** An image more is the moment to look at the others. */
+      /** Collects after each new image; failures are logged only. */
       const collectUnasked = collect({ unusedForMs: keptUnusedMs }).pipe(
         Effect.catchAll((error) => Effect.logWarning("images of mounted directories could not be removed", error))
       )
@@ -269,12 +269,12 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
           Effect.catchTag("TreeChanged", () => Effect.succeed(false))
         )
         if (asTold) {
-          // what changes within the clock's tick of a look has the same times before and after
+          // a file that changes within one clock tick of the scan has the same times before and after the change
           if (tree.changedMs < began - fileState.clockTickMs) yield* remember(memo, { stamp: tree.stamp, key })
           yield* collectUnasked
           return wanted
         }
-        // somebody writes there all the time: as torn as any copy of such a directory, and for this mount alone
+        // the directory keeps changing: its image is as inconsistent as any copy of it would be, and is used for this mount alone
         const once = lowerOf(createHash("sha256").update(`${key}${randomUUID()}`).digest("hex"))
         yield* publish(dir, once.lowerPath, (staging) => squash(host, path.join(staging, "image")))
         yield* collectUnasked
@@ -306,7 +306,7 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
   )
 }
 
-/** Fails unless it is a directory of the host. */
+/** Fails with BOOT_MOUNT_HOST_NOT_FOUND or BOOT_MOUNT_INVALID unless `host` is a directory of the host. */
 export const checkHost = Effect.fn("Mountdisk.checkHost")(function* (host: string, what: string) {
   const fs = yield* FileSystem.FileSystem
   const info = yield* Effect.mapError(
@@ -327,22 +327,22 @@ export const checkHost = Effect.fn("Mountdisk.checkHost")(function* (host: strin
   })
 })
 
-/** Level 1 of zstd packs as small as gzip does, in a tenth of the time, and is unpacked faster (measured). */
+/** zstd's level 1 packs as small as gzip in a tenth of the time, and unpacks faster (measured). */
 const squashOptions = ["-noappend", "-no-xattrs", "-no-progress", "-quiet", "-comp", "zstd", "-Xcompression-level", "1"]
 
-/** Documentation/filesystems/squashfs and its superblock: `hsqs`, and the length of the image at 40. */
+/** squashfs's superblock (Documentation/filesystems/squashfs.rst): the magic number `hsqs`, and the length of the image at offset 40. */
 const squashfsMagic = 0x73717368
 const superblockBytes = 96
 const bytesUsedOffset = 40
 const sectorBytes = 512
 
-/** What the cache may hold beyond what is in use. */
+/** Most bytes of images in the cache that no VM uses. */
 const maxCacheBytes = 8 * 1024 ** 3
 /** An image that was used within this time may be about to be used by a VM that is starting. */
 const recentMs = 10 * 60_000
 const keptUnusedMs = 7 * 24 * 3_600_000
 
-/** What a directory was when it was last looked at, and what that holds. */
+/** The stamp of a directory at its last scan, and the key of its content then. */
 const Memo = Schema.parseJson(Schema.Struct({ stamp: Schema.String, key: Schema.String }))
 
 class TreeChanged extends Data.TaggedError("TreeChanged") {}

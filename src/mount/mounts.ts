@@ -7,7 +7,7 @@ import type { LiveMount, Mount, MountPlan } from "../machine/mountOptions.ts"
 import type { VmEntry } from "../machine/VmEntry.ts"
 import { checkHost, Mountdisk } from "./Mountdisk.ts"
 
-/** Whether the host has what is to be mounted; nothing has been acquired yet. */
+/** Fails unless the host has the directories that are to be mounted. Acquires nothing. */
 export const checkHosts = Effect.fn("mounts.checkHosts")(function* ({ liveMounts, mount }: MountPlan) {
   if (mount !== undefined) yield* checkHost(mount.host, "the directory to mount")
   yield* checkLiveHosts(liveMounts)
@@ -18,17 +18,17 @@ export const checkLiveHosts = (liveMounts: ReadonlyArray<LiveMount>) =>
 
 const tagOf = (i: number) => `machinen-lm${i}`
 
-/** What the machine shares with the host. */
+/** The shares of a machine's 9p device, by the live mounts of its entry. */
 export const sharesOf = ({ liveMounts = [] }: VmEntry): ReadonlyArray<Share> =>
   liveMounts.map(({ host, mode }, i) => ({ tag: tagOf(i), path: host, readOnly: mode === "ro" }))
 
-/** What the guest is told of its mounts. */
+/** The mounts in the guest's boot configuration. */
 export const guestMounts = ({ liveMounts = [], mount }: VmEntry): Pick<GuestConfig["boot"], "mount" | "shares"> => ({
   ...(mount === undefined ? {} : { mount: mount.guest }),
   ...(liveMounts.length === 0 ? {} : { shares: liveMounts.map(({ guest }, i) => ({ guest, tag: tagOf(i) })) })
 })
 
-/** The disks of a mount, and what has to be copied into the VM's directory for them. */
+/** The two disks of a mount, and the files that the shim copies into the VM's directory for them. */
 export const mountDisks = Effect.fn("mounts.mountDisks")(function* (mount: Mount, upperBytes: number, dir: string) {
   const mountdisk = yield* Mountdisk
   const [{ lowerPath }, template] = yield* Effect.all(
@@ -43,7 +43,7 @@ export const mountDisks = Effect.fn("mounts.mountDisks")(function* (mount: Mount
   return { disks, files: [{ from: template, to: upper }] }
 })
 
-/** Another name for a file that may be removed under the first; where there can be none, the first. */
+/** Makes a hard link, because the file may be removed under its first name. Returns `to`, or `file` when no link can be made. */
 export const linkedInto = (file: string, to: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) =>
     fs.link(file, to).pipe(

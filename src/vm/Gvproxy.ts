@@ -6,13 +6,13 @@ import { guestNetwork } from "../machine/Network.ts"
 import { Settings } from "../Settings.ts"
 
 /**
- * The program behind a guest's network card. It is started by the VM's shim, when the guest first sends something or a client comes to a
- * forwarded port, and started again if it ends (docs/protocol.md §5).
+ * gvproxy, which serves a guest's network card. The VM's shim starts it when the guest first sends a frame or a client comes to a forwarded port,
+ * and again when it ends (docs/protocol.md §5.1).
  */
 export class Gvproxy extends Context.Tag("machinen/Gvproxy")<
   Gvproxy,
   {
-    /** Its command line, of a program that is there. */
+    /** The command line. Fails with GVPROXY_NOT_FOUND when the program is missing. */
     readonly command: Effect.Effect<readonly [string, ...ReadonlyArray<string>], GvproxyError>
   }
 >() {

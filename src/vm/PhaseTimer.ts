@@ -1,11 +1,11 @@
 import { Effect } from "effect"
 
-/** Where the time of one operation went: wall-clock milliseconds by phase name, in the order the phases began. */
+/** Measures the phases of one operation: wall-clock milliseconds by name, in the order in which the phases began. */
 export interface PhaseTimer {
-  /** Measures an effect, also when it fails; it becomes a span `phase.<name>`. */
+  /** Measures an effect, also one that fails, and makes it a span `phase.<name>`. */
   readonly phase: (name: string) => <A, E, R>(effect: Effect.Effect<A, E, R>) => Effect.Effect<A, E, R>
   readonly phases: () => ReadonlyMap<string, number>
-  /** Since the timer was made. */
+  /** Milliseconds since the timer was made. */
   readonly totalMs: () => number
 }
 

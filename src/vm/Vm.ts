@@ -7,36 +7,36 @@ import type { VmEntry } from "../machine/VmEntry.ts"
 import type { VmmControlFailed, VmmHandle } from "../machine/Vmm.ts"
 import * as processes from "../platform/processes.ts"
 
-/** What a VM costs. */
+/** Memory use of a VM. */
 export interface MemoryStats {
   readonly ceilingMib: number
-  /** The VMM's resident memory, or null when it is gone. */
+  /** Resident bytes of the VMM; null when it has ended. */
   readonly hostRssBytes: number | null
-  /** Pages (of 4 KiB) of restored processes that are to be read when they are touched; 0 for a guest that does not answer. */
+  /** Pages (of 4 KiB) of lazily restored processes that have not been read yet; 0 when the guest does not answer. */
   readonly lazyPagesPending: number
 }
 
-/** A running VM. Whoever booted it owns it through their scope; whoever attached to it does not. */
+/** A handle on a running VM. The scope that booted it ends the VM, unless it is detached. A handle by `attach` never ends it. */
 export interface Vm extends AgentClient {
   readonly entry: VmEntry
   readonly id: string
   readonly name: string | undefined
   /** The VMM's pid. */
   readonly pid: number
-  /** Completes when the VM is gone and nothing of it is left on the host. */
+  /** Completes when the VM has ended and nothing of it is left on the host. */
   readonly wait: Effect.Effect<ExitRecord, RegistryError>
-  /** Powers off in order, or by force after the grace; a VM that is gone already is fine. */
+  /** Asks the guest to power off, and kills the VMM after the grace (default: MACHINEN_STOP_GRACE). Succeeds when the VM has ended already. */
   readonly stop: (graceMs?: number) => Effect.Effect<ExitRecord, RegistryError>
   readonly kill: Effect.Effect<ExitRecord, RegistryError>
-  /** Lets the VM outlive the scope and the process that booted it. */
+  /** Lets the VM outlive the scope and the process that booted it, from now on. */
   readonly detach: Effect.Effect<void, BootError>
   readonly pause: Effect.Effect<void, VmmControlFailed>
-  /** The guest's clock is set to the host's, if the guest answers. */
+  /** Lets a paused VM go on and sets the guest's clock to the host's, if the guest answers. */
   readonly resume: Effect.Effect<void, VmmControlFailed>
-  /** `console`: what the kernel and init printed. `output`: what a detached main command printed. */
+  /** `console`: the output of kernel and init. `output`: the output of a detached main command. */
   readonly logs: (source: LogSource, options?: LogOptions) => Stream.Stream<Uint8Array, RegistryError>
   readonly memoryStats: Effect.Effect<MemoryStats>
-  /** The hypervisor, for those who save the machine. */
+  /** The hypervisor, which snapshots need. */
   readonly machine: VmmHandle<RegistryError>
 }
 
@@ -68,13 +68,13 @@ export const make = (entry: VmEntry, vmm: VmmHandle<RegistryError>, agent: Agent
 })
 
 /**
- * Gives a guest that goes on after a standstill the host's time. Its machine's clock stood still too. A guest that does not answer keeps the
- * time it has: it goes on all the same.
+ * Sets a guest's clock to the host's after a standstill, in which the guest's clock stood still too. Never fails: a guest that does not answer
+ * within 2 s keeps its late time.
  */
 export const clockAfterStandstill = (agent: AgentClient) =>
   agent.setClock.pipe(Effect.interruptible, Effect.timeout("2 seconds"), Effect.ignore)
 
-/** A guest that is paused says nothing. */
+/** 0 when the guest does not answer, as while it is paused. */
 const lazyPagesPending = (agent: AgentClient) =>
   agent.stats.pipe(
     Effect.map((stats) => stats.lazyPagesPending),

@@ -1,7 +1,7 @@
 import { Effect, Stream } from "effect"
 import type { ShimHandle } from "../machine/Shim.ts"
 
-/** The last lines of a guest's console, for an error to show; empty when they cannot be read within a second. */
+/** The last 4 KiB of a guest's console, for an error. Empty when they cannot be read within a second. */
 export const consoleTail = ({ logs }: Pick<ShimHandle, "logs">): Effect.Effect<string> =>
   logs("console", { tailBytes: 4096 }).pipe(
     Stream.decodeText(),
@@ -10,6 +10,6 @@ export const consoleTail = ({ logs }: Pick<ShimHandle, "logs">): Effect.Effect<s
     Effect.orElseSucceed(() => "")
   )
 
-/** The field of an error that shows what a console printed; none when it printed nothing. */
+/** The `console` field of an error; absent when the console is empty. */
 export const shownConsole = (console: string): { readonly console?: string } =>
   console.trim() === "" ? {} : { console }

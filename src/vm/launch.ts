@@ -18,8 +18,8 @@ import { consoleTail, shownConsole } from "./consoleTail.ts"
 import { Gvproxy } from "./Gvproxy.ts"
 
 /**
- * Gives a start a scope of its own within the caller's. When the start fails or is interrupted, that scope is closed at once: the name, the
- * directory and the VM are released although the caller's scope goes on, so that the caller can try again.
+ * Runs a start in a scope of its own within the caller's. When the start fails or is interrupted, that scope is closed at once: name, directory
+ * and VM are released though the caller's scope goes on, so that the caller can try again.
  */
 export const inOwnScope = <A, E, R>(
   start: Effect.Effect<A, E, R>,
@@ -34,16 +34,16 @@ export const inOwnScope = <A, E, R>(
     })
   )
 
-/** What a machine has of its network: a card, where its entry says so. */
+/** The network card of a machine, if its entry has a network. */
 export const cardOf = ({ id, network }: VmEntry) => (network === "nat" ? { net: { mac: macOf(id) } } : {})
 
-/** Who serves that card. Fails before anything is acquired when nobody can. */
+/** The program and the forwards of a machine's network. Acquires nothing. Fails with GVPROXY_NOT_FOUND. */
 export const networkOf = Effect.fnUntraced(function* (mode: NetworkMode, forwards: ReadonlyArray<PortForward>) {
   if (mode === "none") return {}
   return { network: { gvproxy: yield* (yield* Gvproxy).command, forwards } }
 })
 
-/** A port that is taken, told with who has it: a VM of ours, or a process. */
+/** Adds the holder (one of our VMs, or another process) to a port-in-use error. */
 export const namingPortHolder = <A, E, R>(launched: Effect.Effect<A, E | BootError, R>) =>
   Effect.catchIf(
     launched,
@@ -70,10 +70,10 @@ export const namingPortHolder = <A, E, R>(launched: Effect.Effect<A, E | BootErr
       })
   )
 
-/** How the guest makes its root of these disks. */
+/** How the guest makes its root from these disks. */
 export const rootKind = (disks: ReadonlyArray<Disk>) => (disks.some(({ id }) => id === "upper") ? "overlay" : "disk")
 
-/** Puts init and what it is told into the VM's directory; returns the archive's path. */
+/** Writes the initramfs, with init and its configuration, into the VM's directory. Returns its path. */
 export const writeInitramfs = Effect.fnUntraced(function* (dir: string, guest: Initramfs.GuestConfig) {
   const fs = yield* FileSystem.FileSystem
   const init = yield* (yield* Assets).init
@@ -91,11 +91,11 @@ const packFailed = (cause: PlatformErrors.PlatformError) =>
     cause
   })
 
-/** Gives a guest that is ready its secrets, if it has any. */
+/** Sends a ready guest its secrets, if there are any. */
 export const sendSecrets = (client: AgentClient, secrets: Secrets) =>
   Object.keys(secrets).length === 0 ? Effect.void : Effect.asVoid(client.secrets(secrets))
 
-/** A valid host name (RFC 1123: letters, digits, hyphens, at most 63) made of the VM's name, else of its id. */
+/** A valid host name (RFC 1123: letters, digits, hyphens, at most 63 characters), made from the VM's name or, without one, its id. */
 export const hostname = (entry: VmEntry): string => {
   const name = (entry.name ?? "")
     .toLowerCase()
@@ -106,8 +106,8 @@ export const hostname = (entry: VmEntry): string => {
 }
 
 /**
- * Waits for a guest that has been launched, raced against the machine's end and the deadline. A guest that cannot be served is not left
- * running, detached or not.
+ * Waits until a launched guest is ready. Fails when the machine ends before (BOOT_VMM_FAILED, BOOT_GUEST_FAILED) and at the time limit
+ * (BOOT_READY_TIMEOUT), and then kills the machine, detached or not.
  */
 export const untilReady = <A, E>(ready: Effect.Effect<A, E>, machine: VmmHandle, limit: Duration.Duration) =>
   ready.pipe(
@@ -118,18 +118,18 @@ export const untilReady = <A, E>(ready: Effect.Effect<A, E>, machine: VmmHandle,
       onTimeout: () => Effect.flatMap(consoleTail(machine), notReady(limit))
     }),
     Effect.flatten,
-    // a caller that acquires a VM (Effect.acquireRelease) is uninterruptible: neither the race nor the deadline could end what they wait for
+    // the caller may be uninterruptible (Effect.acquireRelease): then neither the race nor the time limit could end the waiting
     Effect.interruptible,
     Effect.tapError(() => machine.kill)
   )
 
-/** Where a guest does not answer because its machine has ended, the end is given a moment to be seen: its error says more. */
+/** Delays a failure a moment: if the guest does not answer because its machine has ended, the machine's end is the better error. */
 export const afterTheEnd = <A, E>(ready: Effect.Effect<A, E>, machine: VmmHandle) =>
   Effect.tapError(ready, () =>
     machine.exited.pipe(Effect.zipRight(Effect.never), Effect.timeout("5 seconds"), Effect.ignore)
   )
 
-/** The VMM ended before the guest was ready: its own fault, the guest kernel's, or our init's, told apart by what they printed. */
+/** The error of a VMM that ended before the guest was ready. The logs tell whether VMM, guest kernel or our init failed. */
 const exitedEarly = (exit: ExitRecord) => {
   const vmm = exit.vmm.signal === null ? `code ${exit.vmm.code}` : `signal ${exit.vmm.signal}`
   const printed = exit.vmmLogTail.trim()

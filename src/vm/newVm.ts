@@ -10,8 +10,7 @@ import * as UnixSocket from "../platform/UnixSocket.ts"
 import { Settings } from "../Settings.ts"
 
 /**
- * Decides on a new VM's id and directory. Nothing is made yet. `entry` holds the fields of its entry that are the same for a boot and a
- * restore.
+ * Chooses a new VM's id and directory, and makes nothing. `entry` holds the fields of the VM's entry that a boot and a restore have in common.
  */
 export const newVm = Effect.gen(function* () {
   const settings = yield* Settings
@@ -30,7 +29,7 @@ export const newVm = Effect.gen(function* () {
       state: "booting" as const,
       bootId: yield* processes.bootId,
       owner: yield* processes.self,
-      // Until it is ready: a start that is interrupted, or whose process is killed, leaves no VM without an owner, and no copy that stands frozen.
+      // False until the VM is ready: a start that is interrupted or killed must not leave a VM without an owner, or a frozen copy.
       detached: false,
       backend,
       accel,
@@ -42,7 +41,7 @@ export const newVm = Effect.gen(function* () {
   }
 })
 
-/** The first digit is a letter: digits alone would be taken for a pid. */
+/** Makes an id whose first digit is a letter, because digits alone would be taken for a pid. */
 const newId = () => {
   const hex = randomBytes(6).toString("hex")
   return VmId.make("abcdef".charAt(Number.parseInt(hex.charAt(0), 16) % 6) + hex.slice(1))
