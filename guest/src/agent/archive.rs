@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, Write as _};
 use std::path::Path;
 
-use machinen_archive::{Error, Pieces, Source, Target};
+use machinen_archive::{ChunkWriter, Error, Source, Target};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::{JoinHandle, spawn_blocking};
 
@@ -21,7 +21,7 @@ pub async fn save(directory: &'static str, file: &'static str) -> Result<(), Abo
     let packing = spawn_blocking(move || {
         let source = Source::open(directory, &[], true).map_err(|error| ErrorReply::io(directory, &error))?;
         let mut archive = fs::File::create(file).map_err(|error| ErrorReply::io(file, &error))?;
-        Ok(source.pack(Pieces::new(0, |piece| archive.write_all(&piece).map(|()| piece)))?)
+        Ok(source.pack(ChunkWriter::new(0, |chunk| archive.write_all(&chunk).map(|()| chunk)))?)
     });
     finished(packing).await
 }
@@ -83,7 +83,7 @@ where
 
 fn send(source: Source, outgoing: &mut Outgoing) -> Result<Archived, ErrorReply> {
     outgoing.opened().map_err(|error| ErrorReply::io("archive", &error))?;
-    let entries = source.pack(Pieces::new(HEADER, |piece| outgoing.hand_on(piece)))?;
+    let entries = source.pack(ChunkWriter::new(HEADER, |chunk| outgoing.hand_on(chunk)))?;
     Ok(Archived { entries })
 }
 

@@ -1,16 +1,16 @@
 //! Trees as tar, out of one machine and into another: the guest agent at one end, the host at the other. Neither trusts what the other
 //! sends.
 
+mod chunk_writer;
 mod error;
 mod pack;
-mod pieces;
 mod sparse;
 #[cfg(test)]
 mod tests;
 mod times;
 mod unpack;
 
+pub use chunk_writer::ChunkWriter;
 pub use error::{Error, errno};
 pub use pack::Source;
-pub use pieces::Pieces;
 pub use unpack::Target;

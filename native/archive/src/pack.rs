@@ -13,8 +13,8 @@ use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 use tar::{Builder, EntryType, Header};
 
+use crate::chunk_writer::ChunkWriter;
 use crate::error::Error;
-use crate::pieces::Pieces;
 use crate::sparse::{self, Parts};
 use crate::times;
 
@@ -74,11 +74,11 @@ impl Source {
     }
 
     /// Writes the archive. Returns the number of its entries.
-    pub fn pack(&self, pieces: Pieces) -> Result<u64, Error> {
+    pub fn pack(&self, writer: ChunkWriter) -> Result<u64, Error> {
         let failed = |path: &Path, error: io::Error| Error::Io { path: path.to_string_lossy().into_owned(), error };
         let whole = self.whole.as_ref();
         let mut archive = Archive {
-            builder: Builder::new(pieces),
+            builder: Builder::new(writer),
             entries: 0,
             links: HashMap::new(),
             whole,
@@ -101,7 +101,7 @@ impl Source {
             let name = self.name.as_deref().unwrap_or_else(own);
             archive.append(&self.held, name).map_err(|error| failed(&self.path, error))?;
         }
-        let flushed = archive.builder.into_inner().and_then(|mut pieces| pieces.flush());
+        let flushed = archive.builder.into_inner().and_then(|mut writer| writer.flush());
         flushed.map_err(|error| failed(&self.path, error))?;
         Ok(archive.entries)
     }
@@ -235,7 +235,7 @@ impl Directories {
 }
 
 struct Archive<'a, 'p> {
-    builder: Builder<Pieces<'p>>,
+    builder: Builder<ChunkWriter<'p>>,
     entries: u64,
     /// Where files with several names were put: their other names become hard links to that.
     links: HashMap<(u64, u64), PathBuf>,
@@ -420,22 +420,22 @@ impl Archive<'_, '_> {
         write_records(&mut self.builder, records)?;
         header.set_size(size);
         self.builder.append_data(&mut header, name, io::empty())?;
-        let pieces = self.builder.get_mut();
+        let writer = self.builder.get_mut();
         let mut left = size;
         while left > 0 {
-            let spare = pieces.spare()?;
+            let spare = writer.spare()?;
             let length = spare.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             match content.read(&mut spare[..length]) {
                 Ok(0) => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 n => {
                     let n = n?;
-                    pieces.advance(n);
+                    writer.advance(n);
                     left -= n as u64;
                 }
             }
         }
-        io::copy(&mut io::repeat(0).take(left + size.next_multiple_of(BLOCK) - size), pieces)?;
+        io::copy(&mut io::repeat(0).take(left + size.next_multiple_of(BLOCK) - size), writer)?;
         Ok(left)
     }
 }
@@ -453,7 +453,7 @@ fn fill(mut file: &File, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-fn write_records(builder: &mut Builder<Pieces>, records: &Records) -> io::Result<()> {
+fn write_records(builder: &mut Builder<ChunkWriter>, records: &Records) -> io::Result<()> {
     let texts = records.iter().map(|(key, value)| (key.as_str(), value.as_slice()));
     if records.is_empty() { Ok(()) } else { builder.append_pax_extensions(texts) }
 }

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use tar::{Builder, EntryType, Header};
 use tempfile::TempDir;
 
-use super::{Pieces, Source, Target};
+use super::{ChunkWriter, Source, Target};
 use crate::Error;
 
 fn unpack(target: &Path, archive: impl Read) -> Result<u64, Error> {
@@ -22,11 +22,11 @@ fn pack(path: &Path, excludes: &[String]) -> (u64, Vec<u8>) {
 
 fn collect(source: &Source) -> (u64, Vec<u8>) {
     let mut bytes = Vec::new();
-    let pieces = Pieces::new(0, |piece| {
-        bytes.extend_from_slice(&piece);
-        Ok(piece)
+    let chunks = ChunkWriter::new(0, |chunk| {
+        bytes.extend_from_slice(&chunk);
+        Ok(chunk)
     });
-    let entries = source.pack(pieces).unwrap();
+    let entries = source.pack(chunks).unwrap();
     (entries, bytes)
 }
 
@@ -273,12 +273,12 @@ fn a_file_that_becomes_shorter_is_packed_again_as_it_is() {
     let mut bytes = Vec::new();
     let source = Source::open(from.path(), &[], true).unwrap();
     let entries = source
-        .pack(Pieces::new(0, |piece| {
+        .pack(ChunkWriter::new(0, |chunk| {
             if bytes.is_empty() {
                 fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(300_000).unwrap();
             }
-            bytes.extend_from_slice(&piece);
-            Ok(piece)
+            bytes.extend_from_slice(&chunk);
+            Ok(chunk)
         }))
         .unwrap();
     assert_eq!((entries, unpack(to.path(), bytes.as_slice()).unwrap()), (1, 2));
@@ -355,9 +355,9 @@ fn a_swapped_link_leads_nowhere_else() {
         for _ in 0..300 {
             let source = Source::open(from.path(), &["kept".to_owned()], true).unwrap();
             let mut bytes = Vec::new();
-            let done = source.pack(Pieces::new(0, |piece| {
-                bytes.extend_from_slice(&piece);
-                Ok(piece)
+            let done = source.pack(ChunkWriter::new(0, |chunk| {
+                bytes.extend_from_slice(&chunk);
+                Ok(chunk)
             }));
             packed.push((done.is_ok(), bytes));
         }

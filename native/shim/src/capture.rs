@@ -1,10 +1,10 @@
 //! Copies what a stopped VM consists of, and undoes a snapshot whose maker is gone (docs/protocol.md, section 5).
 
-use crate::hang_up::hung_up;
 use crate::identity::Identity;
 use crate::line::{self, MAX_LINE, answer};
 use crate::memory::Memory;
-use crate::pieces::Known;
+use crate::parallel_copy::Known;
+use crate::peer_closed::peer_closed;
 use crate::plan::{FileCopy, removable};
 use crate::state::State;
 use crate::undo::Undo;
@@ -160,7 +160,7 @@ impl Maker<'_> {
         &mut self,
         work: impl FnOnce(&AtomicBool) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, Failure> {
-        let gone = hung_up(self.client).map_err(|error| Failure::new("client", &error))?;
+        let gone = peer_closed(self.client).map_err(|error| Failure::new("client", &error))?;
         let cancel = Arc::new(AtomicBool::new(false));
         let cancelled = Arc::clone(&cancel);
         let mut working = tokio::task::spawn_blocking(move || work(&cancelled));

@@ -3,9 +3,9 @@
 use crate::accept::Reserve;
 use crate::capture;
 use crate::event::Reason;
-use crate::hang_up::hung_up;
 use crate::line::{self, MAX_LINE, answer};
 use crate::log::Log;
+use crate::peer_closed::peer_closed;
 use crate::state::State;
 use crate::stop::Ask;
 use serde::Deserialize;
@@ -144,7 +144,7 @@ async fn end(client: &mut UnixStream, state: &State, reason: Reason, ask: Ask) -
 
 async fn exited(client: &mut UnixStream, state: &State) -> io::Result<()> {
     let mut exited = state.exited.subscribe();
-    let watched = hung_up(client);
+    let watched = peer_closed(client);
     let gone = async {
         match watched {
             Ok(gone) => gone.await,
@@ -166,7 +166,7 @@ async fn send_log(client: &mut UnixStream, log: &Log, follow: bool, tail: Option
     let mut extent = news.borrow_and_update().clone();
     let limit = if follow { u64::MAX } else { extent.end };
     let mut at = tail.map_or(0, |tail| extent.end.saturating_sub(tail));
-    let mut gone = pin!(hung_up(client)?);
+    let mut gone = pin!(peer_closed(client)?);
     let mut buffer = vec![0; BUFFER];
     loop {
         at = at.max(extent.oldest);

@@ -12,7 +12,7 @@
 //!   doorbell, lifecycle, agent, frame          what the shim itself says to the guest and hears from it
 //!   control      the control socket            state        what all of these share
 //!   capture, undo                              a conversation there: copies of a stopped VM, or nothing
-//!   memory, private_memory, pieces             the guest's memory, and copies of it
+//!   memory, private_memory, parallel_copy      the guest's memory, and copies of it
 //! ```
 //!
 //! Who holds what: the shim is the parent of the VMM, which dies with it (PDEATHSIG); its starter holds the shim's stdin. One thread
@@ -31,7 +31,6 @@ mod failed;
 mod files;
 mod frame;
 mod guest_ports;
-mod hang_up;
 mod identity;
 mod lifecycle;
 mod line;
@@ -40,11 +39,13 @@ mod memory;
 mod network;
 mod operation;
 mod owner;
-mod pieces;
+mod parallel_copy;
+mod peer_closed;
 mod plan;
 mod private_memory;
 mod process;
 mod proxy;
+mod push_pull;
 mod replace;
 mod shares;
 mod state;
@@ -52,7 +53,6 @@ mod stop;
 mod supervisor;
 mod tail;
 mod transcript;
-mod trees;
 mod tsc;
 mod undo;
 mod vsock;
@@ -69,8 +69,8 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         [verb, files @ ..] if verb == "digest" && !files.is_empty() => digest::main(files),
-        [verb, arguments @ ..] if verb == "push" => trees::push(arguments),
-        [verb, arguments @ ..] if verb == "pull" => trees::pull(arguments),
+        [verb, arguments @ ..] if verb == "push" => push_pull::push(arguments),
+        [verb, arguments @ ..] if verb == "pull" => push_pull::pull(arguments),
         _ => {
             eprintln!(
                 "usage: machinen-shim            (the plan is read from stdin)\n       machinen-shim tsc-khz\n       \

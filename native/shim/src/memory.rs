@@ -2,9 +2,9 @@
 
 use crate::failed::{Failed, Step};
 use crate::identity::Identity;
-use crate::pieces::Known;
+use crate::parallel_copy::Known;
 use crate::private_memory::PrivateMemory;
-use crate::{files, pieces, plan};
+use crate::{files, parallel_copy, plan};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -83,9 +83,10 @@ fn copy_shared(memory: &File, to: &File, known: &Known, cancel: &AtomicBool) -> 
         if let Some(Ok((_, end))) = range {
             at = end;
         }
-        range.map(|range| range.map(|(start, end)| pieces::Range { from: start, to: start, length: end - start }))
+        range
+            .map(|range| range.map(|(start, end)| parallel_copy::Range { from: start, to: start, length: end - start }))
     });
-    let bytes = pieces::copy(memory, to, ranges, known, cancel)?;
+    let bytes = parallel_copy::copy(memory, to, ranges, known, cancel)?;
     to.set_len(length)?;
     Ok(bytes)
 }

@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
-use machinen_archive::{Error, Pieces};
+use machinen_archive::{ChunkWriter, Error};
 use nix::sys::signal::Signal;
 
 use crate::frame::{self, DATA, EOF, ERROR, HEAD, MAX, STARTED};
@@ -29,22 +29,22 @@ impl From<Error> for Failure {
     }
 }
 
-/// Begins the operation and sends what `pack` writes, each piece as a frame.
-pub fn send(request: &str, pack: impl FnOnce(Pieces) -> Result<u64, Error>) -> Result<(), Failure> {
+/// Begins the operation and sends what `pack` writes, each chunk as a frame.
+pub fn send(request: &str, pack: impl FnOnce(ChunkWriter) -> Result<u64, Error>) -> Result<(), Failure> {
     let Ok(Some(mut stream)) = begin(request) else { return Ok(()) };
     let Ok(mut answers) = stream.try_clone() else { return Ok(()) };
     let listening = thread::spawn(move || {
         let _ = relay(&mut answers);
-        // The guest has said its last word. It may have refused half-way: then the next piece finds no stream, and no more files are read.
+        // The guest has said its last word. It may have refused half-way: then the next chunk finds no stream, and no more files are read.
         let _ = answers.shutdown(Shutdown::Both);
     });
     let mut refused = false;
-    let packed = pack(Pieces::new(HEAD, |mut piece| {
-        let length = u32::try_from(piece.len() - HEAD).unwrap_or(u32::MAX);
-        piece[..HEAD].copy_from_slice(&frame::encode_head(DATA, length));
-        let sent = stream.write_all(&piece);
+    let packed = pack(ChunkWriter::new(HEAD, |mut chunk| {
+        let length = u32::try_from(chunk.len() - HEAD).unwrap_or(u32::MAX);
+        chunk[..HEAD].copy_from_slice(&frame::encode_head(DATA, length));
+        let sent = stream.write_all(&chunk);
         refused = sent.is_err();
-        sent.map(|()| piece)
+        sent.map(|()| chunk)
     }));
     if !refused {
         packed?;

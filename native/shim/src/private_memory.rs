@@ -2,7 +2,7 @@
 
 use crate::files;
 use crate::identity::Identity;
-use crate::pieces::{self, Known, Range};
+use crate::parallel_copy::{self, Known, Range};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -48,7 +48,7 @@ impl PrivateMemory {
             return Err(io::Error::new(ErrorKind::InvalidInput, "the VMM has not mapped it privately"));
         }
         let ranges = mappings.iter().flat_map(|mapping| OwnPages::new(&pagemap, mapping));
-        pieces::copy(&memory, to, ranges, known, cancel)
+        parallel_copy::copy(&memory, to, ranges, known, cancel)
     }
 }
 

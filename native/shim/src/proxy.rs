@@ -1,6 +1,6 @@
 //! Bytes between a socket on the host and a stream to the guest.
 
-use crate::hang_up::hung_up;
+use crate::peer_closed::peer_closed;
 use std::io;
 use std::pin::pin;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
@@ -12,7 +12,7 @@ const BUFFER: usize = 64 * 1024;
 /// is dropped, so that the guest learns it. A guest that takes no more may have said why: a peer that is still sending must not find
 /// its socket broken before it has read that, so what it sends is taken and dropped.
 pub async fn run(mut socket: UnixStream, stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
-    let gone = hung_up(&socket)?;
+    let gone = peer_closed(&socket)?;
     let (mut from_socket, mut to_socket) = socket.split();
     let (mut from_guest, mut to_guest) = split(stream);
     let mut to_guest = pin!(copy_while_heard(&mut from_socket, &mut to_guest));

@@ -1,6 +1,6 @@
 //! Host to guest: `vsock.sock` and its CONNECT line (docs/protocol.md, section 2).
 
-use crate::hang_up::hung_up;
+use crate::peer_closed::peer_closed;
 use crate::{line, proxy};
 use machinen_channel::Opener;
 use std::io::{self, ErrorKind};
@@ -48,7 +48,7 @@ pub async fn next_client(listener: &UnixListener) -> UnixStream {
 async fn serve_client(mut client: UnixStream, opener: Opener) -> io::Result<()> {
     let line = line::read(&mut client, MAX_LINE).await?;
     let port = port(&line.text).ok_or(ErrorKind::InvalidData)?;
-    let gone = hung_up(&client)?;
+    let gone = peer_closed(&client)?;
     let stream = tokio::select! {
         stream = opener.open_with(port, &line.rest) => stream?,
         // A guest that boots may keep us waiting for longer than the client waits.

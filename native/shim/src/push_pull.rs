@@ -17,7 +17,7 @@ pub fn push(arguments: &[OsString]) -> ExitCode {
         let (request, name) = (text(request)?, text(name)?);
         let source = Source::open(path, &excludes, links == "follow")
             .map_err(|error| Error::Io { path: path.to_string_lossy().into_owned(), error })?;
-        operation::send(&request, |pieces| source.named(&name).pack(pieces))
+        operation::send(&request, |chunks| source.named(&name).pack(chunks))
     }))
 }
 

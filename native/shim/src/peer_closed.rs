@@ -9,7 +9,7 @@ use tokio::net::UnixStream;
 /// Resolves when the peer has closed its socket (or both ends together have shut down both directions).
 ///
 /// Epoll always reports a hang-up, and with this interest nothing else. A duplicate, because a descriptor is registered once.
-pub fn hung_up(peer: &UnixStream) -> io::Result<impl Future<Output = ()> + use<>> {
+pub fn peer_closed(peer: &UnixStream) -> io::Result<impl Future<Output = ()> + use<>> {
     let duplicate = peer.as_fd().try_clone_to_owned()?;
     // SAFETY: the descriptor is always the same, and open until AsyncFd, which owns it, has deregistered it.
     let watched = unsafe { AsyncFd::register_with_interest(duplicate, Interest::PRIORITY) }?;
