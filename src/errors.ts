@@ -8,9 +8,11 @@ const retryableCodes: ReadonlySet<string> = new Set([
   "BOOT_READY_TIMEOUT",
   "FORK_MEMORY_BACKPRESSURE",
   "EXEC_AGENT_UNAVAILABLE",
+  "EXEC_GUEST_BUSY",
   "REGISTRY_VM_UNREACHABLE",
   "SNAPSHOT_TIMEOUT",
   "FILES_AGENT_UNAVAILABLE",
+  "FILES_GUEST_BUSY",
   "SECRETS_AGENT_UNAVAILABLE",
   "TUNNEL_PORT_IN_USE",
   "TUNNEL_AGENT_UNAVAILABLE"
@@ -129,6 +131,7 @@ export class ExecError extends withRetryable(
       "EXEC_SESSION_IN_USE",
       "EXEC_CANCELLED",
       "EXEC_MOUNT_BUSY",
+      "EXEC_GUEST_BUSY",
       "EXEC_SECRET_UNKNOWN",
       "EXEC_OUTPUT_TOO_LARGE",
       "EXEC_VM_ENDED",
@@ -155,6 +158,7 @@ export class FilesError extends withRetryable(
       "FILES_WATCH_LIMIT",
       "FILES_TOO_LARGE",
       "FILES_PROTOCOL",
+      "FILES_GUEST_BUSY",
       "FILES_GUEST_IO"
     )
   )

@@ -35,7 +35,7 @@ export const lostConnection = (cause: unknown) =>
 export const vmEnded = (exit: ExitRecord) =>
   new ExecError({
     code: hasFailed(exit) ? "EXEC_VM_FAILED" : "EXEC_VM_ENDED",
-    message: `${howEnded(exit)} while the command was running`,
+    message: `${howEnded(exit)} during the operation`,
     hint: "`machinen ls` shows what is running"
   })
 
@@ -55,6 +55,9 @@ const executableHint = (errno: string | undefined) => {
       return "check its mode, and those of the directories above it"
   }
 }
+
+/** Every kind of work in a guest has a number of places, which other work of that kind takes. */
+const busyHint = "try again later, or end what the guest is occupied with"
 
 export const toExecError = (error: ExecError | AgentRefusal): ExecError => {
   if (error._tag === "ExecError") return error
@@ -82,6 +85,8 @@ export const toExecError = (error: ExecError | AgentRefusal): ExecError => {
       })
     case "AGENT_TIMEOUT":
       return new ExecError({ code: "EXEC_AGENT_TIMEOUT", message, cause })
+    case "AGENT_BUSY":
+      return new ExecError({ code: "EXEC_GUEST_BUSY", message, hint: busyHint, cause })
     case "AGENT_MOUNT_BUSY":
       return new ExecError({ code: "EXEC_MOUNT_BUSY", message, cause })
     case "AGENT_ARGUMENTS_TOO_LARGE":
@@ -143,6 +148,8 @@ export const toFilesError =
             hint: "raise that limit in the guest (sysctl), or watch less",
             cause
           })
+        case "AGENT_BUSY":
+          return new FilesError({ code: "FILES_GUEST_BUSY", message, hint: busyHint, cause })
         case "AGENT_BAD_REQUEST":
           return new FilesError({ code: "FILES_PATH_INVALID", message, cause })
         default:

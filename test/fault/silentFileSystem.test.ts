@@ -154,6 +154,7 @@ it.scopedLive("a flood of commands that wait for a file system leaves the rest o
     const attempt = Effect.flatMap(Effect.flip(command), (error) => errors.offer(error))
     yield* Effect.forkScoped(Effect.forEach(Array.from({ length: 100 }), () => attempt, { concurrency: "unbounded" }))
     const refused = yield* Effect.timeout(errors.take, "20 seconds")
+    assert.strictEqual(refused.code, "EXEC_GUEST_BUSY")
     assert.match(refused.message, /64 commands that are being started wait for a file system/)
     assert.strictEqual((yield* Effect.flip(vm.execRaw("true"))).message, refused.message)
     yield* vm.writeFile("/run/other", "other")

@@ -233,7 +233,7 @@ layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_
       const session = (n: number) => Effect.scoped(open(vm, { argv: ["cat"] }, { session: `s${n}` }))
       yield* Effect.forEach(Array.from({ length: 64 }).keys(), session, { concurrency: 8, discard: true })
       const refused = yield* Effect.flip(Effect.asVoid(session(64)))
-      assert.strictEqual(refused.code, "EXEC_FAILED")
+      assert.strictEqual(refused.code, "EXEC_GUEST_BUSY")
       assert.include(refused.message, "64 sessions")
       const list = yield* vm.sessions
       assert.lengthOf(list, 64)
