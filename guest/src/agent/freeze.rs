@@ -12,6 +12,7 @@ use super::exchange::Exchange;
 use super::identity_files::IdentityFiles;
 use super::shares;
 use super::stream::{Abort, FrameReader};
+use super::threads::blocking;
 use crate::frame::{Frame, Kind};
 use crate::reply::{Code, Done, ErrorReply};
 use crate::request::Freeze;
@@ -62,8 +63,14 @@ where
     stop_commands(limit(request.timeout_ms), &mut exchange.input).await?;
     // From now on no command changes them.
     context.identity_files().iter_mut().for_each(IdentityFiles::read);
-    if !request.lazy_umount {
-        shares::refuse_holders(&context.shares)?;
+    if !request.lazy_umount && !context.shares.is_empty() {
+        // On a thread: the host may not answer for its directories.
+        let shares = context.shares.clone();
+        tokio::select! {
+            biased;
+            () = exchange.input.lost() => return Err(Abort::Gone),
+            refused = blocking(move || shares::refuse_holders(&shares)) => refused??,
+        }
     }
     exchange.output.send_json(Kind::Started, &Done {}).await?;
     match exchange.input.next().await? {

@@ -25,9 +25,6 @@ const AGAIN: Duration = Duration::from_millis(250);
 
 /// Refuses when a process holds a file on one of the shares. The commands must stand still.
 pub fn refuse_holders(shares: &[Share]) -> Result<(), ErrorReply> {
-    if shares.is_empty() {
-        return Ok(());
-    }
     let devices: BTreeSet<u64> =
         shares.iter().filter_map(|share| Some(fs::metadata(&share.guest).ok()?.dev())).collect();
     let held = holders(&devices).map_err(|error| ErrorReply::io("/proc", &error))?;
