@@ -180,8 +180,8 @@ interface Source {
   readonly text: string
 }
 
-/** Functions that start a program, with the position of the argument that names it. */
-const startersByName = ["spawn", "spawnSync", "execFile", "execFileSync", "tool"]
+/** Functions that start a program, with the position of the argument that names it; `quick` and `long` are those of set-up's steps. */
+const startersByName = { spawn: 0, spawnSync: 0, execFile: 0, execFileSync: 0, tool: 0, quick: 0, long: 1 }
 const ofModules: Readonly<Record<string, ReadonlyArray<string>>> = {
   command: ["run"],
   streamCommand: ["run"],
@@ -195,7 +195,7 @@ export const inTypeScript = (sources: ReadonlyArray<Source>): ReadonlyMap<string
   for (const source of sources) {
     const file = ts.createSourceFile(source.path, source.text, ts.ScriptTarget.Latest, true)
     const add = (name: string) => found.set(name, (found.get(name) ?? new Set()).add(source.path))
-    const starters = new Map<string, number>(startersByName.map((name) => [name, 0]))
+    const starters = new Map<string, number>(Object.entries(startersByName))
     const constants = new Map<string, ts.Expression>()
     const calls: Array<ts.CallExpression> = []
     const functions: Array<readonly [name: string, ts.SignatureDeclaration & { readonly body?: ts.Node }]> = []
