@@ -69,7 +69,7 @@ const toTest = new Set([...toBuild, ...programsOf(testPackages)])
 
 /** The programs that a file may start: the product those of every user's host, set-up those of building, tests all. */
 const allowed = (file: string): ReadonlySet<string> => {
-  if (/^(kernel|bases)\/|^src\/host\/(Setup|Doctor)\.ts$/.test(file)) return toBuild
+  if (/^(kernel|bases)\/|^src\/host\/(assetBuilds|debianPackages|toolchain|Doctor)\.ts$/.test(file)) return toBuild
   return /^(src|backends|native\/\w+\/src|gvproxy)\//.test(file) && !/tests?\.(rs|go)$/.test(file) ? toRun : toTest
 }
 
