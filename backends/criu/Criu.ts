@@ -10,12 +10,12 @@ import { SnapshotEngine } from "../../src/snapshot/SnapshotEngine.ts"
 import * as Launch from "../../src/vm/launch.ts"
 import { clockAfterStandstill } from "../../src/vm/Vm.ts"
 
-/** What the guest's own answer to a time limit may take. */
+/** Milliseconds beyond the time limit in which the guest itself may report that the limit is over. */
 const graceMs = 2000
 
 /**
- * The processes alone, by the `criu` of the guest's image. Their images lie on the guest's own disk when that is copied, beside every file
- * they had open: a bundle is that disk, and a machine that boots from a copy of it brings them back (docs/protocol.md §3, dump and revive).
+ * Saves the processes alone, by the `criu` of the guest's image. CRIU writes them to the guest's own disk, beside every file that they have open,
+ * and that disk is copied: the bundle. A machine that boots from a copy of the disk restores them (docs/protocol.md §3, dump and revive).
  */
 export const layer = Layer.effect(
   SnapshotEngine,
@@ -47,7 +47,7 @@ export const layer = Layer.effect(
               Effect.mapError(refused)
             )
             const since = performance.now() - frozenMs
-            // runs between the machine's going on and the thaw: no process sees a clock that is late
+            // runs after the machine goes on and before the thaw, so that no process sees a late clock
             yield* Effect.addFinalizer(() => clockAfterStandstill(agent))
             yield* Effect.mapError(saving.whileStopped, failed)
             return since
@@ -89,7 +89,7 @@ export const layer = Layer.effect(
   })
 )
 
-/** The guest would not. */
+/** The guest could not save its processes. */
 const refused = (cause: ExecError) =>
   cause.code === "EXEC_AGENT_TIMEOUT"
     ? new SnapshotError({

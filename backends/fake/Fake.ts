@@ -26,16 +26,16 @@ const steps = ["kernel", "init", "image", "upper", "listen", "launch", "doorbell
 export type Step = (typeof steps)[number]
 export type FaultMode = "fail" | "hang" | "work"
 
-/** What a test sees of the fake host, and how it steers it. */
+/** Lets a test watch and steer the fake host. */
 export class Fake extends Context.Tag("machinen/Fake")<
   Fake,
   {
-    /** What was acquired (`launch+`), released (`launch-`) or asked for, in order. */
+    /** Events in order: acquired (`launch+`), released (`launch-`), asked for. */
     readonly events: Effect.Effect<ReadonlyArray<string>>
     readonly when: (step: Step, mood: FaultMode) => Effect.Effect<void>
-    /** Completes when a boot has come to that step. */
+    /** Completes when a boot has reached the step. */
     readonly reached: (step: Step) => Effect.Effect<void>
-    /** The VMM of the VM launched last ends by itself, having printed this on its console. */
+    /** Ends the VMM of the VM that was launched last, after it has printed `console`. */
     readonly crash: (console: string) => Effect.Effect<void>
     readonly launched: Effect.Effect<ReadonlyArray<{ readonly spec: MachineSpec; readonly supervision: ShimOptions }>>
   }
@@ -60,7 +60,7 @@ const untunnelled = Effect.fail(
 )
 const nowhere = Effect.fail(new FilesError({ code: "FILES_AGENT_UNAVAILABLE", message: "a fake guest has no files" }))
 
-/** The agent of a guest that is not there. */
+/** The agent of a guest that does not exist: no operation is expected. */
 const silent: AgentClient = {
   secrets: () => unknown,
   forgetSecrets: unknown,
@@ -96,7 +96,7 @@ const silent: AgentClient = {
 const noMachine = Effect.fail(new VmmControlFailed({ message: "a fake has no machine" }))
 const unsupported = { pause: noMachine, resume: noMachine, save: () => noMachine }
 
-/** Everything below the boot pipeline that would need a hypervisor, in memory; the registry is the real one. */
+/** In-memory services for everything below the boot pipeline that would need a hypervisor. The registry is the real one. */
 export const layer = Layer.unwrapEffect(
   Effect.gen(function* () {
     const log = yield* Ref.make<ReadonlyArray<string>>([])
@@ -120,7 +120,7 @@ export const layer = Layer.unwrapEffect(
       )
     const asset = (step: Step) =>
       at(step, new AssetError({ code: "ASSET_MISSING", message: `no ${step}` })).pipe(
-        // a file that exists and is small: the initramfs is packed for real
+        // a small file that exists, because the initramfs is really packed
         Effect.as("/proc/sys/kernel/ostype")
       )
 

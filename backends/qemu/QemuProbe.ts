@@ -21,18 +21,18 @@ import { bare, consoleFd, defaultBinary, kernelArguments, machine, serialConsole
 
 const kvmDevice = "/dev/kvm"
 
-/** A kernel without a root panics and resets in well under a second on a KVM that works, in about 1.3 s on one nested in TCG. */
+/** Time limit of a probe. A kernel without a root panics and resets in under 1 s on a working KVM, in about 1.3 s on one nested in TCG. */
 const kvmDeadline = "6 seconds"
 
 /**
- * How long a KVM that could not be used is taken for one that does not work: a slow probe, or a device that another hypervisor holds, says
- * nothing of the next hour, and a probe that hangs costs its deadline.
+ * How long a failed probe counts. The failure may be temporary (a busy host, a device that another hypervisor holds), but a probe that hangs costs
+ * its whole time limit.
  */
 const retryAfterMs = 10 * 60_000
 
 const emptyRecord = () => ({})
 
-/** Whether KVM works. `untilMs` (since 1970): what was found may be otherwise then; without, it holds for the host's boot. */
+/** Whether KVM works. `untilMs` (Unix milliseconds): until when the finding counts; absent: until the host reboots. */
 const KvmFinding = Schema.Struct({
   works: Schema.Boolean,
   reason: Schema.String,
@@ -40,7 +40,7 @@ const KvmFinding = Schema.Struct({
 })
 type KvmFinding = typeof KvmFinding.Type
 
-/** What was found on this boot of the host: versions by the state of a VMM's file, and whether KVM works by VMM and kernel. */
+/** Findings since the host's boot: versions by the state of the VMM's file, and whether KVM works, by VMM and kernel. */
 const Findings = Schema.Struct({
   tscKhz: Schema.optional(Schema.Int),
   versions: Schema.optionalWith(Schema.Record({ key: Schema.String, value: Schema.String }), { default: emptyRecord }),
@@ -50,7 +50,7 @@ type Findings = typeof Findings.Type
 const nothing: Findings = { versions: {}, kvm: {} }
 const FindingsJson = Schema.parseJson(Findings)
 
-/** Probes the host with QEMU and remembers the answers for the host's boot, in `<cacheDir>/host-<boot id>.json`. */
+/** Probes the host with QEMU and keeps the answers until the host reboots, in `<cacheDir>/host-<boot id>.json`. */
 export const layer = Layer.effect(
   HostProbe,
   Effect.gen(function* () {
@@ -69,7 +69,7 @@ export const layer = Layer.effect(
       Effect.orElseSucceed(() => nothing)
     )
 
-    /** Losing a finding costs a probe, never a boot. */
+    /** Keeps a finding. Never fails: a lost finding costs another probe. */
     const remember = (and: (known: Findings) => Findings) =>
       read.pipe(
         Effect.flatMap((known) => Schema.encode(FindingsJson)(and(known))),
@@ -106,7 +106,7 @@ export const layer = Layer.effect(
       return measured
     })
 
-    /** Asking QEMU costs 15 ms, so it is asked once for each state of the file. */
+    /** QEMU's version. Asking takes 15 ms, so the answer is kept by the state of the file. */
     const vmmVersion = Effect.gen(function* () {
       const dirs = (process.env["PATH"] ?? "").split(path.delimiter)
       const places = binary.includes("/") ? [binary] : dirs.map((dir) => path.join(dir, binary))
@@ -132,10 +132,10 @@ export const layer = Layer.effect(
       )
     )
 
-    /** Boots our kernel with nothing to run: on a KVM that works it panics, resets, and QEMU ends with code 0. */
+    /** Boots our kernel without a root: on a working KVM it panics and resets, and QEMU ends with code 0. */
     const bootOnKvm = Effect.gen(function* () {
       const id = VmId.make(`f${Date.now().toString(16).padStart(11, "0").slice(-11)}`)
-      // beside the VMs, where paths are short enough for sockets
+      // in the VMs' directory, because paths there are short enough for sockets
       const dir = yield* registry.scratch
       const controlPath = path.join(dir, "c")
       const running = yield* shim.start(
@@ -192,7 +192,7 @@ export const layer = Layer.effect(
         return { works: true, reason: `${kvmDevice} works: our kernel booted on it` }
       }
       const reason = `${kvmDevice} is there, but QEMU cannot use it: ${lastLine(vmmLogTail)}`
-      // QEMU ends itself by SIGABRT where KVM does not do what it must; other ends may have passing causes
+      // QEMU aborts (SIGABRT) when KVM fails it; other ends may have temporary causes
       return vmm.signal === os.constants.signals.SIGABRT ? { works: false, reason } : forNow(reason)
     }).pipe(Effect.scoped)
 
@@ -217,7 +217,7 @@ export const layer = Layer.effect(
         return found
       }).pipe(
         HostLock.withLock(path.join(settings.cacheDir, "probe.lock"), identity),
-        // what could not be tried is no finding: it is tried again
+        // a probe that could not be run is no lasting finding: it is tried again
         Effect.catchAll((error) => Effect.succeed(forNow(`KVM could not be probed: ${error.message}`)))
       )
     })

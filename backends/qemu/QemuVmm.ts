@@ -26,17 +26,17 @@ import {
 import * as Qmp from "./Qmp.ts"
 
 const consoleLogBytes = 1024 * 1024
-/** It has one guest to serve: a small heap that is swept often. */
+/** gvproxy serves one guest: a small heap that is collected often is enough. */
 const gvproxyEnv = { GOMEMLIMIT: "64MiB", GOMAXPROCS: "2" }
 
 const greetingDeadline = "2 seconds"
 
-/** NR_CPUS of our kernel (kernel/config). */
+/** Most vCPUs: NR_CPUS of our kernel (kernel/config). */
 const maxVcpus = 16
 
 const controlPath = (dir: string) => path.join(dir, "qmp.sock")
 
-/** Machines as QEMU processes, one for each VM, under KVM or TCG as the host allows. */
+/** Runs each machine as a QEMU process, under KVM where it works, else under TCG. */
 export const layer = Layer.effect(
   Vmm,
   Effect.gen(function* () {
@@ -56,7 +56,7 @@ export const layer = Layer.effect(
         resume: once("cont"),
         save: ({ files, machine, remove }) =>
           Effect.gen(function* () {
-            // a guest that stands cannot freeze its processes, and whoever stopped it lets it go on, not we
+            // a paused guest cannot freeze its processes, and only its user may resume it
             if (!(yield* Effect.scoped(Effect.flatMap(connect, isRunning)))) {
               return yield* new VmmControlFailed({ code: "VMM_PAUSED", message: "the VM is paused" })
             }
@@ -65,7 +65,7 @@ export const layer = Layer.effect(
               files,
               undo: { remove, socket: qmpPath, lines: goOn }
             })
-            // A guest that QEMU does not let go on again is told to the commit: the shim undoes what is not committed, and tries in its way.
+            // If QEMU does not let the guest go on, `commit` fails. The shim then undoes the save and tries to let the guest go on itself.
             const stuck = yield* Ref.make(Option.none<VmmControlFailed>())
             const letGoOn = (qmp: Qmp.Qmp) =>
               Effect.catchAll(qmp.execute("cont"), (error) => Ref.set(stuck, Option.some(error)))
@@ -115,7 +115,7 @@ export const layer = Layer.effect(
               : {
                   network: {
                     fd: netFd,
-                    // its command line says nothing of the VM it serves
+                    // names the VM in the process's environment, because the command line does not
                     gvproxy: { argv: network.gvproxy, env: { ...gvproxyEnv, MACHINEN_VM_DIR: spec.dir } },
                     forwards: network.forwards.map((forward) => ({
                       host: hostSocket(forward),
@@ -161,7 +161,7 @@ export const layer = Layer.effect(
   })
 )
 
-/** What lets a machine go on whose saver has died: said by the shim, each line after the answer to the one before. */
+/** The monitor commands by which the shim lets a machine go on after its saver has died. */
 const goOn = ["qmp_capabilities", "cont"].map((execute) => JSON.stringify({ execute, id: `undo ${execute}` }))
 
 const stillStopped = (cause: VmmControlFailed) =>

@@ -4,7 +4,7 @@ import { VmmControlFailed } from "../../src/machine/Vmm.ts"
 import { lineByLine } from "../../src/platform/connectionLines.ts"
 import * as UnixSocket from "../../src/platform/UnixSocket.ts"
 
-/** A monitor session: one command at a time, each waits for its answer. QEMU serves one session at once. */
+/** A session with QEMU's monitor. Commands run one at a time; QEMU serves one session at a time. */
 export interface Qmp {
   readonly execute: (
     command: string,
@@ -23,8 +23,8 @@ const Message = Schema.parseJson(
 )
 
 /**
- * Opens a session: greeting, then capabilities. A second session gets no greeting until the first is closed, so there is a deadline
- * (docs/interop/qmp-spec of QEMU).
+ * Opens a session: waits for the greeting, then negotiates capabilities (QMP specification, docs/interop/qmp-spec.rst in QEMU). The deadline is
+ * needed because a second session gets no greeting until the first one is closed.
  */
 export const connect = (
   path: string,
@@ -47,7 +47,7 @@ export const connect = (
         )
       )
     )
-    /** Events come in between, and what a session before this one has asked may be answered to it; nobody here waits for either. */
+    /** Waits for the answer to a command. Skips events, and answers to commands of an earlier session, which QEMU may send to this one. */
     const answer = (id: string): Effect.Effect<unknown, VmmControlFailed> =>
       Effect.flatMap(next, (message) => {
         if (message.event !== undefined || message.id !== id) return answer(id)

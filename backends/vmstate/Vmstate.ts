@@ -6,12 +6,12 @@ import { clockAfterStandstill } from "../../src/vm/Vm.ts"
 
 const stateFile = "state"
 const memoryFile = "memory"
-/** What the guest's own answer to a time limit may take. */
+/** Milliseconds beyond the time limit in which the guest itself may report that the limit is over. */
 const graceMs = 2000
 
 /**
- * The whole machine: device state and memory by the VMM, disks by copying, all while it is stopped and its processes are frozen, so that in
- * a copy none of them runs before it has randomness and a clock of its own.
+ * Saves the whole machine while it is stopped: the VMM saves device state, the shim copies memory and disks. The guest's processes are frozen
+ * before, so that in a copy none of them runs before the copy has randomness and a clock of its own.
  */
 export const layer = Layer.succeed(
   SnapshotEngine,
@@ -40,7 +40,7 @@ export const layer = Layer.succeed(
             onTimeout: () => new ExecError({ code: "EXEC_AGENT_TIMEOUT", message: "the guest does not answer" })
           })
           const since = performance.now()
-          // runs between the machine's going on and the thaw: no process sees a clock that is late
+          // runs after the machine goes on and before the thaw, so that no process sees a late clock
           yield* Effect.addFinalizer(() => clockAfterStandstill(agent))
           yield* saving.whileStopped
           return since

@@ -4,25 +4,25 @@ import { MachineFingerprint } from "../machine/MachineSpec.ts"
 import { guestNetwork, NetworkMode } from "../machine/Network.ts"
 import { FileState } from "../platform/fileState.ts"
 
-/** Everything that decides what a machine is that has booted and run nothing. Two boots of one shape can begin as one template. */
+/** Everything that decides the state of a machine that has booted and run nothing. Boots of equal shape can start from one template. */
 export class TemplateShape extends Schema.Class<TemplateShape>("TemplateShape")({
-  /** What is done to a template before it is taken; another number makes new ones. */
+  /** Version of the steps that make a template: another number makes new templates. */
   recipe: Schema.Literal(1),
-  /** By content: the paths of assets. */
+  /** Paths of assets, which hold the hash of their inputs. */
   kernel: Schema.String,
   init: Schema.String,
-  /** What the kernel is told, but for what was measured on this host. */
+  /** The kernel's command line, without values that are measured on the host. */
   kernelArguments: Schema.String,
-  /** The read-only image below the root. */
+  /** State of the read-only image below the root. */
   base: FileState,
   rootDiskSizeBytes: Schema.Int,
   memoryMib: Schema.Int,
   vcpus: Schema.Int,
   network: NetworkMode,
-  /** Without its clock rate, which is measured anew on each boot of the host and compared instead. */
+  /** Without the clock rate, which is measured anew at each boot of the host, and compared with a tolerance instead. */
   machine: Schema.Struct(MachineFingerprint.fields).omit("tscKhz")
 }) {
-  /** The name of its template. */
+  /** The directory name of the template. */
   get key(): string {
     const network = this.network === "nat" ? guestNetwork : null
     return createHash("sha256")
@@ -33,7 +33,7 @@ export class TemplateShape extends Schema.Class<TemplateShape>("TemplateShape")(
 }
 const encode = Schema.encodeSync(TemplateShape)
 
-/** What lies beside a template's bundle: what it is a template of, and its files as they were when it was made. */
+/** The record beside a template's bundle: the template's shape, and the state of its files when it was made. */
 export class TemplateRecord extends Schema.Class<TemplateRecord>("TemplateRecord")({
   shape: TemplateShape,
   files: Schema.Array(FileState)

@@ -26,13 +26,13 @@ import * as templates from "./templates.ts"
 
 export interface Booted {
   readonly vm: Vm.Vm
-  /** The main command's or the image's wish, still to be started by who wants its output. */
+  /** The command to run: the caller's, else the image's. `vm.startMain` starts it, so that no output is lost. */
   readonly command: BootPlan["command"]
-  /** Where the time went, milliseconds by phase. */
+  /** Milliseconds by phase. */
   readonly phases: ReadonlyMap<string, number>
 }
 
-/** Everything that can be refused is, and nothing acquired. */
+/** Validates every option. Acquires nothing. */
 export const check = Effect.fn("boot.check")(function* (options: BootOptions) {
   const vmm = yield* Vmm
   const plan = yield* validate(options, {
@@ -44,21 +44,22 @@ export const check = Effect.fn("boot.check")(function* (options: BootOptions) {
 })
 
 /**
- * Boots a VM into the current scope; the steps are those of ARCHITECTURE.md. Closing the scope releases them last first. A boot that fails
- * half-way or is interrupted releases them at once. Every VM is launched attached; one that is to be detached is let go when it is ready.
+ * Boots a VM into the current scope; the steps are those of ARCHITECTURE.md. Closing the scope ends the VM and releases everything, the last
+ * step first. A boot that fails or is interrupted releases everything at once. Every VM is launched attached; a VM that is to be detached is
+ * detached when it is ready.
  */
 export const boot = Effect.fn("boot")(
   function* (options: BootOptions) {
     const settings = yield* Settings
     const timer = yield* PhaseTimer.make
 
-    // 1. Check everything that can be refused. Nothing has been acquired yet.
+    // 1. Validate. Nothing has been acquired yet.
     const plan = yield* check(options).pipe(timer.phase("validate"))
     const secrets = yield* validateSecrets(options.secrets ?? {})
     if (!plan.prepared || settings.prepared === "off" || !templates.canBePrepared(plan)) {
       return yield* withKernel(plan, secrets, timer)
     }
-    // what an unusable template has begun is gone before the kernel's turn
+    // the scope releases what a failed start from a template has acquired, before a kernel is booted
     return yield* Launch.inOwnScope(start(plan, secrets, timer, true)).pipe(
       Effect.catchTag("TemplateFailed", ({ cause }) =>
         Effect.zipRight(
@@ -71,7 +72,7 @@ export const boot = Effect.fn("boot")(
   Effect.annotateLogs({ service: "boot" })
 )
 
-/** A machine that began as a template did not come up. */
+/** A machine that was started from a template did not become ready. */
 class TemplateFailed extends Data.TaggedError("TemplateFailed")<{ readonly cause: Error }> {}
 
 const withKernel = (plan: BootPlan, secrets: Secrets, timer: PhaseTimer.PhaseTimer) =>
@@ -106,10 +107,10 @@ const start = Effect.fnUntraced(function* (
     ...(asked.mounts.liveMounts.length === 0 ? {} : { liveMounts: asked.mounts.liveMounts })
   })
 
-  // 2. The VM's directory and name.
+  // 2. Claim the VM's directory and name.
   const cleanup = yield* registry.claim(entry).pipe(phase("claim"))
 
-  // 3. What the machine is made of, and how it begins.
+  // 3. Prepare the disks, and the start by a kernel or from a template.
   const [{ plan, template, ...root }, mounted] = yield* Effect.all(
     [
       rootDisks(asked, dir, images, prepared).pipe(phase("rootdisk-materialize")),
@@ -134,7 +135,7 @@ const start = Effect.fnUntraced(function* (
       ? yield* fromKernel(kernel, entry.vsockPath, Launch.writeInitramfs(dir, guest).pipe(phase("initramfs-pack")))
       : yield* fromTemplate(template, dir, complete, guest)
 
-  // 4. Shim and VMM. From here on the shim answers for everything in the directory.
+  // 4. Launch shim and VMM. From here on the shim owns everything in the directory.
   const machine = yield* vmm
     .launch(
       new MachineSpec({
@@ -163,7 +164,7 @@ const start = Effect.fnUntraced(function* (
       )
     )
 
-  // 5. The guest's word, raced against the machine's end and the deadline; what only the guest may know follows at once.
+  // 5. Wait until the guest is ready, raced against the machine's end and the deadline. Then send the secrets, which no file may hold.
   const client = agent.client(entry.vsockPath, machine.exited)
   const ready = Effect.zipRight(beginning.ready(client), Launch.sendSecrets(client, secrets))
   yield* Launch.untilReady(
@@ -193,7 +194,7 @@ const start = Effect.fnUntraced(function* (
 
 const asTemplateFailure = (cause: Error) => new TemplateFailed({ cause })
 
-/** Would have failed a boot with a kernel as well. */
+/** Errors that are not the template's fault: a kernel boot would fail the same way. */
 const hostFaults: ReadonlySet<string> = new Set([
   "BOOT_NO_SPACE",
   "BOOT_VMM_MISSING",
@@ -202,27 +203,27 @@ const hostFaults: ReadonlySet<string> = new Set([
 ] satisfies ReadonlyArray<BootError["code"]>)
 
 /**
- * The part of the boot's time limit that a template has. A guest begun as a template answers in a fraction of what a kernel needs: one that
- * is silent for so long hangs, and a kernel gets the whole limit then.
+ * The part of the boot's time limit that a start from a template gets. Such a guest answers in a fraction of a kernel's time. If it is silent for
+ * so long, it hangs; then a kernel is booted with the whole time limit.
  */
 const templateShare = 0.5
 
-/** Whether the template is to blame for a machine that did not come up: it refused, hung, or ended and nobody had ended it. */
+/** Whether a failed start is the template's fault: the guest refused or hung, or the machine ended though nothing outside ended it. */
 const isTemplateFault = (error: BootError | ExecError | SecretsError, machine: VmmHandle) =>
   error._tag === "ExecError" || error.code === "BOOT_READY_TIMEOUT"
     ? Effect.succeed(true)
     : Effect.map(machine.exited, ({ reason, vmm }) => reason === "vmm" && !externalKillSignals.has(vmm.signal))
 
-/** SIGKILL and SIGTERM: no program ends itself by them. */
+/** SIGKILL and SIGTERM come from outside: the template is not to blame. */
 const externalKillSignals: ReadonlySet<number | null> = new Set([9, 15])
 
-/** How a machine begins, and when its guest serves. */
+/** How a machine starts, and when its guest is ready. */
 interface Beginning {
   readonly start: Start
   readonly ready: (client: AgentClient) => Effect.Effect<unknown, BootError | ExecError>
 }
 
-/** With a kernel, and a place for the guest to ring. */
+/** Starts with a kernel, and listens for the guest's doorbell. */
 const fromKernel = Effect.fnUntraced(function* (
   kernel: string,
   vsockPath: string,
@@ -233,7 +234,7 @@ const fromKernel = Effect.fnUntraced(function* (
   return beginning
 })
 
-/** Where the template stands: what a kernel's boot would have been told, the guest is told now. */
+/** Starts from a template, then sends the guest the configuration that the initramfs carries in a kernel boot. */
 const fromTemplate = Effect.fnUntraced(function* (
   { bundle, engine }: templates.Template,
   dir: string,
@@ -258,8 +259,8 @@ const fromTemplate = Effect.fnUntraced(function* (
 const noDisks = Effect.succeed({ disks: [], files: [] })
 
 /**
- * The disks of the guest's root, what has to be copied into the VM's directory for them, the plan with what the image says, and what the
- * machine can begin as.
+ * The disks of the guest's root, the files that the shim copies into the VM's directory for them, the plan with the image's defaults, and the
+ * template that fits, if there is one.
  */
 const rootDisks = Effect.fnUntraced(function* (
   plan: BootPlan,
@@ -287,7 +288,7 @@ const rootDisks = Effect.fnUntraced(function* (
   return { plan: yield* applied(plan, config), disks, files: [{ from: template?.upper ?? empty, to: upper }], template }
 })
 
-/** What the guest is told. */
+/** The guest's configuration. */
 const guestOf = (plan: BootPlan, entry: VmEntry): Initramfs.GuestConfig => ({
   config: {
     ...given({ cmd: plan.command }),
@@ -305,7 +306,7 @@ const guestOf = (plan: BootPlan, entry: VmEntry): Initramfs.GuestConfig => ({
   }
 })
 
-/** The error of a VM that was to be detached and did not become ready; it is retryable where its cause is. */
+/** The error of a VM that was to be detached and did not become ready. It is retryable when its cause is. */
 export const notReadyDetached = (error: BootError | ExecError | SecretsError) =>
   new BootError({
     code: "BOOT_DETACHED_READINESS_FAILED",

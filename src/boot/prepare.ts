@@ -10,24 +10,24 @@ import { snapshot } from "../snapshot/snapshot.ts"
 import { boot, check } from "./boot.ts"
 import * as templates from "./templates.ts"
 
-/** What decides a machine; everything else a boot may ask for is given to a prepared one as well. */
+/** The boot options that decide the template. All other options apply to a machine that starts from it. */
 export type PrepareOptions = Pick<BootOptions, "image" | "memoryMib" | "vcpus" | "rootDiskSizeBytes" | "network">
 
 export interface Prepared {
   /** The template's directory. */
   readonly dir: string
-  /** What it takes of the disk. */
+  /** Bytes of data in the template's files. */
   readonly dataBytes: number
-  /** False: it was there already, and whole. */
+  /** False: an undamaged template was there already. */
   readonly made: boolean
 }
 
-/** What the machine does before it is taken: what every first command needs is in its memory then, not on the disk. */
+/** A command that is run before the template is saved, so that its memory holds what every first command reads from the disk. */
 const rehearsal = { argv: ["true"], user: "0:0", cwd: "/" } as const
 
 /**
- * Makes the template of such a machine, unless it is there: boots one, lets it come to rest and saves it. Any number of callers at once
- * make it once, and it has its name only when all of it is on disk.
+ * Makes the template of such a machine, unless it exists: boots a machine, lets it come to rest and saves it. Any number of concurrent callers
+ * make it once. The template gets its name only when all of it is on disk. Fails as a boot or a snapshot does.
  */
 export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) {
   const { image, memoryMib, network, rootDiskSizeBytes, vcpus } = options
@@ -53,17 +53,17 @@ export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) 
     Effect.gen(function* () {
       const fs = yield* FileSystem.FileSystem
       const there = yield* templates.find(plan, base)
-      // read in full: this is the moment to learn that one cannot be used
+      // reads the whole template: here is time to find damage, at a boot there is not
       if (Option.isSome(there) && (yield* Bundle.verify(there.value.bundle)).length === 0) {
         return preparedAs(there.value.bundle, false)
       }
       const outDir = templates.stagingDir(dir)
-      // a killed maker's: we hold the lock
+      // left by a killed maker: we hold the lock
       yield* failed(fs.remove(outDir, { recursive: true, force: true }))
       const { bundle } = yield* Effect.scoped(
         Effect.gen(function* () {
           const { vm } = yield* boot({ ...wanted, prepared: false })
-          // an image that has no such command is prepared all the same
+          // an image without this command is prepared all the same
           yield* Effect.ignore(vm.execRaw(rehearsal))
           const source = { entry: vm.entry, machine: vm.machine, agent: vm }
           return yield* snapshot(source, { outDir, engine: engine.name })

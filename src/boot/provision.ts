@@ -18,45 +18,47 @@ import * as PhaseTimer from "../vm/PhaseTimer.ts"
 import type { Vm } from "../vm/Vm.ts"
 import { type Booted, boot } from "./boot.ts"
 
-/** What a build has come to. */
+/** Progress of a build. */
 export type BuildProgress =
   | { readonly _tag: "Phase"; readonly phase: "boot" | "install" | "archive" | "prebake" }
-  /** Bytes of the root filesystem that have been taken out of the guest, from time to time. */
+  /** Bytes of the root filesystem that the guest has sent so far; reported from time to time. */
   | { readonly _tag: "Archived"; readonly bytes: number }
 
 export interface ProvisionOptions<E = unknown, R = never> {
-  /** As `image` of a boot: what is built upon. Default: the rootfs of MACHINEN_ASSETS_DIR, else `debian`. */
+  /** The image that is built upon, as `image` of a boot. Default: the rootfs of MACHINEN_ASSETS_DIR, else `debian`. */
   readonly base?: string
-  /** Turns the base into what is wanted. Commands run as root. */
+  /** The hook that changes the base. Commands run as root. */
   readonly install: (vm: Vm) => Effect.Effect<void, E, R>
-  /** The tarball to write: gzip, or plain with the ending `.tar`. Missing parents are made; what was there is replaced when the build is done. */
+  /**
+   * The tarball to write: gzip, or plain with the ending `.tar`. Missing parents are made. An existing file is replaced when the build is done.
+   */
   readonly out: string
-  /** What the image says about its commands; over what the base says. */
+  /** The image's configuration, which overlays the base's. */
   readonly config?: ImageConfig
-  /** Of the build's VM. Default `nat`. */
+  /** Network of the build's VM. Default `nat`. */
   readonly network?: BootOptions["network"]
   readonly memoryMib?: BootOptions["memoryMib"]
   readonly vcpus?: number
-  /** What the build may write, and the image may have beyond its base. Default 8 GiB, as a hole that fills as it is written. */
+  /** Most bytes that the build may write to its disk. Default 8 GiB; the file is sparse and grows as the guest writes. */
   readonly diskSizeBytes?: number
-  /** Of the root filesystem as a tar stream. Default MACHINEN_IMAGE_LIMIT_MIB. */
+  /** Most bytes of the root filesystem as a tar stream. Default MACHINEN_IMAGE_LIMIT_MIB. */
   readonly maxImageBytes?: number
-  /** For boot, installation and archive together. Default 10 minutes. */
+  /** Time limit of boot, hook and archive together, in milliseconds. Default 10 minutes. */
   readonly timeoutMs?: number
-  /** No file of the image is younger, in seconds since 1970: then the same build gives the same image. Default: files have their own times. */
+  /** Latest mtime in the image (seconds since 1970): the same build then gives the same image. Default: files keep their mtimes. */
   readonly newest?: number
-  /** Make the image bootable now, not at its first boot. Default true; a failure of it is no failure of the build. */
+  /** True (default): makes the image's base now, not at its first boot. If that fails, the build succeeds all the same. */
   readonly prebake?: boolean
   readonly onProgress?: (progress: BuildProgress) => Effect.Effect<void>
 }
 
 export interface Provisioned {
-  /** Absolute. */
+  /** Absolute path of the tarball. */
   readonly imagePath: string
   readonly sizeBytes: number
   readonly sha256: string
   readonly elapsedMs: number
-  /** Where the time went, milliseconds by phase. */
+  /** Milliseconds by phase. */
   readonly phases: ReadonlyMap<string, number>
 }
 
@@ -64,8 +66,9 @@ const defaultDiskBytes = 8 * 1024 ** 3
 const defaultTimeoutMs = 600_000
 
 /**
- * Builds an image: a VM of the base, the hook in it, its root filesystem out of it, all within the time limit. The result has its name only
- * when all of it is on disk; a build that fails, is interrupted or killed leaves what was there as it was.
+ * Builds an image within the time limit: boots a VM of the base, runs the hook in it, and writes the VM's root filesystem to a tarball. The tarball
+ * gets its name only when all of it is on disk. A build that fails, is interrupted or killed leaves an older file as it was. Fails with
+ * PROVISION_*, ROOTFS_IMG_* or the error of the boot; the hook's failure becomes PROVISION_INSTALL_HOOK_FAILED.
  */
 export const provision = Effect.fn("provision")(
   function* <E, R>(options: ProvisionOptions<E, R>) {
@@ -143,7 +146,7 @@ const checkOptions = (limitMs: number, maxBytes: number, newest: number | undefi
   return Effect.void
 }
 
-/** A file beside `out`, for its bytes until they are whole; named after its maker, so that what a killed build left is known and removed. */
+/** A draft beside `out`. Its name holds the process that makes it, so that drafts of killed builds are recognised and removed. */
 const draftOf = Effect.fnUntraced(function* (out: string) {
   const fs = yield* FileSystem.FileSystem
   const dir = path.dirname(out)
@@ -185,13 +188,13 @@ const bootBase = <E, R>(base: string, options: ProvisionOptions<E, R>) =>
     const baked = yield* Effect.flatMap(images.resolve(base), images.config)
     const { vm }: Booted = yield* boot({
       image: base,
-      // what asks nobody
+      // makes Debian's package tools ask no questions
       env: { DEBIAN_FRONTEND: "noninteractive" },
       user: "0:0",
       cwd: "/",
       rootDiskSizeBytes: options.diskSizeBytes ?? defaultDiskBytes,
       ...given({ network: options.network, memoryMib: options.memoryMib, vcpus: options.vcpus }),
-      // a machine that was prepared has a machine id and files that are not the image's
+      // a template has a machine id and files that are not the image's
       prepared: false
     })
     return { vm, baked }
@@ -211,7 +214,7 @@ const bootBase = <E, R>(base: string, options: ProvisionOptions<E, R>) =>
 const runHook = <E, R>(vm: Vm, install: (vm: Vm) => Effect.Effect<void, E, R>) =>
   install(vm).pipe(
     Effect.sandbox,
-    // an interruption is not the hook's failure
+    // an interruption is no failure of the hook
     Effect.catchAll((cause) =>
       Cause.isInterruptedOnly(cause) ? Effect.failCause(cause as Cause.Cause<never>) : Effect.fail(Cause.squash(cause))
     ),
@@ -219,7 +222,7 @@ const runHook = <E, R>(vm: Vm, install: (vm: Vm) => Effect.Effect<void, E, R>) =
     whileRunning(vm)
   )
 
-/** A guest that ends meanwhile says why on its console, and the work in it has no other end. */
+/** Fails when the VM ends during the work, with the console's last lines. */
 const whileRunning =
   (vm: Vm) =>
   <A, E, R>(work: Effect.Effect<A, E, R>) =>
@@ -237,9 +240,9 @@ const vmEnded = (exit: ExitRecord) =>
   })
 
 const hookFailed = Effect.fnUntraced(function* (vm: Vm, failure: unknown) {
-  // what fails within a span is Effect's copy of it
+  // within a span Effect fails with a copy of the error
   const error = Cause.originalError(failure)
-  // the end of the connection is noticed before the end of the machine, which says why
+  // the connection ends before the end of the VM is reported, which says why
   const code = error instanceof Error && "code" in error ? error.code : undefined
   if (["EXEC_AGENT_UNAVAILABLE", "EXEC_VM_ENDED", "EXEC_VM_FAILED", "FILES_AGENT_UNAVAILABLE"].includes(String(code))) {
     const ended = yield* Effect.timeoutOption(Effect.disconnect(vm.wait), "2 seconds")
@@ -262,7 +265,7 @@ const hookFailed = Effect.fnUntraced(function* (vm: Vm, failure: unknown) {
   })
 })
 
-/** What ext4 has left for nobody. */
+/** A guest disk with fewer free bytes counts as full. */
 const fullBelow = 1024 * 1024
 
 /** The root filesystem as a tar stream that begins with the image's configuration. */

@@ -16,21 +16,21 @@ import { type SnapshotEngine, SnapshotEngines } from "../snapshot/SnapshotEngine
 import { TemplateRecord, TemplateShape } from "./Template.ts"
 
 /**
- * Templates: bundles of machines that have booted and run nothing, `<cacheDir>/templates/<key>`. Emulated, a kernel's boot is the
- * translation of code that runs once; a machine of the same shape begins where the template stands, and is given an identity and a
- * configuration of its own. Whoever looks for one finds it or boots: nothing about a template is ever an error of a boot.
+ * Templates: bundles of machines that have booted and run nothing, in `<cacheDir>/templates/<key>`. Under TCG most of a kernel's boot is spent on
+ * translating code that runs once. A machine of the same shape continues from the template instead, with an identity and a configuration of its
+ * own. A template that is missing or cannot be used is never an error of a boot: the boot then uses a kernel.
  */
 export interface Template {
   readonly bundle: Bundle.Bundle
   readonly engine: SnapshotEngine
-  /** What the guest has written until then: the beginning of a VM's own upper. */
+  /** Path of the template's upper, which is copied for each VM. */
   readonly upper: string
 }
 
-/** What a boot's plan says about the machine. */
+/** The fields of a boot plan that decide the machine. */
 export type Shaping = Pick<BootPlan, "rootDisk" | "mounts" | "memoryMib" | "vcpus" | "rootDiskSizeBytes" | "network">
 
-/** Only a machine that is made of shared files and empty ones is the same for everybody. */
+/** Whether a machine can start from a template: its disks must be shared or empty, so that it is the same for every VM. */
 export const canBePrepared = ({ mounts, rootDisk }: Shaping) =>
   rootDisk === undefined && mounts.mount === undefined && mounts.liveMounts.length === 0
 
@@ -39,14 +39,14 @@ const RecordJson = Schema.parseJson(TemplateRecord)
 
 const templatesDir = Effect.map(Settings, ({ cacheDir }) => path.join(cacheDir, "templates"))
 
-/** One maker, and one who clears away, at a time. */
+/** Runs an effect while no other process makes or removes the template. */
 export const exclusively = <F>(dir: string, onFailure: (cause: Error) => F) =>
   HostLock.withLock(HostLock.fileFor(dir), onFailure)
 
-/** Where a template is made, before it has its name. */
+/** The directory in which a template is made, before it gets its name. */
 export const stagingDir = (dir: string) => `${dir}.making`
 
-/** The machine such a boot would have: the disks of its root, the key of its template, and where that lies. */
+/** The shape of a boot's machine, and the directory of its template. */
 export const shapeOf = Effect.fn("templates.shapeOf")(function* (plan: Shaping, base: string) {
   const assets = yield* Assets
   const vmm = yield* Vmm
@@ -70,19 +70,19 @@ export const shapeOf = Effect.fn("templates.shapeOf")(function* (plan: Shaping, 
   return { shape, dir: path.join(yield* templatesDir, shape.key) }
 })
 
-/** The engine that saves machines as they are, if this program has one. */
+/** The engine that saves whole machines; `undefined` when there is none. */
 export const wholeMachines = Effect.map(SnapshotEngines, (engines) =>
   [...engines.values()].find(({ sameMachine }) => sameMachine)
 )
 
-/** Long for what takes milliseconds, short for a VMM that hangs when it is asked for its version. */
+/** Time limit of the search, which takes milliseconds: a VMM that hangs when asked for its version must not hold up a boot. */
 const lookWithin = "5 seconds"
 
-/** The template for such a boot, if there is one that is whole and fits. */
+/** The template for a boot; `None` when there is no undamaged one that fits. */
 export const find = Effect.fn("templates.find")(
   function* (plan: Shaping, base: string) {
     const fs = yield* FileSystem.FileSystem
-    // a host without templates is asked nothing
+    // without templates nothing needs to be probed
     if (!(yield* fs.exists(yield* templatesDir))) return Option.none<Template>()
     const { dir, shape } = yield* shapeOf(plan, base)
     if (!(yield* fs.exists(dir))) return Option.none<Template>()
@@ -93,8 +93,8 @@ export const find = Effect.fn("templates.find")(
 )
 
 /**
- * Looks at a template as a restore looks at its bundle, but at its files' states instead of their contents: they are ours, and this is on
- * the way of every boot.
+ * Checks a template as a restore checks its bundle, but by the states of the files instead of their contents: the files are our own, and every
+ * boot pays for the check.
  */
 const open = Effect.fnUntraced(function* (dir: string, shape: TemplateShape) {
   const [bundle, { files, shape: made }] = yield* Effect.all([Bundle.read(dir), recordOf(dir)], { concurrency: 2 })
@@ -138,7 +138,7 @@ const sameFiles = Schema.equivalence(Schema.Array(FileState))
 
 const unusable = (dir: string, why: string) => Effect.fail(new Error(`${dir}: ${why}`))
 
-/** Writes down what the bundle is a template of. */
+/** Writes the record of a template. */
 export const describe = Effect.fnUntraced(function* (bundle: Bundle.Bundle, shape: TemplateShape) {
   const fs = yield* FileSystem.FileSystem
   const record = new TemplateRecord({ shape, files: yield* statesOf(bundle.dir, bundle) })
@@ -146,7 +146,7 @@ export const describe = Effect.fnUntraced(function* (bundle: Bundle.Bundle, shap
   yield* fs.writeFileString(path.join(bundle.dir, recordFile), text)
 })
 
-/** Removes the templates nobody can use any more, their kernel, init or image being gone, and what a killed maker left. */
+/** Removes templates whose kernel, init or image is gone, and leftovers of killed makers. With `dryRun` only lists them. */
 export const collect = Effect.fn("templates.collect")(function* (options: { readonly dryRun?: boolean } = {}) {
   const fs = yield* FileSystem.FileSystem
   const dir = yield* templatesDir
@@ -159,7 +159,7 @@ export const collect = Effect.fn("templates.collect")(function* (options: { read
       identity
     )(
       Effect.gen(function* () {
-        // it may have got its name while we waited for its maker
+        // the maker may have renamed it while we waited for the lock
         if (!(yield* fs.exists(at)) || (!making && (yield* isOfUse(at)))) return []
         const removed = options.dryRun === true || (yield* Effect.isSuccess(fs.remove(at, { recursive: true })))
         const leftover: Leftover = {

@@ -65,7 +65,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       const assets = yield* Assets
       const cacheDir = path.join(settings.cacheDir, "rootfs")
 
-      /** Runs tools with a fixed time (SOURCE_DATE_EPOCH), so that the same input gives the same image. */
+      /** Runs tools with a fixed time (E2FSPROGS_FAKE_TIME), so that the same input gives the same image. */
       const tool: Oci.Tool = (argv, name) =>
         hostTool
           .run(argv, { env: { E2FSPROGS_FAKE_TIME: "1" }, ...given({ tool: name }) })

@@ -12,41 +12,41 @@ export const regular = 0o100000
 export const symlink = 0o120000
 export const characterDevice = 0o020000
 
-/** A file's bytes are read when it is its turn: an archive need not fit into memory. */
+/** An entry of the archive. A file's content is read only when it is written, so that the archive need not fit into memory. */
 export type Node = Omit<CpioEntry, "name" | "data"> & {
   readonly data?: Uint8Array | { readonly file: string; readonly size: number }
 }
 export type Tree = Map<string, Node>
 
-/** Only what `out`'s own directory refuses. */
+/** Errors of a packer. */
 export type Failure = MkinitramfsError | AssetError
 
 export const fail = (code: MkinitramfsError["code"], message: string, cause?: unknown) =>
   new MkinitramfsError({ code, message, cause })
 
-/** One line, one pattern; what follows a `#` is for the reader. */
+/** Parses a file of exclude patterns: one pattern a line, `#` begins a comment. */
 export const parseExcludes = (text: string): ReadonlyArray<string> =>
   text
     .split("\n")
     .map((line) => line.replace(/#.*$/, "").trim())
     .filter((line) => line !== "")
 
-/** `*` stands for any characters, slashes too, as in fnmatch(3) without flags. */
+/** A test for exclude patterns. `*` matches any characters, also slashes, as in fnmatch(3) without flags. */
 export const fnmatch = (patterns: ReadonlyArray<string>): ((relative: string) => boolean) =>
   patterns.length === 0 ? () => false : picomatch([...patterns], { dot: true, bash: true })
 
 export const isDirectory = (node: Node | undefined) => node !== undefined && (node.mode & 0o170000) === directory
 
-/** Puts something at a place; what a directory held goes with it when it is replaced by something else. */
+/** Sets the node of a name. If a directory is replaced by something else, its entries are removed. */
 export const put = (tree: Tree, name: string, node: Node) => {
-  // only a directory has anything below it: looking for that at every file would take the square of their number
+  // only a directory has entries below it: searching for them at every file would take quadratic time
   if (isDirectory(tree.get(name)) && !isDirectory(node)) {
     for (const other of [...tree.keys()]) if (other.startsWith(`${name}/`)) tree.delete(other)
   }
   tree.set(name, node)
 }
 
-/** Adds what is below `root`, at `prefix`. Sockets, devices and fifos are left out. */
+/** Adds everything below `root` at `prefix`, without sockets, devices and fifos. */
 export const walk = Effect.fnUntraced(function* (
   tree: Tree,
   root: string,
@@ -80,7 +80,7 @@ export const walk = Effect.fnUntraced(function* (
   }
 })
 
-/** Directories that lead to a place, unless they are there. */
+/** Adds the missing directories above a name. */
 export const addParents = (tree: Tree, name: string) => {
   const parts = name.split("/").slice(0, -1)
   for (let n = 1; n <= parts.length; n++) {
@@ -97,7 +97,7 @@ export interface Finals {
   readonly epoch: boolean
 }
 
-/** What the kernel and init look for, last and so over anything else of that name. */
+/** The entries that kernel and init look for. They come last, so that they replace others of the same name. */
 export const finalEntries = ({
   config,
   epoch,
@@ -120,7 +120,7 @@ export const finalEntries = ({
   ]
 }
 
-/** The archive's entries in order: the root, the tree by name, then the finals, each after the directories it needs. */
+/** The archive's entries in order: the root, the tree by name, then the final entries, each after the directories above it. */
 export const entriesOf = (
   tree: Tree,
   finals: ReadonlyArray<readonly [string, Node]>
@@ -133,10 +133,10 @@ export const entriesOf = (
   return [[".", { mode: directory | 0o755 }], ...walked, ...finals]
 }
 
-/** Small files are gathered to this many bytes: a write for each costs more than the file. */
+/** Bytes that are gathered for one write, because a write for each small file would take longer than the file. */
 const writtenAtOnce = 1024 * 1024
 
-/** Writes the archive piece by piece; `out` has its name only when it is whole. */
+/** Writes the archive piece by piece. `out` gets its name only when it is whole. */
 export const write = Effect.fnUntraced(function* (out: string, entries: ReadonlyArray<readonly [string, Node]>) {
   const fs = yield* FileSystem.FileSystem
   yield* Effect.scoped(

@@ -25,7 +25,7 @@ const flags = {
 const usage =
   "--out FILE and one of --bundle DIR [--tiny] [--base TAR], --rootfs DIR [--config FILE], --workspace DIR [--mountpoint NAME], or none of them; --excludes FILE, --init FILE"
 
-/** Every packer from a command line; without a source it is the minimal one. */
+/** Runs a packer by command-line arguments. Without a source this is `minimal`. Fails with MkinitramfsError or AssetError. */
 export const cli = Effect.fn("InitramfsPackers.cli")(function* (argv: ReadonlyArray<string>) {
   const fs = yield* FileSystem.FileSystem
   const { values } = yield* Effect.try({

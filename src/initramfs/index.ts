@@ -1,7 +1,7 @@
 /**
- * Archives for callers that start a machine by other means than `boot`: whole root filesystems, bundles and directories as an initramfs. Every
- * packer writes beside `out` and renames it; a failure leaves what was there. Entries are in the order of their names and have no times, so
- * the same input gives the same bytes but for the seed of the guest's clock.
+ * Packers for callers that start a machine by other means than `boot`: they make an initramfs of a root filesystem, a bundle or a directory. Every
+ * packer writes a file beside `out` and renames it; after a failure an older `out` is unchanged. Entries are sorted by name and have no times, so
+ * the same input gives the same bytes, except for the clock's seed.
  */
 export { parseExcludes } from "./archive.ts"
 export { cli } from "./commandLine.ts"

@@ -7,30 +7,30 @@ import { configFile } from "../image/ImageConfig.ts"
 import * as command from "../platform/command.ts"
 import { addParents, entriesOf, type Failure, fail, finalEntries, fnmatch, type Tree, walk, write } from "./archive.ts"
 
-/** Configuration and init alone, for a machine that has its root on a disk. */
+/** Options of an archive with configuration and init alone, for a machine that has its root on a disk. */
 export interface TinyBundleOptions {
-  /** A directory with a `machinen-config.json`. */
+  /** A directory that holds a `machinen-config.json`. */
   readonly bundle: string
   readonly out: string
-  /** Below the bundle's own. */
+  /** Variables that the bundle's own override. */
   readonly env?: Readonly<Record<string, string>>
-  /** Where the guest finds an overlay mount. */
+  /** Path in the guest of an overlay mount. */
   readonly mountGuest?: string
-  /** Default: the guest program set-up builds. */
+  /** The program that becomes `/init`. Default: the guest program that set-up builds. */
   readonly initPath?: string
 }
 
-/** What packing needs. */
+/** The services that packers need. */
 export type Services = Assets | CommandExecutor.CommandExecutor | FileSystem.FileSystem
 
 export interface BundleOptions extends Omit<TinyBundleOptions, "mountGuest"> {
-  /** A tarball that lies below all else. */
+  /** A tarball that is unpacked first. */
   readonly base?: string
-  /** A directory of the host that lies over the base, at that place. */
+  /** A host directory that is put over the base, at `guest`. */
   readonly mount?: { readonly host: string; readonly guest: string }
-  /** fnmatch patterns against paths in the tree; what is below an excluded directory is not looked at. */
+  /** fnmatch(3) patterns for paths in the tree. Excluded directories are not entered. */
   readonly excludes?: ReadonlyArray<string>
-  /** Left out when it is not there. */
+  /** Ignored when the file does not exist. */
   readonly execAgentPath?: string
 }
 
@@ -54,9 +54,9 @@ export interface WorkspaceOptions {
   readonly out: string
   /** Default `workspace`. */
   readonly mountpoint?: string
-  /** Names, anywhere in the tree. */
+  /** Names that are left out, anywhere in the tree. */
   readonly excludes?: Iterable<string>
-  /** Of the archive. Default 500. */
+  /** Most MiB of the archive. Default 500. */
   readonly maxMb?: number
 }
 
@@ -71,7 +71,7 @@ export const defaultWorkspaceExcludes: ReadonlySet<string> = new Set([
   "coverage"
 ])
 
-/** The program that becomes `/init`. MACHINEN_REQUIRE_FIXTURES=0: an archive may do without. */
+/** Reads the program that becomes `/init`. With MACHINEN_REQUIRE_FIXTURES=0 an archive may lack it. */
 const readInit = Effect.fnUntraced(function* (initPath: string | undefined) {
   const fs = yield* FileSystem.FileSystem
   const file = initPath ?? (yield* (yield* Assets).init)
@@ -92,7 +92,7 @@ const BundleConfig = Schema.parseJson(
   )
 )
 
-/** The bundle's configuration, with an environment below its own. */
+/** The bundle's configuration; its own variables override `env`. */
 const bundleConfig = Effect.fnUntraced(function* (bundle: string, env: Readonly<Record<string, string>> = {}) {
   const fs = yield* FileSystem.FileSystem
   const config = yield* Effect.flatMap(
@@ -106,7 +106,7 @@ const bundleConfig = Effect.fnUntraced(function* (bundle: string, env: Readonly<
   return Buffer.from(JSON.stringify({ ...config, env: { ...env, ...config.env } }))
 })
 
-/** What goes wrong with files has the code of the packer. */
+/** Turns errors of files and tools into a MkinitramfsError with the packer's code. */
 const asFailure =
   (code: MkinitramfsError["code"], what: string) =>
   <A, R>(effect: Effect.Effect<A, Failure | PlatformErrors.PlatformError, R>): Effect.Effect<A, Failure, R> =>
@@ -116,7 +116,7 @@ const asFailure =
         : e
     )
 
-/** Configuration and init alone, for a machine that has its root on a disk. */
+/** Packs configuration and init alone, for a machine that has its root on a disk. */
 export const tinyBundle = Effect.fn("InitramfsPackers.tinyBundle")(
   function* ({ bundle, env, initPath, mountGuest, out }: TinyBundleOptions) {
     const config = yield* bundleConfig(bundle, env)
@@ -128,7 +128,7 @@ export const tinyBundle = Effect.fn("InitramfsPackers.tinyBundle")(
   (effect, { bundle }) => asFailure("MKINITRAMFS_BUNDLE_INVALID", bundle)(effect)
 )
 
-/** A whole root filesystem: base, then the mounted directory, then the bundle's `rootfs/`; the later wins. */
+/** Packs a whole root filesystem: the base, then the mounted directory, then the bundle's `rootfs/`. Later entries replace earlier ones. */
 export const bundle = Effect.fn("InitramfsPackers.bundle")(
   function* (options: BundleOptions) {
     const fs = yield* FileSystem.FileSystem
@@ -139,7 +139,7 @@ export const bundle = Effect.fn("InitramfsPackers.bundle")(
       if (options.base !== undefined) {
         const unpacked = yield* fs.makeTempDirectoryScoped({ prefix: "machinen-initramfs-" })
         const { base } = options
-        // what is in /dev is the kernel's to make, and not for everybody to unpack
+        // the guest's kernel makes /dev, and only root could unpack device nodes here
         const argv = [
           "tar",
           "-xpf",
@@ -181,7 +181,7 @@ export const bundle = Effect.fn("InitramfsPackers.bundle")(
   (effect, options) => asFailure("MKINITRAMFS_BUNDLE_INVALID", options.bundle)(effect)
 )
 
-/** A directory as the root filesystem. */
+/** Packs a directory as the root filesystem. */
 export const rootfs = Effect.fn("InitramfsPackers.rootfs")(
   function* (options: RootfsOptions) {
     const tree: Tree = new Map()
@@ -195,7 +195,7 @@ export const rootfs = Effect.fn("InitramfsPackers.rootfs")(
   (effect, options) => asFailure("MKINITRAMFS_BUNDLE_INVALID", options.rootfs)(effect)
 )
 
-/** Init alone. */
+/** Packs init alone. */
 export const minimal = Effect.fn("InitramfsPackers.minimal")(
   function* (options: MinimalOptions) {
     const config = yield* optionalFile(options.config)
@@ -215,7 +215,7 @@ const optionalFile = (file: string | undefined) =>
         (config) => ({ config })
       )
 
-/** A directory below a mount point, without init. */
+/** Packs a directory below a mount point, without init. */
 export const workspace = Effect.fn("InitramfsPackers.workspace")(
   function* (options: WorkspaceOptions) {
     const fs = yield* FileSystem.FileSystem
@@ -244,7 +244,7 @@ export const workspace = Effect.fn("InitramfsPackers.workspace")(
       }
     )
     const entries = entriesOf(tree, [])
-    // a header, a name and padding for each
+    // each entry has a header, its name and padding
     if (bytes + entries.reduce((sum, [name]) => sum + 120 + Buffer.byteLength(name), 0) > limit) return yield* tooLarge
     yield* write(options.out, entries)
   },

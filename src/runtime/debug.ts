@@ -13,7 +13,7 @@ const channel = (name: string) => {
   return made
 }
 
-/** From which level on a log is shown on stderr whatever DEBUG says (`--log-level`). */
+/** Logs from this level on are shown on stderr, whatever DEBUG says (`--log-level`). Default: warnings. */
 export const shownFrom: FiberRef.FiberRef<LogLevel.LogLevel> = FiberRef.unsafeMake<LogLevel.LogLevel>(LogLevel.Warning)
 
 const asText = (part: unknown): string => {
@@ -42,7 +42,7 @@ const logger = Logger.replace(
   })
 )
 
-/** `RootfsImage.ensure` belongs to `rootfs-image`, `boot` to `boot`. */
+/** The DEBUG namespace of a span: `rootfs-image` of `RootfsImage.ensure`, `boot` of `boot`. */
 const namespaceOf = (span: string) => (span.split(".")[0] ?? span).replace(/(?<=[a-z])[A-Z]/g, "-$&").toLowerCase()
 
 const howItEnded = (exit: Exit.Exit<unknown, unknown>) => {
@@ -51,7 +51,7 @@ const howItEnded = (exit: Exit.Exit<unknown, unknown>) => {
   return `, failed: ${Cause.prettyErrors(exit.cause).map(({ message }) => message)}`
 }
 
-/** Tells of each span when it ends, beside what another tracer does with it. */
+/** Logs each span when it ends, and passes it on to the other tracer. */
 const debugTracer = (other: Tracer.Tracer) =>
   Tracer.make({
     context: (f, fiber) => other.context(f, fiber),
@@ -71,7 +71,7 @@ const debugTracer = (other: Tracer.Tracer) =>
 const tracer = Layer.unwrapEffect(Effect.map(Effect.tracer, (other) => Layer.setTracer(debugTracer(other))))
 
 /**
- * Effect's logs and spans by way of `debug`: DEBUG=machinen:* shows them, DEBUG=machinen:registry those of one service or operation. Without
- * DEBUG, warnings and errors are shown on stderr, or what `shownFrom` says.
+ * Shows Effect's logs and spans by the package `debug`: DEBUG=machinen:* all of them, DEBUG=machinen:registry those of one service or operation.
+ * Without DEBUG, stderr shows what `shownFrom` says.
  */
 export const layer = Layer.mergeAll(logger, Logger.minimumLogLevel(LogLevel.All), tracer)

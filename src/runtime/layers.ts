@@ -20,18 +20,18 @@ import { FileHasher } from "../snapshot/FileHasher.ts"
 import { SnapshotEngine, SnapshotEngines } from "../snapshot/SnapshotEngine.ts"
 import { Gvproxy } from "../vm/Gvproxy.ts"
 
-/** Platform, settings and the services that know no VMM. */
+/** The platform, the settings, and the services that do not need a VMM. */
 const foundation = Layer.mergeAll(Assets.layer, Registry.layer, Shim.layer, Vsock.layer).pipe(
   Layer.provideMerge(Settings.layer),
   Layer.provideMerge(NodeContext.layer)
 )
 
-/** For who only packs files. */
+/** For callers that only pack archives: no VMM, no registry. */
 export const packing = Assets.layer.pipe(Layer.provideMerge(Settings.layer), Layer.provideMerge(NodeContext.layer))
 
 type Engine<R> = Layer.Layer<SnapshotEngine, never, R>
 
-/** The engines there are, by name; the first is the default. */
+/** The engines by name; the first one is the default. */
 const byName = <R>(engines: ReadonlyArray<Engine<R>>) =>
   Layer.scoped(
     SnapshotEngines,
@@ -41,17 +41,17 @@ const byName = <R>(engines: ReadonlyArray<Engine<R>>) =>
     })
   )
 
-/** For who knows a VM by its socket alone. */
+/** For callers that know a VM by its socket alone. */
 export const agent = Layer.provide(Agent.layer, foundation)
 
-/** What an earlier process left when it was killed is gone before anything new is made. */
+/** Removes what killed processes have left, before anything new is made. */
 const reconcileAtStart = Layer.effectDiscard(
   Effect.flatMap(Registry, (registry) => registry.reconcile()).pipe(
     Effect.catchAll((error) => Effect.logWarning("reconcile failed", error))
   )
 )
 
-/** The one place where services meet their implementations, with a choice of engines. As it is, for who looks at what is left himself. */
+/** Joins all services with their implementations and these engines. Without `reconcileAtStart`, for callers that examine leftovers themselves. */
 export const withEngines = <R>(...engines: ReadonlyArray<Engine<R>>) =>
   Layer.mergeAll(Machinen.layer, Doctor.layer, ImageStore.layer, Setup.layer).pipe(
     Layer.provideMerge(byName(engines)),

@@ -12,39 +12,39 @@ import * as BundleKey from "./BundleKey.ts"
 import { BundleManifest } from "./BundleManifest.ts"
 import { FileHasher } from "./FileHasher.ts"
 
-/** A bundle on disk whose manifest is sound. */
+/** A bundle on disk whose manifest has been checked. */
 export interface Bundle {
-  /** Absolute. */
+  /** Absolute path. */
   readonly dir: string
   readonly manifest: BundleManifest
-  /** This user's machinen wrote the manifest, and nobody has changed it. Another's is input: nothing it records is done unasked. */
+  /** This user's machinen wrote the manifest, and it is unchanged. Another bundle is untrusted input: a restore must ask for what it records. */
   readonly isOwn: boolean
 }
 
-/** A directory taken for a bundle in the making. */
+/** A directory that is claimed for a bundle in the making. */
 export interface Claim {
   readonly dir: string
-  /** What goes if the bundle is not kept: the directory, when it was made for this, else what may be in it. */
+  /** Paths that are removed if the bundle is not kept: the directory, when it was made for the bundle, else what may be in it. */
   readonly remove: ReadonlyArray<string>
-  /** The bundle is finished and committed: closing the scope, however it ends, does not remove it any more. */
+  /** Keeps the bundle: closing the scope does not remove it any more. */
   readonly keep: Effect.Effect<void>
 }
 
 const manifestFile = "meta.json"
 const draftFile = "meta.json.partial"
 /**
- * Made first and exclusively: of two that want one directory, one is refused. A symbolic link, whose text is its maker, since that is there
- * with it at once; a file could be left empty by a maker that is killed.
+ * The claim is made first and exclusively: of two makers that want one directory, one is refused. It is a symbolic link whose text names its
+ * maker, because link and text appear at once. A file could be left empty by a maker that is killed.
  */
 const claimFile = "claim"
 
-/** The files an unfinished bundle may hold; the directory itself was there before and stays. */
+/** The files that an unfinished bundle may hold, for a directory that was there before and stays. */
 const mayHold = (dir: string, blobs: ReadonlyArray<string>) =>
   [...blobs, draftFile, claimFile].map((name) => path.join(dir, name))
 
 /**
- * Takes `outDir` for a bundle: it must not exist, parents included if need be, or be empty. Closing the scope removes what was made, unless
- * it was to be kept by then.
+ * Claims `outDir` for a bundle: the directory must not exist, or be empty. Missing parents are made. Closing the scope removes what was made,
+ * unless `keep` was run before. Fails with SNAPSHOT_DUMP_FAILED.
  */
 export const claim = Effect.fn("Bundle.claim")(function* (outDir: string, blobs: ReadonlyArray<string>) {
   const fs = yield* FileSystem.FileSystem
@@ -55,7 +55,7 @@ export const claim = Effect.fn("Bundle.claim")(function* (outDir: string, blobs:
   const kept = yield* Ref.make(false)
   yield* Effect.acquireRelease(
     Effect.gen(function* () {
-      // one by one: Node's recursive mkdir never returns where a file system refuses to make directories
+      // one by one: Node's recursive mkdir never returns on a file system that refuses to make directories
       yield* Effect.forEach(missing, (at) => Effect.catchIf(fs.makeDirectory(at), alreadyExists, () => Effect.void))
       yield* fs.symlink(JSON.stringify(me), path.join(dir, claimFile))
     }).pipe(
@@ -76,7 +76,7 @@ export const claim = Effect.fn("Bundle.claim")(function* (outDir: string, blobs:
 
 const alreadyExists = (e: PlatformErrors.PlatformError) => e._tag === "SystemError" && e.reason === "AlreadyExists"
 
-/** What somebody else has put something into meanwhile stays. */
+/** Removes a directory, unless another process has put a file into it meanwhile. */
 const removeIfEmpty = (dir: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) =>
     Effect.whenEffect(
@@ -85,7 +85,7 @@ const removeIfEmpty = (dir: string) =>
     )
   ).pipe(Effect.ignore)
 
-/** Whether a bundle can be made there; and the directories that would have to be made first, the topmost first. */
+/** Fails unless a bundle can be made there. Returns the directories that would have to be made first, the topmost one first. */
 export const checkDir = Effect.fn("Bundle.checkDir")(function* (outDir: string) {
   const fs = yield* FileSystem.FileSystem
   const dir = path.resolve(outDir)
@@ -104,7 +104,7 @@ export const checkDir = Effect.fn("Bundle.checkDir")(function* (outDir: string) 
   return { dir, missing }
 })
 
-/** A claim whose maker was killed before there was anything else. */
+/** Whether a claim's maker has been killed before it made any other file. */
 const isStale = (claim: string) =>
   Effect.gen(function* () {
     const fs = yield* FileSystem.FileSystem
@@ -114,7 +114,7 @@ const isStale = (claim: string) =>
 
 export type Facts = Omit<typeof BundleManifest.Encoded, "blobs" | "format">
 
-/** Makes what lies in the directory a bundle: every blob on disk and hashed, then the manifest, by rename. */
+/** Makes the files in the directory a bundle: syncs and hashes every blob, then writes the manifest by rename. */
 export const finish = Effect.fn("Bundle.finish")(
   function* (dir: string, blobs: ReadonlyArray<string>, facts: Facts) {
     const fs = yield* FileSystem.FileSystem
@@ -163,8 +163,8 @@ const sync = (file: string) =>
 const checksum = (text: string) => createHash("sha256").update(text).digest("hex")
 
 /**
- * The manifest's text with its hash, so that a damaged one is known for what it is, and with its MAC under the user's own key, so that the
- * user's own bundles are told from others.
+ * The manifest's text with its hash, which tells damage, and with its MAC under the user's own key, which tells the user's own bundles from
+ * others (docs/protocol.md §6).
  */
 const seal = (encoded: typeof BundleManifest.Encoded) => {
   const text = JSON.stringify(encoded)
@@ -178,10 +178,10 @@ const Sealed = Schema.parseJson(
   )
 )
 
-/** Far more than a manifest has; whoever made the bundle decides what is read here. */
+/** Far more than a manifest needs. A hostile maker must not decide how much is read. */
 const maxManifestBytes = 1024 * 1024
 
-/** A file of the bundle's directory itself: a link would give the guest, or us, another file of this host. */
+/** The size of a regular file of the bundle. Fails on a link: it would give the guest, or this process, another file of this host. */
 const sizeOfRegular = Effect.fnUntraced(function* (file: string) {
   const fs = yield* FileSystem.FileSystem
   const isLink = yield* Effect.isSuccess(fs.readLink(file))
@@ -190,7 +190,7 @@ const sizeOfRegular = Effect.fnUntraced(function* (file: string) {
   return Number(size)
 })
 
-/** Reads the manifest of a bundle. */
+/** Reads and checks the manifest of a bundle. Fails with BOOT_SNAPSHOT_NOT_FOUND, BOOT_SNAPSHOT_INVALID, BOOT_SNAPSHOT_MISMATCH (format). */
 export const read = Effect.fn("Bundle.read")(function* (snapDir: string) {
   const fs = yield* FileSystem.FileSystem
   const dir = path.resolve(snapDir)
@@ -227,7 +227,7 @@ export const read = Effect.fn("Bundle.read")(function* (snapDir: string) {
   return bundle
 })
 
-/** What a manifest says of mounts and disks holds for its own bundle too: places and paths are those a boot would have accepted. */
+/** Checks the mounts and disks of a manifest, by the rules of a boot. */
 const checkRecorded = Effect.fnUntraced(function* ({ disks, liveMounts = [], mount }: BundleManifest) {
   const plan = yield* validateMounts({ liveMounts, ...given({ mount }) })
   const images = disks.flatMap(({ source }) => (source._tag === "Image" ? [source.path] : []))
@@ -245,8 +245,8 @@ const checkRecorded = Effect.fnUntraced(function* ({ disks, liveMounts = [], mou
 const wrongRecord = (message: string) => Effect.fail(new Error(message))
 
 /**
- * Looks whether the blobs are those of the manifest, by size and by both ends of each: fast enough for every restore. A file that was cut is
- * found here, before a machine maps it. `needed`: what a bundle of its engine has in any case.
+ * Compares the blobs with the manifest, by size and by a probe of up to 3 MiB each: fast enough for every restore. Finds truncated files before a
+ * machine maps them. `needed` are blobs that every bundle of the engine has. Fails with BOOT_SNAPSHOT_INVALID.
  */
 export const check = Effect.fn("Bundle.check")(function* ({ dir, manifest }: Bundle, needed: ReadonlyArray<string>) {
   const fs = yield* FileSystem.FileSystem
@@ -271,7 +271,7 @@ export const check = Effect.fn("Bundle.check")(function* ({ dir, manifest }: Bun
   )
 })
 
-/** Reads every byte of data in a bundle; returns the names of the blobs that are not what they were. */
+/** Reads every byte of data in a bundle. Returns the names of the blobs that differ from the manifest. */
 export const verify = Effect.fn("Bundle.verify")(function* ({ dir, manifest }: Bundle) {
   const digests = yield* FileHasher
   return yield* Effect.filter(

@@ -6,8 +6,8 @@ import * as HostLock from "../platform/HostLock.ts"
 import { Settings } from "../Settings.ts"
 
 /**
- * The user's own key, with which the manifests of this user's bundles are signed: `<home>/bundle.key`, 32 random bytes that nobody else may
- * read. Whoever has it can make bundles that restore here as they say.
+ * The user's key, which signs the manifests of this user's bundles: `<home>/bundle.key`, 32 random bytes that no other user may read. A holder of
+ * the key can make bundles that count as this user's own.
  */
 const keyFile = "bundle.key"
 const keyBytes = 32
@@ -16,7 +16,7 @@ const othersBits = 0o077
 
 const keyPath = Effect.map(Settings, ({ home }) => path.join(home, keyFile))
 
-/** The key, if there is a sound one that is the user's alone. */
+/** The key; `None` when the file is not a key, or others can read it. */
 const find = Effect.gen(function* () {
   const fs = yield* FileSystem.FileSystem
   const file = yield* keyPath
@@ -27,13 +27,13 @@ const find = Effect.gen(function* () {
 
 const findOrNone = Effect.orElseSucceed(find, () => Option.none<Uint8Array>())
 
-/** The key, made if there is none yet. One that is there and cannot be used is not replaced: older bundles are signed with it. */
+/** The key, which is made if there is none. An existing key that cannot be used is not replaced: older bundles are signed with it. */
 const findOrMake = Effect.gen(function* () {
   const fs = yield* FileSystem.FileSystem
   const file = yield* keyPath
   yield* fs.makeDirectory(path.dirname(file), { recursive: true, mode: 0o700 })
   const make = Effect.gen(function* () {
-    // the key has its name when all of it is on disk; a killed maker's draft is replaced
+    // renamed once it is on disk; the draft of a killed maker is replaced
     const draft = `${file}.draft`
     yield* fs.remove(draft, { force: true })
     yield* Effect.scoped(
@@ -58,7 +58,7 @@ const findOrMake = Effect.gen(function* () {
 
 const hmac = (key: Uint8Array, text: string) => createHmac("sha256", key).update(text).digest()
 
-/** Signs a text with the user's key. */
+/** HMAC-SHA256 of a text under the user's key, in hexadecimal digits. */
 export const sign = (text: string) => Effect.map(findOrMake, (key) => hmac(key, text).toString("hex"))
 
 /** Whether this user's key signed the text. */

@@ -3,30 +3,30 @@ import { Disk, MachineFingerprint, VmId, VmName } from "../machine/MachineSpec.t
 import { LiveMount, Mount } from "../machine/mountOptions.ts"
 import { NetworkMode } from "../machine/Network.ts"
 
-/** How a VM is captured: `vmstate`, the whole machine; `criu`, the process tree in its guest. */
+/** How a VM is saved: `vmstate` saves the whole machine, `criu` the processes in its guest. */
 export const EngineName = Schema.Literal("vmstate", "criu")
 export type EngineName = typeof EngineName.Type
 
-/** The version of the channel to a guest's agent (docs/protocol.md §1), which goes on as it was in a bundle of the engine `vmstate`. */
+/** The version of the channel to a guest's agent (docs/protocol.md §1). The agent in a `vmstate` bundle goes on with the version it had. */
 export const channelVersion = 3
 
-/** A file's name in the bundle's directory; never a path. */
+/** The name of a file in the bundle's directory; never a path. */
 const BlobName = Schema.String.pipe(Schema.pattern(/^[a-z][a-z.-]*$/))
 
 /** One file of a bundle. */
 export const Blob = Schema.Struct({
   name: BlobName,
   sizeBytes: Schema.Number,
-  /** Without holes and zeros. */
+  /** Bytes of the blocks of 4096 that are not all zero. */
   dataBytes: Schema.Number,
-  /** Over the data (docs/protocol.md §5, digest). */
+  /** Hash over those blocks (docs/protocol.md §5.6, digest). */
   sha256: Schema.String,
-  /** Over the ends and the middle of the file, for a look that costs nothing (src/platform/probeHash.ts). */
+  /** Hash over the first, middle and last MiB of the file, which a restore compares (src/platform/probeHash.ts). */
   probe: Schema.String
 })
 export type Blob = typeof Blob.Type
 
-/** A disk of the machine: a file of the bundle, or a read-only image that is expected on the host, known by its hash. */
+/** A disk of the machine: a file of the bundle, or a read-only image on the host, identified by its hash. */
 export const BundleDisk = Schema.Struct({
   id: Disk.fields.id,
   source: Schema.Union(
@@ -36,7 +36,7 @@ export const BundleDisk = Schema.Struct({
 })
 export type BundleDisk = typeof BundleDisk.Type
 
-/** `meta.json` of a snapshot bundle; a directory without it is none. Written last. */
+/** `meta.json` of a snapshot bundle, written last: a directory without it is no bundle. */
 export class BundleManifest extends Schema.Class<BundleManifest>("BundleManifest")({
   format: Schema.Literal(1),
   engine: EngineName,
@@ -44,21 +44,21 @@ export class BundleManifest extends Schema.Class<BundleManifest>("BundleManifest
   snappedAt: Schema.Number,
   sourceId: VmId,
   sourceName: Schema.optional(VmName),
-  /** What the source was booted from, as its user called it. */
+  /** The image that the source was booted from, by the user's own name for it. */
   sourceImage: Schema.String,
   command: Schema.optional(Schema.Array(Schema.String)),
   machine: MachineFingerprint,
   kernelSha256: Schema.String,
-  /** What the agent in it speaks. A bundle of an older version has no word of it. */
+  /** The channel version of the agent in the bundle. Bundles of older versions lack it. */
   channel: Schema.optionalWith(Schema.Int, { default: () => 1 }),
   memoryMib: Schema.Int.pipe(Schema.positive()),
   vcpus: Schema.Int.pipe(Schema.positive()),
-  /** A bundle of an older version has no word of it. */
+  /** Bundles of older versions lack it, and their machines have no network card. */
   network: Schema.optionalWith(NetworkMode, { default: () => "none" }),
   disks: Schema.Array(BundleDisk),
-  /** The copy of a host directory among the disks. */
+  /** The copy of a host directory, which is on two of the disks. */
   mount: Schema.optional(Mount),
-  /** Directories of the host's that it shares; nothing of what is in them. */
+  /** Host directories that the VM shares. Their content is not part of the bundle. */
   liveMounts: Schema.optional(Schema.Array(LiveMount)),
   blobs: Schema.Array(Blob)
 }) {}

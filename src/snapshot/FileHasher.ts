@@ -6,7 +6,7 @@ import * as command from "../platform/command.ts"
 import * as fileState from "../platform/fileState.ts"
 import { Settings } from "../Settings.ts"
 
-/** What a file holds, holes and zeros being the same (docs/protocol.md §5, digest). */
+/** Digest of a file's content; holes and zeros are the same (docs/protocol.md §5.6). Sizes are in bytes. */
 export const Digest = Schema.Struct({ sizeBytes: Schema.Number, dataBytes: Schema.Number, sha256: Schema.String })
 export type Digest = typeof Digest.Type
 
@@ -16,13 +16,13 @@ export class DigestFailed extends Schema.TaggedError<DigestFailed>()("DigestFail
   cause: Schema.optional(Schema.Defect)
 }) {}
 
-/** Hashes of large sparse files, by the shim: it skips holes and uses the CPU's SHA instructions. */
+/** Hashes large sparse files. The shim computes the hashes, because it skips holes and uses the CPU's SHA instructions. */
 export class FileHasher extends Context.Tag("machinen/FileHasher")<
   FileHasher,
   {
-    /** Reads the files. In the order asked for. */
+    /** Reads the files and returns their digests in the same order. */
     readonly of: (files: ReadonlyArray<string>) => Effect.Effect<ReadonlyArray<Digest>, DigestFailed>
-    /** The hash of a file that is not expected to change, remembered for the state of the file. */
+    /** The sha256 of a file that rarely changes, cached by the file's state. */
     readonly remembered: (file: string) => Effect.Effect<string, DigestFailed>
   }
 >() {

@@ -8,7 +8,7 @@ import type { VmEntry } from "../machine/VmEntry.ts"
 import type { VmmHandle } from "../machine/Vmm.ts"
 import type { EngineName } from "./BundleManifest.ts"
 
-/** A running VM that is to be captured. */
+/** A running VM that is to be saved. */
 export interface Source {
   readonly entry: VmEntry
   readonly machine: VmmHandle<RegistryError>
@@ -16,58 +16,58 @@ export interface Source {
 }
 
 export interface Target {
-  /** Exists; what is made goes there. */
+  /** An existing directory for the files that are made. */
   readonly dir: string
-  /** Removed by the VM's shim if this process dies before the commit. */
+  /** Paths that the VM's shim removes if this process dies before the commit. */
   readonly remove: ReadonlyArray<string>
-  /** Write the guest's filesystems out first, so that the disks are complete without the memory. */
+  /** True: the guest writes its filesystems out first, so that the disks are complete without the memory. */
   readonly sync: boolean
-  /** Established TCP connections need not survive. */
+  /** True: established TCP connections need not be kept. */
   readonly tcpClose: boolean
-  /** Files that are open on shared directories may be lost, where the engine cannot keep them. */
+  /** True: open files on shared directories may be lost in a copy. */
   readonly lazyUmount: boolean
   readonly timeoutMs: number
 }
 
-/** The machine a snapshot is to go on in. */
+/** The machine in which a snapshot is restored. */
 export interface Place {
-  /** Its directory, which exists. */
+  /** The machine's directory, which exists. */
   readonly dir: string
   readonly entry: VmEntry
-  /** Memory is to be read when it is touched, where the engine has it otherwise. */
+  /** True: memory is read when it is touched. An engine may do so in any case. */
   readonly lazy: boolean
 }
 
-/** A capture, prepared. */
+/** A prepared capture. Closing its scope before the commit undoes it. */
 export interface PendingCapture {
-  /** Holds the guest's processes and makes the blobs; closing the scope lets them go on. Returns when they stopped (performance.now). */
+  /** Stops the guest's processes and makes the blobs; closing the scope lets the processes go on. Returns when they stopped (performance.now). */
   readonly hold: Effect.Effect<number, SnapshotError, Scope.Scope>
-  /** Names of the files `hold` makes. */
+  /** Names of the files that `hold` makes. */
   readonly blobs: ReadonlyArray<string>
-  /** From here on nothing is undone when this process dies. */
+  /** Keeps the blobs: from now on nothing is undone when this process dies. */
   readonly commit: Effect.Effect<void, SnapshotError>
 }
 
-/** How a machine begins as a snapshot, and when it has. */
+/** How a machine starts from a snapshot, and when it is ready. */
 export interface RestorePlan {
   readonly start: Start
-  /** After the launch: completes once the guest is one of its own and its processes go on. */
+  /** Run after the launch. Gives the guest its own identity, and completes when its processes go on. */
   readonly ready: (agent: AgentClient, identity: Identity) => Effect.Effect<Rejuvenation, BootError | ExecError>
 }
 
-/** Turns a running VM into files and files into running VMs. What differs between saving a machine and dumping processes lives here. */
+/** Saves running VMs as files, and starts VMs from such files. Hides whether whole machines or processes are saved. */
 export interface SnapshotEngine {
   readonly name: EngineName
-  /** Files that every bundle of this engine has, disks aside. */
+  /** Files that every bundle of this engine has, beside the disks. */
   readonly blobs: ReadonlyArray<string>
-  /** A bundle goes on only in the machine it was taken from: the same VMM, devices and memory. Otherwise the same kernel and CPU do. */
+  /** True: a bundle needs the same VMM, devices and memory size. False: the same kernel and CPU are enough. */
   readonly sameMachine: boolean
   readonly take: (source: Source, target: Target) => Effect.Effect<PendingCapture, SnapshotError, Scope.Scope>
   readonly revive: (bundleDir: string, place: Place) => Effect.Effect<RestorePlan, BootError, Scope.Scope>
 }
 export const SnapshotEngine = Context.GenericTag<SnapshotEngine>("machinen/SnapshotEngine")
 
-/** The engines there are; which one is chosen for each snapshot, and by the bundle for a restore. */
+/** The engines by name, the default one first. A snapshot chooses one; a restore uses the bundle's. */
 export class SnapshotEngines extends Context.Tag("machinen/SnapshotEngines")<
   SnapshotEngines,
   ReadonlyMap<EngineName, SnapshotEngine>

@@ -15,17 +15,17 @@ import type { Source } from "./SnapshotEngine.ts"
 import { checkSource, chooseEngine, defaultTimeoutMs, held, snapshot } from "./snapshot.ts"
 
 export interface ForkOptions extends ReviveOptions {
-  /** How many siblings, all from one moment. Default 1; with a `name` only 1. */
+  /** Number of siblings, all from one moment: 1 (default) to 256; with a `name` only 1. */
   readonly count?: number
-  /** Keep the bundle there; otherwise nothing of it stays. */
+  /** Keeps the bundle in this directory. Default: no bundle is kept. */
   readonly outDir?: string
   readonly engine?: EngineName
-  /** Established TCP connections survive in the siblings, as they do in any case when the whole machine is forked. Default false. */
+  /** True: established TCP connections survive in the siblings. Default false; `vmstate` keeps them in any case. */
   readonly tcpKeep?: boolean
-  /** As of a snapshot. */
+  /** As `lazyUmount` of a snapshot. Default false. */
   readonly lazyUmount?: boolean
   readonly timeoutMs?: number
-  /** The part of the host's memory that must be free, 0 to 1; 0: no matter. Default 0.01. */
+  /** The part of the host's memory that must be free, from 0 (no limit) to 1, else FORK_MEMORY_BACKPRESSURE. Default 0.01. */
   readonly freeMemoryThreshold?: number
 }
 
@@ -48,17 +48,17 @@ const optionNames: OptionNames<ForkOptions> = {
 
 export interface Forked {
   readonly siblings: ReadonlyArray<Restored>
-  /** For how long the source's processes stood still, in milliseconds. */
+  /** Milliseconds for which the source's processes stood still. */
   readonly pausedMs: number
 }
 
 const maxSiblings = 256
-/** Starting more at once than there are cores only makes each of them late. */
+/** More starts at once than there are cores would only make each of them slower. */
 const startedAtOnce = 4
 
 /**
- * Forks a running VM into siblings, in the current scope; the source goes on. All siblings come up or none: they are launched attached, and
- * detached, if they are to be, when the last of them is ready.
+ * Forks a running VM into siblings in the current scope, which ends them unless they are detached; the source keeps running. All siblings start
+ * or none: they are launched attached, and detached (if asked for) when the last one is ready.
  */
 export const fork = Effect.fn("fork")(function* (source: Source, options: ForkOptions = {}) {
   const forked = yield* Launch.inOwnScope(start(source, options), ExecutionStrategy.parallelN(startedAtOnce))
@@ -106,7 +106,7 @@ const start = Effect.fnUntraced(function* (source: Source, options: ForkOptions)
     return kept
   }
 
-  // The files are open in the siblings when this scope ends, and need no names any more.
+  // When this scope ends, the siblings hold the files open, so the directory can be removed.
   return yield* Effect.scopedWith((files) =>
     Effect.gen(function* () {
       const registry = yield* Registry
@@ -151,7 +151,7 @@ const start = Effect.fnUntraced(function* (source: Source, options: ForkOptions)
   )
 })
 
-/** A host without memory to spare is not given another guest. */
+/** Fails with FORK_MEMORY_BACKPRESSURE when the host has too little free memory. */
 const checkMemory = Effect.fnUntraced(function* (threshold: number) {
   const [freeBytes, totalBytes] = [yield* memory.availableBytes, yield* memory.totalBytes]
   const refused = refusal({ freeBytes, totalBytes, threshold })

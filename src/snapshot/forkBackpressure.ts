@@ -1,11 +1,11 @@
 import { BootError } from "../errors.ts"
 
-/** The part of the host's memory that must be free for a fork. */
+/** Default for the part of the host's memory that must be free for a fork. */
 export const defaultFreeMemoryThreshold = 0.01
 
 /**
- * Why a host with so many bytes free is not given another guest, if it is not. A threshold of 0 or less allows
- * everything, one above 1 counts as 1, and exactly as much as is wanted is enough.
+ * The error of a fork on a host with too little free memory, if it has too little. A threshold of 0 or less allows everything, one above 1 counts
+ * as 1, and exactly the required amount is enough.
  */
 export const refusal = (host: {
   readonly freeBytes: number

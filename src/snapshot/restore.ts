@@ -15,14 +15,14 @@ import type { SnapshotEngine } from "./SnapshotEngine.ts"
 
 export interface RestoreOptions extends ReviveOptions {
   readonly snapDir: string
-  /** Where the read-only image lies, if it is not where it was; it must be the same. */
+  /** The read-only image, if it is not where it was. Its content must be the same. */
   readonly image?: string
   /**
-   * As the source had it, which is the default for a bundle of this user's own; the network of another's bundle is only connected when this
-   * says `nat`. An engine that saves only the processes can leave the network out (`none`).
+   * The network mode. Default: the source's. A bundle that is not this user's own is connected only when this says `nat`
+   * (BOOT_SNAPSHOT_FOREIGN). With `criu` the mode may differ from the source's, with `vmstate` it may not.
    */
   readonly network?: NetworkMode
-  /** As of a boot, in place of what the source had, where the engine saves only the processes. */
+  /** Guest memory, as of a boot. Default: the source's. With `vmstate` it cannot differ (BOOT_MEMORY_INVALID). */
   readonly memoryMib?: number | "auto"
 }
 
@@ -41,8 +41,8 @@ const optionNames: OptionNames<RestoreOptions> = {
 }
 
 /**
- * Restores a bundle into the current scope: everything about it that can be refused is refused before anything is acquired. A restore that
- * fails or is interrupted leaves nothing, though the scope goes on.
+ * Restores a bundle into the current scope, which ends the VM unless it is detached. Bundle, host and options are checked before anything is
+ * acquired. A restore that fails or is interrupted leaves nothing, though the scope goes on.
  */
 export const restore = Effect.fn("restore")(function* (options: RestoreOptions) {
   const restored = yield* restoreAttached(options)
@@ -50,7 +50,7 @@ export const restore = Effect.fn("restore")(function* (options: RestoreOptions) 
   return restored
 })
 
-/** A restore without its last step: the caller detaches the VM, if it is to be, when all that it starts are ready. */
+/** A restore without its last step: the caller detaches the VM once all VMs that it starts are ready. */
 export const restoreAttached = Effect.fn("restoreAttached")(function* (options: RestoreOptions) {
   yield* refuseUnknown("restore", options, optionNames)
   if (typeof options.snapDir !== "string" || options.snapDir === "") {
@@ -84,7 +84,7 @@ export const restoreAttached = Effect.fn("restoreAttached")(function* (options: 
       command: manifest.command,
       kernel: yield* (yield* Assets).kernel,
       ...machine,
-      // a name after the source's is the bundle's choice, too
+      // another user's bundle must not choose a name either
       sourceName: bundle.isOwn ? manifest.sourceName : undefined,
       forkedFrom: bundle.dir
     },
@@ -94,7 +94,7 @@ export const restoreAttached = Effect.fn("restoreAttached")(function* (options: 
 
 const invalid = (message: string, hint: string) => new BootError({ code: "BOOT_OPTION_INVALID", message, hint })
 
-/** The machine it is restored into: a whole machine's is as it was saved, processes may get another. */
+/** The machine into which a bundle is restored: a saved machine's own, or for saved processes what the options say. */
 const machineOf = Effect.fnUntraced(function* (
   manifest: BundleManifest,
   { name, sameMachine }: SnapshotEngine,

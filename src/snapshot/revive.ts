@@ -21,37 +21,37 @@ import * as PhaseTimer from "../vm/PhaseTimer.ts"
 import * as Vm from "../vm/Vm.ts"
 import type { SnapshotEngine } from "./SnapshotEngine.ts"
 
-/** What is chosen for each machine; the rest is the seed's. */
+/** Options of each machine that is started from a seed. */
 export interface ReviveOptions {
-  /** Default: `<source>/<pid>`, else `<source>~<pid>`, when the source had a name. */
+  /** Default: `<source>/<pid>` of the VMM, else `<source>~<pid>`, when the source had a name. */
   readonly name?: string
   /**
-   * Of the source's live mounts, by their place in the guest: another directory, or another mode. Every one of them, where the bundle is not
-   * this user's own.
+   * Another host directory or mode for some of the source's live mounts, by their path in the guest. A bundle that is not this user's own needs an
+   * entry for each of them.
    */
   readonly liveMounts?: ReadonlyArray<LiveMountOption>
-  /** Over the environment the source was booted with. */
+  /** Overlays the environment that the source was booted with. */
   readonly env?: Readonly<Record<string, string>>
-  /** A copy has none of its source's. */
+  /** Secrets of the copy, which has none of its source's. */
   readonly secrets?: Secrets
   readonly detached?: boolean
-  /** Ports of the host that lead to this VM; it has none of its source's. */
+  /** Forwarded ports of the copy, which has none of its source's. */
   readonly portForward?: ReadonlyArray<PortForwardOption>
-  /** Memory is read when it is touched. An engine that maps the whole machine does so in any case. Default false. */
+  /** True: memory is read when it is touched. Default false; `vmstate` does so in any case. */
   readonly lazy?: boolean
 }
 
 export interface Restored {
   readonly vm: Vm.Vm
-  /** What the guest made new before its processes went on, and what it kept. */
+  /** What the guest renewed before its processes went on, and what it kept. */
   readonly rejuvenation: Rejuvenation
   readonly phases: ReadonlyMap<string, number>
 }
 
-/** What a machine is started from: a bundle that was checked, or what a fork has just made. */
+/** What a machine is started from: a checked bundle, or the files that a fork has just made. */
 export interface Seed {
   readonly engine: SnapshotEngine
-  /** Holds the engine's files. */
+  /** The directory of the engine's files. */
   readonly dir: string
   readonly disks: ReadonlyArray<Disk>
   readonly mount: Mount | undefined
@@ -66,7 +66,7 @@ export interface Seed {
   readonly forkedFrom: string
 }
 
-/** Starts one machine from a seed, attached as well. */
+/** Starts one machine from a seed, attached. Fails as a boot does, and with BOOT_REJUVENATION_FAILED. */
 export const revive = Effect.fn("revive")(
   function* (seed: Seed, options: ReviveOptions) {
     const settings = yield* Settings
@@ -75,7 +75,7 @@ export const revive = Effect.fn("revive")(
     const agent = yield* Agent
     const { phase, phases } = yield* PhaseTimer.make
 
-    // 1. Who it will be.
+    // 1. Validate.
     const portForward = yield* validateForwards(seed.network, options.portForward ?? [])
     const network = yield* Launch.networkOf(seed.network, portForward)
     const secrets = yield* validateSecrets(options.secrets ?? {})
@@ -101,17 +101,17 @@ export const revive = Effect.fn("revive")(
       ...(options.lazy === true ? { lazy: true } : {})
     })
 
-    // 2. The VM's directory and name, and how it begins.
+    // 2. Claim the VM's directory and name, and prepare its start.
     const cleanup = yield* registry.claim(entry).pipe(phase("claim"))
     const disks = yield* Effect.forEach(entry.disks ?? [], (disk) =>
-      // the bundle may be removed, and the copy be captured itself
+      // a link of its own: the bundle may be removed, and the copy may be saved itself
       disk.id === "mountlower"
         ? Effect.map(linkedInto(disk.path, path.join(dir, `${disk.id}.img`)), (path) => ({ ...disk, path }))
         : Effect.succeed(disk)
     )
     const revival = yield* seed.engine.revive(seed.dir, { dir, entry, lazy: options.lazy ?? false })
 
-    // 3. Shim and VMM, with disks of its own.
+    // 3. Launch shim and VMM, with copies of the disks.
     const files = seed.disks.flatMap((disk) => (disk.readOnly ? [] : [{ from: disk.path, to: own(disk).path }]))
     const machine = yield* vmm
       .launch(
@@ -135,7 +135,8 @@ export const revive = Effect.fn("revive")(
       )
       .pipe(Launch.namingPortHolder, phase("vmm-spawn"))
 
-    // 4. The name it gets if it was given none: its pid is known only now. Then the guest becomes one of its own; it serves nobody before.
+    // 4. Choose a name, if none was given: it holds the VMM's pid, which is known only now. Then give the guest its identity, before which it serves
+    // nobody.
     const client = agent.client(entry.vsockPath, machine.exited)
     const becoming = Effect.gen(function* () {
       const assigned =
@@ -176,11 +177,11 @@ export const revive = Effect.fn("revive")(
   Effect.annotateLogs({ service: "restore" })
 )
 
-/** `<source>/<pid>`, and another for the case that it is taken. */
+/** Names for a copy: `<source>/<pid>`, and another one in case that name is taken. */
 const childNames = (source: string, pid: number) =>
   [`${source}/${pid}`, `${source}~${pid}`].flatMap((name) => Option.toArray(Schema.decodeOption(VmName)(name)))
 
-/** Lets go of VMs that are ready: from here on they belong to nobody. All, or none that goes on. */
+/** Detaches VMs that are ready. If one cannot be detached, all are ended. */
 export const detachAll = (restored: ReadonlyArray<Restored>) =>
   Effect.forEach(restored, ({ vm }) => vm.detach, { discard: true }).pipe(
     Effect.tapError(() => Effect.forEach(restored, ({ vm }) => Effect.ignore(vm.kill), { concurrency: "unbounded" })),

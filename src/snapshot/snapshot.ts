@@ -15,29 +15,29 @@ import { FileHasher } from "./FileHasher.ts"
 import { type PendingCapture, type SnapshotEngine, SnapshotEngines, type Source } from "./SnapshotEngine.ts"
 
 export interface SnapshotOptions {
-  /** Absent, or an empty directory. */
+  /** A directory that does not exist yet, or an empty one. */
   readonly outDir: string
-  /** Default: MACHINEN_SNAPSHOT_ENGINE, else the first of the engines there are, `vmstate`. */
+  /** Default: MACHINEN_SNAPSHOT_ENGINE, else the first engine, `vmstate`. */
   readonly engine?: EngineName
-  /** The source goes on after the snapshot; without it the source ends, since two that hold the same connections and jobs rarely are wanted. */
+  /** True: the source keeps running. Default false: it ends, because two VMs with the same connections and jobs are rarely wanted. */
   readonly leaveRunning?: boolean
-  /** Established TCP connections are closed in what is restored. An engine that saves the whole machine keeps them. Default false. */
+  /** True: established TCP connections are closed in the copy. Default false. `vmstate` keeps them in any case. */
   readonly tcpClose?: boolean
   /**
-   * Processes may hold files on live mounts: in what is restored these give EIO, and a share comes back once they are closed. Without it such
-   * a VM is refused (SNAPSHOT_MOUNT_BUSY). Default false.
+   * True: processes may hold files on live mounts. In a copy these files give EIO, and the shares come back once all are closed. Default false:
+   * such a VM is refused (SNAPSHOT_MOUNT_BUSY).
    */
   readonly lazyUmount?: boolean
-  /** For freezing the guest's processes. Default 90 s. */
+  /** Time limit for freezing (criu: dumping) the guest's processes, in milliseconds. Default 90,000. */
   readonly timeoutMs?: number
 }
 
 export interface Snapshot {
   readonly bundle: Bundle.Bundle
-  /** For how long the guest's processes stood still, in milliseconds; not for a source that ended. */
+  /** Milliseconds for which the guest's processes stood still; null when the source ended. */
   readonly pausedMs: number | null
   readonly elapsedMs: number
-  /** Where the time went, milliseconds by phase. */
+  /** Milliseconds by phase. */
   readonly phases: ReadonlyMap<string, number>
 }
 
@@ -52,7 +52,7 @@ const optionNames: OptionNames<SnapshotOptions> = {
   timeoutMs: true
 }
 
-/** JavaScript, and an `as`, can leave out what the type demands, and say what it does not know. */
+/** Checks the options at run time: JavaScript callers may leave out required ones and misspell others. */
 const checkOptions = (options: SnapshotOptions): Effect.Effect<void, SnapshotError> => {
   const unknown = unknownOption(options, optionNames)
   if (unknown !== undefined) {
@@ -70,7 +70,7 @@ const checkOptions = (options: SnapshotOptions): Effect.Effect<void, SnapshotErr
       })
 }
 
-/** The engine asked for, or the one configured. */
+/** The engine in the options, else the configured one. Fails with BOOT_SNAPSHOT_ENGINE_INVALID. */
 export const chooseEngine = Effect.fnUntraced(function* (wanted: EngineName | undefined) {
   const engines = yield* SnapshotEngines
   const { snapshotEngine } = yield* Settings
@@ -90,9 +90,9 @@ export const chooseEngine = Effect.fnUntraced(function* (wanted: EngineName | un
 })
 
 /**
- * Takes a snapshot: the directory is claimed, the guest held for as long as the copying takes, the bundle hashed and finished when it goes on
- * again. Until the commit a failure or an interruption lets the source go on and removes the bundle. From the commit on the bundle stays,
- * and what is left to do, ending a source that is to end, cannot be interrupted.
+ * Takes a snapshot: claims the directory, holds the guest while files are copied, then hashes and finishes the bundle. Until the commit a failure
+ * or an interruption lets the source go on and removes the bundle. From the commit on the bundle stays; the last step, ending a source that is to
+ * end, cannot be interrupted.
  */
 export const snapshot = Effect.fn("snapshot")(function* (source: Source, options: SnapshotOptions) {
   const began = performance.now()
@@ -105,7 +105,7 @@ export const snapshot = Effect.fn("snapshot")(function* (source: Source, options
   const result = yield* Effect.scoped(
     Effect.gen(function* () {
       const claim = yield* Bundle.claim(options.outDir, possibleBlobs)
-      // while the VM still keeps them from being removed
+      // now, while the running VM protects the images from removal
       const shared = (source.entry.disks ?? []).filter(({ readOnly }) => readOnly)
       yield* Effect.forEach(shared, (disk) => images.noteBundle(disk.path, claim.dir))
       const taking = yield* engine
@@ -138,7 +138,7 @@ export const snapshot = Effect.fn("snapshot")(function* (source: Source, options
   return done
 })
 
-/** What a snapshot would refuse before it touches anything: the engine, the VM, the directory. */
+/** Fails as a snapshot would because of its options, its engine, the VM or the directory. Touches nothing. */
 export const checkSnapshot = Effect.fn("checkSnapshot")(function* (source: Source, options: SnapshotOptions) {
   yield* checkOptions(options)
   yield* chooseEngine(options.engine)
@@ -146,7 +146,7 @@ export const checkSnapshot = Effect.fn("checkSnapshot")(function* (source: Sourc
   yield* Bundle.checkDir(options.outDir)
 })
 
-/** What engines may put into a bundle, for the case that this process dies in the middle. */
+/** All files that engines may put into a bundle: what is removed if this process dies before the commit. */
 const possibleBlobs = [
   "state",
   "memory",
@@ -158,13 +158,13 @@ const possibleBlobs = [
   "img"
 ]
 
-/** Read-only disks that were made for their VMs alone and are not to be found again elsewhere; returns the names of the blobs. */
+/** Copies into the bundle the read-only disks that exist for their VMs alone (`mountlower`). Returns the names of the blobs. */
 const carry = Effect.fnUntraced(
   function* ({ entry }: Source, dir: string) {
     const fs = yield* FileSystem.FileSystem
     return yield* Effect.forEach((entry.disks ?? []).filter(isCarried), (disk) => {
       const name = `${disk.id}.img`
-      // nobody writes them: a second name is as good as a copy, where it can be had
+      // these files never change, so a hard link is as good as a copy, where one can be made
       return Effect.as(
         Effect.orElse(fs.link(disk.path, path.join(dir, name)), () => fs.copyFile(disk.path, path.join(dir, name))),
         name
@@ -184,13 +184,13 @@ const carry = Effect.fnUntraced(
 
 const isCarried = ({ id, readOnly }: Disk) => id === "mountlower" && readOnly
 
-/** Holds the source while the blobs are made; returns for how long it stood. */
+/** Holds the source while the blobs are made. Returns for how many milliseconds it stood still. */
 export const held = Effect.fnUntraced(function* (taking: PendingCapture) {
   const since = yield* Effect.scoped(taking.hold)
   return performance.now() - since
 })
 
-/** A disk that is the user's own and written in place is copied like any other; one that is not known is a VM of an older version. */
+/** Fails with SNAPSHOT_NO_DISK for a VM of an older version, whose entry does not list disks and kernel. */
 export const checkSource = ({ entry }: Source) =>
   entry.disks === undefined || entry.kernel === undefined
     ? Effect.fail(
