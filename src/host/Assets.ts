@@ -1,10 +1,10 @@
-import { createHash } from "node:crypto"
 import * as path from "node:path"
 import { FileSystem, type Error as PlatformErrors } from "@effect/platform"
-import { Context, Effect, Layer, Option, Order, Schema, Stream } from "effect"
+import { Context, Effect, Layer, Option, Order, Schema } from "effect"
 import { AssetError } from "../errors.ts"
 import { contentHash } from "../platform/contentHash.ts"
 import * as HostLock from "../platform/HostLock.ts"
+import { sha256File } from "../platform/sha256File.ts"
 import { Settings } from "../Settings.ts"
 import { SourceTree } from "./SourceTree.ts"
 
@@ -118,14 +118,6 @@ export class Assets extends Context.Tag("machinen/Assets")<
           )
         )
 
-      const sha256 = Effect.fnUntraced(function* (target: string) {
-        const hash = createHash("sha256")
-        yield* Stream.runForEach(fs.stream(target, { chunkSize: 1024 * 1024 }), (chunk) =>
-          Effect.sync(() => void hash.update(chunk))
-        )
-        return hash.digest("hex")
-      })
-
       const sync = (target: string) =>
         Effect.scoped(Effect.flatMap(fs.open(target, { flag: "r" }), (handle) => handle.sync))
 
@@ -137,7 +129,7 @@ export class Assets extends Context.Tag("machinen/Assets")<
             const target = path.join(out, entry)
             yield* sync(target)
             const { size } = yield* fs.stat(target)
-            return [entry, { size: Number(size), sha256: yield* sha256(target) }] as const
+            return [entry, { size: Number(size), sha256: yield* sha256File(fs, target) }] as const
           })
         )
         const manifest = new AssetManifest({
@@ -215,7 +207,7 @@ export class Assets extends Context.Tag("machinen/Assets")<
             Effect.gen(function* () {
               const target = path.join(dir, file)
               if (Number((yield* fs.stat(target)).size) !== expected.size) return true
-              return deep && (yield* sha256(target)) !== expected.sha256
+              return deep && (yield* sha256File(fs, target)) !== expected.sha256
             }).pipe(Effect.orElseSucceed(() => true))
           )
           return bad.map(([file]) => path.join(dir, file))
