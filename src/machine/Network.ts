@@ -1,5 +1,6 @@
 import { Effect, Schema } from "effect"
 import { BootError } from "../errors.ts"
+import { isIpAddress } from "../platform/ipAddress.ts"
 import type { VmId } from "./MachineSpec.ts"
 import { showAddress } from "./TunnelAddress.ts"
 
@@ -93,9 +94,8 @@ export const validateForwards = Effect.fnUntraced(function* (
   return forwards
 })
 
-const isAddress = (text: string) =>
-  /^(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)(?:\.(?!$)|$)){4}$/.test(text) ||
-  (text.includes(":") && URL.canParse(`http://[${text}]/`))
+/** The shim takes no zone in an address. */
+const isAddress = (text: string) => isIpAddress(text) && !text.includes("%")
 
 const clash = (a: PortForward, b: PortForward) =>
   a.hostPort === b.hostPort && (a.hostAddr === b.hostAddr || [a, b].some(({ hostAddr }) => /^[0:.]+$/.test(hostAddr)))

@@ -1,5 +1,6 @@
 import { Effect } from "effect"
 import { ParseError } from "../errors.ts"
+import { isIpAddress } from "../platform/ipAddress.ts"
 
 /** A listener in a guest: a TCP port of its loopback interface, or a unix socket. */
 export type TunnelTarget = { readonly port: number } | { readonly path: string }
@@ -61,7 +62,7 @@ export const parseMapping = (text: string): Effect.Effect<TunnelMapping, ParseEr
   if (plain?.includes(":") === true) return refuse("an IPv6 address stands in brackets")
   const hostAddress = bracketed ?? plain
   if (hostAddress === undefined) return Effect.succeed({ hostPort, guest })
-  if (bracketed === undefined ? !/^[\w.-]+$/.test(hostAddress) : !/^[0-9a-f:.]+(%\w+)?$/i.test(hostAddress)) {
+  if (bracketed === undefined ? !/^[\w.-]+$/.test(hostAddress) : !isIpAddress(hostAddress)) {
     return refuse(`${JSON.stringify(hostAddress)} is not an address of this host`)
   }
   return Effect.succeed({ hostAddress: hostAddress === "localhost" ? "127.0.0.1" : hostAddress, hostPort, guest })

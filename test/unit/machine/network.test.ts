@@ -31,6 +31,8 @@ describe("port forwards", () => {
     ["an address with a part too many", "BOOT_PORT_FORWARD_INVALID", [forward(8080, 80, "127.0.0.1.1")]],
     ["an address with a part too large", "BOOT_PORT_FORWARD_INVALID", [forward(8080, 80, "127.0.0.256")]],
     ["half an IPv6 address", "BOOT_PORT_FORWARD_INVALID", [forward(8080, 80, "::1::")]],
+    ["an address with a port in brackets", "BOOT_PORT_FORWARD_INVALID", [forward(8080, 80, "::1]:80/[")]],
+    ["an address with a zone", "BOOT_PORT_FORWARD_INVALID", [forward(8080, 80, "fe80::1%eth0")]],
     ["the same port twice", "BOOT_PORT_FORWARD_CONFLICT", [forward(8080), forward(8080, 81)]],
     ["a port of all addresses and of one", "BOOT_PORT_FORWARD_CONFLICT", [forward(8080, 80, "0.0.0.0"), forward(8080)]],
     ["too many", "BOOT_PORT_FORWARD_INVALID", Array.from({ length: 129 }, (_, i) => forward(1000 + i))]
