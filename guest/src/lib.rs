@@ -6,9 +6,10 @@
 pub mod agent;
 pub mod config;
 pub mod errno;
-pub mod frame;
 pub mod init;
 pub mod names;
 pub mod reply;
 pub mod request;
 pub mod system;
+
+pub use machinen_protocol::frame;

@@ -34,7 +34,10 @@ export const assetBuilds = (
       }
       // Cargo does not distinguish the packages of two checkouts in one target directory, and tells by file times what is fresh: it would
       // take another checkout's packages for ours.
-      const own = ["archive", "channel", "guest", "shim"].flatMap((name) => ["--package", `machinen-${name}`])
+      const own = ["archive", "channel", "guest", "protocol", "shim"].flatMap((name) => [
+        "--package",
+        `machinen-${name}`
+      ])
       yield* long(
         "forget another checkout's programs",
         ["cargo", "clean", "--release", "--locked", "--target", triple, ...own],

@@ -85,6 +85,15 @@ describe("how uses of Rust modules are found", () => {
     assert.isFalse(uses.has("tests.rs"))
   })
 
+  it("a program beside a library is not the library's root", () => {
+    const sources = tree({
+      "lib.rs": "mod a;\npub use other::thing;",
+      "main.rs": "use crate_name::a;\nfn main() { a::run() }",
+      "a.rs": "use crate::thing;"
+    })
+    assert.deepStrictEqual(circlesOf(sources), [])
+  })
+
   it("a circle is told with the files it leads through", () => {
     const sources = tree({
       "lib.rs": "mod a;\nmod b;\nmod c;",

@@ -51,7 +51,9 @@ const pathsIn = (code: string): ReadonlyArray<string> => {
 
 /** The files that each file of a crate uses. */
 export const rustUses = (sources: Sources): ReadonlyMap<string, ReadonlySet<string>> => {
-  const files = [...sources.keys()].filter((file) => !isTest(file))
+  // A `main.rs` beside a `lib.rs` is a crate of its own that no other uses.
+  const isOther = (file: string) => file === "main.rs" && sources.has("lib.rs")
+  const files = [...sources.keys()].filter((file) => !isTest(file) && !isOther(file))
   const fileOf = new Map(files.map((file) => [moduleOf(file).join("::"), file]))
   const longest = (path: ReadonlyArray<string>): string | undefined =>
     fileOf.get(path.join("::")) ?? (path.length === 0 ? undefined : longest(path.slice(0, -1)))
