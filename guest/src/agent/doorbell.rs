@@ -3,12 +3,12 @@
 use std::io;
 
 use machinen_channel::Opener;
+use machinen_protocol::ports::DOORBELL;
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::clock;
 
-const PORT: u32 = 1979;
 /// A clock nearer than this is left alone.
 const TOLERANCE_MS: u64 = 2;
 /// Longest answer read; it holds one number.
@@ -23,7 +23,7 @@ struct Answer {
 /// Rings, does `meanwhile` while the host acts on it, and takes over the host's time. A host that does not listen has no doorbell,
 /// which is its own affair.
 pub async fn ring(opener: &Opener, meanwhile: impl FnOnce()) {
-    let mut stream = match opener.open(PORT).await {
+    let mut stream = match opener.open(DOORBELL).await {
         Ok(stream) => stream,
         Err(_) => return meanwhile(),
     };

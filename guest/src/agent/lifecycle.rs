@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use machinen_channel::{Opener, Stream};
+use machinen_protocol::ports::LIFECYCLE;
 use serde::Serialize;
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
@@ -15,8 +16,6 @@ use crate::frame::Kind;
 use crate::system::cgroup;
 use crate::system::console::reset;
 
-/// The shim listens there.
-const PORT: u32 = 1980;
 /// How long the announcement may take to reach the host. One that does not answer must not keep the machine alive.
 const ANNOUNCED_WITHIN: Duration = Duration::from_secs(1);
 /// How long everything may take to be written; the machine's own disk is written by `FREEZE` in any case.
@@ -78,7 +77,7 @@ impl Output {
             }
             self.asked = true;
             let opener = self.sessions.wait_for(up).await.ok()?.clone()?;
-            self.stream = opener.open_urgent(PORT).await.ok().map(FrameWriter::new);
+            self.stream = opener.open_urgent(LIFECYCLE).await.ok().map(FrameWriter::new);
         }
         self.stream.as_mut()
     }

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use machinen_channel::{Incoming, Opener};
+use machinen_protocol::ports::OPERATIONS;
 use tokio::sync::{mpsc, watch};
 
 use super::context::Context;
@@ -18,9 +19,6 @@ use crate::system::console::give_up;
 use crate::system::guest::Guest;
 use crate::system::phases::Phases;
 use crate::system::step::{Failed, Step};
-
-/// Where operations are served.
-pub const OPERATIONS_PORT: u32 = 1978;
 
 /// Serves until the machine is reset. Comes back only when it cannot serve at all.
 pub fn run(guest: Guest) -> Result<Infallible, Failed> {
@@ -88,7 +86,7 @@ pub async fn serve_session(context: Arc<Context>, session: Opener, mut incoming:
     while let Some(request) = incoming.recv().await {
         let (context, session) = (Arc::clone(&context), session.clone());
         tokio::spawn(async move {
-            if request.port != OPERATIONS_PORT {
+            if request.port != OPERATIONS {
                 return request.refuse();
             }
             // An opener that is gone already wants nothing.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 use machinen_channel::{Opener, Stream, connect_host, serve_guest};
+use machinen_protocol::ports::OPERATIONS;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::sync::{mpsc, watch};
@@ -16,7 +17,7 @@ use super::context::Context;
 use super::disks::Disks;
 use super::gate::Gate;
 use super::lifecycle::Lifecycle;
-use super::serve::{OPERATIONS_PORT, serve_session};
+use super::serve::serve_session;
 use crate::config::GuestConfig;
 use crate::frame::{self, Kind};
 
@@ -63,7 +64,7 @@ impl Machine {
 }
 
 async fn ask(host: &Opener, request: Value) -> Stream {
-    let mut stream = host.open(OPERATIONS_PORT).await.unwrap();
+    let mut stream = host.open(OPERATIONS).await.unwrap();
     stream.write_all(&frame::encode(Kind::Request, request.to_string().as_bytes()).unwrap()).await.unwrap();
     stream
 }

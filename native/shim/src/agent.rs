@@ -2,6 +2,8 @@
 
 use crate::{frame, line};
 use machinen_channel::Opener;
+use machinen_protocol::frame::Kind;
+use machinen_protocol::ports::OPERATIONS;
 use serde_json::{Value, json};
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
@@ -9,7 +11,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-const PORT: u32 = 1978;
 /// `OK 4294967295`.
 const MAX_GREETING: usize = 13;
 
@@ -46,7 +47,7 @@ impl Agent {
         match self {
             Agent::Channel(opener) if !opener.is_connected() => Err(ErrorKind::NotConnected.into()),
             Agent::Channel(opener) => loop {
-                match opener.open_urgent(PORT).await {
+                match opener.open_urgent(OPERATIONS).await {
                     Ok(stream) => return request(stream, &what()).await,
                     // The session broke off: in the next one there is somebody to ask again.
                     Err(error) if error.kind() == ErrorKind::ConnectionReset => tokio::task::yield_now().await,
@@ -57,7 +58,7 @@ impl Agent {
             },
             Agent::Socket(path) => {
                 let mut socket = UnixStream::connect(path).await?;
-                socket.write_all(format!("CONNECT {PORT}\n").as_bytes()).await?;
+                socket.write_all(format!("CONNECT {OPERATIONS}\n").as_bytes()).await?;
                 let greeting = line::read(&mut socket, MAX_GREETING).await?;
                 if !greeting.text.starts_with(b"OK ") {
                     return Err(ErrorKind::ConnectionRefused.into());
@@ -73,7 +74,7 @@ async fn request(mut stream: impl AsyncRead + AsyncWrite + Unpin, what: &Value) 
     stream.write_all(&frame::request(what.to_string().as_bytes())).await?;
     stream.flush().await?;
     while let Ok(Some(head)) = frame::head(&mut stream).await {
-        if head.kind == frame::ERROR {
+        if head.kind() == Some(Kind::Error) {
             return Err(ErrorKind::Unsupported.into());
         }
         if tokio::io::copy(&mut (&mut stream).take(head.length.into()), &mut tokio::io::sink()).await.is_err() {

@@ -9,7 +9,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
-pub const PORT: u32 = 1979;
 /// Longest message of a guest.
 const MAX_LINE: usize = 4096;
 

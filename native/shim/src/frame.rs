@@ -1,46 +1,59 @@
-//! Frames of the agent's protocol (docs/protocol.md, section 3): u8 type, u32 length, payload.
+//! Frames of the agent's protocol as the shim meets them: it looks at their heads, and passes payloads on or drops them.
 
+use machinen_protocol::frame::{HEADER, Kind, MAX_PAYLOAD};
 use std::io::{self, ErrorKind};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-pub const REQUEST: u8 = 1;
-pub const DATA: u8 = 2;
-pub const EOF: u8 = 3;
-pub const STARTED: u8 = 16;
-pub const STDOUT: u8 = 17;
-pub const STDERR: u8 = 18;
-pub const END: u8 = 19;
-pub const ERROR: u8 = 20;
-/// Bytes before a payload.
-pub const HEAD: usize = 5;
-/// Longest payload of what a guest sends.
-pub const MAX: u32 = 1 << 20;
-
 /// What comes next.
+#[derive(Clone, Copy)]
 pub struct Head {
-    pub kind: u8,
+    /// As on the wire, where a guest may send any.
+    number: u8,
     pub length: u32,
 }
 
+impl Head {
+    pub fn new(kind: Kind, length: u32) -> Self {
+        Head { number: kind as u8, length }
+    }
+
+    pub fn from_bytes([number, length @ ..]: [u8; HEADER]) -> Self {
+        Head { number, length: u32::from_be_bytes(length) }
+    }
+
+    pub fn to_bytes(self) -> [u8; HEADER] {
+        let [a, b, c, d] = self.length.to_be_bytes();
+        [self.number, a, b, c, d]
+    }
+
+    /// `None`: the protocol has no such kind.
+    pub fn kind(self) -> Option<Kind> {
+        Kind::from_wire(self.number)
+    }
+
+    /// Whether the payload is no longer than a guest's may be.
+    pub fn fits(self) -> bool {
+        self.length as usize <= MAX_PAYLOAD
+    }
+}
+
 /// Reads a frame's head. `None`: the stream ended between two frames.
+///
+/// # Errors
+/// `InvalidData` when the payload is too long, otherwise those of the stream.
 pub async fn head(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Head>> {
     let mut first = [0];
     if from.read(&mut first).await? == 0 {
         return Ok(None);
     }
-    let length = from.read_u32().await?;
-    if length > MAX { Err(ErrorKind::InvalidData.into()) } else { Ok(Some(Head { kind: first[0], length })) }
-}
-
-/// The bytes of a head.
-pub fn encode_head(kind: u8, length: u32) -> [u8; HEAD] {
-    let [a, b, c, d] = length.to_be_bytes();
-    [kind, a, b, c, d]
+    let head = Head { number: first[0], length: from.read_u32().await? };
+    if head.fits() { Ok(Some(head)) } else { Err(ErrorKind::InvalidData.into()) }
 }
 
 /// A request; short ones only, their length fits.
 pub fn request(payload: &[u8]) -> Vec<u8> {
-    [&encode_head(REQUEST, u32::try_from(payload.len()).unwrap_or(u32::MAX))[..], payload].concat()
+    let head = Head::new(Kind::Request, u32::try_from(payload.len()).unwrap_or(u32::MAX));
+    [&head.to_bytes()[..], payload].concat()
 }
 
 #[cfg(test)]
@@ -54,12 +67,12 @@ mod tests {
         fn no_bytes_make_more_than_a_head(bytes in prop::collection::vec(any::<u8>(), 0..12)) {
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             match runtime.block_on(head(&mut &bytes[..])) {
-                Ok(Some(Head { kind, length })) => {
-                    prop_assert!(length <= MAX);
-                    prop_assert_eq!(&encode_head(kind, length), &bytes[..HEAD]);
+                Ok(Some(head)) => {
+                    prop_assert!(head.fits());
+                    prop_assert_eq!(&head.to_bytes(), &bytes[..HEADER]);
                 }
                 Ok(None) => prop_assert!(bytes.is_empty()),
-                Err(_) => prop_assert!(bytes.len() < HEAD || bytes[1..HEAD] > MAX.to_be_bytes()[..]),
+                Err(_) => prop_assert!(bytes.len() < HEADER || bytes[1..HEADER] > (1_u32 << 20).to_be_bytes()[..]),
             }
         }
     }

@@ -3,6 +3,7 @@
 use crate::state::State;
 use crate::{doorbell, lifecycle, proxy, vsock};
 use machinen_channel::Incoming;
+use machinen_protocol::ports;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -40,14 +41,14 @@ pub async fn serve(mut arrivals: mpsc::Receiver<Incoming>, vsock_path: PathBuf, 
 /// A call that fails has ended for the guest as well; there is nobody else to tell.
 async fn call(incoming: Incoming, listener: PathBuf, state: Arc<State>, lifecycle: Arc<Semaphore>) -> io::Result<()> {
     match incoming.port {
-        lifecycle::PORT => match lifecycle.try_acquire() {
+        ports::LIFECYCLE => match lifecycle.try_acquire() {
             Ok(_call) => lifecycle::record(incoming.accept().await?, &state).await,
             Err(_) => {
                 incoming.refuse();
                 Ok(())
             }
         },
-        doorbell::PORT => doorbell::answer(incoming, &listener, &state).await,
+        ports::DOORBELL => doorbell::answer(incoming, &listener, &state).await,
         _ => match UnixStream::connect(listener).await {
             Ok(socket) => proxy::run(socket, incoming.accept().await?).await,
             Err(_) => {

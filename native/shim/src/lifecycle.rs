@@ -1,13 +1,13 @@
 //! What the guest reports of its end, and the output of a main command nobody is attached to.
 
 use crate::event::MainExit;
-use crate::frame::{self, END, Head, STDERR, STDOUT};
+use crate::frame;
 use crate::state::State;
+use machinen_protocol::frame::Kind;
 use serde::Deserialize;
 use std::io::{self, ErrorKind};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-pub const PORT: u32 = 1980;
 /// Streams served at once. A guest announces one end, and has one main command whose output it sends.
 pub const MAX_CALLS: usize = 8;
 const BUFFER: usize = 16 * 1024;
@@ -24,16 +24,16 @@ struct Announcement {
 /// Records frames until the end, which is confirmed by closing the stream.
 pub async fn record(mut stream: impl AsyncRead + AsyncWrite + Unpin, state: &State) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
-    while let Some(Head { kind, length }) = frame::head(&mut stream).await? {
-        let mut payload = (&mut stream).take(length.into());
-        match kind {
-            STDOUT | STDERR => {
+    while let Some(head) = frame::head(&mut stream).await? {
+        let mut payload = (&mut stream).take(head.length.into());
+        match head.kind() {
+            Some(Kind::Stdout | Kind::Stderr) => {
                 while let n @ 1.. = payload.read(&mut buffer).await? {
                     // A disk that is slow slows the command down.
                     state.output.write_all(&buffer[..n]).await;
                 }
             }
-            END if length <= MAX_END => {
+            Some(Kind::End) if head.length <= MAX_END => {
                 let mut json = Vec::new();
                 payload.read_to_end(&mut json).await?;
                 let Announcement { code, signal } = serde_json::from_slice(&json)?;

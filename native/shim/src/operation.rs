@@ -9,9 +9,10 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 
 use machinen_archive::{ChunkWriter, Error};
+use machinen_protocol::frame::{HEADER, Kind};
 use nix::sys::signal::Signal;
 
-use crate::frame::{self, DATA, EOF, ERROR, HEAD, MAX, STARTED};
+use crate::frame::{self, Head};
 
 /// Read from the stream at once.
 const BUFFER: usize = 256 * 1024;
@@ -39,16 +40,16 @@ pub fn send(request: &str, pack: impl FnOnce(ChunkWriter) -> Result<u64, Error>)
         let _ = answers.shutdown(Shutdown::Both);
     });
     let mut refused = false;
-    let packed = pack(ChunkWriter::new(HEAD, |mut chunk| {
-        let length = u32::try_from(chunk.len() - HEAD).unwrap_or(u32::MAX);
-        chunk[..HEAD].copy_from_slice(&frame::encode_head(DATA, length));
+    let packed = pack(ChunkWriter::new(HEADER, |mut chunk| {
+        let length = u32::try_from(chunk.len() - HEADER).unwrap_or(u32::MAX);
+        chunk[..HEADER].copy_from_slice(&Head::new(Kind::Data, length).to_bytes());
         let sent = stream.write_all(&chunk);
         refused = sent.is_err();
         sent.map(|()| chunk)
     }));
     if !refused {
         packed?;
-        let _ = stream.write_all(&frame::encode_head(EOF, 0));
+        let _ = stream.write_all(&Head::new(Kind::Eof, 0).to_bytes());
     }
     let _ = listening.join();
     Ok(())
@@ -67,8 +68,8 @@ pub fn receive(
     match data.end {
         Some(End::TooLarge) => return Err(Failure::TooLarge(limit)),
         // The guest has given up, or is gone: the caller knows why.
-        Some(End::Frame(ERROR)) => return Ok(()),
-        Some(End::Frame(EOF)) | None => unpacked?,
+        Some(End::Frame(Some(Kind::Error))) => return Ok(()),
+        Some(End::Frame(Some(Kind::Eof))) | None => unpacked?,
         Some(End::Frame(_)) => {
             return Err(Error::Refused("the guest said its last word before the end of its data".into()).into());
         }
@@ -85,40 +86,39 @@ fn begin(request: &str) -> io::Result<Option<UnixStream>> {
     // Node left the socket non-blocking; the copies here need it blocking.
     stream.set_nonblocking(false)?;
     stream.write_all(&frame::request(request.as_bytes()))?;
-    Ok((relay(&mut stream)? == Some(STARTED)).then_some(stream))
+    let answer = relay(&mut stream)?.and_then(Head::kind);
+    Ok((answer == Some(Kind::Started)).then_some(stream))
 }
 
 /// Passes a frame on and says what it is. `None`: the stream has ended, or what came is no frame.
-fn relay(stream: &mut UnixStream) -> io::Result<Option<u8>> {
+fn relay(stream: &mut UnixStream) -> io::Result<Option<Head>> {
     match read_head(stream)? {
-        Some((kind, length)) => Ok(pass_on(stream, kind, length)?.then_some(kind)),
+        Some(head) => Ok(pass_on(stream, head)?.then_some(head)),
         None => Ok(None),
     }
 }
 
-/// The kind and length of the frame that comes. `None`: the stream has ended.
-fn read_head(stream: &mut UnixStream) -> io::Result<Option<(u8, u32)>> {
-    let mut head = [0; HEAD];
+/// The head of the frame that comes. `None`: the stream has ended.
+fn read_head(stream: &mut UnixStream) -> io::Result<Option<Head>> {
+    let mut head = [0; HEADER];
     match stream.read_exact(&mut head) {
         Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(None),
         read => {
             read?;
-            let [kind, length @ ..] = head;
-            Ok(Some((kind, u32::from_be_bytes(length))))
+            Ok(Some(Head::from_bytes(head)))
         }
     }
 }
 
 /// Passes on a frame whose head has been read. One that is too long is passed on without its payload, and nothing after it: `false`.
-fn pass_on(stream: &mut UnixStream, kind: u8, length: u32) -> io::Result<bool> {
+fn pass_on(stream: &mut UnixStream, head: Head) -> io::Result<bool> {
     let mut caller = io::stdout().lock();
-    caller.write_all(&frame::encode_head(kind, length))?;
-    let fits = length <= MAX;
-    if fits {
-        io::copy(&mut stream.take(length.into()), &mut caller)?;
+    caller.write_all(&head.to_bytes())?;
+    if head.fits() {
+        io::copy(&mut stream.take(head.length.into()), &mut caller)?;
     }
     caller.flush()?;
-    Ok(fits)
+    Ok(head.fits())
 }
 
 /// Data as they come from the guest, up to the first frame that is none of them.
@@ -134,11 +134,14 @@ struct Receiving {
 /// What came instead of more data.
 #[derive(Clone, Copy)]
 enum End {
-    /// A frame of this kind; an error when the stream broke off, or when what came is no frame.
-    Frame(u8),
+    /// A frame of this kind, if there is such a kind.
+    Frame(Option<Kind>),
     /// More than the caller takes.
     TooLarge,
 }
+
+/// The stream broke off, or what came is no frame: as if the guest had failed.
+const BROKEN: End = End::Frame(Some(Kind::Error));
 
 impl Read for Receiving {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -147,21 +150,23 @@ impl Read for Receiving {
                 return Ok(0);
             }
             match read_head(&mut self.stream) {
-                Ok(Some((DATA, length))) if length <= MAX => match self.allowed.checked_sub(length.into()) {
-                    Some(allowed) => (self.left, self.allowed) = (length, allowed),
-                    None => self.end = Some(End::TooLarge),
-                },
-                Ok(Some((kind, length))) => {
-                    let whole = pass_on(&mut self.stream, kind, length).unwrap_or(false);
-                    self.end = Some(End::Frame(if whole { kind } else { ERROR }));
+                Ok(Some(head)) if head.kind() == Some(Kind::Data) && head.fits() => {
+                    match self.allowed.checked_sub(head.length.into()) {
+                        Some(allowed) => (self.left, self.allowed) = (head.length, allowed),
+                        None => self.end = Some(End::TooLarge),
+                    }
                 }
-                Ok(None) | Err(_) => self.end = Some(End::Frame(ERROR)),
+                Ok(Some(head)) => {
+                    let whole = pass_on(&mut self.stream, head).unwrap_or(false);
+                    self.end = Some(End::Frame(if whole { head.kind() } else { Some(Kind::Error) }));
+                }
+                Ok(None) | Err(_) => self.end = Some(BROKEN),
             }
         }
         let length = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
         let read = self.stream.read(&mut buffer[..length]).unwrap_or(0);
         if read == 0 {
-            (self.left, self.end) = (0, Some(End::Frame(ERROR)));
+            (self.left, self.end) = (0, Some(BROKEN));
         }
         self.left = self.left.saturating_sub(u32::try_from(read).unwrap_or(u32::MAX));
         Ok(read)

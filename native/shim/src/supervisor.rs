@@ -15,8 +15,9 @@ use crate::shares::View;
 use crate::state::{Started, State};
 use crate::stop::{Ask, Stops};
 use crate::transcript::Transcript;
-use crate::{cleanup, control, files, guest_ports, lifecycle, owner, vsock};
+use crate::{cleanup, control, files, guest_ports, owner, vsock};
 use machinen_channel::connect_host;
+use machinen_protocol::ports;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -143,7 +144,7 @@ impl Vm {
         let vsock = match &plan.channel {
             Some(channel) => UnixListener::bind(&channel.vsock_path).map_err(registry(&channel.vsock_path))?,
             None => {
-                let path = guest_ports::socket(&vsock_path, lifecycle::PORT);
+                let path = guest_ports::socket(&vsock_path, ports::LIFECYCLE);
                 UnixListener::bind(&path).map_err(registry(&path))?
             }
         };
