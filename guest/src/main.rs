@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use machinen_guest::agent::{self, criu_hook};
 use machinen_guest::init;
 use machinen_guest::system::console::give_up;
+use machinen_protocol::names::INIT;
 
 /// Comes back only where it is not pid 1.
 fn main() -> ExitCode {
@@ -13,7 +14,7 @@ fn main() -> ExitCode {
         return criu_hook::main();
     }
     if std::process::id() != 1 {
-        eprintln!("machinen-init: runs as pid 1 of a machinen guest only");
+        eprintln!("{INIT}runs as pid 1 of a machinen guest only");
         return ExitCode::FAILURE;
     }
     match init::boot(agent::run) {

@@ -4,9 +4,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use machinen_protocol::names::{CLOCK, POWER_OFF};
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer};
-
 use zeroize::Zeroizing;
 
 use crate::config::GuestConfig;
@@ -321,7 +321,7 @@ impl Request {
             "secrets" => Self::Secrets(from_json(json).or_else(|_| bad("the secrets are not names and texts"))?),
             "stats" => Self::Stats,
             "hostname" => Self::Hostname(from_json(json)?),
-            "clock" => Self::Clock(from_json(json)?),
+            CLOCK => Self::Clock(from_json(json)?),
             "freeze" => Self::Freeze(from_json(json)?),
             "rejuvenate" => Self::Rejuvenate(from_json(json)?),
             "dump" => Self::Dump(from_json(json)?),
@@ -329,7 +329,7 @@ impl Request {
             "detach" => Self::Detach,
             "tunnel" => Self::Tunnel(from_json(json)?),
             "watch" => Self::Watch(from_json(json)?),
-            "poweroff" => Self::Poweroff,
+            POWER_OFF => Self::Poweroff,
             // The name is the peer's: quoted, and not at any length.
             other => {
                 let name: String = other.chars().take(64).collect();

@@ -9,12 +9,12 @@ pub fn reap_until_agent_ends(agent: i32) -> ! {
     loop {
         match wait(WaitOptions::empty()) {
             Ok(Some((pid, status))) if pid.as_raw_pid() == agent => {
-                say(&format!("machinen-init: agent: {}", describe(status)));
+                say(&format!("agent: {}", describe(status)));
                 reset()
             }
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => {
-                say(&format!("machinen-init: wait: {error}"));
+                say(&format!("wait: {error}"));
                 reset()
             }
         }

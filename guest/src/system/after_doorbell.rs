@@ -65,7 +65,7 @@ pub fn complete(boot: &BootConfig, phases: &mut Phases) -> Result<(), Failed> {
     host_name::set(&boot.hostname).step("hostname")?;
     // A disk that is the caller's own may have its own idea. An image whose files cannot be written runs without.
     if let Err(error) = host_name::write(Path::new("/"), &boot.hostname, boot.root == RootKind::Disk) {
-        console::say(&format!("machinen-init: /etc/hostname, /etc/hosts: {error}"));
+        console::say(&format!("/etc/hostname, /etc/hosts: {error}"));
     }
     phases.mark("names");
     if !boot.revive {

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 
+use machinen_protocol::names::INIT;
 use rustix::fs::{Mode, OFlags};
 
 use super::step::Failed;
@@ -21,19 +22,19 @@ pub fn reopen() -> io::Result<()> {
     Ok(())
 }
 
-/// Writes one line and waits until it has left the machine.
-pub fn say(line: &str) {
+/// Writes one line, in init's name, and waits until it has left the machine.
+pub fn say(message: &str) {
     // Opened afresh: when a boot step failed, descriptor 2 may be anything.
     let Ok(mut console) = std::fs::OpenOptions::new().write(true).open("/dev/console") else { return };
     // Nothing can be done about a console that does not take the message.
-    let _ = console.write_all(format!("{line}\n").as_bytes());
+    let _ = console.write_all(format!("{INIT}{message}\n").as_bytes());
     // SAFETY: tcdrain takes a descriptor that is open for the length of the call.
     let _ = unsafe { libc::tcdrain(console.as_raw_fd()) };
 }
 
 /// Says why this guest cannot go on, and resets it.
 pub fn give_up(failed: &Failed) -> ! {
-    say(&format!("machinen-init: {failed}"));
+    say(&failed.to_string());
     reset()
 }
 

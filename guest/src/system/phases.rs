@@ -33,7 +33,7 @@ impl Phases {
         if !asked {
             return;
         }
-        let mut line = String::from("machinen-init: phases");
+        let mut line = String::from("phases");
         for (name, time) in &self.0 {
             // Writing to a string cannot fail.
             let _ = write!(

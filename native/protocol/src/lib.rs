@@ -2,4 +2,5 @@
 //! agent. `test/golden/agent-frames.json` holds it, and TypeScript's side, to the same bytes.
 
 pub mod frame;
+pub mod names;
 pub mod ports;

@@ -3,6 +3,7 @@
 use crate::{frame, line};
 use machinen_channel::Opener;
 use machinen_protocol::frame::Kind;
+use machinen_protocol::names::{CLOCK, POWER_OFF};
 use machinen_protocol::ports::OPERATIONS;
 use serde_json::{Value, json};
 use std::io::{self, ErrorKind};
@@ -29,7 +30,7 @@ impl Agent {
     /// # Errors
     /// When there is nobody to ask, or the agent says no: waiting is pointless then.
     pub async fn power_off(self) -> io::Result<()> {
-        self.ask(|| json!({"op": "poweroff"})).await
+        self.ask(|| json!({"op": POWER_OFF})).await
     }
 
     /// Gives the guest the host's time: a machine's clock stands still with it. Resolves when the guest has set it.
@@ -39,7 +40,7 @@ impl Agent {
     pub async fn set_clock(self) -> io::Result<()> {
         // A host before 1970 has no time worth giving.
         let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_millis());
-        self.ask(|| json!({"op": "clock", "nowMs": u64::try_from(now()).unwrap_or(u64::MAX)})).await
+        self.ask(|| json!({"op": CLOCK, "nowMs": u64::try_from(now()).unwrap_or(u64::MAX)})).await
     }
 
     /// Asks for `what`, which is made when there is a stream to send it on.

@@ -17,7 +17,7 @@ use crate::stop::{Ask, Stops};
 use crate::transcript::Transcript;
 use crate::{cleanup, control, files, guest_ports, owner, vsock};
 use machinen_channel::connect_host;
-use machinen_protocol::ports;
+use machinen_protocol::{names, ports};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -310,7 +310,7 @@ impl Vm {
 /// Whether the guest's kernel was told to power off or to reboot, past our agent (`poweroff -f`): it says so last. A panic ends without it,
 /// and our init, which reboots a guest that it has given up, says why before.
 fn says_power_off(console: &str) -> bool {
-    console.lines().last().is_some_and(|line| line.contains("] reboot: ")) && !console.contains("machinen-init: ")
+    console.lines().last().is_some_and(|line| line.contains("] reboot: ")) && !console.contains(names::INIT)
 }
 
 /// A socketpair: ours, for the runtime, and the VMM's.
