@@ -38,9 +38,9 @@ import * as Vm from "./vm/Vm.ts"
 
 export interface Inspection {
   readonly bundle: Bundle.Bundle
-  /** Empty when it can be restored here. */
+  /** Why this host cannot restore the bundle; empty when it can. */
   readonly misfits: ReadonlyArray<string>
-  /** What the restore of a bundle that is not this user's own must be asked for; empty for one that is (`bundle.isOwn`). */
+  /** What the options of a restore must ask for, because the bundle is not this user's own; empty for the user's own bundles. */
   readonly unasked: ReadonlyArray<Recorded>
 }
 
@@ -67,35 +67,35 @@ type Services =
   | SnapshotEngines
   | FileSystem.FileSystem
 
-/** microVMs on this host: the one service a program needs. */
+/** microVMs on this host: the one service that a program needs. */
 export class Machinen extends Context.Tag("machinen/Machinen")<
   Machinen,
   {
     /**
-     * Boots a VM. It ends with the scope, unless it is detached. A `command` is not started yet: `vm.startMain` does, so that none of its
-     * output is lost.
+     * Boots a VM. Closing the scope ends it, unless it is detached. The main command is not started yet: `vm.startMain` starts it, so that none of
+     * its output is lost.
      */
     readonly boot: (options: BootOptions) => Effect.Effect<Booted, BootFailure, Scope.Scope>
-    /** Makes the template of a machine, where there is none: boots of the same shape begin as it. */
+    /** Makes the template of a machine, unless it exists. Boots of the same shape then start from it instead of a kernel. */
     readonly prepare: (options: PrepareOptions) => Effect.Effect<Prepared, BootFailure | SnapshotError>
     /** Builds an image: boots a base, runs the hook in it, and writes its root filesystem to a tarball. */
     readonly provision: <E, R = never>(options: ProvisionOptions<E, R>) => Effect.Effect<Provisioned, BootFailure, R>
-    /** Turns a running VM into a bundle. Unless `leaveRunning`, the VM ends with it. */
+    /** Saves a running VM as a bundle. Unless `leaveRunning`, the VM ends. */
     readonly snapshot: (vm: Vm.Vm, options: SnapshotOptions) => Effect.Effect<Snapshot, SnapshotFailure>
-    /** Fails as `snapshot` would for its options and the state of the VM; touches nothing. */
+    /** Fails as `snapshot` would because of its options or the VM. Touches nothing. */
     readonly checkSnapshot: (vm: Vm.Vm, options: SnapshotOptions) => Effect.Effect<void, SnapshotFailure>
-    /** What a bundle holds, and why this host could not go on with it, if it could not. */
+    /** Reads a bundle's manifest, and says whether this host can restore the bundle. */
     readonly inspect: (snapDir: string) => Effect.Effect<Inspection, BootFailure>
-    /** Reads all of a bundle; the names of the blobs that are not what they were. */
+    /** Reads all of a bundle. Returns the names of damaged blobs. */
     readonly verify: (snapDir: string) => Effect.Effect<ReadonlyArray<string>, BootError>
-    /** A VM that goes on where the bundle's source stood. It ends with the scope, unless it is detached. */
+    /** Starts a VM that continues where the bundle's source was saved. Closing the scope ends it, unless it is detached. */
     readonly restore: (options: RestoreOptions) => Effect.Effect<Restored, BootFailure, Scope.Scope>
-    /** Siblings of a running VM, which goes on. They end with the scope, unless they are detached. */
+    /** Starts siblings of a running VM, which keeps running. Closing the scope ends the siblings, unless they are detached. */
     readonly fork: (vm: Vm.Vm, options?: ForkOptions) => Effect.Effect<Forked, BootFailure | SnapshotError, Scope.Scope>
-    /** A handle on a running VM by pid, name or id. Closing nothing ends it: it belongs to who booted it. */
+    /** A handle on a running VM by pid, name or id. The handle does not own the VM and needs no scope. */
     readonly attach: (reference: string) => Effect.Effect<Vm.Vm, RegistryError>
     readonly list: Effect.Effect<ReadonlyArray<VmEntry>, RegistryError>
-    /** Removes what dead VMs left, and templates that nobody can use any more; a dry run only tells. */
+    /** Removes what dead VMs left, and templates that cannot be used any more. With `dryRun` only lists them. */
     readonly gc: (options?: { readonly dryRun?: boolean }) => Effect.Effect<ReadonlyArray<Leftover>, RegistryError>
   }
 >() {
@@ -107,7 +107,7 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
       const vmm = yield* Vmm
       const agent = yield* Agent
       const built = yield* Effect.context<Services>()
-      // No more than what the operations need: the context this layer is built in has a scope and a span of its own.
+      // Only the services that the operations need: the context in which this layer is built also has a scope and a span of its own.
       const services = Context.pick(
         Settings,
         Registry,
@@ -121,14 +121,14 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
         SnapshotEngines,
         FileSystem.FileSystem
       )(built)
-      /** Whatever the caller's context holds, the operations run on these services; its scope and its span stay. */
+      /** Runs an operation on these services, whatever the caller's context holds. The caller's scope and span stay. */
       const provided = <A, E, R>(effect: Effect.Effect<A, E, R>) => Effect.provide(effect, services)
       const sourceOf = (vm: Vm.Vm) => ({ entry: vm.entry, machine: vm.machine, agent: vm })
       return Machinen.of({
         boot: (options) => provided(boot(options)),
         prepare: (options) => provided(prepare(options)),
         provision: <E, R>(options: ProvisionOptions<E, R>) =>
-          // the hook is the caller's: it runs on the caller's services
+          // the hook belongs to the caller, so it runs on the caller's services
           Effect.contextWithEffect((own: Context.Context<R>) =>
             provided(provision({ ...options, install: (vm) => Effect.provide(options.install(vm), own) }))
           ),

@@ -1,7 +1,7 @@
 /**
- * The Promise API: the same VMs for programs that do not use Effect. What rejects is one of our errors (`isMachinenError`), with a stable
- * `code`, and a `hint` where there is something to be done; what an AbortSignal ended rejects with its reason. Options of the reference
- * that this version cannot honour are refused (`BOOT_OPTION_INVALID`), never ignored.
+ * The Promise API: the same VMs for programs that do not use Effect. Promises reject with a MachinenError (`isMachinenError`), which has a stable
+ * `code`, and a `hint` where the caller can do something; after an AbortSignal they reject with the signal's reason. Options with values that
+ * this version cannot honour are refused (`BOOT_OPTION_INVALID`), never ignored.
  */
 import { isMachinenError as isOurs, type MachinenError } from "./errors.ts"
 import { make } from "./promise/client.ts"
@@ -21,10 +21,10 @@ export type * from "./promise/types.ts"
 export * from "./promise/vsock.ts"
 export { buildWriteFileCmd, buildWriteFileCmds } from "./promise/writeFileCommands.ts"
 
-/** On this host's real services. */
+/** The API on this host's real services. */
 export const { attach, boot, list, provision, restore, runGc } = make(layers.layer)
 
-/** Whether it is one of ours, of that code if one is given. */
+/** Whether an error is a MachinenError, with `code` if that is given. */
 export const isMachinenError = (error: unknown, code?: ErrorCode): error is MachinenError =>
   isOurs(error) && (code === undefined || error.code === code)
 export type ErrorCode = MachinenError["code"]

@@ -1,23 +1,23 @@
-/** Several VMs, or other programs with streams, under one roof: what they print is kept and passed on, what is typed goes to one of them. */
+/** A set of VMs, or of other programs with streams: keeps and passes on their output, and sends input to one of them. */
 import type { Readable, Writable } from "node:stream"
 import { isMachinenError, SandboxError } from "../errors.ts"
 import { Tail } from "../platform/Tail.ts"
 
-/** What a sandbox must have: a `VmHandle` has it, and a `PtyVmHandle`. */
+/** The part of a VM that a sandbox needs. `VmHandle` and `PtyVmHandle` have it. */
 export interface SandboxVm {
   readonly stdin: Writable
   readonly stdout: Readable
-  /** May be the same stream. */
+  /** May be the same stream as `stdout`. */
   readonly stderr: Readable
   readonly wait: () => Promise<unknown>
-  /** For those with a terminal. */
+  /** Resizes the terminal; absent without a terminal. */
   readonly resize?: (cols: number, rows: number) => void
 }
 
 export interface SandboxEntry<Vm extends SandboxVm = SandboxVm> {
   readonly id: string
   readonly vm: Vm
-  /** The newest bytes of both streams, in the order in which they came. */
+  /** The last bytes of both streams, in the order in which they arrived. */
   readonly scrollback: Buffer
   /** Unix milliseconds. */
   readonly addedAt: number
@@ -37,7 +37,7 @@ interface Held<Vm> {
 }
 
 export class Sandboxes<Vm extends SandboxVm = SandboxVm> {
-  /** What is kept of each, in bytes. */
+  /** Bytes of output that are kept of each sandbox. */
   readonly scrollbackBytes: number
   readonly #held = new Map<string, Held<Vm>>()
 
@@ -45,7 +45,7 @@ export class Sandboxes<Vm extends SandboxVm = SandboxVm> {
     this.scrollbackBytes = scrollbackBytes
   }
 
-  /** Reads what it prints from now on, and waits for its end. */
+  /** Adds a sandbox: reads its output from now on, and waits for its end. Throws SandboxError (SANDBOX_ID_DUPLICATE). */
   add(id: string, vm: Vm): void {
     if (this.#held.has(id)) {
       throw new SandboxError({
@@ -86,13 +86,13 @@ export class Sandboxes<Vm extends SandboxVm = SandboxVm> {
     })
   }
 
-  /** Forgets it; it goes on. */
+  /** Removes a sandbox from the set. The VM keeps running. */
   remove(id: string): void {
     this.#held.get(id)?.forget()
     this.#held.delete(id)
   }
 
-  /** In the order in which they were added. */
+  /** The sandboxes, in the order in which they were added. */
   list(): Array<{ id: string; addedAt: number }> {
     return [...this.#held].map(([id, { addedAt }]) => ({ id, addedAt }))
   }
@@ -104,23 +104,23 @@ export class Sandboxes<Vm extends SandboxVm = SandboxVm> {
     return { id, vm, scrollback: scrollback.bytes, addedAt }
   }
 
-  /** Whether it has ended, and the moment when it does. */
+  /** Whether a sandbox has ended, and a promise that resolves when it does. */
   end(id: string): { readonly isEnded: boolean; readonly ended: Promise<void> } | undefined {
     return this.#held.get(id)
   }
 
-  /** Writes to its stdin. False: there is no such sandbox. */
+  /** Writes to a sandbox's stdin. False: there is no such sandbox. */
   send(id: string, data: string | Uint8Array): boolean {
     const held = this.#held.get(id)
     held?.vm.stdin.write(data)
     return held !== undefined
   }
 
-  /** Calls back with every new chunk; what it returns ends that. */
+  /** Calls the listener with every new chunk of output. The returned function ends that. */
   onOutput(id: string, listener: OnOutputListener): () => void {
     const held = this.#held.get(id)
     if (held === undefined) throw unknownSandbox(id)
-    // a function of its own: the same listener may be given twice
+    // a new function, because the same listener may be given twice
     const own: OnOutputListener = (chunk, source) => listener(chunk, source)
     held.listeners.add(own)
     return () => void held.listeners.delete(own)
@@ -134,7 +134,7 @@ export const unknownSandbox = (id: string) =>
     hint: "list() names those there are"
   })
 
-/** Waits for its end, as long as it matters. A `wait` that only gives up (BOOT_TIMEOUT) is repeated; one that fails has nothing to wait for. */
+/** Waits for a VM's end while `matters`. Repeats a `wait` that ends at its time limit (BOOT_TIMEOUT); any other failure counts as the end. */
 const untilEnd = async (vm: SandboxVm, matters: () => boolean): Promise<void> => {
   while (matters()) {
     try {

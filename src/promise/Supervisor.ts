@@ -1,4 +1,4 @@
-/** One terminal for several sandboxes: commands while none is attached, its own keyboard and screen while one is. */
+/** One terminal for several sandboxes. It takes commands while no sandbox is attached; an attached sandbox has keyboard and screen. */
 import type { Readable, Writable } from "node:stream"
 import { isMachinenError } from "../errors.ts"
 import { leaveOutputAlone } from "../platform/tty.ts"
@@ -11,15 +11,15 @@ export interface SupervisorOptions {
   readonly input?: Readable
   /** Default stdout. */
   readonly output?: Writable
-  /** What commands begin with. Default `/`. */
+  /** The characters with which a command line begins. Default `/`. */
   readonly commandPrefix?: string
-  /** Keys go to the sandbox as they are pressed. Default: if the input is a terminal. */
+  /** True: the attached sandbox gets keys as they are pressed. Default: whether the input is a terminal. */
   readonly rawTtyOnAttach?: boolean
-  /** The sandbox is told of the output's size. Default: if the output is a terminal. */
+  /** True: the attached sandbox gets the output's size. Default: whether the output is a terminal. */
   readonly forwardResize?: boolean
 }
 
-/** Of a terminal's streams, what others may lack. */
+/** Members of a terminal's stream that other streams may lack. */
 interface TtyInput extends Readable {
   readonly isTTY?: boolean
   readonly isRaw?: boolean
@@ -54,7 +54,7 @@ export class Supervisor {
     this.#forwardResize = options.forwardResize ?? this.#output.isTTY === true
   }
 
-  /** Serves the input until its end, or until stop(). */
+  /** Serves the input until its end or `stop()`. */
   run(): Promise<void> {
     this.#running ??= new Promise<void>((resolve) => {
       const onData = (chunk: Buffer | string) => this.#typed(typeof chunk === "string" ? Buffer.from(chunk) : chunk)
@@ -76,13 +76,13 @@ export class Supervisor {
     return this.#running
   }
 
-  /** Ends run() and gives the terminal back; the sandboxes go on. */
+  /** Ends `run()` and restores the terminal. The sandboxes keep running. */
   stop(): void {
     this.detach()
     this.#finish()
   }
 
-  /** Shows a sandbox's last output and all that comes, and sends it what is typed. */
+  /** Shows a sandbox's last output and all further output, and sends it what is typed. */
   attach(id: string): void {
     const entry = this.sandboxes.get(id)
     if (entry === undefined) throw unknownSandbox(id)
@@ -121,7 +121,7 @@ export class Supervisor {
     })
   }
 
-  /** Leaves the sandbox that is attached, if one is; it goes on. */
+  /** Detaches from the attached sandbox, if there is one. The sandbox keeps running. */
   detach(): void {
     const attached = this.#attached
     this.#attached = undefined
@@ -142,7 +142,7 @@ export class Supervisor {
     if (rest.length > 0) this.#typed(Buffer.from(rest))
   }
 
-  /** Takes whole lines; what follows one that attaches is the sandbox's. */
+  /** Runs whole lines as commands. Bytes behind a line that attaches go to the sandbox. */
   #commands(bytes: Buffer): void {
     const all = Buffer.concat([this.#line, bytes])
     const end = all.findIndex((byte) => byte === 0x0a || byte === 0x0d)

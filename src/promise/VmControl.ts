@@ -9,38 +9,41 @@ import type { ExitRecord } from "../machine/ShimPlan.ts"
 import { TailReadable } from "../platform/TailReadable.ts"
 import type { Vm } from "../vm/Vm.ts"
 
-/** How a VM ended: as its main command did, else as the VMM did; nulls when nobody knows. `code` is 128 + signal for a main command. */
+/**
+ * How a VM ended: as its main command did, else as the VMM did; nulls when that is not known. `code` is 128 + signal for a main command that a
+ * signal ended.
+ */
 export interface VmExit {
   readonly code: number | null
   readonly signal: NodeJS.Signals | null
 }
 
-/** A VM that is up; `main`: it has a command that is still to be started. */
+/** A VM that is ready. `main`: it has a main command, which has not been started yet. */
 export interface Started {
   readonly vm: Vm
   readonly main: boolean
 }
 
-/** A VM for callers that hold no scopes: its end releases it, and Node streams carry its main command. */
+/** A VM for callers that do not use Effect scopes: its end releases it, and its main command has Node streams. */
 export interface VmControl {
-  /** Another one once it is detached. */
+  /** The VM's handle, which is another one after `detach`. */
   readonly vm: () => Vm
   readonly stdin: Writable
   readonly stdout: Readable
   readonly stderr: Readable
-  /** The last MiB of what the main command wrote there. */
+  /** The last MiB of the main command's output on a channel. */
   readonly tail: (channel: CommandOutput["channel"]) => string
-  /** When it completes, nothing of the VM is left, and all it wrote has been passed on. */
+  /** Completes when nothing of the VM is left and all its output has been passed on. */
   readonly wait: Effect.Effect<VmExit, RegistryError>
   readonly detach: Effect.Effect<void, BootError | ExecError | RegistryError, Machinen>
 }
 
-/** Of the main command's output, for each channel. */
+/** Bytes of the main command's output that are kept of each channel. */
 export const tailBytes = 1024 * 1024
 
 /**
- * A VM that ends with this process, unless it ends before or is detached; then its scope is closed. `within` adds to the scope what the VM
- * is started with.
+ * Starts a VM that ends with this process, unless it is detached. At the VM's end or detaching, its scope is closed. `within` adds to the scope
+ * what the VM is started with.
  */
 export const own = <E, E2, R>(
   start: Effect.Effect<Started, E, R | Scope.Scope>,
@@ -62,7 +65,7 @@ export const own = <E, E2, R>(
   )
 
 /**
- * A VM that is to outlive this process. It is started attached and belongs to nobody once its main command runs: a failure or an interruption
+ * Starts a VM that is to outlive this process. It is started attached, and detached once its main command runs: a failure or an interruption
  * before that ends it.
  */
 export const release = <E, R>(start: Effect.Effect<Started, E, R | Scope.Scope>) =>
@@ -76,7 +79,7 @@ export const release = <E, R>(start: Effect.Effect<Started, E, R | Scope.Scope>)
     })
   ).pipe(Effect.scoped)
 
-/** A VM that belongs to somebody else, or to nobody. */
+/** A VM that this process does not own. */
 export const unowned = (vm: Vm): VmControl => ({
   vm: () => vm,
   stdin: nowhere(),
@@ -87,7 +90,7 @@ export const unowned = (vm: Vm): VmControl => ({
   detach: Effect.void
 })
 
-/** Starts the main command and carries what it and the console say, until the VM ends. */
+/** Starts the main command and copies the output of command and console, until the VM ends. */
 const attend = (
   { main, vm }: Started,
   scope: Scope.CloseableScope,
@@ -100,13 +103,13 @@ const attend = (
     let detachMain: Effect.Effect<void, ExecError> = Effect.void
     const carriers: Array<Fiber.Fiber<void>> = []
     const carry = <A, E>(from: Stream.Stream<A, E>, to: (a: A) => Effect.Effect<void>) =>
-      // one that breaks has ended with the VM, of which others tell
+      // a stream that breaks has ended with the VM, which `wait` reports
       Effect.map(Effect.forkIn(Effect.ignore(Stream.runForEach(from, to)), scope), (it) => void carriers.push(it))
 
     if (onConsole !== undefined) yield* carry(vm.logs("console", { follow: true }), onConsole)
     if (main) {
       const stdin = NodeStream.fromReadable<unknown, Uint8Array>(() => input, identity)
-      // destroyed is as good as ended
+      // a stream that the caller destroys counts as ended
       const command = yield* vm.startMain(Stream.orElse(stdin, () => Stream.empty))
       detachMain = command.detach
       const ending = Stream.ensuring(
@@ -139,7 +142,7 @@ const attend = (
         Effect.gen(function* () {
           if (current !== vm || Option.isSome(yield* Fiber.poll(ended))) return
           const machinen = yield* Machinen
-          // what waits for others comes first, and can be interrupted: until then nothing has changed
+          // the interruptible steps come first: before they succeed nothing has changed
           const later = yield* restore(machinen.attach(vm.id))
           yield* restore(Effect.timeoutFail(detachMain, guestIsSilent(vm)))
           yield* vm.detach
@@ -153,7 +156,7 @@ const attend = (
     return control
   })
 
-/** The main command's output is handed over by the guest, which a paused one cannot do. */
+/** The error of a guest that does not answer, as while it is paused: the guest itself must redirect the main command's output. */
 const guestIsSilent = ({ entry }: Vm) =>
   ({
     duration: "5 seconds",

@@ -1,4 +1,4 @@
-/** A program of this host in a terminal, with the handle of a VM: for a VMM of one's own, and for `Sandboxes`. */
+/** Runs a program of this host in a terminal and gives it the handle of a VM: for VMMs of the caller's own, and for `Sandboxes`. */
 import { accessSync, constants, statSync } from "node:fs"
 import * as os from "node:os"
 import * as path from "node:path"
@@ -10,40 +10,40 @@ import * as HostPty from "../platform/HostPty.ts"
 import { TailReadable } from "../platform/TailReadable.ts"
 
 export interface PtyBootOptions {
-  /** Absolute, or relative to `cwd`. */
+  /** Path of the program: absolute, or relative to `cwd`. */
   readonly binary: string
   readonly args?: ReadonlyArray<string>
-  /** Over this process's own. */
+  /** Variables over this process's own. */
   readonly env?: Readonly<Record<string, string>>
   readonly cwd?: string
-  /** Default 80 × 24. */
+  /** Size of the terminal. Default 80 columns, 24 rows. */
   readonly cols?: number
   readonly rows?: number
-  /** TERM. Default `xterm-256color`. */
+  /** Value of TERM. Default `xterm-256color`. */
   readonly name?: string
 }
 
 export interface PtyVmHandle {
   readonly pid: number
-  /** What is typed. */
+  /** Bytes that are typed into the terminal. */
   readonly stdin: Writable
-  /** What the terminal shows. Before it is read its last 1 MiB is kept; from then on the program waits for its reader. */
+  /** The terminal's output. Until the first read its last MiB is kept; from then on the program waits for the reader. */
   readonly stdout: Readable
-  /** The same stream: a terminal has one. */
+  /** The same stream as `stdout`, because a terminal has one. */
   readonly stderr: Readable
-  /** The program is told by SIGWINCH. After its end nobody is. */
+  /** Resizes the terminal, which the program learns by SIGWINCH. Does nothing after the program's end. */
   readonly resize: (cols: number, rows: number) => void
   readonly wait: () => Promise<{ readonly code: number | null; readonly signal: NodeJS.Signals | null }>
-  /** Ends it at once; completes when it is gone. */
+  /** Kills the program. Resolves when it has ended. */
   readonly kill: () => Promise<void>
-  /** The last 1 MiB of what it has shown. */
+  /** The last MiB of output. */
   readonly output: () => Promise<string>
   readonly errorOutput: () => Promise<string>
 }
 
 const tailBytes = 1024 * 1024
 
-/** It is hung up when this process ends. */
+/** Starts the program. It is hung up when this process ends. Throws BootError when the program cannot be run. */
 export const bootPty = (options: PtyBootOptions): PtyVmHandle => {
   const { args = [], cols = 80, cwd = process.cwd(), name = "xterm-256color", rows = 24 } = options
   const binary = path.resolve(cwd, options.binary)
@@ -104,13 +104,13 @@ const signalNames = new Map(
   Object.entries(os.constants.signals).map(([name, number]) => [number, name as NodeJS.Signals] as const)
 )
 
-/** A terminal tells of a program that is not there only by text in it. */
+/** Checks the program before, because a terminal reports a missing program only as text. */
 const checkBinary = (binary: string): BootError | undefined => {
   try {
     accessSync(binary, constants.X_OK)
     if (statSync(binary).isFile()) return undefined
   } catch {
-    // said below
+    // the error below says it
   }
   return new BootError({
     code: "BOOT_VMM_MISSING",

@@ -15,7 +15,7 @@ import * as vmHandle from "./vmHandle.ts"
 
 const defaultWaitMs = 60_000
 
-/** The API over some services. */
+/** Makes the API on these services. */
 export const make = <E>(layer: Layer.Layer<Machinen, E>): Client => {
   const services = Services.share(layer)
   const { run } = services
@@ -121,7 +121,7 @@ export const make = <E>(layer: Layer.Layer<Machinen, E>): Client => {
 
 const toRow = (entry: VmEntry): ReadonlyArray<RegistryEntry> => {
   const { createdAt, detached, forkedFrom, id, image, liveMounts, memoryMib, name, vmm, vsockPath } = entry
-  // one that is still being started cannot be attached to
+  // a VM that is still being started cannot be attached to
   if (vmm === undefined) return []
   return [
     given({
@@ -155,7 +155,7 @@ const nothingToRun = (image: string) =>
 const checkCommand = ({ cmd, image, rootDisk }: BootOptions): Effect.Effect<void, BootError> => {
   const isGiven = image !== undefined || typeof rootDisk === "string"
   if (isGiven === (cmd !== undefined)) return Effect.void
-  // an image may have a command of its own, which is known when it is looked into; the bases have none
+  // an image may have a command of its own, which is known only once the image is read; the bases have none
   if (image !== undefined && !(baseNames as ReadonlyArray<string>).includes(image)) return Effect.void
   return isGiven
     ? nothingToRun(image ?? String(rootDisk))
@@ -173,7 +173,7 @@ const neitherOrBoth = () =>
     hint: "give one of the two"
   })
 
-/** How a launched guest can fail to become ready; what is refused before keeps its own code. */
+/** Codes of a launched guest that does not become ready. Errors before the launch keep their own codes. */
 const notReadyCodes: ReadonlySet<string> = new Set([
   "BOOT_READY_TIMEOUT",
   "BOOT_GUEST_FAILED",

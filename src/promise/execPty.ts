@@ -7,25 +7,25 @@ import type { Vm } from "../vm/Vm.ts"
 export interface VsockExecPtyOptions {
   readonly cols: number
   readonly rows: number
-  /** What is typed: read from at once, until the session ends. Raw mode is its owner's business. */
+  /** The keyboard: read at once, until the session ends. The caller sets raw mode. */
   readonly stdin: Readable
-  /** Gets what the terminal shows; the command waits for it. */
+  /** Gets the terminal's output; the command waits for it. */
   readonly stdout: Writable
-  /** How long the guest may take to accept the command; it is not tried again. Default 5000. */
+  /** Milliseconds in which the guest must accept the command; there is one attempt. Default 5000. */
   readonly connectTimeoutMs?: number
 }
 
-/** A session that is listened to already; running its result is what starts the command. */
+/** A session whose streams are connected. Running `result` starts the command. */
 export interface Begun {
   readonly result: Effect.Effect<{ readonly exitCode: number }, ExecError>
-  /** @throws ExecError for a size that no terminal has */
+  /** @throws ExecError (EXEC_TERMINAL_SIZE_INVALID) */
   readonly resize: (cols: number, rows: number) => void
   readonly cancel: () => void
-  /** Listens no more. */
+  /** Disconnects the streams. */
   readonly release: () => void
 }
 
-/** Chunks of input that may wait for the guest; then their stream does. */
+/** Chunks of input that may wait for the guest; beyond that the input stream is held back. */
 const ahead = 16
 
 export const begin = (vm: () => Vm, cmd: string, options: VsockExecPtyOptions): Begun => {
@@ -57,7 +57,7 @@ export const begin = (vm: () => Vm, cmd: string, options: VsockExecPtyOptions): 
     const terminal = yield* Effect.timeoutFail(opened, { duration: connectTimeoutMs, onTimeout: notTaken })
     yield* Stream.fromQueue(keys).pipe(
       Stream.runForEach((bytes) => Effect.zipLeft(terminal.write(bytes), taken)),
-      // the output tells why
+      // the output says why the terminal takes no more
       Effect.ignore,
       Effect.forkScoped
     )
@@ -77,7 +77,7 @@ export const begin = (vm: () => Vm, cmd: string, options: VsockExecPtyOptions): 
     cancel: () => Deferred.unsafeDone(cancelled, wasCancelled),
     release: () => {
       stdin.off("data", listen)
-      // what comes next is for somebody else
+      // later input does not belong to this session
       if (!wasFlowing) stdin.pause()
     }
   }

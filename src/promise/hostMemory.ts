@@ -7,12 +7,12 @@ import { defaultFreeMemoryThreshold, refusal } from "../snapshot/forkBackpressur
 /** Half of the host's memory in MiB, from 512 to 16384. */
 export const autoSizeMemoryMib = (hostBytes: number = readHostTotalBytes()): number => autoMemoryMib(hostBytes)
 
-/** What new processes can have without swapping, in bytes. */
+/** Bytes that new processes can have without swapping. */
 export const readHostFreeBytes = (): Promise<number> => Effect.runPromise(memory.availableBytes)
 
 export const readHostTotalBytes = (): number => Effect.runSync(memory.totalBytes)
 
-/** Resident memory of a process in bytes; null when it is gone. `statsPath` is for hosts without /proc, of which we run on none. */
+/** Resident bytes of a process; null when it has ended. `_statsPath` is ignored: it is for hosts without /proc, which are not supported. */
 export const readHostRssBytes = (pid: number, _statsPath?: string): number | null =>
   Option.getOrNull(Effect.runSync(processes.residentBytes(pid)))
 
@@ -21,7 +21,7 @@ export interface RssTarget {
   readonly statsPath?: string
 }
 
-/** Of many; who is gone is left out. */
+/** Resident bytes by pid. Processes that have ended are left out. */
 export const readHostRssBytesMulti = (targets: ReadonlyArray<RssTarget | number>): Map<number, number> =>
   new Map(
     targets.flatMap((target) => {
@@ -34,7 +34,7 @@ export const readHostRssBytesMulti = (targets: ReadonlyArray<RssTarget | number>
 export const DEFAULT_FREE_MEMORY_THRESHOLD = defaultFreeMemoryThreshold
 
 export interface CheckForkBackpressureOptions {
-  /** The part of the memory that must be free, 0 to 1; 0 or less: no matter, and nothing is read. */
+  /** The part of the memory that must be free, 0 to 1. 0 or less: no limit, and nothing is read. */
   readonly threshold: number
   readonly readFree?: () => Promise<number>
   readonly totalBytes?: number

@@ -1,10 +1,10 @@
 import { Effect } from "effect"
 import type { LogEvent, OnLog, PhaseLogEvent } from "./types.ts"
 
-/** A place that events are sent to. */
+/** Receives events. */
 export type Log = (event: LogEvent) => Effect.Effect<void>
 
-/** Sends events to the caller's `onLog`. What that throws is logged, and does not fail the operation. */
+/** Sends events to the caller's `onLog`. An error that it throws is logged, and does not fail the operation. */
 export const logger = (onLog: OnLog | undefined): Log =>
   onLog === undefined
     ? () => Effect.void

@@ -8,7 +8,7 @@ export type EnsureMountDiskImageOptions = LowerOptions
 export type EnsureMountDiskImageResult = Lower
 
 export interface EnsureMountDiskUpperOptions {
-  /** A multiple of 4096. Default 4 GiB, as a hole. */
+  /** Size in bytes, a multiple of 4096. Default 4 GiB; the file is sparse. */
   readonly sizeBytes?: number
 }
 
@@ -25,25 +25,25 @@ const withMountdisk = async <A, E>(use: (mountdisk: Mountdisk["Type"]) => Effect
   throw Cause.originalError(Cause.squash(exit.cause))
 }
 
-/** A host directory as a squashfs image, made unless there is one for what it holds. */
+/** The squashfs image of a host directory, which is made unless there is one for its content. */
 export const ensureMountDiskImage = (
   hostAbs: string,
   options?: EnsureMountDiskImageOptions
 ): Promise<EnsureMountDiskImageResult> => withMountdisk((mountdisk) => mountdisk.lower(hostAbs, options))
 
-/** A new empty file system to write to above it, in the directory for temporary files; it is the caller's to remove. */
+/** Makes an empty file system for a writable layer, in the directory of temporary files. The caller removes it. */
 export const ensureMountDiskUpper = ({ sizeBytes = defaultMountUpperBytes }: EnsureMountDiskUpperOptions = {}) =>
   withMountdisk((mountdisk) =>
     Effect.map(mountdisk.upper(sizeBytes), (upperPath): EnsureMountDiskUpperResult => ({ upperPath, sizeBytes }))
   )
 
-/** Says of an image that it is whole: one without a mark is made again. No guest can write one, so marks stay. */
+/** Marks an image as whole; an image without a mark is made again. No guest can write images, so marks stay valid. */
 export const markMountDiskImageClean = (imgPath: string): void => writeFileSync(`${imgPath}.ok`, "")
 
-/** Where images of host directories are kept. */
+/** The directory of the images of host directories. */
 export const mountdiskImgCacheDir = (): Promise<string> =>
   withMountdisk((mountdisk) => Effect.succeed(mountdisk.cacheDir))
 
-/** This host's `mksquashfs`. */
+/** Path of this host's `mksquashfs`; undefined when it has none. */
 export const resolveMksquashfs = (): Promise<string | undefined> =>
   withMountdisk((mountdisk) => Effect.map(mountdisk.tool, Option.getOrUndefined))

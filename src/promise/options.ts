@@ -1,7 +1,7 @@
 import { Effect } from "effect"
 import { BootError } from "../errors.ts"
 
-/** Which values of an option can be honoured. */
+/** Tests by option name for values that can be honoured. */
 type Supported = Readonly<Record<string, (value: unknown) => boolean>>
 const any = () => true
 const only = (wanted: unknown) => (value: unknown) => value === wanted
@@ -80,7 +80,7 @@ export const provisionOptions: Supported = {
 }
 export const gcOptions: Supported = { dryRun: any }
 
-/** Nothing asked for: left out, or an empty list of things. */
+/** Whether a value asks for nothing: it is undefined, or an empty list or object. */
 const isNothing = (value: unknown) =>
   value === undefined || (typeof value === "object" && value !== null && Object.keys(value).length === 0)
 

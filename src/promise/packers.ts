@@ -6,7 +6,7 @@ import * as layers from "../runtime/layers.ts"
 import type { Settings } from "../Settings.ts"
 
 /**
- * Packers of initramfs archives (src/initramfs/index.ts). Without `initPath`, `/init` is the guest program set-up builds.
+ * Packers of initramfs archives (src/initramfs/index.ts). Default of `initPath`: the guest program that set-up builds.
  */
 const pack =
   <O, A>(packer: (options: O) => Effect.Effect<A, MachinenError, InitramfsPackers.Services | Settings>) =>
@@ -19,7 +19,7 @@ const resolveBase =
   (kind: baseAssets.BaseAsset) =>
   (explicit?: string, cwd?: string): Promise<string> =>
     pack((_: undefined) => baseAssets.resolve(kind, explicit, cwd))(undefined)
-/** A path given, else the one of MACHINEN_ASSETS_DIR, else what set-up made. */
+/** Resolves a base asset: the given path, else the file in MACHINEN_ASSETS_DIR, else what set-up built. */
 export const resolveBaseRootfs = resolveBase("rootfs")
 export const resolveBaseKernel = resolveBase("kernel")
 export const resolveBaseDtb = resolveBase("dtb")

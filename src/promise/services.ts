@@ -4,9 +4,9 @@ import type { Machinen } from "../Machinen.ts"
 import { given } from "../platform/given.ts"
 import * as debug from "../runtime/debug.ts"
 
-/** The services behind the Promise API, and how an effect is run on them. */
+/** Runs effects on the services behind the Promise API. */
 export interface Services {
-  /** Gives an effect the services, which stay for as long as the scope. */
+  /** Provides an effect with the services, which are kept until the scope closes. */
   readonly within: (
     scope: Scope.Scope
   ) => <A, F, R>(effect: Effect.Effect<A, F, R>) => Effect.Effect<A, F | BootError, Exclude<R, Machinen>>
@@ -14,7 +14,7 @@ export interface Services {
   readonly run: <A, F>(effect: Effect.Effect<A, F, Machinen>, signal?: AbortSignal) => Promise<A>
 }
 
-/** Services that are built on first use, shared, and released when no call and no VM of this process needs them. */
+/** Shares services: they are built on first use, and released when no call and no VM of this process needs them. */
 export const share = <E>(services: Layer.Layer<Machinen, E>): Services => {
   const shared = Effect.runSync(
     Effect.flatMap(Scope.make(), (forever) =>
@@ -40,7 +40,7 @@ export const share = <E>(services: Layer.Layer<Machinen, E>): Services => {
   return { run, within }
 }
 
-/** The services cannot be built: a setting is at fault. */
+/** The error of services that cannot be built, because a setting is wrong. */
 const unusable = (cause: unknown) =>
   isMachinenError(cause) && cause instanceof BootError
     ? cause

@@ -6,15 +6,15 @@ import type { EngineName } from "../snapshot/BundleManifest.ts"
 import type * as execPty from "./execPty.ts"
 import type * as VmControl from "./VmControl.ts"
 
-/** Bytes of a guest's, as they came: not split, not decoded. */
+/** Bytes from a guest as they arrived, neither split into lines nor decoded. */
 export interface ChunkLogEvent {
   readonly source: "guest-console" | "exec-stdout" | "exec-stderr"
-  /** The command, of the exec sources. */
+  /** The command, for the exec sources. */
   readonly cmd?: string
   readonly chunk: Buffer
 }
 
-/** Where the time of an operation went, in milliseconds by phase, in the order in which the phases began. */
+/** The phases of an operation: milliseconds by name, in the order in which the phases began. */
 export interface PhaseLogEvent {
   readonly source: "phase"
   readonly kind: "boot" | "provision" | "snapshot" | "restore"
@@ -23,15 +23,15 @@ export interface PhaseLogEvent {
 }
 
 export type LogEvent = ChunkLogEvent | PhaseLogEvent
-/** What it throws is not seen by anybody but DEBUG=machinen:promise. */
+/** Receives events. An error that it throws is only shown by DEBUG=machinen:promise. */
 export type OnLog = (event: LogEvent) => void
 
 export interface Interruptible {
-  /** Ends the operation; whatever it has acquired is released before the promise rejects with the signal's reason. */
+  /** Ends the operation. Everything that it has acquired is released before the promise rejects with the signal's reason. */
   readonly signal?: AbortSignal
 }
 
-/** A host directory shared with the guest. */
+/** A host directory that is shared with the guest. */
 export type LiveMount = LiveMountOption
 
 export interface StartOptions extends Interruptible {
@@ -39,94 +39,97 @@ export interface StartOptions extends Interruptible {
   readonly name?: string
   /** Environment of the main command and of every command run later. */
   readonly env?: Readonly<Record<string, string>>
-  /** TCP ports of this host that lead to the guest's, until the VM is gone; a copy has none of its source's. */
+  /** TCP ports of this host that are forwarded to the guest until the VM has ended. A copy has none of its source's. */
   readonly portForward?: ReadonlyArray<PortForwardOption>
-  /** Commands of this handle, phases, and the console unless it is detached. */
+  /** Receives the output of this handle's commands, phases, and the console unless the VM is detached. */
   readonly onLog?: OnLog
-  /** The VM outlives this process; the handle is that of `attach`. */
+  /** True: the VM outlives this process, and the handle is one of `attach`. Default false. */
   readonly detached?: boolean
 }
 
 export interface BootOptions extends StartOptions {
   /**
-   * `micro`, `debian`, a rootfs tarball, an ext4 image used as a read-only base, a container image (`docker://NAME`), or a name of `machinen image ls`. What it
-   * says about its commands holds where these options say nothing.
+   * `micro`, `debian`, a rootfs tarball, an ext4 image that is used as a read-only base, a container image (`docker://NAME`), or a name of
+   * `machinen image ls`. Default `debian`. The image's configuration gives defaults for its commands.
    */
   readonly image?: string
-  /** The main command, instead of the image's own; the VM ends with it. One or the other is needed where there is an image. Needs `image` or `rootDisk`. With neither, a VM of the default image idles until it is ended. */
+  /**
+   * The main command, instead of the image's own; the VM ends with it. Needs `image` or `rootDisk`. With `image`, either the image or this option
+   * must have a command. Without image and command, a VM of the default image idles until it is ended.
+   */
   readonly cmd?: ReadonlyArray<string>
-  /** Working directory of commands in the guest; absolute. Default `/`. */
+  /** Working directory of commands in the guest; absolute. Default: the image's, else `/`. */
   readonly guestCwd?: string
-  /** An ext4 image that is the whole root and is written. `true`, the default: `image` stays as it is under a layer of the VM's own. */
+  /** Path of an ext4 image that is the whole root and is written. `true` (default): `image` stays unchanged below a layer of the VM's own. */
   readonly rootDisk?: true | string
-  /** Size of that layer in bytes, a multiple of 4096. Default 2 GiB; it takes the space that is written. */
+  /** Size of that layer in bytes, a multiple of 4096. Default 2 GiB; the file is sparse and grows as the guest writes. */
   readonly rootDiskSizeBytes?: number
-  /** Ceiling of guest memory in MiB; the host gives it as the guest touches it. Default 512: `autoSizeMemoryMib()` takes longer to boot. */
+  /** Guest memory in MiB; the host allocates it as the guest touches it. Default 512. Larger values, as of `autoSizeMemoryMib()`, boot slower. */
   readonly memory?: number
-  /** Default 1. */
+  /** Number of virtual CPUs. Default 1. */
   readonly vcpus?: number
-  /** `nat` (the default): the guest reaches what this host reaches. `none`: it has no network card. */
+  /** `nat` (default): the guest reaches what this host reaches. `none`: the guest has no network card. */
   readonly network?: NetworkMode
-  /** A host directory copied into the guest below /mnt; it is never changed itself. */
+  /** A host directory that is copied into the guest, below /mnt. The host's directory is never changed. */
   readonly mount?: { readonly host: string; readonly guest: string }
-  /** Size of what the guest may write there, in bytes, a multiple of 4096. Default 4 GiB; it takes the space that is written. */
+  /** Most bytes that the guest may write there, a multiple of 4096. Default 4 GiB; the file is sparse and grows as the guest writes. */
   readonly mountDiskUpperSizeBytes?: number
-  /** Host directories shared with the guest below /mnt, at most 5; what either side changes the other sees. */
+  /** Host directories that are shared with the guest below /mnt, at most 5. Each side sees the other's changes. */
   readonly liveMounts?: ReadonlyArray<LiveMount>
-  /** For `wait()`, and for a detached VM to become ready, in milliseconds; null: no limit. Default 60 000. */
+  /** Time limit of `wait()`, and of a detached VM's start, in milliseconds; null: no limit. Default 60 000. */
   readonly timeoutMs?: number | null
-  /** A VM always dies with its owner, unless it is detached. */
+  /** Only `true` is accepted: a VM ends with its owner, unless it is detached. */
   readonly pdeathsig?: true
 }
 
 export interface RestoreOptions extends StartOptions {
-  /** The directory `snapshot` made. */
+  /** The directory that `snapshot` made. */
   readonly snapDir: string
-  /** Where the source's image lies now, if it was moved. */
+  /** The source's image, if it was moved. */
   readonly image?: string
-  /** Of the source's live mounts, by `guest`: from another directory, or in another mode. All of them, of a bundle that is not your own. */
+  /** Another directory or mode for some of the source's live mounts, by `guest`. Of a bundle that is not your own all must be given. */
   readonly liveMounts?: ReadonlyArray<LiveMount>
-  /** Default: as the source had it. The network of a bundle that is not your own is only connected when this says `nat`. */
+  /** Default: the source's. A bundle that is not your own is connected only when this says `nat`. */
   readonly network?: NetworkMode
-  /** Ceiling of guest memory in MiB, of a snapshot by engine criu. Default: what the source had. */
+  /** Guest memory in MiB, for bundles of engine criu. Default: the source's. */
   readonly memory?: number
-  /** Memory is read when it is touched, of a snapshot by engine criu; that of the other always is. Default false. */
+  /** True: memory is read when it is touched. For bundles of engine criu; vmstate does so in any case. Default false. */
   readonly lazy?: boolean
-  /** For `wait()`, in milliseconds; null: no limit. Default 60 000. */
+  /** Time limit of `wait()` in milliseconds; null: no limit. Default 60 000. */
   readonly timeoutMs?: number | null
 }
 
 export interface ForkOptions extends StartOptions {
-  /** Keep the bundle there; otherwise nothing of it stays. */
+  /** Keeps the bundle in this directory. Default: no bundle is kept. */
   readonly outDir?: string
-  /** For the sibling's `wait()`, in milliseconds. Default null: no limit. */
+  /** Time limit of the sibling's `wait()` in milliseconds. Default null: no limit. */
   readonly timeoutMs?: number | null
-  /** The part of the host's memory that must be free, 0 to 1; 0: no matter. Default `DEFAULT_FREE_MEMORY_THRESHOLD`. */
+  /** The part of the host's memory that must be free, 0 (no limit) to 1. Default `DEFAULT_FREE_MEMORY_THRESHOLD`. */
   readonly freeMemoryThreshold?: number
   /** Default: MACHINEN_SNAPSHOT_ENGINE, else `vmstate`. */
   readonly engine?: SnapshotEngine
-  /** Established TCP connections of the source are in the sibling; with engine vmstate they are in any case. Default false. */
+  /** True: established TCP connections survive in the sibling. Default false; engine vmstate keeps them in any case. */
   readonly tcpKeep?: boolean
-  /** As of `restore`. */
+  /** As `lazy` of `restore`. */
   readonly lazy?: boolean
   readonly liveMounts?: ReadonlyArray<LiveMount>
-  /** As of `snapshot`. */
+  /** As `lazyUmount` of `snapshot`. */
   readonly lazyUmount?: boolean
 }
 
 export interface ProvisionOptions extends Interruptible {
-  /** As `image` of `boot`. Default `debian`. */
+  /** The image that is built upon, as `image` of `boot`. Default `debian`. */
   readonly base?: string
-  /** Turns the base into what is wanted. The handle's commands run as root; it is over when this completes. */
+  /** The hook that changes the base. The handle's commands run as root. The VM ends when the promise resolves. */
   readonly install: (vm: VmHandle) => Promise<void>
-  /** The tarball to write; replaced when the build is done, untouched when it fails. */
+  /** The tarball to write. An existing file is replaced when the build is done, and unchanged when it fails. */
   readonly out: string
-  /** The image's command and environment: what a boot of it does that is not told otherwise. */
+  /** The image's command and environment, which are defaults for its boots. */
   readonly cmd?: ReadonlyArray<string>
   readonly env?: Readonly<Record<string, string>>
-  /** What the root filesystem may come to, in bytes. There is no such disk: it is a limit, and takes no space. Default 16 GiB. */
+  /** Most bytes of the root filesystem. A limit only, which takes no space. Default 16 GiB. */
   readonly scratchDiskSizeBytes?: number
-  /** For the whole build. Default 600 000. */
+  /** Time limit of the whole build in milliseconds. Default 600 000. */
   readonly timeoutMs?: number
   readonly onLog?: OnLog
 }
@@ -138,21 +141,21 @@ export interface ProvisionResult {
 }
 
 export interface AttachOptions {
-  /** The VMM's; this or `name`. */
+  /** The VMM's pid. Either this or `name` is needed. */
   readonly pid?: number
   readonly name?: string
-  /** Commands of this handle. */
+  /** Receives the output of this handle's commands. */
   readonly onLog?: OnLog
 }
 
 export interface VsockExecOptions extends Interruptible {
-  /** How long the guest may take to accept the command. Default 30 000. */
+  /** Milliseconds in which the guest must accept the command. Default 30 000. */
   readonly connectTimeoutMs?: number
-  /** The pause before an unreachable guest is tried again. Default 250. */
+  /** Milliseconds between attempts to reach the guest. Default 250. */
   readonly retryMs?: number
-  /** The command is killed after this long; null or Infinity: never. Default 300 000. */
+  /** Milliseconds after which the command is killed; null or Infinity: never. Default 300 000. */
   readonly execTimeoutMs?: number | null
-  /** Gets the output as it comes; the result's field is "" then. What it throws ends the command and rejects. */
+  /** Gets the output as it arrives; the result's field is then "". An error that it throws ends the command and rejects. */
   readonly onStdout?: (chunk: Buffer) => void
   readonly onStderr?: (chunk: Buffer) => void
 }
@@ -160,7 +163,7 @@ export interface VsockExecOptions extends Interruptible {
 export interface VsockExecResult {
   /** 128 + signal for a command that a signal ended. */
   readonly exitCode: number
-  /** UTF-8, decoded as a whole. */
+  /** The output, decoded as UTF-8. */
   readonly stdout: string
   readonly stderr: string
 }
@@ -173,34 +176,34 @@ export interface VsockExecPtyResult {
 export interface VsockExecPtyHandle {
   /** Rejects with EXEC_AGENT_UNAVAILABLE when the guest does not take the command, with EXEC_CANCELLED after `cancel()`. */
   readonly result: Promise<VsockExecPtyResult>
-  /** The command is told by SIGWINCH. Throws EXEC_TERMINAL_SIZE_INVALID. */
+  /** Resizes the terminal, which the command learns by SIGWINCH. Throws EXEC_TERMINAL_SIZE_INVALID. */
   readonly resize: (cols: number, rows: number) => void
-  /** Hangs the terminal up, and with it what runs in it. */
+  /** Hangs the terminal up, which ends the command. */
   readonly cancel: () => void
 }
 
 export interface WriteFileOptions {
-  /** Permission bits; a new file's default is 0644. */
+  /** Permission bits. Default: 0644 for a new file; an existing file keeps its own. */
   readonly mode?: number
-  /** Make missing parent directories. Default true. */
+  /** Makes missing parent directories. Default true. */
   readonly recursive?: boolean
   readonly append?: boolean
 }
 
 export interface SnapshotOptions extends Interruptible {
-  /** Absent, or an empty directory. */
+  /** A directory that does not exist yet, or an empty one. */
   readonly outDir: string
-  /** Default false: the VM ends with its snapshot. */
+  /** True: the VM keeps running. Default false: the VM ends. */
   readonly leaveRunning?: boolean
   /** Default: MACHINEN_SNAPSHOT_ENGINE, else `vmstate`. */
   readonly engine?: SnapshotEngine
-  /** Established TCP connections are closed in what is restored; engine vmstate keeps them in any case. Default false. */
+  /** True: established TCP connections are closed in the copy. Default false; engine vmstate keeps them in any case. */
   readonly tcpClose?: boolean
-  /** Processes may hold files on live mounts, which give EIO in what is restored; else SNAPSHOT_MOUNT_BUSY. Default false. */
+  /** True: processes may hold files on live mounts, which give EIO in a copy. Default false: rejects with SNAPSHOT_MOUNT_BUSY. */
   readonly lazyUmount?: boolean
-  /** For the guest's processes to stand still, in milliseconds. Default 90 000. */
+  /** Time limit for freezing the guest's processes, in milliseconds. Default 90 000. */
   readonly timeoutMs?: number
-  /** Beside the handle's own. */
+  /** Receives events too, beside the handle's own `onLog`. */
   readonly onLog?: OnLog
 }
 
@@ -209,68 +212,68 @@ export type SnapshotEngine = EngineName
 
 export interface SnapshotResult {
   readonly engine: SnapshotEngine
-  /** Absolute. */
+  /** Absolute path of the bundle. */
   readonly snapDir: string
-  /** The machine's state, of engine `vmstate`. */
+  /** Path of the machine's state; with engine vmstate only. */
   readonly vmstatePath?: string
   readonly elapsedMs: number
-  /** The end of what the guest had printed on its console. */
+  /** The end of the guest's console log. */
   readonly consoleLog: string
 }
 
 export interface MemoryStats {
   readonly ceilingMib: number | null
-  /** The VMM's resident memory; null when it is gone. */
+  /** Resident bytes of the VMM; null when it has ended. */
   readonly hostRssBytes: number | null
   /** Always 0: VMs have no balloon yet. */
   readonly balloonInflatedBytes: number
-  /** Pages (of 4 KiB) of processes restored with `lazy` that are still to be read. */
+  /** Pages (of 4 KiB) of processes restored with `lazy` that have not been read yet. */
   readonly lazyPagesPending: number
 }
 
 /**
- * A running VM. One from `boot`, `restore` or `fork` belongs to this process, which stays up for it, and ends with it however it ends;
- * a detached one, and one from `attach`, belongs to nobody.
+ * A running VM. A VM from `boot`, `restore` or `fork` belongs to this process: it keeps the process alive, and ends with the process. A detached VM
+ * does not belong to a process; a handle from `attach` does not own its VM.
  */
 export interface VmHandle {
   readonly id: string
-  /** The VMM's. */
+  /** The VMM's pid. */
   readonly pid: number
   readonly name?: string
-  /** The main command's input; end it to let the command see the end. Ignored without one, as after `attach` and `restore`. */
+  /** The main command's input; `end()` gives the command its end of file. Ignored without a main command, as after `attach` and `restore`. */
   readonly stdin: Writable
   /**
-   * The main command's output. Before it is read its last 1 MiB is kept; from then on the command waits for its reader. Ended without a
-   * command, as after `attach`, `restore` and `detach`.
+   * The main command's output. Until the first read its last MiB is kept; from then on the command waits for the reader. Without a main command, as
+   * after `attach`, `restore` and `detach`, the stream has ended.
    */
   readonly stdout: Readable
   readonly stderr: Readable
-  /** Completes when the VM is gone and nothing of it is left on the host. Fails BOOT_TIMEOUT after `timeoutMs`; the VM goes on. */
+  /** Resolves when the VM has ended and nothing of it is left on the host. Rejects with BOOT_TIMEOUT after `timeoutMs`; the VM keeps running. */
   readonly wait: () => Promise<VmControl.VmExit>
-  /** Ends it at once; completes as `wait`. A VM that is gone already is fine. */
+  /** Kills the VM. Resolves as `wait` does, also when the VM had ended before. */
   readonly kill: () => Promise<void>
-  /** Powers it off in order, or by force after the grace (default 5 s); completes as `wait`. */
+  /** Powers the VM off, or kills it after the grace (default 5 s). Resolves as `wait` does. */
   readonly stop: (graceMs?: number) => Promise<void>
   /**
-   * The VM now outlives this process; the handle goes on as one of `attach`. `wait` calls under way complete with nulls; `stdin`, `stdout`
-   * and `stderr` end, the main command goes on without them.
+   * Lets the VM outlive this process from now on; the handle becomes one of `attach`. Pending `wait` calls resolve with nulls. `stdin`, `stdout` and
+   * `stderr` end, and the main command goes on without them.
    */
   readonly detach: () => Promise<void>
-  /** The last 1 MiB of what the main command has written to stdout, or stderr, so far. */
+  /** The last MiB of the main command's stdout so far; `errorOutput`: of its stderr. */
   readonly output: () => Promise<string>
   readonly errorOutput: () => Promise<string>
-  /** Runs a line in the guest's `sh -c`. An exit code other than 0 rejects with EXEC_NONZERO_EXIT and the end of its stderr. */
+  /** Runs a line in the guest's `sh -c`. An exit code other than 0 rejects with EXEC_NONZERO_EXIT and the end of the command's stderr. */
   readonly exec: (cmd: string, options?: VsockExecOptions) => Promise<VsockExecResult>
-  /** The same, for any exit code. */
+  /** As `exec`, but resolves with any exit code. */
   readonly execRaw: (cmd: string, options?: VsockExecOptions) => Promise<VsockExecResult>
-  /** Runs a line in the guest's `sh -c`, in a terminal that the two streams become. */
+  /** Runs a line in the guest's `sh -c`, in a terminal that is connected to the two streams. */
   readonly execPty: (cmd: string, options: execPty.VsockExecPtyOptions) => VsockExecPtyHandle
   readonly writeFile: (guestPath: string, contents: Buffer | string, options?: WriteFileOptions) => Promise<void>
   readonly snapshot: (options: SnapshotOptions) => Promise<SnapshotResult>
-  /** A sibling that goes on from here beside this VM; it belongs to this process. */
+  /** Starts a sibling that continues from this moment. This VM keeps running; the sibling belongs to this process. */
   readonly fork: (options?: ForkOptions) => Promise<VmHandle>
   readonly memoryStats: () => Promise<MemoryStats>
-  /** Holds its CPUs. */
+  /** Stops the vCPUs until `resume`. */
   readonly pause: () => Promise<void>
   readonly resume: () => Promise<void>
 }
@@ -283,10 +286,10 @@ export interface RegistryEntry {
   /** The guest channel's unix socket (docs/protocol.md §2). */
   readonly socketPath: string
   readonly imagePath: string
-  /** The copy of a host directory: where it is, and the files it consists of. */
+  /** The copy of a host directory: its path in the guest, and the files of its two layers. */
   readonly mountDisk?: { readonly guest: string; readonly lowerPath: string; readonly upperPath: string }
   readonly liveMounts?: ReadonlyArray<Required<LiveMount>>
-  /** The bundle or VM it goes on from. */
+  /** The bundle that the VM was restored from, or the id of the VM that it was forked from. */
   readonly forkedFrom?: string
   readonly memoryCeilingMib: number
   readonly detached: boolean
@@ -295,7 +298,7 @@ export interface RegistryEntry {
 }
 
 export interface RunGcOptions {
-  /** Only tell. */
+  /** True: only lists what would be removed. Default false. */
   readonly dryRun?: boolean
 }
 
@@ -303,14 +306,14 @@ export type GcResult = Leftover
 
 export interface Client {
   readonly boot: (options?: BootOptions) => Promise<VmHandle>
-  /** Builds an image in a VM of its base. */
+  /** Builds an image: boots a base, runs the hook in it, and writes its root filesystem to a tarball. */
   readonly provision: (options: ProvisionOptions) => Promise<ProvisionResult>
-  /** A handle on a running VM; it fails REGISTRY_VM_NOT_FOUND when there is none. */
+  /** A handle on a running VM. Rejects with REGISTRY_VM_NOT_FOUND when there is no such VM. */
   readonly attach: (options: AttachOptions) => Promise<VmHandle>
   /** Running VMs, oldest first. */
   readonly list: () => Promise<ReadonlyArray<RegistryEntry>>
-  /** Removes what dead VMs left behind; every first use does that by itself. */
+  /** Removes what dead VMs left behind. The first use of the API in a process does so too. */
   readonly runGc: (options?: RunGcOptions) => Promise<ReadonlyArray<GcResult>>
-  /** A VM that goes on where a snapshot's source stood. */
+  /** Starts a VM that continues where a snapshot's source was saved. */
   readonly restore: (options: RestoreOptions) => Promise<VmHandle>
 }

@@ -12,9 +12,9 @@ import type { Services } from "./services.ts"
 import type { StartOptions, VmHandle, VsockExecOptions } from "./types.ts"
 import * as VmControl from "./VmControl.ts"
 
-/** Handles of VMs whose methods return promises, over some services. */
+/** Makes handles of VMs whose methods return promises, on these services. */
 export const make = ({ run, within }: Services) => {
-  /** Starts a VM and gives its handle. `waitMs` limits `wait()`; null is no limit. */
+  /** Starts a VM and returns its handle. `waitMs` is the time limit of `wait()` in milliseconds; null: no limit. */
   const begin = async <F>(
     begun: Effect.Effect<VmControl.Started, F, Machinen | Scope.Scope>,
     options: StartOptions,
@@ -22,7 +22,7 @@ export const make = ({ run, within }: Services) => {
   ): Promise<VmHandle> => {
     const { detached, onLog, signal } = options
     const log = logger(onLog)
-    // the signal ends the start alone: a VM that is up when it comes is not lost
+    // the signal ends the start only: a VM that is ready when the signal comes keeps running
     const start = signal === undefined ? begun : Effect.raceFirst(begun, aborted(signal))
     const onConsole = (bytes: Uint8Array) => log({ source: "guest-console", chunk: toBuffer(bytes) })
     const control: Effect.Effect<VmControl.VmControl, F | MachinenError, Machinen> =
@@ -75,7 +75,7 @@ export const make = ({ run, within }: Services) => {
             )
             const { bundle, elapsedMs, phases } = yield* machinen.snapshot(vm(), rest)
             yield* both(log, logger(onLog))(phaseEvent("snapshot", phases, elapsedMs))
-            // it has ended with its snapshot: nothing is left of it when the promise resolves
+            // the VM ends with its snapshot: nothing of it is left when the promise resolves
             if (options.leaveRunning !== true) yield* wait
             const { engine } = bundle.manifest
             return {
@@ -115,7 +115,7 @@ export const make = ({ run, within }: Services) => {
   return { begin, toHandle }
 }
 
-/** Dies with the signal's reason when that comes. */
+/** Dies with the signal's reason when the signal is aborted. */
 const aborted = (signal: AbortSignal): Effect.Effect<never> =>
   Effect.async((resume) => {
     const end = () => resume(Effect.die(signal.reason))
@@ -141,7 +141,7 @@ const toExecOptions = (cmd: string, options: VsockExecOptions, log: Log): ExecOp
   }
 }
 
-/** The same bytes. */
+/** A Buffer on the same memory. */
 const toBuffer = (bytes: Uint8Array): Buffer => Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength)
 const text = (bytes: Uint8Array): string => toBuffer(bytes).toString()
 

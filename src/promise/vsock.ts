@@ -5,22 +5,22 @@ import { Agent, type AgentClient } from "../guest/Agent.ts"
 import * as layers from "../runtime/layers.ts"
 
 export interface VsockSecretsOptions {
-  /** How long an agent that cannot be reached is tried. Default 10 000. */
+  /** Milliseconds for which an unreachable agent is tried. Default 10 000. */
   readonly timeoutMs?: number
-  /** The pause between two tries. Default 250. */
+  /** Milliseconds between two attempts. Default 250. */
   readonly retryMs?: number
 }
 
 export interface VsockFilesOptions {
-  /** How long an agent that cannot be reached is tried. Default 5000. */
+  /** Milliseconds for which an unreachable agent is tried. Default 5000. */
   readonly timeoutMs?: number
-  /** The pause between two tries. Default 250. */
+  /** Milliseconds between two attempts. Default 250. */
   readonly retryMs?: number
-  /** fnmatch(3) patterns, for the path below the directory or for any name. */
+  /** fnmatch(3) patterns for the path below the directory, or, without a slash, for any name. */
   readonly excludes?: ReadonlyArray<string>
 }
 
-/** Runs an effect on the agent behind a VM's socket, and again as long as that may help. */
+/** Runs an effect on the agent behind a VM's socket. Tries again while the agent may be reached later. */
 const onAgent = async <A, E extends FilesError | SecretsError>(
   udsPath: string,
   { retryMs = 250, timeoutMs }: { readonly retryMs?: number | undefined; readonly timeoutMs: number },
@@ -52,16 +52,16 @@ const isDirectory = (hostDir: string): Effect.Effect<void, FilesError> =>
 
 const filesDefaults = ({ retryMs, timeoutMs = 5000 }: VsockFilesOptions) => ({ retryMs, timeoutMs })
 
-/** Trees into and out of a guest, by the VM's socket (`vsock.sock` in its directory). */
+/** Copies trees to and from a guest, by the VM's socket (`vsock.sock` in its directory). Rejects with FilesError. */
 export const VsockFiles = {
-  /** A directory's contents into a guest directory, made if missing; existing files are replaced. */
+  /** Copies a directory's contents into a guest directory, which is made if missing. Existing files are replaced. */
   push: (udsPath: string, hostDir: string, guestPath: string, options: VsockFilesOptions = {}): Promise<void> =>
     onAgent(udsPath, filesDefaults(options), (client) =>
       Effect.suspend(() => isDirectory(hostDir)).pipe(
         Effect.zipRight(client.push(hostDir, guestPath, { excludes: options.excludes ?? [] }))
       )
     ),
-  /** The other way round. */
+  /** Copies from the guest to the host in the same way. */
   pull: (udsPath: string, guestPath: string, hostDir: string, options: VsockFilesOptions = {}): Promise<void> =>
     onAgent(udsPath, filesDefaults(options), (client) =>
       client.pull(guestPath, hostDir, { excludes: options.excludes ?? [] })
@@ -69,7 +69,7 @@ export const VsockFiles = {
 }
 
 export const VsockSecrets = {
-  /** Gives a guest secrets, which commands get that name them. A value with a newline: SECRETS_VALUE_INVALID, and nothing is sent. */
+  /** Sends a guest secrets, which commands get when they name them. A value with a newline rejects with SECRETS_VALUE_INVALID; nothing is sent. */
   send: (
     udsPath: string,
     secrets: Readonly<Record<string, string>>,

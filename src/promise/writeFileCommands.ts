@@ -1,16 +1,16 @@
 import { randomUUID } from "node:crypto"
 
-/** For those who can only run commands: shell lines that write a file. `Vm.writeFile` needs none of them. */
+/** Shell lines that write a file, for callers that can only run commands. `Vm.writeFile` does not need them. */
 
 export interface WriteFileCommandOptions {
-  /** Permission bits; left as they are when left out. */
+  /** Permission bits. Default: unchanged. */
   readonly mode?: number
-  /** Make missing parent directories. Default true. */
+  /** Makes missing parent directories. Default true. */
   readonly recursive?: boolean
   readonly append?: boolean
 }
 
-/** Base64 characters in one command: a multiple of 4, and with all the rest well below what one argument may hold (MAX_ARG_STRLEN, 128 KiB). */
+/** Base64 characters in one command: a multiple of 4, and well below the longest argument (MAX_ARG_STRLEN, 128 KiB). */
 const chunk = 65_536
 
 const quoted = (text: string) => `'${text.replaceAll("'", "'\\''")}'`
@@ -25,14 +25,14 @@ const wrap = (guestPath: string, decode: string, options: WriteFileCommandOption
   ].join(" && ")
 }
 
-/** One line that writes the file; `contents` must be small enough for one argument. A text is written as UTF-8. */
+/** One line that writes the file. `contents` must fit into one argument; a string is written as UTF-8. */
 export const buildWriteFileCmd = (
   guestPath: string,
   contents: Buffer | string,
   options: WriteFileCommandOptions = {}
 ): string => wrap(guestPath, `printf %s ${quoted(Buffer.from(contents).toString("base64"))} | base64 -d`, options)
 
-/** As many lines as it takes, to be run in order while each succeeds: what is large is gathered in the guest's /tmp and decoded by the last. */
+/** Lines that write the file, to be run in order while each succeeds. Large contents are gathered in the guest's /tmp; the last line decodes them. */
 export const buildWriteFileCmds = (
   guestPath: string,
   contents: Buffer | string,
@@ -44,7 +44,7 @@ export const buildWriteFileCmds = (
   const parts = Array.from({ length: Math.ceil(text.length / chunk) }, (_, i) => text.slice(i * chunk, (i + 1) * chunk))
   return [
     ...parts.map((part) => `printf %s ${quoted(part)} >>${staging}`),
-    // gone also when the target cannot be written
+    // the gathered file is removed even when the target cannot be written
     `{ ${wrap(guestPath, `base64 -d <${staging}`, options)}; }; code=$?; rm -f ${staging}; (exit $code)`
   ]
 }
