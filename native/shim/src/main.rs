@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! supervisor     the life of a VM, from plan to exit record; everything below is called from there
+//!   start        its beginning, in five steps
 //!   plan         what the starter wants        owner        stdin and stdout, the way back to the starter
 //!   files        sparse copies                 process      the VMM, and helpers
 //!   entry, replace  the registry's record      cleanup      what is removed at the end
@@ -48,6 +49,7 @@ mod proxy;
 mod push_pull;
 mod replace;
 mod shares;
+mod start;
 mod state;
 mod stop;
 mod supervisor;

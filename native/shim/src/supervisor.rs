@@ -1,34 +1,22 @@
 //! The life of a VM, step by step.
 
-use crate::agent::Agent;
-use crate::entry::Entry;
 use crate::event::{Event, ExitRecord, ProcessExit, Reason};
 use crate::failed::{Failed, Step};
-use crate::identity::Identity;
 use crate::log::Log;
-use crate::memory::Memory;
-use crate::network::{self, Card, Forwards};
-use crate::plan::{Inherit, Plan};
-use crate::process::{Inherited, Process};
+use crate::network::Forwards;
+use crate::plan::Plan;
 use crate::replace::replace;
-use crate::shares::View;
-use crate::state::{Started, State};
+use crate::start::{Vm, start};
 use crate::stop::{Ask, Stops};
-use crate::transcript::Transcript;
-use crate::{cleanup, control, files, guest_ports, owner, vsock};
-use machinen_channel::connect_host;
-use machinen_protocol::{names, ports};
+use crate::{cleanup, files, owner};
+use machinen_protocol::names;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::net::UnixListener;
-use tokio::sync::mpsc;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
 /// How long what a dead VMM has left in its sockets may take to get where it belongs.
@@ -76,7 +64,7 @@ async fn run(plan: &Plan) -> Result<(), Failed> {
     // Cheap to find out, and what others may have: before anything is copied.
     let forwards = plan.network.as_ref().map(Forwards::bind).transpose()?;
     make_files(plan, &mut stops).await?;
-    let mut vm = Vm::start(plan, forwards).await?;
+    let mut vm = start(plan, forwards).await?;
     let exit = vm.until_exit(plan, &mut stops).await;
     vm.finish(plan, exit).await;
     Ok(())
@@ -107,123 +95,7 @@ async fn make_files(plan: &Plan, stops: &mut Stops) -> Result<(), Failed> {
     }
 }
 
-/// A running VM and everything that serves it.
-struct Vm {
-    vmm: Process,
-    state: Arc<State>,
-    asks: mpsc::Receiver<Ask>,
-    console: JoinHandle<()>,
-    /// What deals with the guest's streams. Ends by itself once the VM is over.
-    channel: JoinSet<()>,
-    control: JoinHandle<()>,
-}
-
 impl Vm {
-    /// Sockets, VMM, entry; then the starter is told.
-    async fn start(plan: &Plan, forwards: Option<Forwards>) -> Result<Self, Failed> {
-        let registry = |path: &Path| {
-            let path = path.display().to_string();
-            move |error: io::Error| Failed::new(Step::Registry, path, &error)
-        };
-        let vmm_failed = |error: io::Error| Failed::new(Step::Vmm, &plan.vmm.argv[0], &error);
-        let vsock_path = plan.vsock_path();
-
-        // 1. Files the VMM finds open.
-        let memory = plan.memory.as_ref().map(Memory::open).transpose()?.map(Arc::new);
-        let mut inherited = Vec::new();
-        if let (Some(plan), Some(memory)) = (&plan.memory, &memory) {
-            inherited.push(Inherited { fd: plan.fd(), what: memory.file().try_clone().map_err(vmm_failed)?.into() });
-        }
-        for Inherit { fd, path } in &plan.inherit {
-            let file = files::open(path).map_err(|error| Failed::new(Step::Files, path.display(), &error))?;
-            inherited.push(Inherited { fd: *fd, what: file.into() });
-        }
-
-        // 2. What others connect to. There before the VMM is: a client that is early waits.
-        let control = UnixListener::bind(&plan.control_path).map_err(registry(&plan.control_path))?;
-        let vsock = match &plan.channel {
-            Some(channel) => UnixListener::bind(&channel.vsock_path).map_err(registry(&channel.vsock_path))?,
-            None => {
-                let path = guest_ports::socket(&vsock_path, ports::LIFECYCLE);
-                UnixListener::bind(&path).map_err(registry(&path))?
-            }
-        };
-
-        // 3. The VMM, with one end of every pair; we keep the other.
-        let (console, console_end) = pair().map_err(vmm_failed)?;
-        inherited.push(Inherited { fd: plan.console.fd, what: console_end.into() });
-        let mut port = None;
-        if let Some(channel) = &plan.channel {
-            let (ours, end) = pair().map_err(vmm_failed)?;
-            inherited.push(Inherited { fd: channel.fd, what: end.into() });
-            port = Some((ours, channel.resume));
-        }
-        let mut network = None;
-        if let (Some(plan), Some(forwards)) = (&plan.network, forwards) {
-            let (card, end) = Card::listen(vsock_path.parent().unwrap_or(Path::new("/"))).map_err(vmm_failed)?;
-            inherited.push(Inherited { fd: plan.fd, what: end.into() });
-            network = Some((plan, card, forwards));
-        }
-        let shares_failed = |(path, error): (PathBuf, io::Error)| Failed::new(Step::Shares, path.display(), &error);
-        let view = plan.shares.as_ref().map(View::prepare).transpose().map_err(shares_failed)?;
-        let log = |path: &Path| {
-            let failed = |error| Failed::new(Step::Files, path.display(), &error);
-            Log::new(path.to_owned(), plan.console.max_bytes).map_err(failed)
-        };
-        let vmm_prints = Arc::new(Transcript::new(log(&plan.vmm_log_path)?));
-        let guest_console = Transcript::new(log(&plan.console.log_path)?);
-        let output = log(&plan.output_log_path)?;
-        let mut vmm = Process::spawn(&plan.vmm, &vmm_prints, inherited, view).map_err(vmm_failed)?;
-
-        // 4. The entry. A VM that is not in the registry must not run.
-        let mut entry = Entry::new(plan.entry_path.clone(), plan.entry.clone());
-        let resumed = plan.channel.as_ref().is_some_and(|channel| channel.resume);
-        let entered =
-            Identity::of(std::process::id()).and_then(|shim| entry.started(shim, vmm.identity, resumed).map(|()| shim));
-        let shim = match entered {
-            Ok(shim) => shim,
-            Err(error) => {
-                vmm.kill();
-                vmm.wait().await;
-                return Err(registry(&plan.entry_path)(error));
-            }
-        };
-
-        // 5. Everything that serves it.
-        let (ask, asks) = mpsc::channel(16);
-        let (identity, detached) = (vmm.identity, plan.detached);
-        let session = port.map(|(port, resume)| connect_host(port, resume));
-        let agent = match &session {
-            Some(session) => Agent::Channel(session.opener.clone()),
-            None => Agent::Socket(vsock_path.clone()),
-        };
-        let started = Started { entry, vmm: identity, agent, vmm_prints, memory, detached, ready: resumed };
-        let state = Arc::new(State::new(started, guest_console, output, ask));
-        let is_over = state.over.subscribe();
-        let mut channel = JoinSet::new();
-        match session {
-            Some(session) => {
-                let driver = session.driver;
-                // It ends with the VMM's end of the pair.
-                channel.spawn(async move { drop(driver.await) });
-                channel.spawn(guest_ports::serve(session.incoming, vsock_path, Arc::clone(&state)));
-                channel.spawn(vsock::serve(vsock, session.opener, is_over));
-            }
-            None => drop(channel.spawn(guest_ports::serve_lifecycle(vsock, Arc::clone(&state), is_over))),
-        }
-        let console = tokio::spawn({
-            let state = Arc::clone(&state);
-            async move { state.console.drain(console).await }
-        });
-        let control = tokio::spawn(control::serve(control, Arc::clone(&state)));
-        if let Some((network, card, forwards)) = network {
-            channel.spawn(network::serve(network.clone(), card, forwards, Arc::clone(&state)));
-        }
-
-        owner::tell(&Event::Started { shim, vmm: vmm.identity }.line());
-        Ok(Vm { vmm, state, asks, console, channel, control })
-    }
-
     /// Waits for the VMM's end, and brings it about when it is wanted.
     async fn until_exit(&mut self, plan: &Plan, stops: &mut Stops) -> ProcessExit {
         let grace = Duration::from_millis(plan.grace_ms);
@@ -311,13 +183,6 @@ impl Vm {
 /// and our init, which reboots a guest that it has given up, says why before.
 fn says_power_off(console: &str) -> bool {
     console.lines().last().is_some_and(|line| line.contains("] reboot: ")) && !console.contains(names::INIT)
-}
-
-/// A socketpair: ours, for the runtime, and the VMM's.
-fn pair() -> io::Result<(tokio::net::UnixStream, UnixStream)> {
-    let (ours, theirs) = UnixStream::pair()?;
-    ours.set_nonblocking(true)?;
-    Ok((tokio::net::UnixStream::from_std(ours)?, theirs))
 }
 
 #[cfg(test)]

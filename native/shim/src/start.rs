@@ -1,0 +1,223 @@
+//! The start of a VM, in five steps.
+
+use crate::agent::Agent;
+use crate::entry::Entry;
+use crate::event::Event;
+use crate::failed::{Failed, Step};
+use crate::identity::Identity;
+use crate::log::Log;
+use crate::memory::Memory;
+use crate::network::{self, Card, Forwards};
+use crate::plan::{self, Inherit, Plan};
+use crate::process::{Inherited, Process};
+use crate::shares::View;
+use crate::state::{Started, State};
+use crate::stop::Ask;
+use crate::transcript::Transcript;
+use crate::{control, files, guest_ports, owner, vsock};
+use machinen_channel::connect_host;
+use machinen_protocol::ports;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::net::UnixListener;
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, JoinSet};
+
+/// A running VM and everything that serves it.
+pub struct Vm {
+    pub vmm: Process,
+    pub state: Arc<State>,
+    pub asks: mpsc::Receiver<Ask>,
+    pub console: JoinHandle<()>,
+    /// What deals with the guest's streams. Ends by itself once the VM is over.
+    pub channel: JoinSet<()>,
+    pub control: JoinHandle<()>,
+}
+
+/// Starts the VM, and tells the starter. On failure the VMM is gone; files are the caller's to remove.
+pub async fn start(plan: &Plan, forwards: Option<Forwards>) -> Result<Vm, Failed> {
+    let files = open_files(plan)?;
+    let listeners = listen(plan)?;
+    let (mut vmm, ends, prints) = spawn(plan, files.inherited, forwards)?;
+    let (entry, shim) = enter(plan, &mut vmm).await?;
+    let identity = vmm.identity;
+    let vm = serve(plan, entry, files.memory, listeners, vmm, ends, prints);
+    owner::tell(&Event::Started { shim, vmm: identity }.line());
+    Ok(vm)
+}
+
+/// What the VMM finds open.
+struct Files {
+    memory: Option<Arc<Memory>>,
+    inherited: Vec<Inherited>,
+}
+
+/// Step 1: opens files for the VMM.
+fn open_files(plan: &Plan) -> Result<Files, Failed> {
+    let memory = plan.memory.as_ref().map(Memory::open).transpose()?.map(Arc::new);
+    let mut inherited = Vec::new();
+    if let (Some(planned), Some(memory)) = (&plan.memory, &memory) {
+        let file = memory.file().try_clone().map_err(vmm_failed(plan))?;
+        inherited.push(Inherited { fd: planned.fd(), what: file.into() });
+    }
+    for Inherit { fd, path } in &plan.inherit {
+        let file = files::open(path).map_err(|error| Failed::new(Step::Files, path.display(), &error))?;
+        inherited.push(Inherited { fd: *fd, what: file.into() });
+    }
+    Ok(Files { memory, inherited })
+}
+
+/// What others connect to.
+struct Listeners {
+    control: UnixListener,
+    vsock: UnixListener,
+}
+
+/// Step 2: listens. The sockets are there before the VMM is: a client that is early waits.
+fn listen(plan: &Plan) -> Result<Listeners, Failed> {
+    let bind = |path: &Path| UnixListener::bind(path).map_err(|error| registry_failed(path, &error));
+    let control = bind(&plan.control_path)?;
+    let vsock = match &plan.channel {
+        Some(channel) => bind(&channel.vsock_path)?,
+        None => bind(&guest_ports::socket(&plan.vsock_path(), ports::LIFECYCLE))?,
+    };
+    Ok(Listeners { control, vsock })
+}
+
+/// The shim's ends of what the VMM has the others of.
+struct Ends<'a> {
+    console: tokio::net::UnixStream,
+    /// The channel's port, and whether the guest was running before.
+    port: Option<(tokio::net::UnixStream, bool)>,
+    network: Option<(&'a plan::Network, Card, Forwards)>,
+}
+
+/// Where what is printed goes.
+struct Prints {
+    vmm: Arc<Transcript>,
+    console: Transcript,
+    output: Log,
+}
+
+/// Step 3: starts the VMM with one end of every pair.
+fn spawn(
+    plan: &Plan,
+    mut inherited: Vec<Inherited>,
+    forwards: Option<Forwards>,
+) -> Result<(Process, Ends<'_>, Prints), Failed> {
+    let failed = vmm_failed(plan);
+    let (console, end) = pair().map_err(&failed)?;
+    inherited.push(Inherited { fd: plan.console.fd, what: end.into() });
+    let mut port = None;
+    if let Some(channel) = &plan.channel {
+        let (ours, end) = pair().map_err(&failed)?;
+        inherited.push(Inherited { fd: channel.fd, what: end.into() });
+        port = Some((ours, channel.resume));
+    }
+    let mut network = None;
+    if let (Some(planned), Some(forwards)) = (&plan.network, forwards) {
+        let vsock_path = plan.vsock_path();
+        let (card, end) = Card::listen(vsock_path.parent().unwrap_or(Path::new("/"))).map_err(&failed)?;
+        inherited.push(Inherited { fd: planned.fd, what: end.into() });
+        network = Some((planned, card, forwards));
+    }
+    let shares_failed = |(path, error): (PathBuf, io::Error)| Failed::new(Step::Shares, path.display(), &error);
+    let view = plan.shares.as_ref().map(View::prepare).transpose().map_err(shares_failed)?;
+    let log = |path: &Path| {
+        let failed = |error| Failed::new(Step::Files, path.display(), &error);
+        Log::new(path.to_owned(), plan.console.max_bytes).map_err(failed)
+    };
+    let prints = Prints {
+        vmm: Arc::new(Transcript::new(log(&plan.vmm_log_path)?)),
+        console: Transcript::new(log(&plan.console.log_path)?),
+        output: log(&plan.output_log_path)?,
+    };
+    let vmm = Process::spawn(&plan.vmm, &prints.vmm, inherited, view).map_err(&failed)?;
+    Ok((vmm, Ends { console, port, network }, prints))
+}
+
+/// Step 4: completes the entry, and says who the shim is. A VM that is not in the registry must not run.
+async fn enter(plan: &Plan, vmm: &mut Process) -> Result<(Entry, Identity), Failed> {
+    let mut entry = Entry::new(plan.entry_path.clone(), plan.entry.clone());
+    let entered = Identity::of(std::process::id())
+        .and_then(|shim| entry.started(shim, vmm.identity, is_resumed(plan)).map(|()| shim));
+    match entered {
+        Ok(shim) => Ok((entry, shim)),
+        Err(error) => {
+            vmm.kill();
+            vmm.wait().await;
+            Err(registry_failed(&plan.entry_path, &error))
+        }
+    }
+}
+
+/// Step 5: starts everything that serves the VM.
+fn serve(
+    plan: &Plan,
+    entry: Entry,
+    memory: Option<Arc<Memory>>,
+    listeners: Listeners,
+    vmm: Process,
+    ends: Ends,
+    prints: Prints,
+) -> Vm {
+    let (ask, asks) = mpsc::channel(16);
+    let session = ends.port.map(|(port, resume)| connect_host(port, resume));
+    let agent = match &session {
+        Some(session) => Agent::Channel(session.opener.clone()),
+        None => Agent::Socket(plan.vsock_path()),
+    };
+    let started = Started {
+        entry,
+        vmm: vmm.identity,
+        agent,
+        vmm_prints: prints.vmm,
+        memory,
+        detached: plan.detached,
+        ready: is_resumed(plan),
+    };
+    let state = Arc::new(State::new(started, prints.console, prints.output, ask));
+    let is_over = state.over.subscribe();
+    let mut channel = JoinSet::new();
+    match session {
+        Some(session) => {
+            let driver = session.driver;
+            // It ends with the VMM's end of the pair.
+            channel.spawn(async move { drop(driver.await) });
+            channel.spawn(guest_ports::serve(session.incoming, plan.vsock_path(), Arc::clone(&state)));
+            channel.spawn(vsock::serve(listeners.vsock, session.opener, is_over));
+        }
+        None => drop(channel.spawn(guest_ports::serve_lifecycle(listeners.vsock, Arc::clone(&state), is_over))),
+    }
+    let console = tokio::spawn({
+        let state = Arc::clone(&state);
+        async move { state.console.drain(ends.console).await }
+    });
+    let control = tokio::spawn(control::serve(listeners.control, Arc::clone(&state)));
+    if let Some((network, card, forwards)) = ends.network {
+        channel.spawn(network::serve(network.clone(), card, forwards, Arc::clone(&state)));
+    }
+    Vm { vmm, state, asks, console, channel, control }
+}
+
+/// Whether the guest was running before this VMM.
+fn is_resumed(plan: &Plan) -> bool {
+    plan.channel.as_ref().is_some_and(|channel| channel.resume)
+}
+
+fn registry_failed(path: &Path, error: &io::Error) -> Failed {
+    Failed::new(Step::Registry, path.display(), error)
+}
+
+fn vmm_failed(plan: &Plan) -> impl Fn(io::Error) -> Failed {
+    |error| Failed::new(Step::Vmm, &plan.vmm.argv[0], &error)
+}
+
+/// A socketpair: ours, for the runtime, and the VMM's.
+fn pair() -> io::Result<(tokio::net::UnixStream, UnixStream)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    Ok((tokio::net::UnixStream::from_std(ours)?, theirs))
+}
