@@ -22,7 +22,8 @@ use super::user::User;
 use super::vfork::{self, Start};
 use crate::reply::Exit;
 use crate::system::after_doorbell::COMMAND_FILES;
-use crate::system::cgroup;
+use crate::system::open_once::open_once;
+use crate::system::{cgroup, oom};
 
 /// What a command may leave in a pipe before it waits for the agent; more means fewer, larger frames.
 const PIPE_BYTES: usize = 256 * 1024;
@@ -66,7 +67,7 @@ fn signal(pid: Pid, signal: i32) {
 impl Running {
     /// A command that CRIU has brought back as a child of this process, with new pipes.
     pub fn adopt(pid: Pid, stdout: pipe::Receiver, stderr: pipe::Receiver) -> io::Result<Self> {
-        let process = Process::new(pid, Child::of(pid)?, cgroup::oom_kills()?);
+        let process = Process::new(pid, Child::of(pid)?, oom::kills()?);
         Ok(Self { process, stdin: None, stdout, stderr })
     }
 }
@@ -98,7 +99,7 @@ impl Process {
 
     /// Whether anything has been killed for want of memory since it began.
     fn saw_oom_kill(&self) -> io::Result<bool> {
-        Ok(cgroup::oom_kills()? > self.oom_kills)
+        Ok(oom::kills()? > self.oom_kills)
     }
 
     /// Whether its pid may be another's.
@@ -164,7 +165,7 @@ pub fn spawn_with_pipes(image: &Image, user: Option<&User>, with_stdin: bool) ->
 }
 
 pub fn spawn(image: &Image, user: Option<&User>, stdio: Stdio<'_>) -> io::Result<Process> {
-    let oom_kills = cgroup::oom_kills()?;
+    let oom_kills = oom::kills()?;
     let workload = workload()?;
     // SAFETY: `become_command` makes system calls on memory prepared before, and nothing else.
     let spawned = unsafe { vfork::spawn(&image.start, &|| image.become_command(workload, user, stdio)) }?;
@@ -174,7 +175,7 @@ pub fn spawn(image: &Image, user: Option<&User>, stdio: Stdio<'_>) -> io::Result
 /// Writing "0" here moves the writer into the commands' control group.
 pub fn workload() -> io::Result<&'static File> {
     static WORKLOAD: OnceLock<File> = OnceLock::new();
-    cgroup::open_once(&WORKLOAD, || OpenOptions::new().write(true).open(format!("{}/cgroup.procs", cgroup::WORKLOAD)))
+    open_once(&WORKLOAD, || OpenOptions::new().write(true).open(format!("{}/cgroup.procs", cgroup::WORKLOAD)))
 }
 
 /// All that the child needs, laid out before it is made: it may not allocate.

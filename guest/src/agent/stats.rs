@@ -7,7 +7,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::context::Context;
 use crate::reply::{ErrorReply, Memory, Stats};
-use crate::system::cgroup;
+use crate::system::{cgroup, oom};
 
 /// Figures of the whole guest, now.
 pub fn stats(context: &Context) -> Result<Stats, ErrorReply> {
@@ -27,7 +27,7 @@ fn read(context: &Context) -> io::Result<Stats> {
         processes: cgroup::processes()?,
         disk_total_bytes: disk.f_blocks * disk.f_frsize,
         disk_free_bytes: disk.f_bavail * disk.f_frsize,
-        oom_kills: cgroup::oom_kills()?,
+        oom_kills: oom::kills()?,
         lazy_pages_pending: context.lazy.pending(),
         rejuvenation: context.rejuvenated().clone(),
     })

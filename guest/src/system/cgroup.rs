@@ -5,7 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use super::root::make_directory;
 
@@ -21,34 +21,6 @@ pub fn set_up() -> io::Result<()> {
     make_directory(SYSTEM, 0o755)?;
     make_directory(WORKLOAD, 0o755)?;
     fs::write(format!("{SYSTEM}/cgroup.procs"), "0")
-}
-
-/// Processes killed for want of memory since boot, by the kernel's own count (proc(5), /proc/vmstat).
-pub fn oom_kills() -> io::Result<u64> {
-    static VMSTAT: OnceLock<File> = OnceLock::new();
-    let file = open_once(&VMSTAT, || File::open("/proc/vmstat"))?;
-    let (mut text, mut length) = (vec![0; 16 * 1024], 0);
-    loop {
-        match file.read_at(&mut text[length..], length as u64)? {
-            0 => return Ok(oom_kills_in(&String::from_utf8_lossy(&text[..length]))),
-            n => length += n,
-        }
-    }
-}
-
-/// Files used for every command and in every copy stay open: in a machine that has just been restored each way into the kernel is slow
-/// for the first time, and looking a file up is a long one.
-pub fn open_once(once: &'static OnceLock<File>, open: impl FnOnce() -> io::Result<File>) -> io::Result<&'static File> {
-    if let Some(file) = once.get() {
-        return Ok(file);
-    }
-    let file = open()?;
-    Ok(once.get_or_init(|| file))
-}
-
-fn oom_kills_in(vmstat: &str) -> u64 {
-    let count = vmstat.lines().find_map(|line| line.strip_prefix("oom_kill "));
-    count.and_then(|count| count.trim_end().parse().ok()).unwrap_or(0)
 }
 
 /// How many processes the commands are.
@@ -167,12 +139,6 @@ pub fn kill_workload() -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn reads_the_count_of_its_own_line_only() {
-        assert_eq!(oom_kills_in("drop_slab 0\noom_kill_x 3\noom_kill 2\nnuma_hit 7\n"), 2);
-        assert_eq!(oom_kills_in("drop_slab 0\n"), 0);
-    }
 
     #[test]
     fn the_commands_groups_are_their_own_and_those_below() {

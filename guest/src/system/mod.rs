@@ -9,6 +9,8 @@ pub mod guest;
 pub mod host_name;
 pub mod mounts;
 pub mod network;
+pub mod oom;
+pub mod open_once;
 pub mod phases;
 pub mod root;
 pub mod shares;
