@@ -29,7 +29,7 @@ import * as usage from "./usage.ts"
 
 type Descriptions = ReadonlyMap<string, HashMap.HashMap<string, CommandDescriptor.Command<unknown>>>
 
-/** The options of the command that words lead to, and how many of them name it; none for a group of commands, or without words. */
+/** The command that the first words name, and how many words that are; `None` without words, and for a group of commands. */
 const commandOf = (verbs: Descriptions, [verb = "", name = ""]: ReadonlyArray<string>) => {
   const unknown = (group: string, words: string) =>
     new ParseError({
@@ -42,7 +42,7 @@ const commandOf = (verbs: Descriptions, [verb = "", name = ""]: ReadonlyArray<st
   if (verb === "" || verb.startsWith("-")) return Effect.succeedNone
   const commands = verbs.get(verb)
   if (commands === undefined) return unknown("machinen", verb)
-  // a command that is no group has itself as its only one
+  // `commands` of a command that is no group holds that command alone
   const own = HashMap.get(commands, verb)
   if (Option.isSome(own)) return found(1, own.value)
   if (name === "" || name.startsWith("-")) return Effect.succeedNone
@@ -52,11 +52,11 @@ const commandOf = (verbs: Descriptions, [verb = "", name = ""]: ReadonlyArray<st
   })
 }
 
-/** What verbs ask for. */
+/** The services that verbs use. */
 export type Services = Layer.Layer.Success<typeof layers.layer>
 
 /**
- * A command line in, Effect out. The services are built only by a verb that runs: help and usage need none, and a test gives fakes.
+ * Turns a command line into an effect. The services are built only when a verb runs: help and usage need none, and tests provide fakes.
  */
 export const cli = <E, R>(
   { args, logLevel, program, tail, verb }: Invocation,

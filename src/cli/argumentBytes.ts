@@ -2,7 +2,7 @@ import { readFileSync } from "node:fs"
 import { Effect } from "effect"
 import { ParseError } from "../errors.ts"
 
-/** What Node puts in the place of bytes that are no UTF-8; also a character that somebody may have meant. */
+/** The character that Node puts in the place of bytes that are not UTF-8. A user may also have meant it. */
 const replacement = "\uFFFD"
 
 export const isUtf8 = (bytes: Uint8Array): boolean => {
@@ -14,7 +14,7 @@ export const isUtf8 = (bytes: Uint8Array): boolean => {
   }
 }
 
-/** As the kernel has it: entries that each end with a NUL. */
+/** The entries as the kernel has them: bytes, each entry ending with NUL (proc(5)). */
 const entriesOf = (file: "cmdline" | "environ"): ReadonlyArray<Buffer> => {
   const bytes = readFileSync(`/proc/self/${file}`)
   const entries: Array<Buffer> = []
@@ -27,7 +27,7 @@ const entriesOf = (file: "cmdline" | "environ"): ReadonlyArray<Buffer> => {
   return entries
 }
 
-/** Refuses arguments that Node has changed in reading them: a guest would be given others than were meant. */
+/** Refuses arguments that Node has changed in decoding them: a guest would get other ones than the user meant. */
 export const argumentsAreText = (argv: ReadonlyArray<string>): Effect.Effect<void, ParseError> =>
   Effect.suspend(() => {
     const changed = argv.find((arg) => arg.includes(replacement))
@@ -40,7 +40,7 @@ export const argumentsAreText = (argv: ReadonlyArray<string>): Effect.Effect<voi
         })
   })
 
-/** A variable of our environment, unless its bytes are no UTF-8. */
+/** A variable of this process's environment, unless its bytes are not UTF-8. */
 export const variable = (name: string): { readonly value: string } | "absent" | "not text" => {
   const value = process.env[name]
   if (value === undefined) return "absent"

@@ -6,7 +6,7 @@ const reasons = (error: ConfigError.ConfigError): ReadonlyArray<string> =>
     ? [...reasons(error.left), ...reasons(error.right)]
     : [`${error.path.join("_")}: ${error.message}`]
 
-/** The services cannot be built because of a variable of the environment: a mistake of usage, like a wrong option. */
+/** Turns the error of a wrong environment variable into a ParseError, because it is a mistake of usage like a wrong option. */
 export const unusable = <E>(error: E): Exclude<E, ConfigError.ConfigError> | ParseError =>
   ConfigError.isConfigError(error)
     ? new ParseError({

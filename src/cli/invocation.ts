@@ -1,16 +1,16 @@
 import { Either, LogLevel } from "effect"
 import { ParseError } from "../errors.ts"
 
-/** What the command line says before the option parser sees it. */
+/** The command line, divided before the option parser sees it. */
 export interface Invocation {
-  /** Node's program and ours. */
+  /** The paths of Node and of the CLI. */
   readonly program: ReadonlyArray<string>
   readonly verb: string
-  /** What follows the verb, up to the first `--`. */
+  /** The arguments between the verb and the first `--`. */
   readonly args: ReadonlyArray<string>
-  /** What follows the first `--`: a guest's command, kept from the option parser whole. */
+  /** The arguments behind the first `--`: a guest's command, which the option parser must not change. */
   readonly tail: ReadonlyArray<string>
-  /** From which level on logs are shown on stderr. Default: warnings. */
+  /** Logs from this level on are shown on stderr. Default: warnings. */
   readonly logLevel: Either.Either<LogLevel.LogLevel, ParseError>
 }
 

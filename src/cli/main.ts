@@ -18,17 +18,17 @@ import * as usage from "./usage.ts"
 const invocation = Invocation.of(process.argv)
 const { verb } = invocation
 
-/** Verbs whose exit code is the guest command's keep docker's 125 for a failure of our own. */
+/** Verbs that exit with the guest command's code use docker's 125 for a failure of the CLI itself. */
 const relaysExitCode = ["run", "exec", "boot", "attach"].includes(verb)
 const ourFailure = relaysExitCode ? 125 : 1
 const badUsage = relaysExitCode ? 125 : 2
 
-/** The signal that ended us, if one did. */
+/** The signal that ended this process, if one did. */
 let endedBy: signals.Forwarded | undefined
 
 /**
- * 0 fine, 1 an expected failure (125 where 1 could be the guest command's), 2 bad usage (or 125), 70 a bug of ours, 124 a time limit,
- * 128 + signal when a signal ended us, as SIGPIPE does when nobody reads on.
+ * Exit codes: 0 success, 1 an expected failure (125 where 1 could be the guest command's), 2 wrong usage (or 125), 70 a bug of machinen, 124 a
+ * time limit, 128 + signal when a signal ended this process, also SIGPIPE when the output's reader has gone.
  */
 const exitCode = (exit: Exit.Exit<unknown, unknown>): number => {
   if (Exit.isSuccess(exit)) return 0
@@ -56,7 +56,7 @@ const report = (cause: Cause.Cause<unknown>): Effect.Effect<void> => {
   if (failure instanceof ExitWith) return Effect.void
   if (ValidationError.isValidationError(failure)) {
     if (ValidationError.isHelpRequested(failure)) return Effect.void
-    // what is wrong has been printed by @effect/cli
+    // @effect/cli has already printed what is wrong
     const code = usage.codeOf(failure)
     const command = code === "PARSE_COMMAND_UNKNOWN" ? "machinen" : `machinen ${verb}`
     return Console.error(`machinen: (${code})\n  hint: \`${command} --help\` shows what it takes`)
@@ -65,7 +65,7 @@ const report = (cause: Cause.Cause<unknown>): Effect.Effect<void> => {
   return Console.error(printable(Cause.pretty(cause, { renderErrorCause: true }), { lines: true }))
 }
 
-/** `gc` reports what it finds; every other verb begins by removing it. */
+/** Every verb first removes what dead VMs left, except `gc`, which reports it. */
 const services = Layer.mapError(verb === "gc" ? layers.layerWithoutReconcile : layers.layer, unusable)
 
 const fiber = argumentsAreText(process.argv).pipe(
@@ -78,7 +78,7 @@ const fiber = argumentsAreText(process.argv).pipe(
   Effect.runFork
 )
 
-// Signals end the program through its scopes; a second one does not hurry them: every release has its own deadline.
+// Signals end the program through its scopes. A second signal does not hurry them, because every release has a time limit of its own.
 signals.install((signal) => {
   endedBy ??= signal
   Effect.runFork(Fiber.interruptAsFork(fiber, fiber.id()))

@@ -11,7 +11,7 @@ import { readSecrets, secretOption } from "./secrets.ts"
 
 export const json = Options.boolean("json").pipe(Options.withDescription("print JSON"))
 
-/** Ports of this host that lead to the guest's. */
+/** Ports of this host that are forwarded to the guest. */
 export const publish = Options.text("publish").pipe(
   Options.withAlias("p"),
   Options.repeated,
@@ -99,11 +99,11 @@ const malformed = (flag: string, value: string, expected: string) =>
     hint: "`--help` shows what the command takes"
   })
 
-/** Numbers are read as text: the range is the boot's to judge, with its own message. */
+/** Parses a whole number. The boot checks the range, with a message of its own. */
 export const wholeNumber = (flag: string, value: string) =>
   /^-?[0-9]+(e[0-9]+)?$/i.test(value) ? Effect.succeed(Number(value)) : malformed(flag, value, "a whole number")
 
-/** `[ADDRESS:]HOSTPORT:GUESTPORT`. Whether the address is one is the boot's to judge. */
+/** Parses `[ADDRESS:]HOSTPORT:GUESTPORT`. The boot checks the address. */
 export const portForward = (values: ReadonlyArray<string>) =>
   Effect.forEach(values, (value) => {
     const refused = (why: string) =>
@@ -142,7 +142,7 @@ export const size = (flag: string, value: string) => {
     : Effect.succeed(Number(match[1]) * (units[(match[2] ?? "").toLowerCase()] ?? 1))
 }
 
-/** A time limit in seconds, or with ms, s, m, h. */
+/** Parses a time limit: seconds, or a number with ms, s, m or h. Returns milliseconds. */
 export const durationMs = (flag: string, value: string) => {
   const match = /^([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)?$/.exec(value)
   const factor = { ms: 1, s: 1000, m: 60_000, h: 3_600_000 }[match?.[2] ?? "s"] ?? 1000
@@ -161,14 +161,14 @@ export const environment = (pairs: ReadonlyArray<string>) =>
       : Effect.succeed([pair, inherited.value] as const)
   }).pipe(Effect.map((entries) => Object.fromEntries(entries)))
 
-/** `HOST:/GUEST`: a host path may hold colons, so the last that a slash follows divides. */
+/** Parses `HOST:/GUEST`. A host path may hold colons: the last colon before a slash divides. */
 const hostAndGuest = (
   flag: string,
   value: string,
   place = value
 ): Effect.Effect<{ readonly host: string; readonly guest: string }, ParseError> => {
   const at = place.lastIndexOf(":/")
-  // a second colon there is a mode that is none
+  // a second colon there begins a mode that is not valid
   return at > 0 && !place.includes(":", at + 1)
     ? Effect.succeed({ host: place.slice(0, at), guest: place.slice(at + 1) })
     : malformed(flag, value, "HOST:/mnt/NAME")
@@ -194,7 +194,7 @@ export const liveMounts = (values: ReadonlyArray<string>) =>
     )
   })
 
-/** The options that were given, without those that were not. */
+/** Leaves out the options that were not given. */
 export const whenGiven = <A extends Readonly<Record<string, Option.Option<unknown>>>>(options: A) => {
   const given = Object.entries(options).flatMap(([key, value]) => (Option.isSome(value) ? [[key, value.value]] : []))
   return Object.fromEntries(given) as { readonly [K in keyof A]?: A[K] extends Option.Option<infer B> ? B : never }
@@ -203,7 +203,7 @@ export const whenGiven = <A extends Readonly<Record<string, Option.Option<unknow
 export const memory = (value: string): Effect.Effect<number | "auto", ParseError> =>
   value === "auto" ? Effect.succeed("auto") : wholeNumber("memory", value)
 
-/** The flags that say what the machine is made of. */
+/** Turns the flags that decide the machine into boot options. */
 export const toMachineOptions = (flags: Pick<BootFlags, "image" | "memory" | "vcpus" | "disk" | "network">) =>
   Effect.all({
     image: Effect.succeed(flags.image),
@@ -213,7 +213,7 @@ export const toMachineOptions = (flags: Pick<BootFlags, "image" | "memory" | "vc
     rootDiskSizeBytes: Effect.transposeMapOption(flags.disk, (value) => size("disk", value))
   }).pipe(Effect.map((given) => whenGiven(given)))
 
-/** Flags as boot options; only the shape of each is judged here. */
+/** Turns flags into boot options. Checks only the syntax of each. */
 export const toBootOptions = Effect.fnUntraced(function* (flags: BootFlags, command: ReadonlyArray<string>) {
   const { name, rootDisk, user, workdir: cwd } = flags
   const options: BootOptions = {

@@ -3,7 +3,7 @@ import type { VmEntry } from "../machine/VmEntry.ts"
 import { printable } from "../platform/printable.ts"
 import type { VmMemory } from "../platform/vmMemory.ts"
 
-/** Columns as wide as their widest cell; the last is not padded. A row is a line, whatever its cells hold. */
+/** Formats a table: columns are as wide as their widest cell, the last one is not padded. Cells are escaped, so that each row is one line. */
 export const table = (header: ReadonlyArray<string>, rows: ReadonlyArray<ReadonlyArray<string>>): string => {
   const all = [header, ...rows].map((row) => row.map((cell) => printable(cell)))
   const widths = header.map((_, column) => Math.max(...all.map((row) => (row[column] ?? "").length)))
@@ -14,7 +14,7 @@ export const table = (header: ReadonlyArray<string>, rows: ReadonlyArray<Readonl
     .join("\n")
 }
 
-/** JSON that a terminal shows as it is: what JSON leaves of controls in strings is escaped too. */
+/** Formats JSON for a terminal: also escapes the control characters that JSON allows in strings. */
 export const jsonText = (value: unknown, indent = 0): string =>
   JSON.stringify(value, null, indent).replace(/[^\P{C}\n]|[\u2028\u2029]/gu, (character) =>
     character.replace(/./gs, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`)
@@ -40,13 +40,13 @@ export const age = (sinceMs: number, nowMs: number): string => {
   return s < 172800 ? `${Math.floor(s / 3600)}h` : `${Math.floor(s / 86400)}d`
 }
 
-/** What a VM costs this host, as `--json` shows it: what of the guest's memory is resident, and what it takes to run it. */
+/** Memory of a VM in `--json` output, in bytes: resident guest memory, and the overhead of running the guest. */
 export const memoryJson = (memory: Option.Option<VmMemory>) =>
   memory._tag === "Some"
     ? { guestResidentBytes: memory.value.guestBytes, overheadBytes: memory.value.overheadBytes }
     : { guestResidentBytes: null, overheadBytes: null }
 
-/** A VM as `--json` shows it. */
+/** A VM in `--json` output. */
 export const vmJson = (entry: VmEntry) => ({
   id: entry.id,
   name: entry.name ?? null,

@@ -4,13 +4,13 @@ import { Effect, Redacted } from "effect"
 import { ParseError } from "../errors.ts"
 import { isUtf8, variable } from "./argumentBytes.ts"
 
-/** Never a value: command lines are for everybody to see. */
+/** Names a secret, and never holds its value: every user of the host can see command lines. */
 export const secretOption = Options.text("secret").pipe(
   Options.repeated,
   Options.withDescription("NAME, whose value is the caller's own variable, or NAME=@FILE; may be repeated")
 )
 
-/** Says nothing of what follows a `=`: it may well be the secret. */
+/** The error leaves out what follows a `=`, because it may be the secret. */
 const malformed = (name: string, why: string) =>
   new ParseError({
     code: "PARSE_FLAG_MALFORMED",
@@ -20,7 +20,7 @@ const malformed = (name: string, why: string) =>
 
 export const isName = (name: string): boolean => /^[A-Za-z_][A-Za-z0-9_]*$/.test(name)
 
-/** The secrets that flags name. */
+/** Reads the secrets that the flags name, from the environment or from files. */
 export const readSecrets = Effect.fnUntraced(function* (flags: ReadonlyArray<string>) {
   const fs = yield* FileSystem.FileSystem
   const secrets: Record<string, Redacted.Redacted<string>> = {}

@@ -1,7 +1,7 @@
 import * as os from "node:os"
 import { Effect, type Scope } from "effect"
 
-/** Signals a terminal or a supervisor sends to end or steer a program. */
+/** Signals by which terminals and supervisors end or steer a program. */
 const forwarded = ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"] as const
 export type Forwarded = (typeof forwarded)[number]
 
@@ -11,19 +11,20 @@ type Handler = (signal: Forwarded) => void
 const handlers: Array<Handler> = []
 let end: Handler = () => {}
 
-/** Until the scope closes, signals go to this handler instead of ending the program. */
+/** Passes signals to the handler until the scope closes, instead of ending the program. */
 export const intercept = (handler: Handler): Effect.Effect<void, never, Scope.Scope> =>
   Effect.acquireRelease(
     Effect.sync(() => void handlers.push(handler)),
     () => Effect.sync(() => void handlers.splice(handlers.lastIndexOf(handler), 1))
   )
 
-/** Somebody who sends this many to end us within this time means it: a guest that ignores or cannot hear them is not asked again. */
+/** After so many ending signals in so short a time the program ends, though the guest ignores or cannot get them. */
 const insistence = { times: 3, withinMs: 5000 }
 const ending: ReadonlySet<Forwarded> = new Set(["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
 
 /**
- * Until the scope closes, signals go to a guest's command; the third in short order ends the program, and through its scopes the command.
+ * Passes signals to a guest's command until the scope closes. The third ending signal within 5 s ends the program, and through its scopes the
+ * command.
  */
 export const relay = (send: Handler): Effect.Effect<void, never, Scope.Scope> =>
   Effect.suspend(() => {
@@ -38,7 +39,7 @@ export const relay = (send: Handler): Effect.Effect<void, never, Scope.Scope> =>
     })
   })
 
-/** Installs the process's handlers; `fallback` gets what nobody intercepts, and ends the program. */
+/** Installs the process's signal handlers. `fallback` gets the signals that are not intercepted, and ends the program. */
 export const install = (fallback: Handler): void => {
   end = fallback
   for (const signal of forwarded) process.on(signal, () => (handlers.at(-1) ?? fallback)(signal))

@@ -4,14 +4,14 @@ import * as NodeStream from "@effect/platform-node/NodeStream"
 import { Cause, type Console, Data, Effect, Option, type Scope, Stream } from "effect"
 
 /**
- * What the program is given on stdin. Reading stops with the scope, so that an idle terminal does not keep the program alive, and not before:
- * Node leaves raw mode only of a stream that is open.
+ * The program's stdin. Reading stops when the scope closes, so that an idle terminal does not keep the program alive, and not before: Node can
+ * leave raw mode only while the stream is open.
  */
 export const stdin: Effect.Effect<Stream.Stream<Uint8Array>, never, Scope.Scope> = Effect.acquireRelease(
   Effect.sync(() => process.stdin),
   (input) => Effect.sync(() => void input.destroy())
 ).pipe(
-  // not by its async iterator: that one cannot be interrupted while it waits for input
+  // not by the stream's async iterator, which cannot be interrupted while it waits for input
   Effect.map((input) =>
     NodeStream.fromReadable<unknown, Uint8Array>(
       () => input,
@@ -24,7 +24,7 @@ export const stdin: Effect.Effect<Stream.Stream<Uint8Array>, never, Scope.Scope>
 
 type Channel = "stdout" | "stderr"
 
-/** Nobody takes what we print: a reader that has left (EPIPE), a full disk, a terminal that is gone. */
+/** Output cannot be written: the reader has gone (EPIPE), the disk is full, or the terminal is gone. */
 export class OutputError extends Data.TaggedError("OutputError")<{
   readonly channel: Channel
   readonly cause: NodeJS.ErrnoException
@@ -34,7 +34,7 @@ export class OutputError extends Data.TaggedError("OutputError")<{
     const reason = errno === undefined ? message : (reasons.get(errno) ?? message)
     return `${this.channel} cannot be written to: ${reason}${code === "" ? "" : ` (${code})`}`
   }
-  /** `| head` has seen enough: nothing to report. */
+  /** The reader of a pipe has gone, like `| head`: there is nothing to report. */
   get readerHasLeft(): boolean {
     return ["EPIPE", "ECONNRESET", "ERR_STREAM_DESTROYED"].includes(this.cause.code ?? "")
   }
@@ -47,7 +47,7 @@ const reasons = new Map<number, string>([
   [-os.constants.errno.EDQUOT, "the disk quota is exceeded"]
 ])
 
-// A failed write is told to who wrote; without a listener the same error would end the process.
+// The writer gets the error of a failed write; without a listener the same error would also end the process.
 for (const channel of ["stdout", "stderr"] as const) process[channel].on("error", () => {})
 
 /** Writes with the backpressure of the pipe or terminal behind it. */
@@ -60,13 +60,13 @@ export const tryWrite =
       )
     })
 
-/** The same for all verbs that have nothing else to do when nobody takes their output: the program ends, through its scopes. */
+/** As `tryWrite`, for verbs that are pointless without output: a failed write ends the program, through its scopes. */
 export const write =
   (channel: Channel) =>
   (bytes: Uint8Array | string): Effect.Effect<void> =>
     Effect.orDie(tryWrite(channel)(bytes))
 
-/** The failed write a program ended with, if that is how it ended. */
+/** The failed write that ended a program, if one did. */
 export const outputErrorOf = (cause: Cause.Cause<unknown>): OutputError | undefined =>
   Option.getOrUndefined(
     Cause.find(cause, (part) => {
@@ -75,7 +75,7 @@ export const outputErrorOf = (cause: Cause.Cause<unknown>): OutputError | undefi
     })
   )
 
-/** `Console.log` and `Console.error` as every other output: a failed write ends the program instead of being lost. */
+/** Lets a failed write of `Console.log` and `Console.error` end the program, as of all other output. */
 export const withConsole = <A, E, R>(effect: Effect.Effect<A, E, R>): Effect.Effect<A, E, R> =>
   Effect.consoleWith((console) => {
     const line =

@@ -5,7 +5,7 @@ import { leaveOutputAlone } from "../platform/tty.ts"
 import { DetachKeys } from "../terminal/DetachKeys.ts"
 import * as stdio from "./stdio.ts"
 
-/** What the program is typed into; fails when that is no terminal. */
+/** Fails with EXEC_NO_TERMINAL when stdin is not a terminal. */
 export const required: Effect.Effect<void, ExecError> = Effect.suspend(() =>
   process.stdin.isTTY === true
     ? Effect.void
@@ -16,19 +16,19 @@ export const required: Effect.Effect<void, ExecError> = Effect.suspend(() =>
       })
 )
 
-/** The window's size; a terminal that does not know its own is a common one. */
+/** The window's size; a common size when the terminal does not report one. */
 export const size = (): TerminalSize => {
   const { columns, rows } = process.stdout
   return { columns: columns || 80, rows: rows || 24 }
 }
 
-/** What it understands. */
+/** The TERM variable of this terminal, for the guest's command. */
 export const environment = (): Readonly<Record<string, string>> => {
   const term = process.env["TERM"]
   return term === undefined || term === "" ? {} : { TERM: term }
 }
 
-/** Until the scope closes, keys come as they are pressed, ctrl-c among them, nothing echoes them, and output is shown as it was written. */
+/** Sets raw mode until the scope closes: keys arrive as they are pressed, also ctrl-c, without echo, and output is not processed. */
 const raw: Effect.Effect<void, never, Scope.Scope> = Effect.acquireRelease(
   Effect.sync(() => {
     process.stdin.setRawMode(true)
@@ -44,7 +44,7 @@ const sizes: Stream.Stream<TerminalSize> = Stream.asyncPush<TerminalSize>(
       Effect.sync(() => {
         const tell = () => void emit.single(size())
         process.stdout.on("resize", tell)
-        // it may have changed before we listened
+        // the size may have changed before we listened
         tell()
         return tell
       }),
@@ -54,15 +54,15 @@ const sizes: Stream.Stream<TerminalSize> = Stream.asyncPush<TerminalSize>(
 )
 
 /**
- * What a program in the terminal may have left behind when we leave it: normal screen, attributes, cursor, keys, mouse and paste modes, scroll
- * region; then the last line.
+ * Resets what a program may have changed in the terminal: normal screen, attributes, cursor, keys, mouse and paste modes, scroll region. Then goes
+ * to the last line.
  */
 const reset =
   "\x1b[?47l\x1b[m\x1b[?25h\x1b[?1l\x1b>\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[r\x1b[999;1H\r\n"
 
 /**
- * Makes our terminal the guest's until its command ends: the exit code, or `detached` when the keys for that were pressed (if they are to
- * count) or our own terminal went away.
+ * Connects this terminal to the guest's until the command ends. Returns the exit code, or `detached` when the detach keys were pressed (with
+ * `detachKeys`) or this terminal has gone.
  */
 export const relay = (
   open: Effect.Effect<Terminal, ExecError, Scope.Scope>,
@@ -83,7 +83,7 @@ export const relay = (
     yield* input.pipe(
       Stream.map(typed),
       Stream.runForEachWhile(({ detached, forward }) => Effect.as(terminal.write(forward), !detached)),
-      // a terminal that takes no more keys is about to say why
+      // the output of a terminal that takes no more keys says why
       Effect.matchEffect({ onFailure: () => Effect.void, onSuccess: () => Deferred.succeed(leave, "detached") }),
       Effect.forkScoped
     )
@@ -93,7 +93,7 @@ export const relay = (
       Effect.zipRight(terminal.exit),
       Effect.zipLeft(Ref.set(isOver, true)),
       Effect.map(({ code }) => code),
-      // nobody sees our output any more
+      // the output cannot be written any more: this terminal has gone
       Effect.catchAll((error) => (error instanceof ExecError ? error : Effect.succeed("detached" as const)))
     )
     return yield* Effect.raceFirst(shown, Deferred.await(leave))

@@ -5,7 +5,7 @@ import { Effect, Option } from "effect"
 import { ParseError } from "../errors.ts"
 
 export interface Flag {
-  /** With its dashes; the first is the one to show. */
+  /** The option's names with their dashes; messages show the first. */
   readonly names: ReadonlyArray<string>
   readonly takesValue: boolean
   readonly repeatable: boolean
@@ -30,7 +30,7 @@ export const flagsOf = (usage: Usage, repeatable = false): ReadonlyArray<Flag> =
   }
 }
 
-/** What every verb takes beside its own. */
+/** Options of every verb. */
 const builtIn: ReadonlyArray<Flag> = [
   { names: ["--help", "-h"], takesValue: false, repeatable: true },
   { names: ["--version"], takesValue: false, repeatable: true },
@@ -49,7 +49,7 @@ const unknown = (name: string, part: string, flags: ReadonlyArray<Flag>) => {
   })
 }
 
-/** `-it` as `-i -t`. Only its last may take a value, which is the next argument. */
+/** Splits a cluster like `-it` into `-i -t`. Only the last option may take a value, which is the next argument. */
 const unclustered = (
   part: string,
   flags: ReadonlyArray<Flag>
@@ -69,9 +69,9 @@ const unclustered = (
   })
 
 /**
- * The arguments as @effect/cli is to have them: clusters of short options taken apart, values apart from their options. Refuses what it would
- * let pass: it drops a cluster it does not know, with all that is in it, and takes other unknown options, an option without its value and one
- * that is given again for arguments. `args` is what follows the verb, up to the guest's command.
+ * Prepares arguments for @effect/cli: splits clusters of short options, and values from their options. Refuses what @effect/cli would let pass: it
+ * drops clusters that it does not know, and takes other unknown options, options without their value, and repeated ones for arguments. `args` are
+ * the arguments between the verb and the guest's command. Fails with ParseError.
  */
 export const normalize = Effect.fnUntraced(function* (own: ReadonlyArray<Flag>, args: ReadonlyArray<string>) {
   const flags = [...own, ...builtIn]
@@ -99,7 +99,7 @@ export const normalize = Effect.fnUntraced(function* (own: ReadonlyArray<Flag>, 
           hint: "give it once"
         })
       }
-      // a second one says nothing new, and would be taken for an argument
+      // a repeated switch changes nothing, and @effect/cli would take it for an argument
       if (!seen.has(flag) || flag.takesValue) normal.push(flag.takesValue || equals === -1 ? name : arg)
       seen.add(flag)
       if (!flag.takesValue) continue
@@ -119,7 +119,7 @@ export const normalize = Effect.fnUntraced(function* (own: ReadonlyArray<Flag>, 
   return normal
 })
 
-/** The code of what @effect/cli itself refuses, told by its kinds of errors and its words. */
+/** The code of an error of @effect/cli, by its kind and its text. */
 export const codeOf = (error: ValidationError.ValidationError): ParseError["code"] => {
   const text = HelpDoc.toAnsiText(error.error)
   if (/unknown argument: '-/.test(text)) return "PARSE_FLAG_UNKNOWN"

@@ -10,7 +10,7 @@ import * as terminal from "../terminal.ts"
 import { vmArg } from "./exec.ts"
 import { commandArgs } from "./run.ts"
 
-/** `machinen attach VM`: our terminal becomes one in a running VM, with a shell or a command. */
+/** `machinen attach VM`: connects this terminal to one in a running VM, with a shell or a command. */
 export const attach = (tail: ReadonlyArray<string>) =>
   Command.make(
     "attach",
@@ -43,7 +43,7 @@ export const attach = (tail: ReadonlyArray<string>) =>
       })
   ).pipe(Command.withDescription("a shell in a running VM, or a session that stays (ctrl-] twice leaves it)"))
 
-/** `machinen sessions VM`: its terminal sessions. */
+/** `machinen sessions VM`: lists the terminal sessions of a VM. */
 export const sessions = Command.make("sessions", { json, vm: vmArg }, (input) =>
   Effect.gen(function* () {
     const machinen = yield* Machinen
@@ -75,7 +75,7 @@ export const sessions = Command.make("sessions", { json, vm: vmArg }, (input) =>
   })
 ).pipe(Command.withDescription("list a VM's terminal sessions"))
 
-/** `machinen session-kill VM SESSION`: ends a session with all that runs in it. */
+/** `machinen session-kill VM SESSION`: ends a session and the processes in it. */
 export const sessionKill = Command.make(
   "session-kill",
   { vm: vmArg, session: Args.text({ name: "session" }).pipe(Args.withDescription("the session's name")) },

@@ -8,7 +8,7 @@ import * as render from "../render.ts"
 import * as stdio from "../stdio.ts"
 import { commandArgs, relay } from "./run.ts"
 
-/** Detaches VMs and says which they are. An interruption comes before, when it ends them, or after, when they are known. */
+/** Detaches VMs and prints their names. Uninterruptible: an interruption either ends the VMs, or comes after their names are printed. */
 export const letGo = (vms: ReadonlyArray<Vm>, announce: Effect.Effect<void>) =>
   Effect.uninterruptible(
     Effect.zipRight(
@@ -17,7 +17,7 @@ export const letGo = (vms: ReadonlyArray<Vm>, announce: Effect.Effect<void>) =>
     )
   )
 
-/** `machinen boot`: a VM that stays: in the foreground until it ends or ctrl-c, or by itself with --detach. */
+/** `machinen boot`: starts a VM that stays: in the foreground until it ends or ctrl-c, or with --detach in the background. */
 export const boot = (tail: ReadonlyArray<string>) =>
   Command.make(
     "boot",
@@ -39,7 +39,7 @@ export const boot = (tail: ReadonlyArray<string>) =>
         const { command, phases, vm } = yield* machinen.boot(options)
         const shown = { ...render.vmJson(vm.entry), detached, phasesMs: Object.fromEntries(phases) }
         if (detached) {
-          // attached until its command runs: one that cannot be started ends the VM
+          // attached until the command runs, so that a command that cannot be started ends the VM
           if (command !== undefined) yield* vm.startMainDetached
           return yield* letGo([vm], input.json ? render.json(shown) : Console.log(vm.name ?? vm.id))
         }

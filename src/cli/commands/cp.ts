@@ -10,7 +10,7 @@ import type { Vm } from "../../vm/Vm.ts"
 const place = (name: string) =>
   Args.text({ name }).pipe(Args.withDescription("VM:/path in a guest, or a path on the host"))
 
-/** `vm:/path`; a host path with a colon is written with a slash before it (`./a:b`), as for docker cp. */
+/** Parses `vm:/path` or a host path. A host path with a colon needs a slash before it (`./a:b`), as in docker cp. */
 const parse = Effect.fnUntraced(function* (text: string) {
   if (text === "-") {
     return yield* new ParseError({
@@ -36,21 +36,21 @@ const parse = Effect.fnUntraced(function* (text: string) {
 
 interface Source {
   readonly isDirectory: boolean
-  /** What it is called below a directory; nothing: its contents go there. */
+  /** The name that the copy gets in a directory; `undefined`: the source's contents go there. */
   readonly name: string | undefined
 }
 
-/** One of the two machines. */
+/** One side of the copy: the host or a guest. */
 interface Side {
   readonly paths: path.PlatformPath
-  /** What is there, if anything; with `follow` what a link leads to. */
+  /** The kind of file at a path, if there is one; with `follow` of what a link leads to. */
   readonly kind: (place: string, follow: boolean) => Effect.Effect<Option.Option<string>, FilesError>
 }
 
 const refused = (message: string, hint?: string) =>
   new FilesError({ code: "FILES_PATH_INVALID", message, ...given({ hint }) })
 
-/** Where a copy belongs, as `cp -R` and `docker cp` have it. */
+/** The path of the copy, by the rules of `cp -R` and `docker cp`. Fails with FILES_PATH_INVALID. */
 const destination = Effect.fnUntraced(function* ({ kind, paths }: Side, target: string, source: Source) {
   const there = Option.getOrUndefined(yield* kind(target, true))
   if (there === "directory") {
@@ -70,7 +70,7 @@ const destination = Effect.fnUntraced(function* ({ kind, paths }: Side, target: 
   return target
 })
 
-/** A link stands for what it leads to when a slash says that a directory is meant. */
+/** Whether the source ends with a slash or `/.`, so that a directory is meant: a link then stands for what it leads to. */
 const meansDirectory = (source: string) => /(^|\/)\.?$/.test(source)
 const meansContents = (source: string) => /(^|\/)\.$/.test(source)
 
@@ -109,7 +109,7 @@ const toGuest = Effect.fnUntraced(function* (vm: Vm, from: string, to: string, f
   const kind = yield* host.kind(from, follow)
   const source = path.resolve(from)
   const name = meansContents(from) ? undefined : path.basename(source)
-  // what is not there is push's to tell
+  // the copy itself reports a missing source
   const target = Option.isNone(kind)
     ? to
     : yield* destination(guest, to, { isDirectory: kind.value === "directory", name })
@@ -142,7 +142,7 @@ const maxBytes = Options.integer("max-bytes").pipe(
   Options.withDescription("most that a guest may send")
 )
 
-/** `machinen cp VM:/path HOST` and back. */
+/** `machinen cp VM:/path HOST`, `machinen cp HOST VM:/path`: copies files and trees. */
 export const cp = Command.make("cp", { exclude, followLink, maxBytes, from: place("from"), to: place("to") }, (input) =>
   Effect.gen(function* () {
     const machinen = yield* Machinen

@@ -14,7 +14,7 @@ print("  files by kind:", ", ".join(f"{k} {n}" for k, n in kinds.most_common(4))
 open("/srv/work/REPORT", "w").write(repr(kinds))
 `
 
-/** `machinen demo`: set-up, then the main job on a real Debian guest: boot, files in, work, files out, two siblings that diverge, gone. */
+/** `machinen demo`: runs set-up, then shows the main uses on a Debian guest: boot, copy files in, work, copy files out, fork two siblings. */
 export const demo = Command.make(
   "demo",
   { image: Options.text("image").pipe(Options.withDefault("debian")) },

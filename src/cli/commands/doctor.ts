@@ -7,7 +7,7 @@ import * as render from "../render.ts"
 
 const marks = { found: "✔", missing: "✘ missing:", broken: "✘ broken:" } as const
 
-/** `machinen doctor`: what this host has, lacks, or has broken, and the command that mends it. Exit code 1 when something is wrong. */
+/** `machinen doctor`: lists what this host has, lacks, or has broken, and the command that mends it. Exits with 1 when something is wrong. */
 export const doctor = Command.make("doctor", { json }, (input) =>
   Effect.gen(function* () {
     const { examine } = yield* Doctor

@@ -14,7 +14,7 @@ import { commandArgs, relay, timeLimit, withinLimit } from "./run.ts"
 
 export const vmArg = Args.text({ name: "vm" }).pipe(Args.withDescription("a VM's name, id or pid"))
 
-/** Output as JSON has it; what is no UTF-8 is there as base64 as well. */
+/** Output for JSON; output that is not UTF-8 is added as base64. */
 const asText = (channel: "stdout" | "stderr", bytes: Uint8Array) => ({
   [channel]: Buffer.from(bytes).toString(),
   ...(isUtf8(bytes) ? {} : { [`${channel}Base64`]: Buffer.from(bytes).toString("base64") })
@@ -26,10 +26,10 @@ const jsonAndTerminal = new ParseError({
   hint: "a terminal shows what the command prints; leave one of the two out"
 })
 
-/** A command's end; when our terminal has gone away before, as a hang-up would end us. */
+/** Exits with a command's code; or with 128 + SIGHUP, when this terminal has gone before the command's end. */
 export const exitWith = (code: number | "detached") => new ExitWith({ code: code === "detached" ? 129 : code })
 
-/** `machinen exec VM -- COMMAND`: a command in a running VM. */
+/** `machinen exec VM -- COMMAND`: runs a command in a running VM. */
 export const exec = (tail: ReadonlyArray<string>) =>
   Command.make(
     "exec",

@@ -11,7 +11,7 @@ const mappings = Args.text({ name: "mapping" }).pipe(
   Args.withDescription("[[ADDRESS:]PORT:]GUEST: the guest's port or unix:/path; without PORT, any that is free")
 )
 
-/** `machinen forward VM 8080:80`: ports of this host that lead into the guest, over the private channel. */
+/** `machinen forward VM 8080:80`: forwards ports of this host into the guest, over the private channel. */
 export const forward = Command.make("forward", { json, vm: vmArg, mappings }, (input) =>
   Effect.gen(function* () {
     const wanted = yield* Effect.forEach(input.mappings, parseMapping)

@@ -148,7 +148,7 @@ const tag = Command.make("tag", { image: reference, name: Args.text({ name: "nam
 const save = Command.make("export", { json, image: reference, out: Args.text({ name: "tarball" }) }, (input) =>
   Effect.gen(function* () {
     const machinen = yield* Machinen
-    // by a guest, which sees owners, attributes and devices as they are, whoever we are
+    // a guest packs the image, because it sees owners, attributes and devices whichever user runs this
     const saved = yield* machinen.provision({
       base: input.image,
       out: input.out,
@@ -190,7 +190,7 @@ const gc = Command.make(
     })
 ).pipe(Command.withDescription("remove images without a name, and copies of mounted directories, that nothing uses"))
 
-/** `machinen image ls|inspect|import|export|tag|rm|gc`. */
+/** `machinen image ls|inspect|import|export|tag|rm|gc`: the images in the store. */
 export const image = Command.make("image").pipe(
   Command.withDescription("the images there are"),
   Command.withSubcommands([ls, inspect, add, save, tag, rm, gc])

@@ -6,7 +6,7 @@ import { json } from "../options.ts"
 import * as render from "../render.ts"
 import { vmArg } from "./exec.ts"
 
-/** `machinen inspect VM`: everything known of a VM, as JSON. */
+/** `machinen inspect VM`: prints everything known about a VM, as JSON. */
 export const inspect = Command.make("inspect", { json, vm: vmArg }, (input) =>
   Effect.gen(function* () {
     const machinen = yield* Machinen
@@ -15,7 +15,7 @@ export const inspect = Command.make("inspect", { json, vm: vmArg }, (input) =>
     const { shim, vmm } = vm.entry
     const resident =
       shim === undefined || vmm === undefined ? Option.none() : yield* vmMemory.residentOf(vmm.pid, shim.pid)
-    // a guest that is paused or stuck does not keep the rest from being shown
+    // a time limit, so that the rest is shown even when the guest is paused or hangs
     const guest = yield* vm.stats.pipe(
       Effect.timeout("2 seconds"),
       Effect.orElseSucceed(() => null)

@@ -8,7 +8,7 @@ import { Settings } from "../../Settings.ts"
 import { whenGiven } from "../options.ts"
 import * as render from "../render.ts"
 
-/** Progress goes to stderr: stdout is for what a command is asked for. */
+/** Shows progress on stderr, because stdout is for the results of commands. */
 const show = (event: Progress): Effect.Effect<void> => {
   switch (event._tag) {
     case "Skipped":
@@ -26,7 +26,7 @@ const show = (event: Progress): Effect.Effect<void> => {
   }
 }
 
-/** So that a boot of a base as it is begins where the kernel's boot has ended. Without, boots take a kernel, and nothing else is amiss. */
+/** Makes templates of the bases, so that their boots need no kernel. A failure is no failure of set-up: boots then use a kernel. */
 const prepareBases = Effect.gen(function* () {
   const machinen = yield* Machinen
   const { prepared } = yield* Settings
@@ -46,7 +46,7 @@ const prepareBases = Effect.gen(function* () {
   }
 })
 
-/** Everything a VM needs on this host, with what is done shown while it is done; ends by probing the accelerator. */
+/** Sets this host up for VMs and shows the progress. Ends with a probe of the accelerator. */
 export const setUpWith = Effect.fnUntraced(function* (options: SetupOptions) {
   const setup = yield* Setup
   const probe = yield* HostProbe
@@ -63,7 +63,7 @@ export const setUpWith = Effect.fnUntraced(function* (options: SetupOptions) {
 
 export const setUp = setUpWith({})
 
-/** `machinen install` (`npm run setup`): idempotent, and goes on where it stopped. */
+/** `machinen install` (`npm run setup`): may be run at any time, and continues after a failure. */
 export const install = Command.make(
   "install",
   {

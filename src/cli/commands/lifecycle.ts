@@ -5,7 +5,7 @@ import { json } from "../options.ts"
 import * as render from "../render.ts"
 import { vmArg } from "./exec.ts"
 
-/** `machinen stop VM`: powers it off; nothing of it is left when the command returns. */
+/** `machinen stop VM`: powers a VM off. Nothing of the VM is left when the command returns. */
 export const stop = Command.make(
   "stop",
   {
@@ -24,7 +24,7 @@ export const stop = Command.make(
     })
 ).pipe(Command.withDescription("stop a VM"))
 
-/** `machinen pause VM`, `machinen resume VM`: hold its vCPUs and let them go on. */
+/** `machinen pause VM`, `machinen resume VM`: stop a VM's vCPUs and let them go on. */
 export const pause = Command.make("pause", { vm: vmArg }, (input) =>
   Effect.flatMap(
     Effect.flatMap(Machinen, (m) => m.attach(input.vm)),

@@ -4,7 +4,7 @@ import { Machinen } from "../../Machinen.ts"
 import * as stdio from "../stdio.ts"
 import { vmArg } from "./exec.ts"
 
-/** `machinen logs VM`: what a detached main command printed, or the console. */
+/** `machinen logs VM`: shows the output of a detached main command, or the console. */
 export const logs = Command.make(
   "logs",
   {
@@ -22,7 +22,7 @@ export const logs = Command.make(
     Effect.gen(function* () {
       const machinen = yield* Machinen
       const vm = yield* machinen.attach(input.vm)
-      // Without a main command there is no output but the console's.
+      // Without a main command the console is the only output.
       const source = input.console || vm.entry.command === undefined ? "console" : "output"
       const tail = Option.isSome(input.tail) ? { tailBytes: input.tail.value } : {}
       yield* Stream.runForEach(vm.logs(source, { follow: input.follow, ...tail }), stdio.write("stdout"))

@@ -7,14 +7,14 @@ import * as vmMemory from "../../platform/vmMemory.ts"
 import { json } from "../options.ts"
 import * as render from "../render.ts"
 
-/** Nulls where nobody knows: the VM is being started, or has just ended. */
+/** Memory of a VM in bytes; nulls while the VM is being started, and when it has just ended. */
 const memoryOf = Effect.fnUntraced(function* ({ shim, vmm }: VmEntry) {
   if (shim === undefined || vmm === undefined) return { rssBytes: null, guestResidentBytes: null, overheadBytes: null }
   const rss = yield* processes.residentBytes(vmm.pid)
   return { rssBytes: Option.getOrNull(rss), ...render.memoryJson(yield* vmMemory.residentOf(vmm.pid, shim.pid)) }
 })
 
-/** `machinen ls` (also `list` and `ps`): the VMs that run. */
+/** `machinen ls` (also `list` and `ps`): lists running VMs. */
 export const ls = (name: "ls" | "list" | "ps") =>
   Command.make(name, { json }, (input) =>
     Effect.gen(function* () {

@@ -6,7 +6,7 @@ import * as render from "../render.ts"
 
 const { disk, image, memory, network, vcpus } = bootOptions
 
-/** `machinen prepare`: boots such a machine once and keeps it, so that boots of the same shape begin where it stands. */
+/** `machinen prepare`: makes a template, so that boots of the same shape start from it instead of a kernel. */
 export const prepare = Command.make("prepare", { image, memory, vcpus, disk, network, json }, (input) =>
   Effect.gen(function* () {
     const machinen = yield* Machinen

@@ -13,7 +13,7 @@ import * as stdio from "../stdio.ts"
 
 const recipePath = "/tmp/machinen-recipe"
 
-/** Copies and commands in the order docker's ADD and RUN would have: files first. */
+/** A step of a build. Copies come before commands, as ADD before RUN in a Dockerfile. */
 type Step =
   | { readonly _tag: "Copy"; readonly from: string; readonly to: string }
   | { readonly _tag: "Recipe"; readonly file: string; readonly script: boolean }
@@ -24,7 +24,7 @@ const title = (step: Step): string =>
 
 const show = ({ bytes }: { readonly bytes: Uint8Array }) => Effect.ignore(stdio.write("stderr")(bytes))
 
-/** One step in the guest; what it prints goes to stderr, since stdout is for the result. */
+/** Performs a step in the guest. Its output goes to stderr, because stdout is for the result. */
 const perform = (vm: Vm, step: Step) => {
   const options = { keep: [], onOutput: show }
   switch (step._tag) {
@@ -34,7 +34,7 @@ const perform = (vm: Vm, step: Step) => {
       return Effect.asVoid(vm.exec(step.line, options))
     case "Recipe":
       return vm.push(step.file, recipePath).pipe(
-        // one that does not say what runs it is the shell's; either ends at the first command that fails, if it is a shell's
+        // a recipe without `#!` is run by `sh -e`, which ends at the first command that fails
         Effect.zipRight(vm.exec({ argv: ["chmod", "0755", recipePath] })),
         Effect.zipRight(vm.exec({ argv: step.script ? [recipePath] : ["sh", "-e", recipePath] }, options)),
         Effect.zipRight(vm.exec({ argv: ["rm", "-f", recipePath] })),
@@ -43,7 +43,7 @@ const perform = (vm: Vm, step: Step) => {
   }
 }
 
-/** A command as in a Dockerfile: a JSON array as it is, anything else for the shell. */
+/** Parses a command as in a Dockerfile: a JSON array is the command itself, any other text is a line for the shell. */
 const commandLine = (flag: string, text: string) =>
   Effect.gen(function* () {
     if (!text.trimStart().startsWith("[")) return ["sh", "-c", text] as const
@@ -74,7 +74,7 @@ const place = (text: string) => {
 const text = (name: string, description: string) =>
   Options.text(name).pipe(Options.optional, Options.withDescription(description))
 
-/** `machinen provision [RECIPE] --out FILE` (also `bake`): an image from a base and what is done in it. */
+/** `machinen provision [RECIPE] --out FILE` (also `bake`): builds an image from a base and a recipe. */
 export const provision = (name: "provision" | "bake") =>
   Command.make(
     name,
@@ -183,7 +183,7 @@ export const provision = (name: "provision" | "bake") =>
     )
   )
 
-/** How much has been saved is for somebody who waits: one line of the terminal that changes, and nothing in a log. */
+/** Shows progress on stderr. The number of saved bytes is shown on a terminal only, in one line that changes. */
 const tell = (progress: BuildProgress): Effect.Effect<void> =>
   progress._tag === "Phase"
     ? Console.error(`… ${phases[progress.phase]}`)

@@ -13,16 +13,17 @@ import * as terminal from "../terminal.ts"
 import { letGo } from "./boot.ts"
 import { vmArg } from "./exec.ts"
 
-/** A line that begins so drops what is not complete yet; the rest of it is the token of the marks from now on. */
+/** A line that begins with this drops an incomplete command; the rest of the line is the token of the marks from now on. */
 const fresh = "\x18"
-/** A line that runs what is there, complete or not. */
+/** A line that runs the text so far, complete or not. */
 const finish = "\x19"
 
 /**
- * Runs commands, each when its last line has come. `command` keeps the shell from ending with a mistake in one; ctrl-c is for what it runs.
+ * The shell script that runs commands, each when its last line has arrived. `command` keeps a syntax error from ending the shell. Ctrl-c goes to the
+ * running command.
  *
- * Whether a command is complete is the shell's own parser's to say (`sh -n`): it misses the end of something, or, where a here-document is
- * open, takes a line for text that could be no command.
+ * The shell's own parser (`sh -n`) decides whether a command is complete: it reports a missing end, or, in an open here-document, takes a line that
+ * could be no command for text.
  */
 const shell = String.raw`stty -echo -onlcr -icanon; trap : INT
 __fresh=$(printf '\030') __finish=$(printf '\031') __status=0 __text= __nl='
@@ -58,13 +59,13 @@ const help = `a line runs in the guest's shell, which keeps its variables and di
 :quit           leave; the shell stays (exit ends it)`
 
 interface Typing {
-  /** The next line; none at the end. `isMore`: of a command that has begun. */
+  /** The next line; `None` at the end of input. `isMore`: the line continues a command. */
   readonly next: (isMore: boolean) => Effect.Effect<Option.Option<string>>
-  /** The next ctrl-c. */
+  /** Completes at the next ctrl-c. */
   readonly interrupted: Effect.Effect<void>
 }
 
-/** What is typed, with editing and history in a terminal. */
+/** Reads typed lines, in a terminal with editing and history. */
 const typing: Effect.Effect<Typing, never, Scope.Scope> = Effect.gen(function* () {
   const lines = yield* Queue.unbounded<Option.Option<string>>()
   const interrupts = yield* Queue.sliding<void>(1)
@@ -89,12 +90,12 @@ const typing: Effect.Effect<Typing, never, Scope.Scope> = Effect.gen(function* (
         }),
         Queue.take(lines)
       ),
-    // not one of before
+    // earlier ctrl-c's do not count
     interrupted: Effect.zipRight(Queue.takeAll(interrupts), Queue.take(interrupts))
   }
 })
 
-/** The shell behind a terminal: lines in, output and exit codes out. */
+/** Drives the shell behind a terminal: sends it lines, and reads output and exit codes. */
 const drive = Effect.fnUntraced(function* (shellOf: Terminal) {
   const token = randomBytes(8).toString("hex")
   const marked = new CommandEndParser(token)
@@ -106,7 +107,7 @@ const drive = Effect.fnUntraced(function* (shellOf: Terminal) {
       marked.push(bytes),
       (piece) => {
         if ("status" in piece) return Queue.offer(statuses, piece.status)
-        // what was there before we came
+        // output from before our first mark is not shown
         return begun ? stdio.write("stdout")(piece.text) : Effect.void
       },
       { discard: true }
@@ -124,7 +125,7 @@ const drive = Effect.fnUntraced(function* (shellOf: Terminal) {
   return { run, begin, drop, ended, interrupt: send("\x03") }
 })
 
-/** A line for the repl itself. False: leave. */
+/** Obeys a line that is meant for the repl itself. False: leave the repl. */
 const obey = Effect.fnUntraced(
   function* (vm: Vm, line: string) {
     const machinen = yield* Machinen
@@ -148,7 +149,7 @@ const obey = Effect.fnUntraced(
   Effect.catchIf(isMachinenError, (error) => Effect.as(Console.error(render(error)), true))
 )
 
-/** `machinen repl VM`: line after line in one shell of a running VM. */
+/** `machinen repl VM`: runs line after line in one shell of a running VM. */
 export const repl = Command.make(
   "repl",
   {
@@ -180,7 +181,7 @@ export const repl = Command.make(
             isMore = answer === "more"
             if (answer !== "more") status = answer
           })
-        // ctrl-c before a command is complete drops it
+        // ctrl-c drops an incomplete command
         const typed = Effect.suspend(() =>
           isMore ? Effect.raceFirst(next(true), Effect.as(interrupted, "dropped" as const)) : next(false)
         )

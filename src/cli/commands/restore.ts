@@ -42,7 +42,7 @@ const restoredJson = ({ phases, rejuvenation, vm }: Restored, detached: boolean)
   phasesMs: Object.fromEntries(phases)
 })
 
-/** VMs that are to be detached are shown and left; others are kept in the foreground until the last has ended or ctrl-c. */
+/** Detaches the VMs, with --detach, or keeps them in the foreground until the last one has ended or ctrl-c. */
 const keep = Effect.fnUntraced(function* (
   restored: ReadonlyArray<Restored>,
   detached: boolean,
@@ -60,7 +60,7 @@ const keep = Effect.fnUntraced(function* (
 
 const whenJson = <A>(json: boolean, value: A) => (json ? Option.some(value) : Option.none())
 
-/** `machinen restore DIR`: a VM that goes on where the bundle's source stood. */
+/** `machinen restore DIR`: starts a VM that continues where the bundle's source was saved. */
 export const restore = Command.make(
   "restore",
   {
@@ -112,7 +112,7 @@ export const restore = Command.make(
     }).pipe(Effect.scoped)
 ).pipe(Command.withDescription("start a VM from a bundle"))
 
-/** `machinen fork VM`: siblings of a running VM, which goes on. */
+/** `machinen fork VM`: starts siblings of a running VM, which keeps running. */
 export const fork = Command.make(
   "fork",
   {

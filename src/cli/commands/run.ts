@@ -12,7 +12,7 @@ import * as stdio from "../stdio.ts"
 import * as terminal from "../terminal.ts"
 
 /**
- * Shows a guest command as if it ran here: its output on our channels as it comes, our signals to it until it ends, its exit code as ours.
+ * Shows a guest command as if it ran on the host: copies its output as it arrives, passes signals on, and returns its exit code.
  */
 export const relay = (running: RunningCommand) =>
   Effect.gen(function* () {
@@ -24,14 +24,14 @@ export const relay = (running: RunningCommand) =>
     return code
   }).pipe(Effect.scoped)
 
-/** `--timeout` in milliseconds. 0 is no limit, as timeout(1) has it. */
+/** `--timeout` in milliseconds. 0 means no limit, as in timeout(1). */
 export const timeLimit = (timeout: Option.Option<string>) =>
   Effect.map(
     Effect.transposeMapOption(timeout, (value) => durationMs("timeout", value)),
     Option.filter((ms) => ms > 0)
   )
 
-/** Ends a command that runs for longer than it may. */
+/** Ends a command at its time limit, with EXEC_AGENT_TIMEOUT. */
 export const withinLimit = <A, E, R>(running: Effect.Effect<A, E, R>, limit: Option.Option<number>) =>
   Option.match(limit, {
     onNone: (): Effect.Effect<A, E | ExecError, R> => running,
@@ -55,8 +55,8 @@ const exitCodes: Readonly<Partial<Record<ExecError["code"], number>>> = {
 }
 
 /**
- * docker's convention for a command that could not be started, and timeout(1)'s for one that ran for too long. A command whose VM is ended
- * under it is as good as killed (128 + SIGKILL), as in a VM that is stopped in order; one whose VM fails is our failure.
+ * The exit code of an ExecError: docker's convention for a command that could not be started, and timeout(1)'s for one that ran too long. A
+ * command whose VM was ended counts as killed (128 + SIGKILL); one whose VM failed is a failure of the CLI (125).
  */
 export const startFailure = ({ code }: ExecError): number => exitCodes[code] ?? 125
 
@@ -65,7 +65,7 @@ export const commandArgs = Args.text({ name: "command" }).pipe(
   Args.withDescription("the command and its arguments, after --")
 )
 
-/** `machinen run -- COMMAND`: a VM for one command, gone when it ends. */
+/** `machinen run -- COMMAND`: runs one command in a VM of its own, which ends with the command. */
 export const run = (tail: ReadonlyArray<string>) =>
   Command.make(
     "run",
@@ -90,7 +90,7 @@ export const run = (tail: ReadonlyArray<string>) =>
           message: "no command to run",
           hint: "machinen run --image debian -- python3 -c 'print(6 * 7)'"
         })
-        // an image may have one of its own; the bases of set-up have none
+        // an image may have a command of its own; the bases have none
         const bare = (baseNames as ReadonlyArray<string>).includes(Option.getOrElse(input.image, () => defaultImage))
         if (command.length === 0 && bare) return yield* nothing
         const options = yield* toBootOptions(input, command)
@@ -98,7 +98,7 @@ export const run = (tail: ReadonlyArray<string>) =>
         const machinen = yield* Machinen
         const { command: effective, vm } = yield* machinen.boot(options)
         if (effective === undefined) return yield* nothing
-        // A guest that is too busy to hear us would take its grace on top; one that writes to the host's files may finish that.
+        // At the time limit the VM is killed, because a busy guest would use its whole grace too. If it writes to files of the host, it may finish.
         const writesToHost = Option.isSome(input.rootDisk) || input.mountLive.length > 0
         const inTime = <A, E, R>(running: Effect.Effect<A, E, R>) =>
           withinLimit(running, limit).pipe(
@@ -115,7 +115,7 @@ export const run = (tail: ReadonlyArray<string>) =>
         }
         const main = Effect.flatMap(vm.startMain(yield* stdio.stdin), relay)
         const code = yield* inTime(main)
-        // its end is the VM's: what is left is gone before we are
+        // the VM ends with the command: wait until nothing of it is left
         yield* vm.wait
         return yield* new ExitWith({ code })
       }).pipe(Effect.scoped)

@@ -20,7 +20,7 @@ export const lazyUmount = Options.boolean("lazy-umount").pipe(
 
 const dirArg = Args.text({ name: "dir" }).pipe(Args.withDescription("the bundle's directory"))
 
-/** `machinen snapshot inspect DIR`: what is in a bundle, and whether it can be restored here. */
+/** `machinen snapshot inspect DIR`: shows a bundle's manifest, and whether this host can restore the bundle. */
 const inspect = Command.make("inspect", { json, dir: dirArg }, (input) =>
   Effect.gen(function* () {
     const { bundle, misfits, unasked } = yield* Effect.flatMap(Machinen, (m) => m.inspect(input.dir))
@@ -54,7 +54,7 @@ const inspect = Command.make("inspect", { json, dir: dirArg }, (input) =>
   })
 ).pipe(Command.withDescription("show what a bundle holds, and whether it can be restored here"))
 
-/** `machinen snapshot verify DIR`: reads all of a bundle; exit code 1 when something is damaged. */
+/** `machinen snapshot verify DIR`: reads all of a bundle. Exits with 1 when a file is damaged. */
 const verify = Command.make("verify", { json, dir: dirArg }, (input) =>
   Effect.gen(function* () {
     const damaged = yield* Effect.flatMap(Machinen, (m) => m.verify(input.dir))
@@ -65,7 +65,7 @@ const verify = Command.make("verify", { json, dir: dirArg }, (input) =>
   })
 ).pipe(Command.withDescription("read all of a bundle and compare it with its hashes"))
 
-/** `machinen snapshot VM DIR`: a bundle of a running VM. */
+/** `machinen snapshot VM DIR`: saves a running VM as a bundle. */
 export const snapshot = Command.make(
   "snapshot",
   {
@@ -114,7 +114,7 @@ export const snapshot = Command.make(
     })
 ).pipe(Command.withDescription("turn a running VM into a bundle (snapshot inspect|verify DIR: look at one)"))
 
-/** `machinen snapshot inspect|verify DIR`. A command of its own: the option parser does not take subcommands beside arguments. */
+/** `machinen snapshot inspect|verify DIR`. A separate command, because the option parser cannot have subcommands beside arguments. */
 export const bundle = Command.make("snapshot").pipe(
   Command.withDescription("look at a bundle"),
   Command.withSubcommands([inspect, verify])

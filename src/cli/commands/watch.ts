@@ -13,7 +13,7 @@ const line = (change: FileChange): string =>
     ? "lost"
     : `${change.kind} ${change.kind === "moved" ? `${printable(change.from)} -> ` : ""}${printable(change.path)}`
 
-/** `machinen watch VM /path`: a line for each change below a guest's directory. */
+/** `machinen watch VM /path`: prints a line for each change below a directory of the guest. */
 export const watch = Command.make(
   "watch",
   {
