@@ -11,7 +11,7 @@ import { type ExitRecord, howEnded } from "../machine/ShimPlan.ts"
 import * as compressed from "../platform/compressed.ts"
 import { given } from "../platform/given.ts"
 import * as processes from "../platform/processes.ts"
-import * as tar from "../platform/tar.ts"
+import { tarEntry } from "../platform/tarEntry.ts"
 import { Settings } from "../Settings.ts"
 import { consoleTail, shownConsole } from "../vm/consoleTail.ts"
 import * as PhaseTimer from "../vm/PhaseTimer.ts"
@@ -298,7 +298,7 @@ const archive = (
   const head = isEmpty(config)
     ? Stream.empty
     : Stream.fromEffect(
-        Effect.map(Schema.encode(ImageConfigJson)(config), (json) => tar.entry(`./${configFile}`, Buffer.from(json)))
+        Effect.map(Schema.encode(ImageConfigJson)(config), (json) => tarEntry(`./${configFile}`, Buffer.from(json)))
       )
   return Stream.concat(Stream.orDie(head), limited)
 }

@@ -1,7 +1,6 @@
 import { spawn } from "node:child_process"
 import * as net from "node:net"
 import { Deferred, Effect } from "effect"
-import * as Tar from "tar"
 import { type Connection, fromSocket } from "./UnixSocket.ts"
 
 /**
@@ -97,20 +96,3 @@ const failureOf = (code: number | null, message: string) =>
 
 const begin = (bin: string, args: ReadonlyArray<string>, stdin: net.Socket) =>
   spawn(bin, args, { stdio: [stdin, "pipe", "pipe"] })
-
-/** Header and content of one file as tar: mode 0644, owned by root, mtime 0. */
-export const entry = (name: string, content: Uint8Array): Uint8Array => {
-  const header = new Tar.Header({
-    path: name,
-    mode: 0o644,
-    uid: 0,
-    gid: 0,
-    size: content.length,
-    mtime: new Date(0),
-    type: "File"
-  })
-  const padded = Buffer.alloc(512 + Math.ceil(content.length / 512) * 512)
-  header.encode(padded, 0)
-  padded.set(content, 512)
-  return padded
-}
