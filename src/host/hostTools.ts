@@ -3,6 +3,12 @@ import { ProvisionError } from "../errors.ts"
 import { isFull } from "../platform/freeSpace.ts"
 import type { ToolError, ToolFailed, ToolMissing } from "../platform/tool.ts"
 
+/** Runs a host program and returns its stdout. `name` is the program's name in errors, when another program starts it. */
+export type Tool = (
+  argv: readonly [string, ...ReadonlyArray<string>],
+  name?: string
+) => Effect.Effect<string, ToolError>
+
 /**
  * Turns the failure of a host program into a ProvisionError. If the disk of `dir`, where the program wrote, is full, the error is
  * ROOTFS_IMG_NO_SPACE; otherwise `meaning` decides, because the caller knows what the program was to do.

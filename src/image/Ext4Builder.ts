@@ -2,10 +2,9 @@ import * as path from "node:path"
 import type { FileSystem } from "@effect/platform"
 import { Effect, Option } from "effect"
 import { ProvisionError } from "../errors.ts"
-import { buildFailed, cacheUnwritable, explained } from "../host/hostTools.ts"
+import { buildFailed, cacheUnwritable, explained, type Tool } from "../host/hostTools.ts"
 import type * as hostTool from "../platform/tool.ts"
 import type { Settings } from "../Settings.ts"
-import type { Tool } from "./Oci.ts"
 
 /** Builds ext4 images with the host's mke2fs, tar and debugfs. The same input gives the same bytes. */
 export interface Ext4Builder {

@@ -4,7 +4,7 @@ import { CommandExecutor, FileSystem } from "@effect/platform"
 import { Context, Effect, Either, Layer, Option, Schema } from "effect"
 import { type AssetError, BootError, ProvisionError } from "../errors.ts"
 import { Assets } from "../host/Assets.ts"
-import { buildFailed, cacheUnwritable, explained, toolMissing } from "../host/hostTools.ts"
+import { buildFailed, cacheUnwritable, explained, type Tool, toolMissing } from "../host/hostTools.ts"
 import * as atomicArtifact from "../platform/atomicArtifact.ts"
 import * as ext4 from "../platform/ext4.ts"
 import * as fileState from "../platform/fileState.ts"
@@ -16,7 +16,9 @@ import * as Ext4Builder from "./Ext4Builder.ts"
 import { ImageId, ImageRecord, withTag } from "./Image.ts"
 import { configFile, ImageConfig, ImageConfigJson, isEmpty } from "./ImageConfig.ts"
 import * as ImageNames from "./ImageNames.ts"
-import * as Oci from "./Oci.ts"
+import { unreadable } from "./ociLayout.ts"
+import * as ociPull from "./ociPull.ts"
+import * as ociUnpack from "./ociUnpack.ts"
 
 /** Names of the base images that set-up provides. */
 export const baseNames = ["micro", "debian"] as const
@@ -32,7 +34,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
   RootfsImage,
   {
     /**
-     * Path of the base for `micro`, `debian`, a rootfs tarball, an ext4 image, a container image (src/image/Oci.ts), or the name or id of an image in
+     * Path of the base for `micro`, `debian`, a rootfs tarball, an ext4 image, a container image (src/image/ociPull.ts), or the name or id of an image in
      * the store. Builds the base if needed. A registry is asked only for images that are not in the store.
      */
     readonly resolve: (image: string) => Effect.Effect<string, BootError | ProvisionError | AssetError>
@@ -66,7 +68,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       const cacheDir = path.join(settings.cacheDir, "rootfs")
 
       /** Runs tools with a fixed time (E2FSPROGS_FAKE_TIME), so that the same input gives the same image. */
-      const tool: Oci.Tool = (argv, name) =>
+      const tool: Tool = (argv, name) =>
         hostTool
           .run(argv, { env: { E2FSPROGS_FAKE_TIME: "1" }, ...given({ tool: name }) })
           .pipe(Effect.provideService(CommandExecutor.CommandExecutor, executor))
@@ -216,7 +218,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
           ImageId,
           Effect.map(ensureOciFrom(reference), ({ id }) => id),
           reference
-        ).pipe(Effect.mapError((e) => (e instanceof ProvisionError ? e : Oci.unreadable(reference, archive, e))))
+        ).pipe(Effect.mapError((e) => (e instanceof ProvisionError ? e : unreadable(reference, archive, e))))
         return (yield* withFs(atomicArtifact.isSettled(imageOf(made))))
           ? { id: made, path: imageOf(made) }
           : yield* ensureOciFrom(reference)
@@ -224,11 +226,13 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
 
       const ensureOciFrom = Effect.fnUntraced(function* (reference: string) {
         const made = yield* withFs(
-          Oci.withImage(reference, ociLayout, tool, (found) =>
+          ociPull.withImage(reference, ociLayout, tool, (found) =>
             ensureImage(found.id, reference, (staging) =>
               Effect.gen(function* () {
                 const tree = path.join(staging, "tree")
-                yield* withFs(Oci.unpack(found, tree, path.join(staging, "layout"), settings.imageLimitBytes, tool))
+                yield* withFs(
+                  ociUnpack.unpack(found, tree, path.join(staging, "layout"), settings.imageLimitBytes, tool)
+                )
                 yield* writeConfig(tree, found.config)
                 yield* builder.fromTree(tree, staging, found.id)
               })
@@ -258,7 +262,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
       /** Finds an image in the store by name, or by the first digits of its id (six or more). */
       const stored = Effect.fnUntraced(function* (image: string) {
         const byName = yield* Effect.orElse(
-          Effect.flatten(names.get(Oci.isReference(image) ? image : withTag(image))),
+          Effect.flatten(names.get(ociPull.isReference(image) ? image : withTag(image))),
           () => Effect.fail(undefined)
         ).pipe(Effect.option)
         const candidates = Option.isSome(byName)
@@ -304,14 +308,14 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         names: names.all,
         setName: names.set,
         add: Effect.fn("RootfsImage.add")(function* (image) {
-          if (Oci.isReference(image)) return (yield* ensureOci(image)).id
+          if (ociPull.isReference(image)) return (yield* ensureOci(image)).id
           const { ext4, file } = yield* inspect(image)
           return (yield* ext4 ? ensureCopy(file) : ensureTarball(file)).id
         }),
         collectLayers: Effect.gen(function* () {
           const files = yield* Effect.orElseSucceed(fs.readDirectory(cacheDir), () => [])
           const keep = new Set(files.flatMap((file) => (file.endsWith(".img") ? [file.slice(0, -4)] : [])))
-          yield* withFs(Oci.collect(ociLayout, keep))
+          yield* withFs(ociPull.collect(ociLayout, keep))
         }),
         noteBundle: (image, dir) =>
           path.dirname(image) === cacheDir
@@ -330,7 +334,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
         resolve: Effect.fn("RootfsImage.resolve")(function* (image) {
           if (isBaseName(image)) return yield* assets.base(image)
           const there =
-            Oci.isReference(image) || !(yield* Effect.orElseSucceed(fs.exists(path.resolve(image)), () => false))
+            ociPull.isReference(image) || !(yield* Effect.orElseSucceed(fs.exists(path.resolve(image)), () => false))
           if (there) {
             const known = yield* stored(image)
             if (Option.isSome(known)) {
@@ -338,7 +342,7 @@ export class RootfsImage extends Context.Tag("machinen/RootfsImage")<
               return imageOf(known.value)
             }
           }
-          if (Oci.isReference(image)) return (yield* ensureOci(image)).path
+          if (ociPull.isReference(image)) return (yield* ensureOci(image)).path
           const { ext4, file } = yield* inspect(image)
           return ext4 ? file : yield* ensure(file)
         })
