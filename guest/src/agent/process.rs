@@ -280,3 +280,25 @@ fn write_file(path: &CStr, content: &[u8]) -> io::Result<()> {
     rustix::io::write(file, content)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
+
+    /// The number of a command that has been reaped may be that of any process, such as this one, which is no command yet.
+    #[tokio::test]
+    async fn only_commands_that_have_not_been_reaped_are_signalled() {
+        let mut sleeping = Command::new("sleep").arg("60").process_group(0).spawn().unwrap();
+        let pid = Pid::from_child(&sleeping);
+        signal(pid, libc::SIGKILL);
+        let child = Child::of(pid).unwrap();
+        unreaped().insert(pid.as_raw_pid());
+        signal(pid, libc::SIGTERM);
+        child.ended().await.unwrap();
+        assert_eq!(reap(pid, &child).unwrap().terminating_signal(), Some(libc::SIGTERM));
+        assert!(!unreaped().contains(&pid.as_raw_pid()));
+        assert!(sleeping.wait().is_err(), "it had been reaped before");
+    }
+}

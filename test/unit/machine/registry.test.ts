@@ -1,3 +1,4 @@
+import { spawnSync } from "node:child_process"
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
 import { FileSystem, Error as PlatformErrors } from "@effect/platform"
@@ -175,6 +176,41 @@ describe("registry", () => {
       Effect.provide(
         Registry.layer.pipe(
           Layer.provide(fullDisk),
+          Layer.provide(Settings.layerTest(home)),
+          Layer.provideMerge(NodeContext.layer)
+        )
+      )
+    )
+  })
+
+  it.effect("a name is given up under the lock, so that nobody takes it between the look and the removal", () => {
+    const home = temporaryHome()
+    const pin = path.join(home, "names", encodeURIComponent(name))
+    const looks: Array<number | null> = []
+    /** Whether another process gets the lock while the pin is looked at: flock(1) ends with 1 where it does not. */
+    const seen = Layer.effect(
+      FileSystem.FileSystem,
+      Effect.map(
+        FileSystem.FileSystem,
+        (fs): FileSystem.FileSystem => ({
+          ...fs,
+          readFileString: (file, encoding) =>
+            Effect.suspend(() => {
+              const lock = path.join(home, "names.lock")
+              if (file === pin) looks.push(spawnSync("flock", ["--nonblock", lock, "true"]).status)
+              return fs.readFileString(file, encoding)
+            })
+        })
+      )
+    )
+    return Effect.gen(function* () {
+      const registry = yield* Registry
+      yield* Effect.scoped(registry.claim(yield* entryOf(home, "a00000000001", { name })))
+      assert.deepStrictEqual([looks, pins(home)], [[1], []])
+    }).pipe(
+      Effect.provide(
+        Registry.layer.pipe(
+          Layer.provide(seen),
           Layer.provide(Settings.layerTest(home)),
           Layer.provideMerge(NodeContext.layer)
         )
