@@ -5,7 +5,7 @@ import { BenchError } from "./harness.ts"
 
 const root = path.resolve(import.meta.dirname, "..")
 
-/** The CLI as users run it. The checkout's launcher bundles again what is older than its sources. */
+/** Bundles the CLI as users run it, unless the bundle is newer than its sources: the checkout's launcher does that. */
 export const bundle = Effect.gen(function* () {
   const launcher = path.join(root, "scripts", "machinen.mjs")
   const fresh = yield* Command.exitCode(Command.make(process.execPath, launcher, "--version"))

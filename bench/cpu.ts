@@ -1,7 +1,7 @@
 import { readdirSync, readFileSync } from "node:fs"
 import { Effect } from "effect"
 
-/** For how long the threads a process has now have run, in ms (the kernel's Documentation/scheduler/sched-stats). */
+/** CPU time of the threads that a process has now, in milliseconds (Documentation/scheduler/sched-stats.rst of the kernel). */
 export const usedMs = (pid: number): Effect.Effect<number> =>
   Effect.sync(() =>
     readdirSync(`/proc/${pid}/task`)

@@ -11,7 +11,7 @@ const run = Effect.fnUntraced(function* (argv: readonly [string, ...ReadonlyArra
   if (code !== 0) return yield* new BenchError({ message: `${argv.join(" ")}: ${stderr.trim()}` })
 })
 
-/** A path in this bench's home nobody has used yet; what is made there goes with the scope. */
+/** An unused path in this bench's home. The scope removes what is made there. */
 export const newPath = Effect.fn("newPath")(function* (kind: string) {
   const fs = yield* FileSystem.FileSystem
   const { home } = yield* Settings
@@ -28,10 +28,10 @@ export const newDirectory = Effect.fn("newDirectory")(function* (kind: string) {
   return dir
 })
 
-/** As cp does it best: holes stay holes, and a filesystem that can share blocks shares them. */
+/** Copies with cp: holes stay holes, and blocks are shared where the filesystem can. */
 export const copy = (from: ReadonlyArray<string>, to: string) => run(["cp", "-R", "-H", "--reflink=auto", ...from, to])
 
-/** Takes files out of the page cache, as far as no process maps them. */
+/** Drops files from the page cache, except pages that a process maps. */
 export const evict = (files: ReadonlyArray<string>) =>
   Effect.forEach(
     files,

@@ -8,7 +8,7 @@ import type { HostProbe } from "../src/machine/HostProbe.ts"
 import type { Mountdisk } from "../src/mount/Mountdisk.ts"
 import type { Settings } from "../src/Settings.ts"
 
-/** The bench itself went wrong: a tool is missing, or what was measured did not do what it should. */
+/** The bench failed: a tool is missing, or what was measured did not work. */
 export class BenchError extends Schema.TaggedError<BenchError>()("BenchError", {
   message: Schema.String,
   cause: Schema.optional(Schema.Defect)
@@ -33,24 +33,24 @@ export type Services =
 
 export type Unit = "ms" | "MB/s" | "MiB"
 
-/** Where one run puts what it finds. */
+/** Collects the results of one run. */
 export interface Probe {
-  /** The time since the run began, in ms; `at` gives a moment that was read off another clock. */
+  /** Records the milliseconds since the run began, or `at` when the caller has measured them otherwise. */
   readonly mark: (label: string, at?: number) => Effect.Effect<void>
   readonly record: (label: string, value: number, unit: Unit) => Effect.Effect<void>
-  /** Since the run began. */
+  /** Milliseconds since the run began. */
   readonly elapsed: Effect.Effect<number>
 }
 
-/** One of the things that are measured side by side. */
+/** One of the variants that are measured side by side. */
 export interface Variant {
   readonly name: string
-  /** Owns its scope: every sample starts from nothing and leaves nothing. */
+  /** Takes one sample in a scope of its own: it starts from nothing and leaves nothing. */
   readonly run: (probe: Probe) => Effect.Effect<void, Failure, Services | Scope.Scope>
-  /** Instead of the scenario's. */
+  /** Number of samples, in place of the scenario's. */
   readonly runs?: number
   readonly warmup?: number
-  /** Also mark `released`, when the run's scope is closed. */
+  /** True: also marks `released` when the run's scope is closed. */
   readonly released: boolean
 }
 
@@ -59,9 +59,9 @@ export interface Prepared {
   readonly warmup: number
   readonly runs: number
   readonly variants: ReadonlyArray<Variant>
-  /** Whatever decides the numbers and can be chosen: goes into the report. */
+  /** Settings that affect the numbers; they go into the report. */
   readonly settings: Readonly<Record<string, unknown>>
-  /** What could not be measured here, with the reason. */
+  /** Variants that could not be measured on this host, with the reason. */
   readonly skipped: ReadonlyArray<string>
   readonly verdicts: (results: Results) => ReadonlyArray<Verdict>
 }
@@ -74,11 +74,11 @@ export interface Options {
 export interface Scenario {
   readonly name: string
   readonly description: string
-  /** Once, not timed; what it acquires lives until the last sample is taken. */
+  /** Run once and not timed. What it acquires is released after the last sample. */
   readonly setup: (options: Options) => Effect.Effect<Prepared, Failure, Services | Scope.Scope>
 }
 
-/** A target and how it was met. */
+/** A target, and whether it was met. */
 export interface Verdict {
   readonly target: string
   readonly unit: Unit
@@ -89,7 +89,7 @@ export interface Verdict {
 
 export interface Series {
   readonly unit: Unit
-  /** Every sample, in the order taken; the summary is only a convenience. */
+  /** All samples, in the order in which they were taken. */
   readonly samples: ReadonlyArray<number>
   readonly p50: number
   readonly p95: number
@@ -97,10 +97,10 @@ export interface Series {
   readonly max: number
 }
 
-/** By variant, then by label, both in the order they were first seen. */
+/** Series by variant, then by label, both in the order in which they first appeared. */
 export type Results = Readonly<Record<string, Readonly<Record<string, Series>>>>
 
-/** Nearest rank; of an even number of samples, the median is the mean of the middle two. */
+/** Quantile by nearest rank. The median of an even number of samples is the mean of the middle two. */
 const quantile = (sorted: ReadonlyArray<number>, q: number): number => {
   const at = (index: number) => sorted[Math.max(0, Math.min(sorted.length - 1, index))] ?? Number.NaN
   const half = sorted.length / 2
@@ -137,8 +137,8 @@ const sample = (variant: Variant, into: Collected) =>
   })
 
 /**
- * Takes all samples: one of each variant in turn, so that whatever else the host does meets all of them alike, and every other round
- * backwards, so that none always follows the same one.
+ * Takes all samples, one of each variant in turn, so that other work of the host affects all of them alike. Every other round goes backwards, so
+ * that no variant always follows the same one.
  */
 export const measure = Effect.fn("measure")(function* (name: string, prepared: Prepared) {
   const collected = new Map(prepared.variants.map((variant) => [variant, new Map() as Collected]))
@@ -164,7 +164,7 @@ export const measure = Effect.fn("measure")(function* (name: string, prepared: P
   return results
 })
 
-/** A statistic of one series; NaN, which meets no target, when it was not measured. */
+/** The median of a series. NaN, which meets no target, when it was not measured. */
 export const p50 = (results: Results, variant: string, label: string): number =>
   results[variant]?.[label]?.p50 ?? Number.NaN
 export const max = (results: Results, variant: string, label: string): number =>

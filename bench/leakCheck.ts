@@ -12,14 +12,14 @@ const entries = (dir: string): ReadonlyArray<string> => {
   }
 }
 
-/** Unix sockets below a directory that some process still holds, with or without their file (proc_net_unix). */
+/** Unix sockets below a directory that a process still holds, with or without their file (proc(5), /proc/net/unix). */
 const socketsBelow = (home: string): ReadonlyArray<string> =>
   readFileSync("/proc/net/unix", "utf8")
     .split("\n")
     .map((line) => line.split(" ").at(-1) ?? "")
     .filter((name) => name.startsWith(`${home}/`))
 
-/** What VMs below a home have left: processes, sockets, directories, name pins. */
+/** What the VMs of a home have left: processes, sockets, directories, name pins. */
 export const leaks = (home: string): Effect.Effect<ReadonlyArray<string>> =>
   Effect.sync(() => [
     ...processesOf(home).map(({ argv, pid }) => `process ${pid}: ${argv.slice(0, 120)}`),
@@ -28,7 +28,7 @@ export const leaks = (home: string): Effect.Effect<ReadonlyArray<string>> =>
     ...entries(path.join(home, "names")).map((name) => `name pin ${name}`)
   ])
 
-/** Fails when anything is left: a number that was got by leaking is worth nothing. */
+/** Fails when anything is left, because leaks make the numbers worthless. */
 export const check = (home: string): Effect.Effect<void, BenchError> =>
   Effect.flatMap(leaks(home), (found) =>
     found.length === 0

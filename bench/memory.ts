@@ -6,11 +6,11 @@ import { BenchError } from "./harness.ts"
 
 export interface Memory {
   readonly residentMib: number
-  /** The highest since `resetPeak`, or since the process began. */
+  /** Peak since `resetPeak`, or since the process began. */
   readonly peakMib: number
 }
 
-/** What the kernel says a process holds (proc_pid_status(5)). The peak is the kernel's own: nothing falls between two looks. */
+/** Resident memory of a process (proc_pid_status(5)). The kernel itself keeps the peak, so no short peak is missed. */
 export const of = (pid: number): Effect.Effect<Memory> =>
   Effect.sync(() => {
     const status = readFileSync(`/proc/${pid}/status`, "utf8")
@@ -18,21 +18,21 @@ export const of = (pid: number): Effect.Effect<Memory> =>
     return { residentMib: mib("VmRSS"), peakMib: mib("VmHWM") }
   })
 
-/** Starts the peak over (proc_pid_clear_refs(5)). */
+/** Resets the peak (proc_pid_clear_refs(5)). */
 export const resetPeak = (pid: number): Effect.Effect<void> =>
   Effect.sync(() => writeFileSync(`/proc/${pid}/clear_refs`, "5"))
 
-/** What a process costs when what it shares is divided by those who share it (proc_pid_smaps(5)). */
+/** Proportional set size of a process: shared memory is divided by the number of processes that share it (proc_pid_smaps(5)). */
 export const proportionalMib = (pid: number): Effect.Effect<number> =>
   Effect.sync(() => Number(/^Pss:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/smaps_rollup`, "utf8"))?.[1]) / 1024)
 
-/** How much of a booted VM's memory exists on the host: the allocated part of its memfd. */
+/** MiB of a booted VM's memory that the host has allocated: blocks of its memfd. */
 export const allocatedMib = (vm: Vm): Effect.Effect<number> =>
   Effect.sync(() => (statSync(`/proc/${vm.pid}/fd/${memoryFd}`).blocks * 512) / 2 ** 20)
 
-/** Random data in the guest's tmpfs, until so much of its memory exists on the host. */
+/** Writes random data into the guest's tmpfs until the host has allocated `wantedMib` of guest memory. */
 export const fill = Effect.fn("memory.fill")(function* (vm: Vm, wantedMib: number) {
-  // what a first command touches is there before it is counted
+  // runs a command first, so that the memory that a first command touches is allocated before it is measured
   yield* vm.execRaw({ argv: ["true"] })
   const missing = Math.round(wantedMib - (yield* allocatedMib(vm)))
   if (missing > 0) {

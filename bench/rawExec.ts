@@ -15,12 +15,12 @@ const say = Buffer.from("run\n")
 const answers = ["word\n", "ended\n"] as const
 
 /**
- * All of the guest's software: for every line on the port it says a word, runs a command (forks, executes, waits) and says that it has ended.
- * A path, because a name could be one of the shell's own commands.
+ * All of the guest's software: for every line on the port it writes a word, runs a command (fork, exec, wait) and writes that it has ended. The
+ * command is a path, because a name could be a builtin of the shell.
  */
 const script = `exec 3<>/dev/vport0p1; while read -r line <&3; do echo word >&3; /bin/true; echo ended >&3; done`
 
-/** Our kernel, machine and devices with the shell of the image as the first and only process; no initramfs, nothing of ours in it. */
+/** The command line with our kernel, machine and devices, and the image's shell as the only process: no initramfs and no program of ours. */
 const argvOf = Effect.fnUntraced(function* (spec: MachineSpec, controlPath: string) {
   const { vmm } = yield* Settings
   const probe = yield* HostProbe
@@ -31,7 +31,7 @@ const argvOf = Effect.fnUntraced(function* (spec: MachineSpec, controlPath: stri
     tscKhz: accel === "tcg" ? yield* probe.tscKhz : 0,
     controlPath
   })
-  // what the kernel does not know goes to init; no "--", for QEMU appends where its devices are
+  // the kernel passes arguments that it does not know on to init; no "--", because QEMU appends arguments about its devices
   const without = args.flatMap((argument, at) => {
     if (argument === "-initrd" || args[at - 1] === "-initrd") return []
     return args[at - 1] === "-append" ? [`${argument} root=/dev/vda ro init=/bin/sh -c "${script}"`] : [argument]
@@ -39,7 +39,7 @@ const argvOf = Effect.fnUntraced(function* (spec: MachineSpec, controlPath: stri
   return [binary, ...without] as const
 })
 
-/** Boots such a guest, has it run its command once, and saves it: its memory is the file QEMU had mapped. */
+/** Boots such a guest, lets it run its command once, and saves it. Its memory is the file that QEMU had mapped. */
 export const saved = Effect.fn("rawExec.saved")(function* (
   image: "micro" | "debian",
   memoryMib: number,
@@ -80,7 +80,7 @@ export const saved = Effect.fn("rawExec.saved")(function* (
   return machine
 })
 
-/** QEMU goes on as such a guest: two waits, for its word and for its command's end. */
+/** Restores such a guest by QEMU alone. Returns two waits: for the guest's word, and for the command's end. */
 export const start = Effect.fn("rawExec.start")(function* (ready: rawRestore.Ready) {
   const running = yield* rawRestore.run(yield* rawRestore.argvOf(ready), ready, { say, answers })
   const [word, ended] = running.answers

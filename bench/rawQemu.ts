@@ -15,7 +15,7 @@ import { BenchError, type Variant } from "./harness.ts"
 const source = path.join(import.meta.dirname, "raw-init", "init.rs")
 const marker = "raw-init: up"
 
-/** The raw guest's only program, built once for each version of its source. */
+/** Builds the raw guest's only program, once for each version of its source. */
 const buildInit = Effect.gen(function* () {
   const fs = yield* FileSystem.FileSystem
   const { cacheDir } = yield* Settings
@@ -38,14 +38,14 @@ const buildInit = Effect.gen(function* () {
   return program
 })
 
-/** What of our command line belongs to us and not to the machine: the guest channel, the control socket. */
+/** Arguments of our command line that the raw machine does not need: guest channel and control socket. */
 const ours = /^(chardev=qmp|socket,id=(qmp|channel)|virtio-serial-device|virtserialport)/
 
-/** Our own command line without these, and with the console on stdout. */
+/** Our own command line without these arguments, and with the console on stdout. */
 const strip = (argv: ReadonlyArray<string>): ReadonlyArray<string> =>
   argv.flatMap((argument, at) => {
     if (ours.test(argument) || ours.test(argv[at + 1] ?? "")) return []
-    // the shim's memfd is not there; one of QEMU's own costs the same
+    // there is no shim and no memfd of its own; a memfd that QEMU makes costs the same
     if (argument.startsWith("memory-backend-file"))
       return [argument.replace("-file", "-memfd").replace(/,mem-path=[^,]*/, "")]
     return argument.startsWith("socket,id=console") ? ["stdio,id=console,signal=off"] : [argument]
@@ -57,8 +57,8 @@ export interface Machine {
 }
 
 /**
- * QEMU as Node starts it, with the kernel and machine of our own VMs and an init that says one word: `marker` is what a boot costs at
- * least on this host, `exit` is when QEMU has ended.
+ * Starts QEMU from Node, with the kernel and machine of our own VMs and an init that prints one line. `marker` is the least time that a boot takes
+ * on this host, `exit` is QEMU's end.
  */
 export const make = Effect.fn("rawQemu.make")(function* (machine: Machine) {
   const fs = yield* FileSystem.FileSystem
@@ -67,7 +67,7 @@ export const make = Effect.fn("rawQemu.make")(function* (machine: Machine) {
   const probe = yield* HostProbe
   const { accel } = yield* probe.accelerator
 
-  // in this bench's home: a QEMU that is left over is then found by its command line
+  // in this bench's home, so that the leak check finds a leftover QEMU by its command line
   const initrd = path.join(home, "raw-initrd.cpio")
   const archive = Initramfs.cpio([
     { name: ".", mode: 0o040755 },

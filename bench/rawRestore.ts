@@ -15,7 +15,7 @@ import type { Vm } from "../src/vm/Vm.ts"
 import { copy, newDirectory } from "./files.ts"
 import { BenchError } from "./harness.ts"
 
-/** How a VM is booted that raw QEMU is to go on with: what it starts has disks and a channel, and no card. */
+/** Boot options of VMs that raw QEMU can restore: with disks and a channel, without a network card. */
 export const asRaw = { network: "none", prepared: false } as const
 
 /** A saved machine as plain files. */
@@ -24,11 +24,11 @@ export interface Saved {
   readonly memory: string
   readonly memoryMib: number
   readonly vcpus: number
-  /** In the order of the machine's devices; those that are written are copied for each that goes on. */
+  /** In the order of the machine's devices. Writable disks are copied for each restore. */
   readonly disks: ReadonlyArray<Disk>
 }
 
-/** A saved machine with disks of its own, ready to be started once. */
+/** A saved machine with its own copies of the writable disks, which can be started once. */
 export interface Ready extends Saved {
   readonly dir: string
 }
@@ -45,7 +45,7 @@ export const ofBundle = ({ dir, manifest }: Bundle): Saved => ({
   )
 })
 
-/** Copies what the machine will write; not part of what raw QEMU is measured for. */
+/** Copies the writable disks. Not part of the measured time. */
 export const prepare = Effect.fn("rawRestore.prepare")(function* (saved: Saved) {
   const dir = yield* newDirectory("raw")
   const disks = yield* Effect.forEach(saved.disks, (disk) => {
@@ -56,32 +56,32 @@ export const prepare = Effect.fn("rawRestore.prepare")(function* (saved: Saved) 
   return ready
 })
 
-/** The hello of a host that takes over a running guest, behind zeros that complete whatever was torn (docs/protocol.md §1). */
+/** The hello of a host that takes over a running guest, behind the pads that complete a torn frame (docs/protocol.md §1.2). */
 const greeting = () => {
   const hello = Buffer.concat([Buffer.from([1, 0, 0, 0, 17, channelVersion]), randomBytes(16), Buffer.from([0x5a])])
   return { hello, bytes: Buffer.concat([Buffer.alloc(65_544), hello]) }
 }
 
-/** Our own command line for that machine. */
+/** Our own command line for the machine. */
 export const argvOf = Effect.fnUntraced(function* ({ dir, disks, memory, memoryMib, state, vcpus }: Ready) {
   const { vmm } = yield* Settings
   const { accel } = yield* (yield* HostProbe).accelerator
   const start = { _tag: "Saved", state, memory } as const
   const spec = new MachineSpec({ id: VmId.make("f00000000000"), dir, start, memoryMib, vcpus, disks })
   const binary = Option.getOrElse(vmm, () => defaultBinary)
-  // only a kernel's arguments have need of the TSC's rate
+  // only the arguments of a kernel need the TSC's rate
   return commandLine(spec, { binary, accel, tscKhz: 0, controlPath: path.join(dir, "qmp.sock") })
 })
 
-/** What the host says to a guest, and what the guest is to answer, in this order. */
+/** The bytes that the host sends to a guest, and the answers that it expects, in this order. */
 export interface Talk {
   readonly say: Uint8Array
   readonly answers: ReadonlyArray<string | Uint8Array>
 }
 
 /**
- * QEMU, started by Node as the shim would start it, with the descriptors of our own command line. Each answer of the guest on its channel
- * completes one of what is returned. It ends with the scope.
+ * Starts QEMU from Node as the shim would, with the descriptors of our own command line. Each expected answer on the channel completes one of the
+ * returned effects. The scope ends QEMU.
  */
 export const run = Effect.fn("rawRestore.run")(function* (
   [binary, ...args]: readonly [string, ...ReadonlyArray<string>],
@@ -153,7 +153,7 @@ export const run = Effect.fn("rawRestore.run")(function* (
   }
 })
 
-/** Raw QEMU goes on as the saved machine; done when our guest, which stays as it was saved, has answered this host's hello. */
+/** Restores the saved machine by QEMU alone. Completes when the guest has answered this host's hello. */
 export const start = Effect.fn("rawRestore.start")(function* (ready: Ready) {
   const { bytes, hello } = greeting()
   const { answers, pid } = yield* run(yield* argvOf(ready), ready, { say: bytes, answers: [hello] })
@@ -164,13 +164,13 @@ export const start = Effect.fn("rawRestore.start")(function* (ready: Ready) {
 const socketOf = (child: ChildProcess, fd: number): Socket => {
   const end = child.stdio[fd]
   if (!(end instanceof Socket)) throw new Error(`descriptor ${fd} is no socket`)
-  // QEMU's death resets it; `close` tells
+  // QEMU's death resets the socket; `close` reports it
   return end.on("error", () => {})
 }
 
 /**
- * Saves a machine that runs, by hand: QEMU stops it, writes its devices and lets it go on; cp copies memory and disks meanwhile. Only for one
- * that was booted: a restored one's memory is not in a file.
+ * Saves a running machine by hand: QEMU stops it and writes its devices, cp copies memory and disks, QEMU lets it go on. Only for a booted
+ * machine, because a restored machine's memory is not in one file.
  */
 export const save = Effect.fn("rawRestore.save")(
   function* (vm: Vm) {

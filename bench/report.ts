@@ -8,12 +8,12 @@ import type { Prepared, Results, Series, Verdict } from "./harness.ts"
 
 const root = path.resolve(import.meta.dirname, "..")
 
-/** One run of one scenario. `schema` changes when a reader of older files would misunderstand a newer one. */
+/** The report of one run of one scenario. `schema` changes when older readers would misunderstand newer files. */
 export interface Report {
   readonly schema: 1
   readonly name: string
   readonly startedAt: string
-  /** `git describe --always --dirty`; a dirty one names no state anybody can go back to. */
+  /** `git describe --always --dirty`. A dirty revision cannot be checked out again. */
   readonly revision: string
   readonly host: Host
   readonly settings: Readonly<Record<string, unknown>>
@@ -30,11 +30,11 @@ export interface Host {
   readonly kernel: string
   readonly node: string
   readonly qemu: string
-  /** One-minute load averages before and after: how much else went on. */
+  /** One-minute load averages before and after the run: other work on the host. */
   readonly load: readonly [before: number, after: number]
 }
 
-/** The first line of what a command says about itself. */
+/** The first line of a command's output. */
 const ask = (argv: readonly [string, ...ReadonlyArray<string>]) =>
   command.run(argv).pipe(
     Effect.map(({ code, stdout }) => (code === 0 ? (stdout.split("\n")[0] ?? "").trim() : "unknown")),
@@ -43,7 +43,7 @@ const ask = (argv: readonly [string, ...ReadonlyArray<string>]) =>
 
 const load = () => Math.round((os.loadavg()[0] ?? 0) * 100) / 100
 
-/** To be made before measuring: it takes the load as it was. */
+/** Begins a report. Run it before measuring, because it records the load. */
 export const begin = Effect.gen(function* () {
   const before = load()
   const startedAt = new Date()
@@ -77,7 +77,7 @@ export const begin = Effect.gen(function* () {
   })
 })
 
-/** Writes `bench/results/<name>-<time>.json` and gives its path. */
+/** Writes `bench/results/<name>-<time>.json` and returns the path. */
 export const save = Effect.fn("report.save")(function* (report: Report) {
   const fs = yield* FileSystem.FileSystem
   const dir = path.join(root, "bench", "results")
@@ -97,7 +97,7 @@ const row = (variant: string, label: string, series: Series) => [
   String(series.samples.length)
 ]
 
-/** The report for people: where it was taken, the table, the targets. */
+/** Formats a report for people: host, table, targets. */
 export const text = (report: Report): string => {
   const { host, results, verdicts } = report
   const rows = [

@@ -4,7 +4,7 @@ import { BenchError } from "./harness.ts"
 
 const failed = (cause: Error) => new BenchError({ message: `TCP: ${cause.message}`, cause })
 
-/** A connection of any program's. */
+/** Connects to a port of this host. The scope closes the connection. */
 export const connect = (port: number): Effect.Effect<net.Socket, BenchError, Scope.Scope> =>
   Effect.acquireRelease(
     Effect.async<net.Socket, BenchError>((resume) => {
@@ -22,7 +22,7 @@ export const ping = (socket: net.Socket): Effect.Effect<void, BenchError> =>
     socket.write("x")
   })
 
-/** Reads to the end; how many bytes came. */
+/** Reads to the end of file. Returns the number of bytes. */
 export const drain = (socket: net.Socket): Effect.Effect<number, BenchError> =>
   Effect.async((resume) => {
     let bytes = 0
@@ -32,7 +32,7 @@ export const drain = (socket: net.Socket): Effect.Effect<number, BenchError> =>
     socket.once("end", () => resume(Effect.succeed(bytes))).once("error", (error) => resume(Effect.fail(failed(error))))
   })
 
-/** Writes so many bytes, ends, and waits for the other side's end. */
+/** Writes `total` bytes, half-closes, and waits for the peer's end of file. */
 export const fill = (socket: net.Socket, total: number): Effect.Effect<number, BenchError> =>
   Effect.async((resume) => {
     const block = Buffer.alloc(256 * 1024, 7)
@@ -51,7 +51,7 @@ export const fill = (socket: net.Socket, total: number): Effect.Effect<number, B
     write()
   })
 
-/** A port that nothing listens on, for now. */
+/** A port on which no program listens at this moment. */
 export const freePort: Effect.Effect<number> = Effect.async((resume) => {
   const server = net.createServer().listen(0, "127.0.0.1", () => {
     const address = server.address()

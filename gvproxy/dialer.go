@@ -15,21 +15,21 @@ import (
 )
 
 const (
-	// Connections of the guest's that the host has not established yet. Further ones wait: the guest asks again after a second.
+	// maxDialing is the number of the guest's connections that the host may be establishing. Further ones wait: the guest asks again after a second.
 	maxDialing = 64
-	// Linux in the guest gives up after about two minutes, too.
+	// dialTimeout is about the time after which Linux in the guest gives up.
 	dialTimeout = 2 * time.Minute
 )
 
-// translated says what an address of the guest's network means to the host. Every other address means what it does on the host, and would for
-// the gateway, were it not here.
+// translated maps addresses of the guest's network to addresses of the host. All other addresses are the same on both sides; without its entry the
+// gateway's would be, too.
 var translated = map[tcpip.Address]tcpip.Address{address(host): address("127.0.0.1"), address(gateway): address(nowhere)}
 
-// linkLocal is where clouds keep their machines' credentials. They are not the guest's.
+// linkLocal is the subnet of cloud metadata services, which hold the host's credentials. The guest must not reach it.
 var linkLocal = tcpip.AddressWithPrefix{Address: address("169.254.0.0"), PrefixLen: 16}.Subnet()
 
-// dialer connects the guest to the host's network. It is the library's (pkg/services/forwarder) but for what that has no place for: the
-// receive buffers' size, and how many addresses that do not answer keep the guest from all others.
+// dialer connects the guest to the host's network. It replaces the library's (pkg/services/forwarder), which has no place for two settings: the size
+// of receive buffers, and how many connections to silent addresses may be pending before further ones wait.
 func dialer(guest *stack.Stack, receiveBuffer int) *tcp.Forwarder {
 	return tcp.NewForwarder(guest, receiveBuffer, maxDialing, func(request *tcp.ForwarderRequest) {
 		server, err := dialFor(request.ID())

@@ -9,17 +9,17 @@ import (
 )
 
 const (
-	// header is an Ethernet frame's: two addresses and a type. The library reads it without looking whether it is there.
+	// header is the length of an Ethernet header: two addresses and a type. The library reads it without checking the frame's length.
 	header = 14
-	// largest is what a virtio card can send: 64 KiB of payload (virtio 5.1.6.3), its header, and a VLAN's tag.
+	// largest is the longest frame that a virtio card can send: 64 KiB of payload (virtio 5.1.6.3), the header, and a VLAN tag.
 	largest = 65536 + header + 4
 )
 
-// checkedConn lets whole frames of possible lengths through. The guest decides what stands in the stream.
+// checkedConn passes frames of valid lengths on: it drops frames that are too short, and fails on one that is too long. The guest is not trusted.
 type checkedConn struct {
 	net.Conn
 	reader *bufio.Reader
-	// left of the frame that is being read, its length field included.
+	// left is the number of bytes of the current frame that have not been read, its length field included.
 	left int
 }
 

@@ -11,7 +11,7 @@ import (
 	"testing/iotest"
 )
 
-// stream is a connection that is only read.
+// stream is a connection that can only be read.
 type stream struct {
 	net.Conn
 	io.Reader

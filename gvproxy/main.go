@@ -1,14 +1,14 @@
 // Command gvproxy is the network of one VM: a gateway with NAT, DNS and DHCP in user space, on the frames of one virtual network card.
 //
-// It is a small main over the library of the same name, because the stock program serves its control API to the guest on port 80 of the
-// gateway, whatever its flags (gvisor-tap-vsock v0.8.9, cmd/gvproxy): a guest could open ports of the host. This one has no control API;
-// everything it may do is decided when it is started, and what it listens on was bound by who started it.
+// It is a small main over the library of the same name (gvisor-tap-vsock v0.8.9). The library's own program, cmd/gvproxy, serves its control API to
+// the guest on port 80 of the gateway, whatever its flags: a guest could open ports of the host. This program has no control API. Its arguments
+// decide everything that it may do, and the shim has bound the listeners.
 //
 //	gvproxy -mtu 65520 -forward 4=80 -forward 5=8080
 //
 // Descriptor 3 is the connection to the card's other end: a stream of frames, each after its length as a big-endian u32 (QEMU's
-// `-netdev stream`). Every -forward names an inherited listener and the guest's port its clients are connected to. It ends when the
-// connection does.
+// `-netdev stream`). Every -forward names an inherited listener, and the guest's port to which its clients are connected. The program ends when
+// the connection does.
 package main
 
 import (
@@ -28,21 +28,21 @@ import (
 	log "github.com/sirupsen/logrus"
 )
 
-// The network as src/machine/Network.ts and guest/src/system/network.rs know it.
+// The network, as in src/machine/Network.ts.
 const (
 	subnet     = "192.168.127.0/24"
 	gateway    = "192.168.127.1"
 	gatewayMAC = "5a:94:ef:e4:0c:dd"
 	guest      = "192.168.127.2"
-	// host is where the guest reaches what listens on the host's 127.0.0.1.
+	// host is the address by which the guest reaches listeners on the host's 127.0.0.1.
 	host = "192.168.127.254"
-	// nowhere cannot be connected to: connect(2) to a broadcast address fails at once.
+	// nowhere is an address that cannot be reached: connect(2) to a broadcast address fails at once.
 	nowhere = "255.255.255.255"
 
 	cardFd = 3
 )
 
-// forward connects who comes to an inherited listener to a port of the guest.
+// forward connects the clients of an inherited listener to a port of the guest.
 type forward struct {
 	listener  net.Listener
 	guestPort uint16
@@ -76,7 +76,7 @@ func (f *forwards) Set(text string) error {
 }
 
 func main() {
-	// What a guest does is no reason to write to the host's disk.
+	// The library's log is discarded: a guest must not be able to fill the host's disk.
 	log.SetOutput(io.Discard)
 	var exposed forwards
 	mtu := flag.Int("mtu", 1500, "largest packet in bytes, the same as the guest's")
@@ -114,7 +114,7 @@ func run(mtu int, exposed forwards) error {
 	return err
 }
 
-// expose serves one forward. A guest that refuses is a client's connection that is closed.
+// expose serves one forward. When the guest refuses a connection, the client's connection is reset.
 func expose(f forward, dial func(context.Context, uint16) (net.Conn, error)) error {
 	proxy := &tcpproxy.Proxy{ListenFunc: func(_, _ string) (net.Listener, error) { return patient{f.listener}, nil }}
 	proxy.AddRoute(f.listener.Addr().String(), &tcpproxy.DialProxy{
@@ -124,7 +124,7 @@ func expose(f forward, dial func(context.Context, uint16) (net.Conn, error)) err
 	return proxy.Start()
 }
 
-// patient is a listener that outlives a lack of descriptors: the proxy takes the first error for its end.
+// patient is a listener that survives a lack of descriptors: the proxy would take the first error for the listener's end.
 type patient struct{ net.Listener }
 
 func (p patient) Accept() (net.Conn, error) {
@@ -133,12 +133,12 @@ func (p patient) Accept() (net.Conn, error) {
 		if !errors.Is(err, syscall.EMFILE) && !errors.Is(err, syscall.ENFILE) {
 			return client, err
 		}
-		// The listener stays readable, and nothing tells when a descriptor is free.
+		// The listener stays readable, and no event reports a free descriptor.
 		time.Sleep(100 * time.Millisecond)
 	}
 }
 
-// reset closes a connection as a port nobody listens on would.
+// reset closes a connection as a closed port would.
 func reset(client net.Conn) {
 	if tcp, ok := client.(*net.TCPConn); ok {
 		_ = tcp.SetLinger(0)

@@ -24,27 +24,28 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 )
 
-// What a guest may have at once. It decides how many there are, and each costs this process memory and a socket of the host: without a
-// limit 20,000 UDP packets to as many ports cost 3 GB. A connection has two buffers, which are smaller when there are many; a flow (which
-// ends after 90 s without a packet) has two of 64 KiB: together at most 600 MiB. Buffers of 256 KiB carry 280 MB/s where these carry 400, and
-// larger ones no more (measured).
+// Limits for a guest. The guest decides how many connections and flows there are, and each takes memory of this process and a socket of the host:
+// without limits 20,000 UDP packets to as many ports take 3 GB. A connection has two buffers, which are smaller when there are many connections.
+// A flow ends after 90 s without a packet and has two buffers of 64 KiB. Together that is at most 600 MiB. Buffers of 1 MiB carry 400 MB/s, buffers
+// of 256 KiB carry 280 MB/s, larger ones no more (measured).
 const (
 	maxConnections = 1024
 	maxFlows       = 1024
 	maxDNSClients  = 64
 	bufferSize     = 1 << 20
-	// From so many connections on the further ones have the small size.
+	// From this number of connections on, new ones have small buffers.
 	manyConnections = 128
 	smallBufferSize = 96 << 10
-	// On a wire that loses and repeats nothing, a connection that both ends have closed has nothing to wait for.
+	// The wire to the guest loses and repeats nothing, so a connection that both ends have closed need not wait long.
 	timeWait = time.Second
-	// A connection we have closed takes no more data: this is how long the guest has to close its end.
+	// How long the guest has to close its end of a connection that we have closed, which takes no more data.
 	linger = 5 * time.Second
 )
 
 var errFull = errors.New("the guest has as many connections as it may")
 
-// network is the guest's: the library's parts put together here, because its own assembly (pkg/virtualnetwork) has no place for limits.
+// network is the guest's network. It is put together from the library's parts here, because the library's own assembly (pkg/virtualnetwork) has no
+// place for limits.
 type network struct {
 	stack *stack.Stack
 	card  *tap.Switch
@@ -66,7 +67,7 @@ func newNetwork(mtu int) (*network, error) {
 		return nil, errors.New(err.String())
 	}
 	var lock sync.Mutex
-	// A packet gets here when it belongs to nothing that exists. What is not handled is refused: a reset, or port unreachable.
+	// These handlers get packets that belong to no connection or flow. A packet that is not handled is refused: by a reset, or as port unreachable.
 	few, many := dialer(n.stack, bufferSize), dialer(n.stack, smallBufferSize)
 	n.stack.SetTransportProtocolHandler(tcp.ProtocolNumber, func(id stack.TransportEndpointID, packet *stack.PacketBuffer) bool {
 		switch n.room() {
@@ -108,7 +109,7 @@ func (n *network) configure(link stack.LinkEndpoint) tcpip.Error {
 	return n.setBuffers(smallBufferSize)
 }
 
-// setBuffers decides how large the buffers of new connections are.
+// setBuffers sets the size of the buffers of new connections, in bytes.
 func (n *network) setBuffers(size int) tcpip.Error {
 	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: size, Max: size}
 	send := tcpip.TCPSendBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: size, Max: size}
@@ -124,7 +125,7 @@ func (n *network) set(options ...tcpip.SettableTransportProtocolOption) tcpip.Er
 	return nil
 }
 
-// count says how many connections and flows there are, those that are ending included.
+// count returns the numbers of connections and flows, with those that are ending.
 func (n *network) count() (connections, flows int) {
 	for _, endpoint := range n.stack.RegisteredEndpoints() {
 		endpoint, ok := endpoint.(tcpip.Endpoint)
@@ -140,8 +141,8 @@ func (n *network) count() (connections, flows int) {
 	return connections, flows
 }
 
-// room says how large the buffers of one more connection are, and sees to it; 0 when there may not be one more. Connections that are not
-// established do not count, so there may be `maxDialing` more than `maxConnections`.
+// room sets and returns the size of the buffers of one more connection; 0 when there may not be one more. Connections that are not established do
+// not count, so there may be `maxDialing` more than `maxConnections`.
 func (n *network) room() int {
 	connections, _ := n.count()
 	size := bufferSize

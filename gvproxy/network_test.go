@@ -23,10 +23,10 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 )
 
-// patience is how long no test waits for anything.
+// patience is the time limit of every wait in a test.
 const patience = 30 * time.Second
 
-// newGuest is a network and a guest's own stack at the other end of its card.
+// newGuest makes a network, and a guest's own stack at the other end of the card.
 func newGuest(t *testing.T) (*network, *stack.Stack) {
 	n, err := newNetwork(1500)
 	if err != nil {
@@ -144,7 +144,7 @@ func TestAGuestHasSoManyConnectionsAndThenRoomForNewOnes(t *testing.T) {
 	if _, err := n.dial(t.Context(), 80); err != errFull {
 		t.Fatal("a client of the host's: ", err)
 	}
-	// Those that are there work, and those that end make room.
+	// Existing connections work, and connections that end make room.
 	echo := make([]byte, 5)
 	if _, err := open[0].Write([]byte("hello")); err != nil {
 		t.Fatal(err)
@@ -170,7 +170,7 @@ func TestAddressesThatDoNotAnswerKeepAGuestFromNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer listener.Close()
-	// One place for connections that nobody accepts: Linux leaves those behind the second without an answer.
+	// A backlog of one that nobody accepts from: Linux does not answer further connections.
 	silent, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -187,7 +187,7 @@ func TestAddressesThatDoNotAnswerKeepAGuestFromNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	to := tcpip.FullAddress{NIC: 1, Addr: address(host), Port: uint16(name.(*syscall.SockaddrInet4).Port)}
-	// Long enough for those to ask again that found no place.
+	// Long enough for the connections that found no place to ask again.
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
 	defer cancel()
 	unanswered := make(chan error)

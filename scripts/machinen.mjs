@@ -1,5 +1,5 @@
-// The CLI in a checkout: bundled again when a source is newer than the bundle, then run in this very process. Start it as
-// `node -- scripts/machinen.mjs`: without `--` Node takes --env-file for itself.
+// The CLI in a checkout: bundles the sources again when one is newer than the bundle, then runs the bundle in this process. Start it as
+// `node -- scripts/machinen.mjs`: without `--` Node would take the CLI's --env-file for its own option.
 import { spawnSync } from "node:child_process"
 import { existsSync, readdirSync, statSync } from "node:fs"
 import { dirname, join } from "node:path"

@@ -11,12 +11,12 @@ import { environment, leftovers, live, nothing, processesOf, temporaryDirectory 
 
 export * from "./host.ts"
 
-/** What every test of a VM ends with: its processes, sockets, files and names are gone. */
+/** Asserts, at the end of a test, that processes, sockets, files and names of its VMs are gone. */
 export const assertNothingLeft = (home: string) => assert.deepStrictEqual(leftovers(home), nothing)
 
 /**
- * Waits for a condition that has no event of its own (the end of a process that is not our child, a file made by another process). Fails
- * with what was last seen when it does not come true in time.
+ * Waits for a condition that has no event (the end of a process that is not our child, a file of another process). If it does not come true in
+ * time, fails with the last value.
  */
 export const eventually = <A>(what: string, look: () => A | undefined | false): Effect.Effect<A> =>
   Effect.suspend(() => {
@@ -29,7 +29,8 @@ export const eventually = <A>(what: string, look: () => A | undefined | false): 
   )
 
 /**
- * After somebody was killed: the processes end by themselves, the next command finds nothing to show and nothing is left on disk after it.
+ * For tests that kill a process: asserts that all processes end by themselves, that the next command lists no VM, and that it leaves nothing on
+ * disk.
  */
 export const assertNothingLeftAfterNextCommand = (home: string) =>
   Effect.gen(function* () {
@@ -40,14 +41,14 @@ export const assertNothingLeftAfterNextCommand = (home: string) =>
     assertNothingLeft(home)
   })
 
-/** For `afterEach`: who only attached to a VM hears of its end when the files are gone; the shim itself ends a moment later. */
+/** For `afterEach`: waits for the shims' end. A program that attached to a VM learns of its end a moment before the shim itself ends. */
 export const settled = (home: string): Promise<void> =>
   eventually(`the end of ${JSON.stringify(processesOf(home))}`, () => processesOf(home).length === 0).pipe(
     Effect.zipRight(Effect.sync(() => assertNothingLeft(home))),
     Effect.runPromise
   )
 
-/** One VM for all the tests of a `layer`, gone with it. */
+/** One VM for all tests of a `layer`, which ends it. */
 export class Guest extends Context.Tag("test/Guest")<Guest, Vm>() {}
 export const guest = (home: string, options: BootOptions = {}) =>
   Layer.scoped(
@@ -62,30 +63,30 @@ export const text = (bytes: Uint8Array): string => Buffer.from(bytes).toString()
 export const sha256 = (bytes: Uint8Array): string => createHash("sha256").update(bytes).digest("hex")
 export const sha256OfFile = (file: string): string => sha256(readFileSync(file))
 
-/** Runs a shell script in the guest, which must succeed, and gives what it printed without the last newline. */
+/** Runs a shell script in the guest, asserts that it succeeds, and returns its stdout without the last newline. */
 export const sh = (vm: Vm, script: string) =>
   Effect.map(vm.execRaw({ argv: ["sh", "-c", script] }), ({ exitCode, stderr, stdout }) => {
     assert.deepStrictEqual({ exitCode, stderr: text(stderr) }, { exitCode: 0, stderr: "" })
     return text(stdout).trimEnd()
   })
 
-/** An executable shell script below `dir`. */
+/** Writes an executable shell script below `dir` and returns its path. */
 export const executable = (dir: string, name: string, body: string): string => {
   const file = path.join(dir, name)
   writeFileSync(file, `#!/bin/sh\n${body}\n`)
   chmodSync(file, 0o755)
   return file
 }
-/** A VMM of ours, named like QEMU so that `processesOf` sees it; it ignores its arguments. */
+/** A shell script in the place of a VMM. It is named like QEMU, so that `processesOf` finds it, and ignores its arguments. */
 export const fakeVmm = (dir: string, name: string, body: string): string => executable(dir, `qemu-system-${name}`, body)
-/** Runs until it is killed, without a child of its own. */
+/** A shell command that runs until it is killed, without a child process. */
 export const hang = (dir: string): string => {
   const fifo = path.join(dir, "never")
   if (!existsSync(fifo)) execFileSync("mkfifo", [fifo])
   return `read -r line <"${fifo}"`
 }
 
-/** A root filesystem tarball made of the host's static busybox, with a file that tells it from others. */
+/** Makes a root filesystem tarball of the host's static busybox. `mark` is in a file that distinguishes it from others. */
 export const busyboxTarball = (dir: string, mark: string): string => {
   const tree = path.join(dir, `tree-${mark}`)
   for (const sub of ["bin", "dev", "etc", "proc", "sys", "tmp", "run", "root"]) {
@@ -114,7 +115,7 @@ export const busyboxExt4 = (dir: string, mark: string): string => {
   return image
 }
 
-/** A small file system of its own, so that it can be filled. Needs root. */
+/** Mounts a small file system that a test can fill. Needs root; the scope unmounts it. */
 export const smallDisk = (size: string): Effect.Effect<string, never, Scope.Scope> =>
   Effect.acquireRelease(
     Effect.sync(() => {
@@ -138,7 +139,7 @@ export interface CliResult {
 
 export interface CliOptions {
   readonly env?: Readonly<Record<string, string>>
-  /** `"open"`: neither input nor its end; else the whole input. */
+  /** The whole input; `"open"`: no input and no end of file. */
   readonly stdin?: "open" | Uint8Array
 }
 
@@ -146,17 +147,17 @@ export interface CliProcess {
   readonly args: ReadonlyArray<string>
   readonly pid: number
   readonly kill: (signal: NodeJS.Signals) => Effect.Effect<void>
-  /** Completes when its output so far contains the text. */
+  /** Completes when the output so far contains the text. */
   readonly printed: (text: string) => Effect.Effect<void>
   readonly result: Effect.Effect<CliResult>
-  /** What it has printed until now. */
+  /** The output so far. */
   readonly sofar: () => string
 }
 
-/** The bundle (`npm run build`). */
+/** Path of the bundled CLI (`npm run build`). */
 export const cliPath = path.resolve(import.meta.dirname, "..", "dist", "cli.js")
 
-/** Starts the bundled CLI as a user would; killed with the scope. */
+/** Starts the bundled CLI as a user would. The scope kills it. */
 export const startCli = (
   home: string,
   args: ReadonlyArray<string>,
@@ -223,11 +224,11 @@ export const cli = (home: string, args: ReadonlyArray<string>, options: CliOptio
   )
 
 const emptyCache = temporaryDirectory()
-/** `machinen gc` of one home. Its cache is an empty one: what other checkouts have left in the user's is not a test's to count or to remove. */
+/** Runs `machinen gc` for one home, with an empty cache: a test must not count or remove what other checkouts have left in the user's. */
 export const collectGarbage = (home: string, ...flags: ReadonlyArray<string>): Effect.Effect<CliResult> =>
   cli(home, ["gc", "--json", ...flags], { env: { MACHINEN_CACHE_DIR: emptyCache } })
 
-/** What is waited for while the CLI runs. One that hangs is a defect that tells what it knows, before the test's own limit hides it. */
+/** Waits for something while the CLI runs. If it hangs, dies with the CLI's output and the leftovers, before the test's own time limit hides them. */
 export const inTime = <A>(home: string, started: CliProcess, awaited: Effect.Effect<A>): Effect.Effect<A> =>
   Effect.timeoutFailCause(awaited, {
     duration: "45 seconds",

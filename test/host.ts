@@ -4,16 +4,16 @@ import * as path from "node:path"
 import { ConfigProvider, Layer } from "effect"
 import * as layers from "../src/runtime/layers.ts"
 
-/** Set-up's assets and the host probe's findings are shared; everything a VM makes goes below `home`. */
+/** Environment for tests: everything that a VM makes is below `home`; set-up's assets and the host probe's findings are shared. */
 export const environment = (home: string): Record<string, string> => ({
   MACHINEN_HOME: home,
   MACHINEN_ASSETS_STORE: process.env["MACHINEN_ASSETS_STORE"] ?? path.join(os.homedir(), ".machinen", "assets"),
   MACHINEN_CACHE_DIR: process.env["MACHINEN_CACHE_DIR"] ?? path.join(os.homedir(), ".cache", "machinen"),
-  // Before the limit of a test, which would not show the console.
+  // shorter than the time limit of a test, which would not show the console
   MACHINEN_BOOT_TIMEOUT: "40 seconds"
 })
 
-/** A new directory with a short path, below the test run's own. */
+/** Makes a directory with a short path, below the test run's own. */
 export const temporaryDirectory = (): string =>
   mkdtempSync(path.join(process.env["MACHINEN_TEST_TMP"] ?? os.tmpdir(), "mn-"))
 
@@ -22,14 +22,14 @@ process.once("exit", () => {
   for (const home of homes) rmSync(home, { recursive: true, force: true })
 })
 
-/** A state directory of its own, with a path short enough for sockets; gone with the test run, or with the process outside of one. */
+/** Makes a state directory whose path is short enough for sockets. It is removed with the test run, or outside of one with the process. */
 export const temporaryHome = (): string => {
   const dir = temporaryDirectory()
   homes.push(dir)
   return dir
 }
 
-/** The whole program on real guests, with the settings given. */
+/** All real services, with these settings. */
 export const live = (
   home: string,
   overrides: Readonly<Record<string, string>> = {},
@@ -42,7 +42,9 @@ export const live = (
     )
   )
 
-/** Processes that mention a path on their command line or in their environment, or have a file open below it: shims, VMMs and gvproxies of that home. */
+/**
+ * Processes of a home (shims, VMMs and gvproxies): those that have its path in their command line or environment, or a file open below it.
+ */
 export const processesOf = (home: string): ReadonlyArray<{ readonly pid: number; readonly argv: string }> =>
   readdirSync("/proc")
     .filter((entry) => /^[0-9]+$/.test(entry))
@@ -64,7 +66,7 @@ export const processesOf = (home: string): ReadonlyArray<{ readonly pid: number;
       }
     })
 
-/** What is left of VMs below a home; empty lists are what every test wants at its end. */
+/** Processes and files that are left of the VMs of a home. After a test all lists must be empty. */
 export const leftovers = (home: string) => ({
   processes: processesOf(home).map((p) => p.argv.slice(0, 200)),
   vms: names(path.join(home, "vms")),

@@ -6,7 +6,7 @@ import { environment } from "../../test/host.ts"
 import { bundle } from "../bundle.ts"
 import { atMost, BenchError, p50, type Scenario, type Variant } from "../harness.ts"
 
-/** A program's wall time from spawn to the end of its output. Its stdin is a pipe that stays open, as in many a script. */
+/** Wall time of a program from spawn to the end of its output. Its stdin is a pipe that stays open, as in many scripts. */
 const wall = (
   name: string,
   argv: readonly [string, ...ReadonlyArray<string>],

@@ -9,9 +9,9 @@ import * as memory from "../memory.ts"
 import * as rawRestore from "../rawRestore.ts"
 
 const counts = [8, 32] as const
-/** Each of them, in MiB. */
+/** Most MiB that each clone may take. */
 const limitMib = 20
-/** As many as a fork starts at once. */
+/** Siblings that a fork starts at once (src/snapshot/fork.ts). */
 const startedAtOnce = 4
 
 const raw = (bundle: Bundle, count: number): Variant => ({

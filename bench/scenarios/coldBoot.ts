@@ -8,7 +8,7 @@ import * as rawQemu from "../rawQemu.ts"
 
 const machine: rawQemu.Machine = { memoryMib: defaultMemoryMib, vcpus: 1 }
 
-/** Medians of the first command's answer may be at most this many times the raw marker, and `slackMs` more. */
+/** The median of the first command's answer may be at most this many times the raw marker, plus `slackMs`. */
 const factors = { micro: 1.25, debian: 1.4 } as const
 const slackMs = 60
 
@@ -25,7 +25,7 @@ const boot = (image: Image, prepared: boolean): Variant => ({
         return yield* new BenchError({ message: `it began ${prepared ? "with a kernel" : "as a template"}` })
       }
       const ready = yield* elapsed
-      // the wait for the guest is the boot's last phase: it began when shim and VMM were there
+      // the boot's last phase, the wait for the guest, began when shim and VMM had been started
       yield* mark("vmm-spawned", ready - (phases.get("guest-ready") ?? Number.NaN))
       yield* mark("doorbell", ready)
       const { exitCode } = yield* vm.execRaw({ argv: ["true"] })

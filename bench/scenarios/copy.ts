@@ -12,12 +12,12 @@ const files = 1000
 const fileBytes = 500_000
 const totalBytes = files * fileBytes
 
-/** In the guest's memory: its disk is another question. */
+/** A directory in the guest's memory, so that the guest's disk is not measured. */
 const guestDir = "/dev/shm/bench"
 
 const makeTree = (dir: string) =>
   Effect.sync(() => {
-    // no two blocks alike, and no time lost on randomness
+    // slices of one random buffer: no two files are equal, and little time is spent on randomness
     const noise = randomBytes(fileBytes + files)
     for (let n = 0; n < files; n++) {
       const sub = path.join(dir, String(n % 20))
@@ -32,7 +32,7 @@ const variant = (name: string, work: (probe: Probe) => ReturnType<Variant["run"]
   run: work
 })
 
-/** Bytes of one stream each way, and a tree of the same size over the same channel. */
+/** One stream of bytes each way, and a tree of the same size over the same channel. */
 const variants = (vm: Vm, tree: string): ReadonlyArray<Variant> => {
   const during = (probe: Probe, work: Effect.Effect<unknown, Effect.Effect.Error<ReturnType<Variant["run"]>>>) =>
     Effect.gen(function* () {

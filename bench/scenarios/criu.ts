@@ -6,11 +6,11 @@ import type { Vm } from "../../src/vm/Vm.ts"
 import { newPath } from "../files.ts"
 import { BenchError, type Scenario, type Variant } from "../harness.ts"
 
-/** Of the one process that is dumped beside an idle shell. */
+/** Heap sizes of the process that is dumped beside an idle shell. */
 const heapsMib = [8, 128] as const
 const memoryMib = 512
 
-/** A process whose heap is so large, running. */
+/** Starts a process with a heap of `heapMib`. */
 const process = (vm: Vm, heapMib: number) =>
   Effect.gen(function* () {
     const program = `import os,time\nheap=os.urandom(1<<20)*${heapMib}\nopen("/run/up","w")\nwhile True: time.sleep(0.05)`

@@ -33,7 +33,7 @@ const stdout = (vm: Vm, shimPid: number, runs: number): Variant => ({
       yield* Effect.forEach([shimPid, process.pid], memory.resetPeak)
       const began = yield* elapsed
 
-      // not head: busybox's copies byte by byte, 17 MB/s under TCG, and would be all that is measured
+      // not head: busybox's head copies byte by byte (17 MB/s under TCG) and would dominate the measurement
       const blocks = ["bs=64k", `count=${gibibyte / 65536}`]
       const command = yield* vm.start({ argv: ["dd", "if=/dev/zero", ...blocks] })
       const bytes = yield* Stream.runFold(command.output, 0, (sum, { bytes, channel }) =>

@@ -8,7 +8,7 @@ import * as memory from "../memory.ts"
 import * as rawRestore from "../rawRestore.ts"
 import { residentMib } from "./snapshot.ts"
 
-/** Medians, in ms. */
+/** Limits for medians, in milliseconds. */
 const forkLimit = 130
 const pauseLimit = 60
 

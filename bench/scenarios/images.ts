@@ -16,14 +16,14 @@ const run = (...argv: readonly [string, ...ReadonlyArray<string>]) =>
       : new BenchError({ message: `${argv.join(" ")} ended with code ${code}: ${stderr.trim()}` })
   )
 
-/** What is in the cache of an image, so that it is made again. */
+/** Removes an image from the cache, so that it is made again. */
 const forget = (image: string) =>
   Effect.gen(function* () {
     const fs = yield* FileSystem.FileSystem
     for (const file of [image, `${image}.ok`]) yield* fs.remove(file, { force: true })
   })
 
-/** The tools alone, in a directory beside the cache. */
+/** Runs the tools alone, in a directory beside the cache. */
 const raw = (
   name: string,
   work: string,
@@ -54,7 +54,7 @@ export const images: Scenario = {
     const machinen = yield* Machinen
     const store = yield* RootfsImage
     const { cacheDir } = yield* Settings
-    // where the cache is, so that both write to the same disk
+    // in the cache directory, so that both variants write to the same disk
     const dir = yield* fs.makeTempDirectoryScoped({ directory: cacheDir, prefix: "bench-" })
     const tarball = path.join(dir, "debian.tar.gz")
     yield* machinen.provision({

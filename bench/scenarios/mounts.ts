@@ -9,7 +9,7 @@ import type { Vm } from "../../src/vm/Vm.ts"
 import { newDirectory, newPath } from "../files.ts"
 import { atMost, BenchError, p50, type Scenario, type Variant } from "../harness.ts"
 
-/** What a first mount reads and packs: 1 GiB in 20,000 files. */
+/** The files that a first mount reads and packs: 20,000 files, 1 GiB. */
 const files = 20_000
 const fileBytes = 52_429
 const filesInDirectory = 200
@@ -36,11 +36,11 @@ const makeTree = Effect.fnUntraced(function* () {
   for (let i = 0; i < files; i++) {
     const at = path.join(dir, `d${Math.floor(i / filesInDirectory)}`)
     if (i % filesInDirectory === 0) yield* fs.makeDirectory(at)
-    // half of it can be packed, as of sources and pictures together
+    // half of each file can be compressed, as in a mix of sources and pictures
     const half = randomBytes(fileBytes / 2)
     yield* fs.writeFile(path.join(at, `f${i}`), Buffer.concat([half, half]))
   }
-  // what has just been written is not trusted to be at rest
+  // a tree that was changed a moment ago does not count as unchanged
   yield* Effect.sleep("200 millis")
   return dir
 })
@@ -113,7 +113,7 @@ const status = (vm: Vm, place: keyof typeof places): Variant => ({
     })
 })
 
-/** The host's git with the libraries it needs, for a guest of the same distribution. */
+/** Copies the host's git and its libraries into a guest of the same distribution. */
 const giveGit = Effect.fnUntraced(function* (vm: Vm) {
   const libraries = [...(yield* succeed(["ldd", "/usr/bin/git"])).matchAll(/=> (\/\S+)/g)].map(([, file = ""]) => file)
   yield* Effect.forEach(["/usr/bin/git", ...libraries.filter((file) => !/lib(c|m)\.so/.test(file))], (file) =>
@@ -154,7 +154,7 @@ export const mounts: Scenario = {
     })
     yield* giveGit(vm)
     yield* inGuest(vm, `cp ${places.live}/sources.tar /tmp/; cp -a ${places.live}/repository ${places.own}/`)
-    // a copy's inodes are new to git's index: it looks at everything once
+    // the inodes of a copy are new to git's index, so its first `status` reads everything
     yield* Effect.forEach(Object.values(places), (at) => inGuest(vm, `cd ${at}/repository && git status`), {
       discard: true
     })

@@ -33,7 +33,7 @@ print("ready", flush=True)
 listen(${ports.echo}, echo)
 `
 
-/** One way for a program of the host to a server in the guest: ports of the host that lead there. */
+/** One way from the host to a server in the guest: ports of the host that are forwarded there. */
 interface Transport {
   readonly name: string
   readonly ports: Readonly<Record<Service, number>>
@@ -59,7 +59,7 @@ const variants = ({ name, ports }: Transport, runs: number): ReadonlyArray<Varia
       Effect.gen(function* () {
         const socket = yield* tcp.connect(ports.echo)
         yield* tcp.ping(socket)
-        // the first answer: the connection to the guest is there, not only that to what leads there
+        // waits for the first answer, which shows that the connection reaches the guest and not only the forwarder
         yield* mark("first byte back")
       })
     ),

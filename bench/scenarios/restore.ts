@@ -17,7 +17,7 @@ type Cache = (typeof caches)[number]
 const smallest = sizesMib[0]
 const largest = 4096
 
-/** Medians: the first command's answer, of our guest against raw QEMU's (`first-exec` of both); the largest guest against the smallest. */
+/** Limits for medians of the first command's answer (`first-exec`): our guest against raw QEMU's. `growth`: the largest guest against the smallest. */
 const factor = 1.4
 const growth = 1.1
 
@@ -35,7 +35,7 @@ const evictBundle = Effect.fnUntraced(function* (dir: string) {
   yield* evict((yield* fs.readDirectory(dir)).map((file) => path.join(dir, file)))
 })
 
-/** The same work with the least software: QEMU alone, and a guest that is a shell and nothing else (`rawExec.ts`). */
+/** The same work with the least software: QEMU alone, and a guest that is only a shell (`rawExec.ts`). */
 const raw = ({ cache, memoryMib, raw: saved }: Case): Variant => ({
   name: nameOf("raw", memoryMib, cache),
   released: false,
@@ -67,7 +67,7 @@ const ours = ({ bundle, cache, memoryMib }: Case): Variant => ({
       yield* mark("first-exec", (yield* elapsed) - began)
       yield* record("CPU of QEMU", yield* cpu.usedMs(vm.pid), "ms")
       if (exitCode !== 0) return yield* new BenchError({ message: `true ended with code ${exitCode}` })
-      // the first one's price is a cold guest's: pages not mapped, code not translated
+      // a second command, because the first one pays for a cold guest: pages that are not mapped, code that is not translated
       const second = yield* elapsed
       yield* vm.execRaw({ argv: ["true"] })
       yield* record("second exec alone", (yield* elapsed) - second, "ms")
@@ -75,7 +75,7 @@ const ours = ({ bundle, cache, memoryMib }: Case): Variant => ({
     })
 })
 
-/** A bundle of an idle guest of that size. */
+/** Makes a bundle of an idle guest with `memoryMib`. */
 const bundleOf = Effect.fn("bundleOf")(function* (image: string, memoryMib: number) {
   const machinen = yield* Machinen
   const outDir = yield* newPath(`bundle-${memoryMib}`)
@@ -98,7 +98,7 @@ export const restore: Scenario = {
       Effect.gen(function* () {
         const warm = yield* bundleOf(image, memoryMib)
         const rawWarm = yield* rawExec.saved(image, memoryMib, warm.manifest.vcpus)
-        // files of its own, so that evicting them does not cool the other's
+        // own files, so that evicting them does not evict the warm variant's
         const dir = yield* newPath(`cold-${memoryMib}`)
         yield* copy([warm.dir], dir)
         const rawDir = yield* newDirectory(`raw-cold-${memoryMib}`)

@@ -8,7 +8,7 @@ import type { Scenario, Variant } from "../harness.ts"
 import * as memory from "../memory.ts"
 import * as rawRestore from "../rawRestore.ts"
 
-/** MiB that the guest holds: as much as a small server with its caches. */
+/** MiB that the guest uses: as much as a small server with its caches. */
 export const residentMib = 116
 
 const raw = (vm: Vm): Variant => ({
@@ -36,7 +36,7 @@ const goesOn = (name: string, vm: Vm): Variant => ({
     })
 })
 
-/** Ends its VM, so each sample boots one. */
+/** Snapshots that end their VM, so each sample boots one. */
 const ends = (image: string, runs: number): Variant => ({
   name: "destructive",
   runs,

@@ -11,7 +11,7 @@ import { environment } from "../../test/host.ts"
 import { bundle } from "../bundle.ts"
 import { atMost, BenchError, p50, type Scenario, type Variant } from "../harness.ts"
 
-/** Something that gives back what it is given. */
+/** A terminal that echoes keys. */
 interface Echo {
   readonly press: (key: Uint8Array) => Effect.Effect<void, ExecError>
   readonly seen: Effect.Effect<Uint8Array>
@@ -31,7 +31,7 @@ const inTerminal = (vm: Vm, command: TerminalCommand, session?: string) =>
     return echo
   })
 
-/** The whole way: keys typed into a terminal of this host, in which the CLI runs. */
+/** The whole way: keys are typed into a terminal of this host, in which the CLI runs. */
 const attached = Effect.fnUntraced(function* (vm: Vm) {
   const { home } = yield* Settings
   const cliPath = yield* bundle
@@ -72,7 +72,7 @@ const pipes = (vm: Vm) =>
 
 const key = Buffer.from("k")
 
-/** Gives keys back itself, once it has said that it is there. */
+/** A command that prints a newline and then echoes keys itself. */
 const rawCat = "stty raw -echo; echo; exec cat"
 
 const pressed = (name: string, { press, seen }: Echo, runs: number): Variant => ({
@@ -91,7 +91,7 @@ const pressed = (name: string, { press, seen }: Echo, runs: number): Variant => 
     })
 })
 
-/** Keys the kernel keeps for a program that reads no line: 4095. */
+/** Keys that are sent without a newline. The kernel keeps at most 4095 for a program that has not read them. */
 const most = 4000
 
 export const terminal: Scenario = {
