@@ -17,7 +17,7 @@ type Cache = (typeof caches)[number]
 const smallest = sizesMib[0]
 const largest = 4096
 
-/** Limits for medians of the first command's answer (`first-exec`): our guest against raw QEMU's. `growth`: the largest guest against the smallest. */
+/** Limits for medians of the first answer (`first-exec`): our guest against raw QEMU's; `growth`: the largest guest against the smallest. */
 const factor = 1.4
 const growth = 1.1
 

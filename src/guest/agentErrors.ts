@@ -56,7 +56,7 @@ const executableHint = (errno: string | undefined) => {
   }
 }
 
-/** Every kind of work in a guest has a number of places, which other work of that kind takes. */
+/** The agent has a fixed number of threads for each kind of work (docs/protocol.md §3.3); other work of that kind occupies them. */
 const busyHint = "try again later, or end what the guest is occupied with"
 
 export const toExecError = (error: ExecError | AgentRefusal): ExecError => {

@@ -2,8 +2,8 @@ import { Effect, Option, type Scope, Stream } from "effect"
 import { type Connection, unread } from "./UnixSocket.ts"
 
 /**
- * Reads the first line of what the peer sends, and gives it with the connection from behind it. Fails with `ended` when the peer ends before
- * the line does, with `tooLong` once there are more than `maxBytes` without one.
+ * Reads the first line from a connection. Returns it, and the connection from behind the line. Fails with `ended` when the peer ends before the
+ * line does, and with `tooLong` after more than `maxBytes` without a newline.
  */
 export const firstLine = <E>(
   connection: Connection,
@@ -21,7 +21,7 @@ export const firstLine = <E>(
     return { line: head.subarray(0, at).toString(), after: unread(connection, head.subarray(at + 1)) }
   })
 
-/** Reads what the peer sends line by line: each run of the inner effect gives the next. Fails with `None` when the peer has ended. */
+/** Reads a connection line by line: each run of the inner effect returns the next line. Fails with `None` at the end of file. */
 export const lineByLine = (
   connection: Connection
 ): Effect.Effect<Effect.Effect<string, Option.Option<NodeJS.ErrnoException>>, never, Scope.Scope> =>

@@ -12,7 +12,7 @@ export const tarEntry = (name: string, content: Uint8Array): Uint8Array => {
   const put = (text: string, at: number) => padded.write(text, at, "latin1")
   padded.write(name, 0, 100)
   put(octal(0o644, 8) + octal(0, 8) + octal(0, 8) + octal(content.length, 12) + octal(0, 12), 100)
-  // the checksum is that of a header with spaces in its place
+  // the checksum is computed over a header that has spaces in the checksum's field
   put(`${" ".repeat(8)}0`, 148)
   put("ustar\x0000", 257)
   put(octal(0, 8) + octal(0, 8), 329)

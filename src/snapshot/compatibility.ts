@@ -10,7 +10,7 @@ import { type BundleManifest, channelVersion } from "./BundleManifest.ts"
 import { FileHasher } from "./FileHasher.ts"
 import { SnapshotEngines } from "./SnapshotEngine.ts"
 
-/** The engine that a bundle was made with. */
+/** The engine that made a bundle. Fails with BOOT_SNAPSHOT_ENGINE_INVALID when this build does not have it. */
 export const engineOf = Effect.fnUntraced(function* ({ engine: name }: BundleManifest) {
   const engines = yield* SnapshotEngines
   const engine = engines.get(name)
@@ -22,7 +22,7 @@ export const engineOf = Effect.fnUntraced(function* ({ engine: name }: BundleMan
   })
 })
 
-/** The machine's disks as they lie in the bundle and on this host. */
+/** The machine's disks, with their paths in the bundle and on this host. */
 export const disksOf = Effect.fnUntraced(function* ({ dir, manifest }: Bundle, image: string | undefined) {
   const images = yield* RootfsImage
   return yield* Effect.forEach(manifest.disks, ({ id, source }) =>
@@ -35,7 +35,7 @@ export const disksOf = Effect.fnUntraced(function* ({ dir, manifest }: Bundle, i
   )
 })
 
-/** Everything about this host that a snapshot cannot go on with; empty when it can. */
+/** Reasons why this host cannot restore a bundle; empty when it can. */
 export const misfits = Effect.fn("restore.misfits")(function* (bundle: Bundle, options: { readonly image?: string }) {
   const { manifest } = bundle
   const { sameMachine } = yield* engineOf(manifest)
@@ -63,7 +63,7 @@ export const misfits = Effect.fn("restore.misfits")(function* (bundle: Bundle, o
     differ("the list of devices", there.devices.join(" "), here.devices.join(" "))
     differ("the version of the guest's channel", manifest.channel, channelVersion)
   }
-  // measured, not stated: two measurements of one host differ by a little
+  // the rate is measured, so two measurements on one host differ a little
   if (sameMachine && Math.abs(there.tscKhz - here.tscKhz) > here.tscKhz / 100)
     differ("the TSC rate in kHz", there.tscKhz, here.tscKhz)
   const kernel = yield* Effect.orElseSucceed(digests.remembered(yield* assets.kernel), () => "")

@@ -5,7 +5,7 @@ import type { LiveMountOption } from "../machine/mountOptions.ts"
 import type { NetworkMode } from "../machine/Network.ts"
 import type { Bundle } from "./Bundle.ts"
 
-/** What the manifest records that a restore would do to this host, and by which option it is asked for. */
+/** An effect on this host that the manifest records and a restore would have, and the option that asks for it. */
 export interface Recorded {
   readonly effect: string
   readonly option: string
@@ -17,7 +17,7 @@ export interface AskedFor {
   readonly network?: NetworkMode
 }
 
-/** What another's bundle records and the options do not ask for. Of a bundle of this user's own everything is asked for. */
+/** Effects that another user's bundle records and the options do not ask for. Empty for this user's own bundles. */
 export const unasked = (
   { isOwn, manifest }: Bundle,
   { liveMounts = [], network }: AskedFor
