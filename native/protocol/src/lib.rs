@@ -1,6 +1,7 @@
 //! What host and guest say to each other over the streams of the channel (docs/protocol.md, sections 2 and 3), defined once for shim and
 //! agent. `test/golden/agent-frames.json` holds it, and TypeScript's side, to the same bytes.
 
+pub mod errno;
 pub mod frame;
 pub mod names;
 pub mod ports;

@@ -1,6 +1,7 @@
 //! Why a VM was not started.
 
-use nix::errno::Errno;
+use machinen_protocol::errno;
+use nix::libc;
 use serde::Serialize;
 use std::fmt::Display;
 use std::io;
@@ -39,5 +40,5 @@ impl Failed {
 
 /// An error that is not the system's own has no errno; the nearest is what the caller did wrong.
 pub fn code(error: &io::Error) -> String {
-    format!("{:?}", error.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw))
+    errno::text(error.raw_os_error().unwrap_or(libc::EINVAL))
 }
