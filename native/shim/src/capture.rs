@@ -1,5 +1,7 @@
 //! Copies what a stopped VM consists of, and undoes a snapshot whose maker is gone (docs/protocol.md, section 5).
 
+use crate::error::Error;
+use crate::files;
 use crate::identity::Identity;
 use crate::line::{self, MAX_LINE, answer};
 use crate::memory::Memory;
@@ -8,11 +10,9 @@ use crate::peer_closed::peer_closed;
 use crate::plan::{FileCopy, removable};
 use crate::state::State;
 use crate::undo::Undo;
-use crate::{failed, files};
-use nix::errno::Errno;
+use nix::libc;
 use serde::Deserialize;
 use serde_json::json;
-use std::fmt::Display;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -33,26 +33,6 @@ pub struct Request {
 enum Step {
     Copy,
     Commit,
-}
-
-/// Why there is no capture, as the maker is told.
-struct Failure {
-    code: String,
-    message: String,
-}
-
-impl Failure {
-    fn new(what: impl Display, error: &io::Error) -> Self {
-        Failure { code: failed::code(error), message: format!("{what}: {error}") }
-    }
-
-    fn errno(what: impl Display, errno: Errno) -> Self {
-        Failure::new(what, &errno.into())
-    }
-
-    async fn tell(&self, client: &mut UnixStream) -> io::Result<()> {
-        answer(client, &json!({"ok": false, "code": self.code, "message": self.message})).await
-    }
 }
 
 impl Request {
@@ -76,19 +56,24 @@ impl Request {
 pub async fn serve(client: &mut UnixStream, rest: Vec<u8>, request: Request, state: &Arc<State>) -> io::Result<()> {
     // Neither a request that makes no sense nor one too many may undo anything: the VM may be stopped for another one.
     if let Err(what) = request.check() {
-        return Failure::errno(what, Errno::EINVAL).tell(client).await;
+        return refuse(client, &Error::errno(what, libc::EINVAL)).await;
     }
     let Ok(_only) = state.capturing.try_acquire() else {
-        return Failure::errno("another capture", Errno::EBUSY).tell(client).await;
+        return refuse(client, &Error::errno("another capture", libc::EBUSY)).await;
     };
     let Request { memory, files, undo } = request;
     let mut maker = Maker { client, rest, state };
-    if let Err(failure) = maker.converse(memory, files).await {
+    if let Err(error) = maker.converse(memory, files).await {
         // It may be gone.
-        let _ = failure.tell(client).await;
+        let _ = refuse(client, &error).await;
         undo.run(state.agent.clone()).await;
     }
     Ok(())
+}
+
+/// Tells the maker why there is no capture.
+async fn refuse(client: &mut UnixStream, error: &Error) -> io::Result<()> {
+    answer(client, &json!({"ok": false, "code": error.code(), "message": error.to_string()})).await
 }
 
 /// Who makes the snapshot.
@@ -99,13 +84,13 @@ struct Maker<'a> {
 }
 
 impl Maker<'_> {
-    async fn converse(&mut self, memory: Option<PathBuf>, copies: Vec<FileCopy>) -> Result<(), Failure> {
+    async fn converse(&mut self, memory: Option<PathBuf>, copies: Vec<FileCopy>) -> Result<(), Error> {
         let vmm = self.state.vmm;
         let memory = match (memory, &self.state.memory) {
             (None, _) => None,
             (Some(to), Some(memory)) => Some((to, Arc::clone(memory))),
             (Some(to), None) => {
-                return Err(Failure::errno(format_args!("{}: memory is no file", to.display()), Errno::EINVAL));
+                return Err(Error::errno(format_args!("{}: memory is no file", to.display()), libc::EINVAL));
             }
         };
 
@@ -124,10 +109,10 @@ impl Maker<'_> {
                 let mut bytes = 0;
                 if let Some((to, memory, (file, known))) = prepared {
                     let copied = memory.update(vmm, &file, &known, cancel);
-                    bytes += copied.map_err(|error| Failure::new(to.display(), &error))?;
+                    bytes += copied.map_err(|error| Error::io(to.display(), error))?;
                 }
                 let copied = files::copy_all(&copies, cancel);
-                Ok(bytes + copied.map_err(|(path, error)| Failure::new(path.display(), &error))?)
+                Ok(bytes + copied?)
             })
             .await?;
         self.tell(&json!({"ok": true, "bytes": bytes})).await?;
@@ -137,52 +122,52 @@ impl Maker<'_> {
         self.tell(&json!({"ok": true})).await
     }
 
-    async fn tell(&mut self, value: &serde_json::Value) -> Result<(), Failure> {
-        answer(self.client, value).await.map_err(|error| Failure::new("answer", &error))
+    async fn tell(&mut self, value: &serde_json::Value) -> Result<(), Error> {
+        answer(self.client, value).await.map_err(|error| Error::io("answer", error))
     }
 
     /// Waits for the maker's next step, for as long as there is a VM.
-    async fn step(&mut self, expected: Step) -> Result<(), Failure> {
+    async fn step(&mut self, expected: Step) -> Result<(), Error> {
         let line = tokio::select! {
             line = line::next(self.client, &mut self.rest, MAX_LINE) => line,
-            () = self.state.over() => Err(Errno::ESRCH.into()),
+            () = self.state.over() => Err(io::Error::from_raw_os_error(libc::ESRCH)),
         };
         let step = line.and_then(|line| Ok(serde_json::from_slice::<Step>(&line)?));
         match step {
             Ok(step) if step == expected => Ok(()),
-            Ok(step) => Err(Failure::errno(format_args!("{step:?} out of turn"), Errno::EINVAL)),
-            Err(error) => Err(Failure::new(format_args!("waiting for {expected:?}"), &error)),
+            Ok(step) => Err(Error::errno(format_args!("{step:?} out of turn"), libc::EINVAL)),
+            Err(error) => Err(Error::io(format_args!("waiting for {expected:?}"), error)),
         }
     }
 
     /// Works on another thread, and stops working when nobody needs it any more.
     async fn work<T: Send + 'static>(
         &mut self,
-        work: impl FnOnce(&AtomicBool) -> Result<T, Failure> + Send + 'static,
-    ) -> Result<T, Failure> {
-        let gone = peer_closed(self.client).map_err(|error| Failure::new("client", &error))?;
+        work: impl FnOnce(&AtomicBool) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let gone = peer_closed(self.client).map_err(|error| Error::io("client", error))?;
         let cancel = Arc::new(AtomicBool::new(false));
         let cancelled = Arc::clone(&cancel);
         let mut working = tokio::task::spawn_blocking(move || work(&cancelled));
         tokio::select! {
-            done = &mut working => return done.map_err(|error| Failure::new("copying", &io::Error::other(error)))?,
+            done = &mut working => return done.map_err(|error| Error::io("copying", io::Error::other(error)))?,
             () = gone => {}
             () = self.state.over() => {}
         }
         cancel.store(true, Ordering::Relaxed);
         // What it still makes must be there before it is removed.
         let _ = working.await;
-        Err(Failure::errno("copying", Errno::ECANCELED))
+        Err(Error::errno("copying", libc::ECANCELED))
     }
 }
 
-fn prepare(to: &Path, memory: &Memory, vmm: Identity, cancel: &AtomicBool) -> Result<(File, Known), Failure> {
+fn prepare(to: &Path, memory: &Memory, vmm: Identity, cancel: &AtomicBool) -> Result<(File, Known), Error> {
     let prepare = || {
         let file = files::create(to)?;
         let known = memory.copy_ahead(vmm, &file, cancel)?;
         Ok((file, known))
     };
-    prepare().map_err(|error| Failure::new(to.display(), &error))
+    prepare().map_err(|error| Error::io(to.display(), error))
 }
 
 #[cfg(test)]

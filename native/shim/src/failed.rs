@@ -1,7 +1,6 @@
-//! Why a VM was not started.
+//! What the starter is told of a VM that was not started.
 
-use machinen_protocol::errno;
-use nix::libc;
+use crate::error::Error;
 use serde::Serialize;
 use std::fmt::Display;
 use std::io;
@@ -18,9 +17,8 @@ pub enum Step {
     Vmm,
 }
 
-/// A start that failed, as the starter is told.
-#[derive(Debug, thiserror::Error, Serialize)]
-#[error("{message}")]
+/// A start that failed.
+#[derive(Debug, Serialize)]
 pub struct Failed {
     step: Step,
     /// Name of the errno.
@@ -31,14 +29,20 @@ pub struct Failed {
 }
 
 impl Failed {
-    /// `what` was being done when `error` happened.
-    pub fn new(step: Step, what: impl Display, error: &io::Error) -> Self {
-        let subject = what.to_string();
-        Failed { step, code: code(error), message: format!("{subject}: {error}"), subject }
+    /// `step` failed by the error it is given.
+    pub fn at(step: Step) -> impl Fn(Error) -> Failed {
+        move |error| {
+            let (code, message) = (error.code(), error.to_string());
+            let subject = match error {
+                Error::Io { subject, .. } => subject,
+                Error::Archive(_) | Error::TooLarge(_) => message.clone(),
+            };
+            Failed { step, code, subject, message }
+        }
     }
-}
 
-/// An error that is not the system's own has no errno; the nearest is what the caller did wrong.
-pub fn code(error: &io::Error) -> String {
-    errno::text(error.raw_os_error().unwrap_or(libc::EINVAL))
+    /// The system refused something about `subject`.
+    pub fn io(step: Step, subject: impl Display, error: io::Error) -> Self {
+        Failed::at(step)(Error::io(subject, error))
+    }
 }

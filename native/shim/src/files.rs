@@ -1,5 +1,6 @@
 //! The VM's own copies of files: holes stay holes, and where the filesystem can share blocks it does.
 
+use crate::error::Error;
 use crate::plan::FileCopy;
 use nix::errno::Errno;
 use nix::fcntl::copy_file_range;
@@ -7,7 +8,7 @@ use nix::unistd::{Whence, lseek};
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Copied in one call, after which `cancel` is looked at.
@@ -18,7 +19,7 @@ const BUFFER: usize = 256 * 1024;
 ///
 /// # Errors
 /// Also `ECANCELED`, when `cancel` was set meanwhile.
-pub fn copy_all(copies: &[FileCopy], cancel: &AtomicBool) -> Result<u64, (PathBuf, io::Error)> {
+pub fn copy_all(copies: &[FileCopy], cancel: &AtomicBool) -> Result<u64, Error> {
     let mut bytes = 0;
     for (done, plan) in copies.iter().enumerate() {
         match copy(plan, cancel) {
@@ -27,7 +28,7 @@ pub fn copy_all(copies: &[FileCopy], cancel: &AtomicBool) -> Result<u64, (PathBu
                 for plan in &copies[..done] {
                     let _ = std::fs::remove_file(&plan.to);
                 }
-                return Err((plan.to.clone(), error));
+                return Err(Error::io(plan.to.display(), error));
             }
         }
     }
@@ -164,8 +165,7 @@ mod tests {
         let plan = plan(dir.path(), None);
         std::fs::write(&plan.from, b"new").unwrap();
         std::fs::write(&plan.to, b"old").unwrap();
-        let (_, error) = copy_all(&[plan], &AtomicBool::new(false)).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+        assert_eq!(copy_all(&[plan], &AtomicBool::new(false)).unwrap_err().code(), "EEXIST");
         assert_eq!(std::fs::read(dir.path().join("to")).unwrap(), b"old");
     }
 

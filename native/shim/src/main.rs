@@ -27,6 +27,7 @@ mod control;
 mod digest;
 mod doorbell;
 mod entry;
+mod error;
 mod event;
 mod failed;
 mod files;

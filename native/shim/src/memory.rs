@@ -1,6 +1,6 @@
 //! The guest's memory, where it is a file.
 
-use crate::failed::{Failed, Step};
+use crate::error::Error;
 use crate::identity::Identity;
 use crate::parallel_copy::Known;
 use crate::private_memory::PrivateMemory;
@@ -25,14 +25,14 @@ pub enum Memory {
 }
 
 impl Memory {
-    pub fn open(plan: &plan::Memory) -> Result<Self, Failed> {
+    pub fn open(plan: &plan::Memory) -> Result<Self, Error> {
         match plan {
             plan::Memory::New { size_bytes, .. } => {
-                create(*size_bytes).map(Memory::Shared).map_err(|error| Failed::new(Step::Files, "memory", &error))
+                create(*size_bytes).map(Memory::Shared).map_err(|error| Error::io("memory", error))
             }
             plan::Memory::File { from, .. } => files::open(from)
                 .map(|base| Memory::Private(PrivateMemory { base }))
-                .map_err(|error| Failed::new(Step::Files, from.display(), &error)),
+                .map_err(|error| Error::io(from.display(), error)),
         }
     }
 

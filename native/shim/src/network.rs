@@ -3,8 +3,8 @@
 //! gvproxy is started when it is first needed (the guest sends a frame, a client comes to a forwarded port) and started again when it
 //! ends: a VM that uses no network costs none. What outlives it is here: the listeners, and the VMM's end of the card.
 
+use crate::error::Error;
 use crate::event::ProcessExit;
-use crate::failed::{Failed, Step};
 use crate::plan::{self, Forward};
 use crate::process::{Inherited, Process};
 use crate::state::State;
@@ -58,13 +58,13 @@ pub struct Forwards(Vec<(TcpListener, u16)>);
 
 impl Forwards {
     /// Binds all of them or none. From now on clients wait instead of being refused.
-    pub fn bind(network: &plan::Network) -> Result<Self, Failed> {
+    pub fn bind(network: &plan::Network) -> Result<Self, Error> {
         let bind = |Forward { host, guest_port }: &Forward| {
             let listener = TcpListener::bind(host).and_then(|listener| {
                 listener.set_nonblocking(true)?;
                 Ok(listener)
             });
-            listener.map(|listener| (listener, *guest_port)).map_err(|error| Failed::new(Step::Network, host, &error))
+            listener.map(|listener| (listener, *guest_port)).map_err(|error| Error::io(host, error))
         };
         Ok(Forwards(network.forwards.iter().map(bind).collect::<Result<_, _>>()?))
     }

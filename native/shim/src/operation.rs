@@ -8,30 +8,21 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
-use machinen_archive::{ChunkWriter, Error};
+use machinen_archive::ChunkWriter;
 use machinen_protocol::frame::{HEADER, Kind};
 use nix::sys::signal::Signal;
 
+use crate::error::Error;
 use crate::frame::{self, Head};
 
 /// Read from the stream at once.
 const BUFFER: usize = 256 * 1024;
 
-/// Why a copy failed at this end.
-pub enum Failure {
-    Archive(Error),
-    /// The guest sent more than the caller takes.
-    TooLarge(u64),
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self::Archive(error)
-    }
-}
-
 /// Begins the operation and sends what `pack` writes, each chunk as a frame.
-pub fn send(request: &str, pack: impl FnOnce(ChunkWriter) -> Result<u64, Error>) -> Result<(), Failure> {
+pub fn send(
+    request: &str,
+    pack: impl FnOnce(ChunkWriter) -> Result<u64, machinen_archive::Error>,
+) -> Result<(), Error> {
     let Ok(Some(mut stream)) = begin(request) else { return Ok(()) };
     let Ok(mut answers) = stream.try_clone() else { return Ok(()) };
     let listening = thread::spawn(move || {
@@ -59,19 +50,22 @@ pub fn send(request: &str, pack: impl FnOnce(ChunkWriter) -> Result<u64, Error>)
 pub fn receive(
     request: &str,
     limit: u64,
-    unpack: impl FnOnce(&mut dyn Read) -> Result<u64, Error>,
-) -> Result<(), Failure> {
+    unpack: impl FnOnce(&mut dyn Read) -> Result<u64, machinen_archive::Error>,
+) -> Result<(), Error> {
     let Ok(Some(stream)) = begin(request) else { return Ok(()) };
     let mut data = BufReader::with_capacity(BUFFER, Receiving { stream, left: 0, allowed: limit, end: None });
     let unpacked = unpack(&mut data);
     let mut data = data.into_inner();
     match data.end {
-        Some(End::TooLarge) => return Err(Failure::TooLarge(limit)),
+        Some(End::TooLarge) => return Err(Error::TooLarge(limit)),
         // The guest has given up, or is gone: the caller knows why.
         Some(End::Frame(Some(Kind::Error))) => return Ok(()),
         Some(End::Frame(Some(Kind::Eof))) | None => unpacked?,
         Some(End::Frame(_)) => {
-            return Err(Error::Refused("the guest said its last word before the end of its data".into()).into());
+            return Err(machinen_archive::Error::Refused(
+                "the guest said its last word before the end of its data".into(),
+            )
+            .into());
         }
     };
     let _ = relay(&mut data.stream);

@@ -1,6 +1,6 @@
 //! The plan: everything a VM consists of on the host, decided by the starter (`src/machine/ShimPlan.ts`).
 
-use crate::failed::{Failed, Step};
+use crate::error::Error;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
@@ -142,8 +142,8 @@ pub struct Forward {
 
 impl Plan {
     /// Reads the plan's line. `None`: the starter changed its mind (or died) before it had sent it all.
-    pub fn read(input: impl BufRead) -> Result<Option<Self>, Failed> {
-        let failed = |error: io::Error| Failed::new(Step::Plan, "unusable plan", &error);
+    pub fn read(input: impl BufRead) -> Result<Option<Self>, Error> {
+        let failed = |error: io::Error| Error::io("unusable plan", error);
         let mut line = Vec::new();
         input.take(MAX_LINE + 1).read_until(b'\n', &mut line).map_err(failed)?;
         if line.last() != Some(&b'\n') {
@@ -212,7 +212,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn plan(change: impl FnOnce(&mut Value)) -> Result<Option<Plan>, Failed> {
+    fn plan(change: impl FnOnce(&mut Value)) -> Result<Option<Plan>, Error> {
         let mut plan = json!({
             "version": 1, "id": "a", "dir": "/vms/a", "files": [], "vmm": {"argv": ["qemu"], "env": {}}, "channel": null,
             "console": {"fd": 4, "logPath": "/vms/a/console.log", "maxBytes": 1000}, "outputLogPath": "/o", "vmmLogPath": "/v",

@@ -3,9 +3,10 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use machinen_archive::{Error, Source, Target};
+use machinen_archive::{Error as ArchiveError, Source, Target};
 
-use crate::operation::{self, Failure};
+use crate::error::Error;
+use crate::operation;
 
 /// The exit code of a copy that the guest made larger than the caller takes.
 const TOO_LARGE: u8 = 3;
@@ -15,8 +16,8 @@ pub fn push(arguments: &[OsString]) -> ExitCode {
     let [request, links, path, name, excludes @ ..] = arguments else { return report(Err(usage())) };
     report(texts(excludes).and_then(|excludes| {
         let (request, name) = (text(request)?, text(name)?);
-        let source = Source::open(path, &excludes, links == "follow")
-            .map_err(|error| Error::Io { path: path.to_string_lossy().into_owned(), error })?;
+        let source =
+            Source::open(path, &excludes, links == "follow").map_err(|error| Error::io(path.display(), error))?;
         operation::send(&request, |chunks| source.named(&name).pack(chunks))
     }))
 }
@@ -28,33 +29,25 @@ pub fn pull(arguments: &[OsString]) -> ExitCode {
     report(text(request).and_then(|request| {
         let limit = text(limit)?.parse().map_err(|_| usage())?;
         let opened = if kind == "file" { Target::file(path) } else { Target::open(path) };
-        let target = opened.map_err(|error| Error::Io { path: path.to_string_lossy().into_owned(), error })?;
+        let target = opened.map_err(|error| Error::io(path.display(), error))?;
         operation::receive(&request, limit, |data| target.for_caller().unpack(data))
     }))
 }
 
-fn texts(arguments: &[OsString]) -> Result<Vec<String>, Failure> {
+fn texts(arguments: &[OsString]) -> Result<Vec<String>, Error> {
     arguments.iter().map(text).collect()
 }
 
-fn text(argument: &OsString) -> Result<String, Failure> {
+fn text(argument: &OsString) -> Result<String, Error> {
     argument.clone().into_string().map_err(|_| usage())
 }
 
-fn usage() -> Failure {
-    Error::Refused("these are not the arguments of a copy".into()).into()
+fn usage() -> Error {
+    ArchiveError::Refused("these are not the arguments of a copy".into()).into()
 }
 
-fn report(done: Result<(), Failure>) -> ExitCode {
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(Failure::Archive(failed)) => {
-            eprintln!("{failed}");
-            ExitCode::FAILURE
-        }
-        Err(Failure::TooLarge(limit)) => {
-            eprintln!("the guest sent more than {limit} bytes");
-            ExitCode::from(TOO_LARGE)
-        }
-    }
+fn report(done: Result<(), Error>) -> ExitCode {
+    let Err(error) = done else { return ExitCode::SUCCESS };
+    eprintln!("{error}");
+    if matches!(error, Error::TooLarge(_)) { ExitCode::from(TOO_LARGE) } else { ExitCode::FAILURE }
 }

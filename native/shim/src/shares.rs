@@ -1,6 +1,7 @@
 //! The host's directories a VMM serves to its guest: joined below one directory, in a mount namespace of the VMM's own. The kernel sees to
 //! what is read-only, no device node in them works, and nothing of it is left when the VMM is gone.
 
+use crate::error::Error;
 use crate::plan::Shares;
 use nix::libc;
 use std::ffi::{CStr, CString};
@@ -8,7 +9,7 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::ptr;
 
 /// What a process is to see at one place.
@@ -24,16 +25,19 @@ struct Part {
 }
 
 impl View {
-    /// Makes the places. An error comes with its path.
-    pub fn prepare(shares: &Shares) -> Result<Self, (PathBuf, io::Error)> {
+    /// Makes the places.
+    ///
+    /// # Errors
+    /// The first place or source that is not there, or is no directory.
+    pub fn prepare(shares: &Shares) -> Result<Self, Error> {
         let mut parts = Vec::new();
         let mut directory = DirBuilder::new();
         directory.mode(0o700).recursive(true);
         for part in &shares.parts {
             let to = shares.root.join(&part.name);
             // Tells of what is not there, or is no directory, while there are still words for it.
-            open(&part.path).map_err(|error| (part.path.clone(), error))?;
-            directory.create(&to).map_err(|error| (to.clone(), error))?;
+            open(&part.path).map_err(|error| Error::io(part.path.display(), error))?;
+            directory.create(&to).map_err(|error| Error::io(to.display(), error))?;
             parts.push(Part { from: text(&part.path)?, to: text(&to)?, read_only: part.read_only });
         }
         Ok(Self { root: text(&shares.root)?, parts })
@@ -66,8 +70,8 @@ fn open(directory: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(directory)
 }
 
-fn text(path: &Path) -> Result<CString, (PathBuf, io::Error)> {
-    CString::new(path.as_os_str().as_bytes()).map_err(|error| (path.to_owned(), error.into()))
+fn text(path: &Path) -> Result<CString, Error> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|error| Error::io(path.display(), error.into()))
 }
 
 fn mount(from: Option<&CStr>, to: &CStr, flags: libc::c_ulong) -> io::Result<()> {

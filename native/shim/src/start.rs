@@ -19,7 +19,7 @@ use machinen_channel::connect_host;
 use machinen_protocol::ports;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
@@ -56,14 +56,14 @@ struct Files {
 
 /// Step 1: opens files for the VMM.
 fn open_files(plan: &Plan) -> Result<Files, Failed> {
-    let memory = plan.memory.as_ref().map(Memory::open).transpose()?.map(Arc::new);
+    let memory = plan.memory.as_ref().map(Memory::open).transpose().map_err(Failed::at(Step::Files))?.map(Arc::new);
     let mut inherited = Vec::new();
     if let (Some(planned), Some(memory)) = (&plan.memory, &memory) {
         let file = memory.file().try_clone().map_err(vmm_failed(plan))?;
         inherited.push(Inherited { fd: planned.fd(), what: file.into() });
     }
     for Inherit { fd, path } in &plan.inherit {
-        let file = files::open(path).map_err(|error| Failed::new(Step::Files, path.display(), &error))?;
+        let file = files::open(path).map_err(|error| Failed::io(Step::Files, path.display(), error))?;
         inherited.push(Inherited { fd: *fd, what: file.into() });
     }
     Ok(Files { memory, inherited })
@@ -77,7 +77,7 @@ struct Listeners {
 
 /// Step 2: listens. The sockets are there before the VMM is: a client that is early waits.
 fn listen(plan: &Plan) -> Result<Listeners, Failed> {
-    let bind = |path: &Path| UnixListener::bind(path).map_err(|error| registry_failed(path, &error));
+    let bind = |path: &Path| UnixListener::bind(path).map_err(|error| registry_failed(path, error));
     let control = bind(&plan.control_path)?;
     let vsock = match &plan.channel {
         Some(channel) => bind(&channel.vsock_path)?,
@@ -123,10 +123,9 @@ fn spawn(
         inherited.push(Inherited { fd: planned.fd, what: end.into() });
         network = Some((planned, card, forwards));
     }
-    let shares_failed = |(path, error): (PathBuf, io::Error)| Failed::new(Step::Shares, path.display(), &error);
-    let view = plan.shares.as_ref().map(View::prepare).transpose().map_err(shares_failed)?;
+    let view = plan.shares.as_ref().map(View::prepare).transpose().map_err(Failed::at(Step::Shares))?;
     let log = |path: &Path| {
-        let failed = |error| Failed::new(Step::Files, path.display(), &error);
+        let failed = |error| Failed::io(Step::Files, path.display(), error);
         Log::new(path.to_owned(), plan.console.max_bytes).map_err(failed)
     };
     let prints = Prints {
@@ -148,7 +147,7 @@ async fn enter(plan: &Plan, vmm: &mut Process) -> Result<(Entry, Identity), Fail
         Err(error) => {
             vmm.kill();
             vmm.wait().await;
-            Err(registry_failed(&plan.entry_path, &error))
+            Err(registry_failed(&plan.entry_path, error))
         }
     }
 }
@@ -207,12 +206,12 @@ fn is_resumed(plan: &Plan) -> bool {
     plan.channel.as_ref().is_some_and(|channel| channel.resume)
 }
 
-fn registry_failed(path: &Path, error: &io::Error) -> Failed {
-    Failed::new(Step::Registry, path.display(), error)
+fn registry_failed(path: &Path, error: io::Error) -> Failed {
+    Failed::io(Step::Registry, path.display(), error)
 }
 
 fn vmm_failed(plan: &Plan) -> impl Fn(io::Error) -> Failed {
-    |error| Failed::new(Step::Vmm, &plan.vmm.argv[0], &error)
+    |error| Failed::io(Step::Vmm, &plan.vmm.argv[0], error)
 }
 
 /// A socketpair: ours, for the runtime, and the VMM's.

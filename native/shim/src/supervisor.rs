@@ -1,5 +1,6 @@
 //! The life of a VM, step by step.
 
+use crate::error::Error;
 use crate::event::{Event, ExitRecord, ProcessExit, Reason};
 use crate::failed::{Failed, Step};
 use crate::log::Log;
@@ -30,7 +31,7 @@ const DESCRIPTORS: u64 = 4096;
 pub fn main() -> ExitCode {
     // Everything the shim makes is its user's alone.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
-    let plan = match Plan::read(io::stdin().lock()) {
+    let plan = match Plan::read(io::stdin().lock()).map_err(Failed::at(Step::Plan)) {
         Ok(Some(plan)) => plan,
         Ok(None) => return ExitCode::SUCCESS,
         Err(failed) => return report(&failed),
@@ -42,7 +43,7 @@ pub fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let ended = match runtime {
         Ok(runtime) => runtime.block_on(run(&plan)),
-        Err(error) => Err(Failed::new(Step::Plan, "no runtime", &error)),
+        Err(error) => Err(Failed::io(Step::Plan, "no runtime", error)),
     };
     match ended {
         Ok(()) => ExitCode::SUCCESS,
@@ -60,9 +61,9 @@ fn report(failed: &Failed) -> ExitCode {
 
 /// From the plan to the end. On failure the VMM is gone; files are the caller's to remove.
 async fn run(plan: &Plan) -> Result<(), Failed> {
-    let mut stops = Stops::new().map_err(|error| Failed::new(Step::Plan, "signals", &error))?;
+    let mut stops = Stops::new().map_err(|error| Failed::io(Step::Plan, "signals", error))?;
     // Cheap to find out, and what others may have: before anything is copied.
-    let forwards = plan.network.as_ref().map(Forwards::bind).transpose()?;
+    let forwards = plan.network.as_ref().map(Forwards::bind).transpose().map_err(Failed::at(Step::Network))?;
     make_files(plan, &mut stops).await?;
     let mut vm = start(plan, forwards).await?;
     let exit = vm.until_exit(plan, &mut stops).await;
@@ -85,14 +86,12 @@ async fn make_files(plan: &Plan, stops: &mut Stops) -> Result<(), Failed> {
             }
         }
     };
-    match done {
-        Ok(Ok(_)) if cancel.load(Ordering::Relaxed) => {
-            Err(Failed::new(Step::Files, "stopped", &io::Error::from_raw_os_error(nix::libc::ECANCELED)))
-        }
-        Ok(Ok(_)) => Ok(()),
-        Ok(Err((path, error))) => Err(Failed::new(Step::Files, path.display(), &error)),
-        Err(error) => Err(Failed::new(Step::Files, "copying", &io::Error::other(error))),
-    }
+    let copied = match done {
+        Ok(Ok(_)) if cancel.load(Ordering::Relaxed) => Err(Error::errno("stopped", nix::libc::ECANCELED)),
+        Ok(copied) => copied,
+        Err(error) => Err(Error::io("copying", io::Error::other(error))),
+    };
+    copied.map(drop).map_err(Failed::at(Step::Files))
 }
 
 impl Vm {
