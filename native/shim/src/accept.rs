@@ -1,6 +1,6 @@
 //! Taking clients, also when the process has no descriptor left for one.
 
-use nix::errno::Errno;
+use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::time::Duration;
@@ -49,5 +49,5 @@ impl Reserve {
 }
 
 fn out_of_descriptors(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(Errno::EMFILE as i32)
+    Errno::from_io_error(error) == Some(Errno::MFILE)
 }

@@ -10,7 +10,7 @@ use crate::peer_closed::peer_closed;
 use crate::plan::{FileCopy, removable};
 use crate::state::State;
 use crate::undo::Undo;
-use nix::libc;
+use rustix::io::Errno;
 use serde::Deserialize;
 use serde_json::json;
 use std::fs::File;
@@ -56,10 +56,10 @@ impl Request {
 pub async fn serve(client: &mut UnixStream, rest: Vec<u8>, request: Request, state: &Arc<State>) -> io::Result<()> {
     // Neither a request that makes no sense nor one too many may undo anything: the VM may be stopped for another one.
     if let Err(what) = request.check() {
-        return refuse(client, &Error::errno(what, libc::EINVAL)).await;
+        return refuse(client, &Error::errno(what, Errno::INVAL)).await;
     }
     let Ok(_only) = state.capturing.try_acquire() else {
-        return refuse(client, &Error::errno("another capture", libc::EBUSY)).await;
+        return refuse(client, &Error::errno("another capture", Errno::BUSY)).await;
     };
     let Request { memory, files, undo } = request;
     let mut maker = Maker { client, rest, state };
@@ -90,7 +90,7 @@ impl Maker<'_> {
             (None, _) => None,
             (Some(to), Some(memory)) => Some((to, Arc::clone(memory))),
             (Some(to), None) => {
-                return Err(Error::errno(format_args!("{}: memory is no file", to.display()), libc::EINVAL));
+                return Err(Error::errno(format_args!("{}: memory is no file", to.display()), Errno::INVAL));
             }
         };
 
@@ -130,12 +130,12 @@ impl Maker<'_> {
     async fn step(&mut self, expected: Step) -> Result<(), Error> {
         let line = tokio::select! {
             line = line::next(self.client, &mut self.rest, MAX_LINE) => line,
-            () = self.state.over() => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+            () = self.state.over() => Err(Errno::SRCH.into()),
         };
         let step = line.and_then(|line| Ok(serde_json::from_slice::<Step>(&line)?));
         match step {
             Ok(step) if step == expected => Ok(()),
-            Ok(step) => Err(Error::errno(format_args!("{step:?} out of turn"), libc::EINVAL)),
+            Ok(step) => Err(Error::errno(format_args!("{step:?} out of turn"), Errno::INVAL)),
             Err(error) => Err(Error::io(format_args!("waiting for {expected:?}"), error)),
         }
     }
@@ -157,7 +157,7 @@ impl Maker<'_> {
         cancel.store(true, Ordering::Relaxed);
         // What it still makes must be there before it is removed.
         let _ = working.await;
-        Err(Error::errno("copying", libc::ECANCELED))
+        Err(Error::errno("copying", Errno::CANCELED))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Why the shim could not do something.
 
 use machinen_protocol::errno;
-use nix::libc;
+use rustix::io::Errno;
 use std::fmt::Display;
 use std::io;
 
@@ -24,8 +24,8 @@ impl Error {
     }
 
     /// What the shim itself refuses, by the number of the error that comes nearest.
-    pub fn errno(subject: impl Display, errno: i32) -> Self {
-        Error::io(subject, io::Error::from_raw_os_error(errno))
+    pub fn errno(subject: impl Display, errno: Errno) -> Self {
+        Error::io(subject, errno.into())
     }
 
     /// Name of the errno. An error that is not the system's own has none; the nearest is what the caller did wrong.
@@ -34,6 +34,6 @@ impl Error {
             Error::Io { error, .. } => error.raw_os_error(),
             Error::Archive(_) | Error::TooLarge(_) => None,
         };
-        errno::text(number.unwrap_or(libc::EINVAL))
+        errno::text(number.unwrap_or(Errno::INVAL.raw_os_error()))
     }
 }

@@ -2,9 +2,8 @@
 
 use crate::error::Error;
 use crate::plan::FileCopy;
-use nix::errno::Errno;
-use nix::fcntl::copy_file_range;
-use nix::unistd::{Whence, lseek};
+use rustix::fs::{SeekFrom, copy_file_range, seek};
+use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -38,7 +37,7 @@ pub fn copy_all(copies: &[FileCopy], cancel: &AtomicBool) -> Result<u64, Error> 
 /// Opens a regular file for reading.
 pub fn open(path: &Path) -> io::Result<File> {
     // Not blocking: a fifo would wait for a writer.
-    let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)?;
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(ErrorKind::InvalidInput, "not a regular file"));
     }
@@ -77,13 +76,13 @@ pub fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<(u64, u
     if at >= length {
         return Ok(None);
     }
-    let seek = |from: u64, whence| match lseek(file, i64::try_from(from).unwrap_or(i64::MAX), whence) {
-        Ok(found) => Ok(Some(found.unsigned_abs())),
-        Err(Errno::ENXIO) => Ok(None),
+    let find = |what| match seek(file, what) {
+        Ok(found) => Ok(Some(found)),
+        Err(Errno::NXIO) => Ok(None),
         Err(error) => Err(error),
     };
-    let Some(start) = seek(at, Whence::SeekData)? else { return Ok(None) };
-    let end = seek(start, Whence::SeekHole)?.unwrap_or(length);
+    let Some(start) = find(SeekFrom::Data(at))? else { return Ok(None) };
+    let end = find(SeekFrom::Hole(start))?.unwrap_or(length);
     Ok(Some((start, end)))
 }
 
@@ -92,12 +91,12 @@ fn copy_range(from: &File, to: &File, start: u64, end: u64, cancel: &AtomicBool)
     let mut buffer = Vec::new();
     while at < end {
         if cancel.load(Ordering::Relaxed) {
-            return Err(Errno::ECANCELED.into());
+            return Err(Errno::CANCELED.into());
         }
         let copied = if in_kernel {
             match copy_in_kernel(from, to, at, (end - at).min(STEP)) {
                 // Filesystems that cannot, pairs of filesystems that cannot, kernels that will not.
-                Err(Errno::EXDEV | Errno::EINVAL | Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EPERM) | Ok(0) => {
+                Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::PERM) | Ok(0) => {
                     in_kernel = false;
                     continue;
                 }
@@ -117,8 +116,7 @@ fn copy_range(from: &File, to: &File, start: u64, end: u64, cancel: &AtomicBool)
 }
 
 fn copy_in_kernel(from: &File, to: &File, at: u64, length: u64) -> Result<u64, Errno> {
-    let mut offset_in = i64::try_from(at).map_err(|_| Errno::EFBIG)?;
-    let mut offset_out = offset_in;
+    let (mut offset_in, mut offset_out) = (at, at);
     let length = usize::try_from(length).unwrap_or(usize::MAX);
     copy_file_range(from, Some(&mut offset_in), to, Some(&mut offset_out), length).map(|n| n as u64)
 }

@@ -275,7 +275,7 @@ mod tests {
     async fn who_can_be_held_back_loses_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
-        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
         let log = Log::new(path.clone(), 1 << 40).unwrap();
         let pieces = 64u8;
         let mut reader = OpenOptions::new().read(true).open(&path).unwrap();
@@ -303,7 +303,7 @@ mod tests {
     async fn a_stalled_disk_stalls_nobody() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
-        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
         let log = Log::new(path.clone(), 1 << 40).unwrap();
         for _ in 0..64 {
             log.write(&[b'x'; 65_536]);

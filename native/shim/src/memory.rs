@@ -5,9 +5,7 @@ use crate::identity::Identity;
 use crate::parallel_copy::Known;
 use crate::private_memory::PrivateMemory;
 use crate::{files, parallel_copy, plan};
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::libc;
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
@@ -63,14 +61,14 @@ impl Memory {
 }
 
 fn create(size: u64) -> io::Result<File> {
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let never_executed = flags | MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let never_executed = flags | MemfdFlags::NOEXEC_SEAL;
     // Linux before 6.3 does not know the second.
     let file = File::from(memfd_create(MEMORY, never_executed).or_else(|_| memfd_create(MEMORY, flags))?);
     file.set_len(size)?;
     // A VMM that a guest has taken over may write it, as it must, and not cut it short under whoever copies it.
-    let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+    fcntl_add_seals(&file, seals)?;
     Ok(file)
 }
 
@@ -94,19 +92,19 @@ fn copy_shared(memory: &File, to: &File, known: &Known, cancel: &AtomicBool) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::errno::Errno;
+    use rustix::io::Errno;
     use std::os::unix::fs::FileExt;
 
     #[test]
     fn nobody_changes_its_size() {
         let memory = create(1 << 20).unwrap();
         memory.write_all_at(b"x", (1 << 20) - 1).unwrap();
-        let refused = Some(Errno::EPERM as i32);
+        let refused = Some(Errno::PERM.raw_os_error());
         for size in [0, 1 << 19, (1 << 20) + 1] {
             assert_eq!(memory.set_len(size).unwrap_err().raw_os_error(), refused, "{size}");
         }
-        let unseal = fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE));
-        assert_eq!(unseal, Err(Errno::EPERM));
+        let unseal = fcntl_add_seals(&memory, SealFlags::WRITE);
+        assert_eq!(unseal, Err(Errno::PERM));
         assert_eq!(memory.metadata().unwrap().len(), 1 << 20);
     }
 }

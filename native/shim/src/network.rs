@@ -8,11 +8,11 @@ use crate::event::ProcessExit;
 use crate::plan::{self, Forward};
 use crate::process::{Inherited, Process};
 use crate::state::State;
-use nix::sys::socket::{MsgFlags, recv};
+use rustix::net::{RecvFlags, recv};
 use std::future::poll_fn;
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -174,8 +174,7 @@ async fn until_needed(connection: &UnixStream, forwards: &Forwards) -> io::Resul
     let sent = async {
         loop {
             connection.readable().await?;
-            let peek = connection
-                .try_io(Interest::READABLE, || Ok(recv(connection.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK)?));
+            let peek = connection.try_io(Interest::READABLE, || Ok(recv(connection, &mut [0], RecvFlags::PEEK)?.1));
             match peek {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(_) => return Ok(()),

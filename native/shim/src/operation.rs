@@ -10,7 +10,7 @@ use std::thread;
 
 use machinen_archive::ChunkWriter;
 use machinen_protocol::frame::{HEADER, Kind};
-use nix::sys::signal::Signal;
+use rustix::process::{Signal, set_parent_process_death_signal};
 
 use crate::error::Error;
 use crate::frame::{self, Head};
@@ -75,7 +75,7 @@ pub fn receive(
 /// Sends the request and passes the answer on. `None`: it was another than `started`, or none.
 fn begin(request: &str) -> io::Result<Option<UnixStream>> {
     // Should the caller be gone already, what is passed on finds no reader.
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    set_parent_process_death_signal(Some(Signal::KILL))?;
     let mut stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     // Node left the socket non-blocking; the copies here need it blocking.
     stream.set_nonblocking(false)?;

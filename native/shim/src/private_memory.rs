@@ -3,14 +3,13 @@
 use crate::files;
 use crate::identity::Identity;
 use crate::parallel_copy::{self, Known, Range};
-use nix::errno::Errno;
-use nix::libc;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::num::NonZeroUsize;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::ptr;
 use std::sync::atomic::AtomicBool;
 
 const PAGE: u64 = 4096;
@@ -38,7 +37,7 @@ impl PrivateMemory {
         let (maps, pagemap, memory) = (open("maps")?, open("pagemap")?, open("mem")?);
         // What has been opened stays with its process: nobody who gets the number later can be taken for it.
         if Identity::of(vmm.pid)? != vmm {
-            return Err(Errno::ESRCH.into());
+            return Err(Errno::SRCH.into());
         }
         let file = name_in_maps(&self.base)?;
         let maps = io::read_to_string(maps)?;
@@ -81,13 +80,13 @@ impl Mapping {
 /// Device and inode of a file as they are written in maps. Found by mapping it ourselves: on some filesystems (btrfs, overlayfs)
 /// stat(2) tells others.
 fn name_in_maps(file: &File) -> io::Result<(String, String)> {
-    let length = NonZeroUsize::MIN;
+    let length = 1;
     // SAFETY: a new mapping at an address of the kernel's choice; it is never accessed.
-    let mapped = unsafe { mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE, file, 0) }?;
+    let mapped = unsafe { mmap(ptr::null_mut(), length, ProtFlags::READ, MapFlags::PRIVATE, file, 0) }?;
     let maps = std::fs::read_to_string("/proc/self/maps");
     // SAFETY: made above, and nobody else knows it.
-    unsafe { munmap(mapped, length.get()) }?;
-    let address = mapped.addr().get() as u64;
+    unsafe { munmap(mapped, length) }?;
+    let address = mapped.addr() as u64;
     let mapping = maps?.lines().filter_map(Mapping::parse).find(|mapping| mapping.start == address);
     mapping.map(|mapping| mapping.file).ok_or_else(|| ErrorKind::NotFound.into())
 }
@@ -123,14 +122,14 @@ impl<'a> OwnPages<'a> {
             }
             let (found, at) = match (self.find)(self.pagemap, self.at..self.mapping.end) {
                 // Linux before 6.7 cannot.
-                Err(error) if error.raw_os_error() == Some(Errno::ENOTTY as i32) => {
+                Err(error) if Errno::from_io_error(&error) == Some(Errno::NOTTY) => {
                     self.find = read_entries;
                     continue;
                 }
                 found => found?,
             };
             // The process has ended when there is no more to look at.
-            self.at = if at > self.at { at } else { return Err(Errno::ESRCH.into()) };
+            self.at = if at > self.at { at } else { return Err(Errno::SRCH.into()) };
             self.found = found.into_iter();
         }
     }
@@ -212,7 +211,7 @@ fn scan(pagemap: &File, within: Run) -> io::Result<(Vec<Run>, u64)> {
     };
     // SAFETY: both structures are the kernel's, live for the call, and it is told how many regions there is room for.
     let found = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arguments) };
-    let found = usize::try_from(Errno::result(found)?).map_err(io::Error::other)?;
+    let found = usize::try_from(found).map_err(|_| io::Error::last_os_error())?;
     Ok((regions[..found].iter().map(|region| region.start..region.end).collect(), arguments.walk_end))
 }
 
@@ -244,16 +243,15 @@ mod tests {
             let length = written.len() * 4096;
             let file = tempfile::tempfile().unwrap();
             file.set_len(length as u64).unwrap();
-            let size = NonZeroUsize::new(length).unwrap();
-            let rights = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            let rights = ProtFlags::READ | ProtFlags::WRITE;
             // SAFETY: a new mapping at an address of the kernel's choice.
-            let mapped = unsafe { mmap(None, size, rights, MapFlags::MAP_PRIVATE, &file, 0) }.unwrap();
+            let mapped = unsafe { mmap(ptr::null_mut(), length, rights, MapFlags::PRIVATE, &file, 0) }.unwrap();
             // SAFETY: it is as long as that, and nobody else has it.
-            let memory = unsafe { std::slice::from_raw_parts_mut(mapped.cast::<u8>().as_ptr(), length) };
+            let memory = unsafe { std::slice::from_raw_parts_mut(mapped.cast::<u8>(), length) };
             std::hint::black_box(memory[read.min(written.len() - 1) * 4096]);
             written.iter().zip(memory.chunks_mut(4096)).filter(|(own, _)| **own).for_each(|(_, page)| page[1] = 1);
 
-            let start = mapped.addr().get() as u64;
+            let start = mapped.addr() as u64;
             let name = name_in_maps(&file).unwrap();
             let mapping = Mapping { start, end: start + length as u64, private: true, offset: 8192, file: name };
             let pagemap = File::open("/proc/self/pagemap").unwrap();

@@ -5,10 +5,10 @@ use crate::identity::Identity;
 use crate::plan::Command;
 use crate::shares::View;
 use crate::transcript::Transcript;
-use nix::libc;
-use nix::sys::resource::{Resource, setrlimit};
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::{Pid, getpid, getppid};
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
+use rustix::process::{
+    Pid, Resource, Rlimit, Signal, getpid, getppid, kill_process_group, set_parent_process_death_signal, setrlimit,
+};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -32,8 +32,8 @@ pub struct Process {
 /// What neither the shim nor anything it starts ever needs. A core would hold the guest's memory, its secrets included.
 pub fn restrict() {
     // Both exist on every kernel that runs the rest; what they forbid is not relied on anywhere.
-    let _ = nix::sys::prctl::set_no_new_privs();
-    let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+    let _ = rustix::thread::set_no_new_privs(true);
+    let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
 }
 
 /// What the process finds open, and under which number.
@@ -89,9 +89,9 @@ impl Process {
 
     /// Kills its process group, unless it has ended.
     pub fn kill(&self) {
-        if let Some(pid) = self.child.id().and_then(|pid| i32::try_from(pid).ok()) {
+        if let Some(pid) = self.child.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
             // It is not reaped yet, so the number is still its own.
-            let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+            let _ = kill_process_group(pid, Signal::KILL);
         }
     }
 
@@ -123,7 +123,7 @@ impl Placed {
         let highest = inherited.iter().map(|inherited| inherited.fd).max().unwrap_or(0);
         let mut fds = Vec::new();
         for Inherited { fd, what } in inherited {
-            fds.push((above(&what, highest)?, fd));
+            fds.push((fcntl_dupfd_cloexec(&what, highest + 1)?, fd));
         }
         let mut fillers = Vec::new();
         loop {
@@ -136,19 +136,12 @@ impl Placed {
     }
 }
 
-/// A duplicate with a number greater than `than`, closed on exec.
-fn above(fd: &OwnedFd, than: RawFd) -> io::Result<OwnedFd> {
-    let raw = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(than + 1))?;
-    // SAFETY: fcntl has just made it, nobody else knows it.
-    Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(raw) })
-}
-
 /// Between fork and exec.
 fn in_child(shim: Pid, moves: &[(RawFd, RawFd)], view: Option<&View>) -> io::Result<()> {
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    set_parent_process_death_signal(Some(Signal::KILL))?;
     // A shim that died before the line above would have left us alone in the world.
-    if getppid() != shim {
-        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    if getppid() != Some(shim) {
+        return Err(Errno::SRCH.into());
     }
     // Descriptors the shim itself inherited are none of its business.
     // SAFETY: sets a flag on descriptors of this process only.

@@ -3,14 +3,16 @@
 
 use crate::error::Error;
 use crate::plan::Shares;
-use nix::libc;
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{MountPropagationFlags, mount_bind, mount_bind_recursive, mount_change};
+use rustix::thread::{CapabilitySet, UnshareFlags, remove_capability_from_bounding_set, unshare_unsafe};
 use std::ffi::{CStr, CString};
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::DirBuilder;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
-use std::ptr;
 
 /// What a process is to see at one place.
 pub struct View {
@@ -36,7 +38,7 @@ impl View {
         for part in &shares.parts {
             let to = shares.root.join(&part.name);
             // Tells of what is not there, or is no directory, while there are still words for it.
-            open(&part.path).map_err(|error| Error::io(part.path.display(), error))?;
+            open(&part.path).map_err(|error| Error::io(part.path.display(), error.into()))?;
             directory.create(&to).map_err(|error| Error::io(to.display(), error))?;
             parts.push(Part { from: text(&part.path)?, to: text(&to)?, read_only: part.read_only });
         }
@@ -46,37 +48,30 @@ impl View {
     /// To be called between fork and exec: makes system calls and nothing else.
     pub fn enter(&self) -> io::Result<()> {
         // A guest's root is not to leave device nodes in the host's directories. What is not in the bounding set is lost at exec.
-        const CAP_MKNOD: libc::c_ulong = 27;
-        // SAFETY: takes numbers only.
-        check(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_MKNOD, 0, 0, 0) })?;
-        // SAFETY: takes a number; this process has one thread.
-        check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
+        remove_capability_from_bounding_set(CapabilitySet::MKNOD)?;
+        // SAFETY: unsharing descriptors would be unsafe, which this does not.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
         // Nothing of ours reaches the host. What the host unmounts beside the parts goes here as well, or its disks would stay busy.
-        mount(None, c"/", libc::MS_REC | libc::MS_SLAVE)?;
+        mount_change(c"/", MountPropagationFlags::REC | MountPropagationFlags::DOWNSTREAM)?;
         // Of its own, so that it can be read-only: the guest has no business beside the parts.
-        mount(Some(&self.root), &self.root, libc::MS_BIND)?;
+        mount_bind(&self.root, &self.root)?;
         for part in &self.parts {
-            mount(Some(&part.from), &part.to, libc::MS_BIND | libc::MS_REC)?;
+            mount_bind_recursive(&part.from, &part.to)?;
             // What the host mounts later would appear here with flags of its own: writable, with devices. Before the flags are set, so
             // that nothing comes in between.
-            mount(None, &part.to, libc::MS_REC | libc::MS_PRIVATE)?;
+            mount_change(&part.to, MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
             restrict(&part.to, part.read_only, true)?;
         }
         restrict(&self.root, true, false)
     }
 }
 
-fn open(directory: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(directory)
+fn open(directory: &Path) -> rustix::io::Result<OwnedFd> {
+    rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
 fn text(path: &Path) -> Result<CString, Error> {
     CString::new(path.as_os_str().as_bytes()).map_err(|error| Error::io(path.display(), error.into()))
-}
-
-fn mount(from: Option<&CStr>, to: &CStr, flags: libc::c_ulong) -> io::Result<()> {
-    // SAFETY: the strings are live and end with a NUL; a bind mount and a change of propagation read nothing else.
-    check(unsafe { libc::mount(from.map_or(ptr::null(), CStr::as_ptr), to.as_ptr(), ptr::null(), flags, ptr::null()) })
 }
 
 /// `mount_setattr(2)`, which unlike a remount reaches the mounts below.
@@ -100,9 +95,5 @@ fn restrict(at: &CStr, read_only: bool, recursive: bool) -> io::Result<()> {
             size_of::<libc::mount_attr>(),
         )
     };
-    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-fn check(done: libc::c_int) -> io::Result<()> {
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

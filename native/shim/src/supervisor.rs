@@ -11,7 +11,9 @@ use crate::start::{Vm, start};
 use crate::stop::{Ask, Stops};
 use crate::{cleanup, files, owner};
 use machinen_protocol::names;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use rustix::fs::Mode;
+use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
 use std::io;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -30,16 +32,16 @@ const DESCRIPTORS: u64 = 4096;
 /// Reads the plan and carries it out.
 pub fn main() -> ExitCode {
     // Everything the shim makes is its user's alone.
-    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    umask(Mode::RWXG | Mode::RWXO);
     let plan = match Plan::read(io::stdin().lock()).map_err(Failed::at(Step::Plan)) {
         Ok(Some(plan)) => plan,
         Ok(None) => return ExitCode::SUCCESS,
         Err(failed) => return report(&failed),
     };
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        // Fewer descriptors mean fewer clients.
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, soft.max(DESCRIPTORS.min(hard)), hard);
-    }
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let wanted = maximum.map_or(DESCRIPTORS, |maximum| DESCRIPTORS.min(maximum));
+    // Fewer descriptors mean fewer clients.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: current.map(|current| current.max(wanted)), maximum });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let ended = match runtime {
         Ok(runtime) => runtime.block_on(run(&plan)),
@@ -87,7 +89,7 @@ async fn make_files(plan: &Plan, stops: &mut Stops) -> Result<(), Failed> {
         }
     };
     let copied = match done {
-        Ok(Ok(_)) if cancel.load(Ordering::Relaxed) => Err(Error::errno("stopped", nix::libc::ECANCELED)),
+        Ok(Ok(_)) if cancel.load(Ordering::Relaxed) => Err(Error::errno("stopped", Errno::CANCELED)),
         Ok(copied) => copied,
         Err(error) => Err(Error::io("copying", io::Error::other(error))),
     };

@@ -1,6 +1,6 @@
 //! The rate of the time stamp counter. A guest under TCG reads the host's counter; told its rate, it need not measure it itself.
 
-use nix::time::{ClockId, clock_gettime};
+use rustix::time::{ClockId, clock_gettime};
 use std::time::Duration;
 
 /// Long enough that the error of the two readings is some parts in a million.
@@ -21,7 +21,8 @@ fn tsc() -> u64 {
 
 fn monotonic_raw() -> i64 {
     // The clock exists since Linux 2.6.28.
-    clock_gettime(ClockId::CLOCK_MONOTONIC_RAW).map_or(0, |now| now.tv_sec() * 1_000_000_000 + now.tv_nsec())
+    let now = clock_gettime(ClockId::MonotonicRaw);
+    now.tv_sec * 1_000_000_000 + now.tv_nsec
 }
 
 /// The reading during which least time passed: the others were interrupted.

@@ -6,7 +6,7 @@
 mod common;
 
 use common::{PATIENCE, lives, start, start_ready, start_with};
-use nix::sys::signal::Signal;
+use rustix::process::Signal;
 use serde_json::json;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -27,7 +27,7 @@ fn a_detached_vm_outlives_its_owner() {
     shim.event();
     shim.stdin = None;
     shim.until(|shim| shim.status()["ready"] == true);
-    shim.signal(Signal::SIGTERM);
+    shim.signal(Signal::TERM);
     assert_eq!(shim.exited()["reason"], "stop");
 }
 
@@ -46,7 +46,7 @@ fn a_deaf_guest_is_killed_after_the_grace() {
     shim.event();
     shim.until(|shim| shim.status()["ready"] == true);
     let since = Instant::now();
-    shim.signal(Signal::SIGTERM);
+    shim.signal(Signal::TERM);
     let exit = shim.exited();
     assert!(since.elapsed() >= Duration::from_millis(300));
     assert_eq!((&exit["reason"], &exit["orderly"]), (&json!("stop"), &json!(false)));
@@ -58,9 +58,9 @@ fn a_second_signal_does_not_wait_for_the_grace() {
     let mut shim = start_with(&["serve", "--deaf"], |plan| plan["graceMs"] = json!(3_600_000));
     shim.event();
     shim.until(|shim| shim.status()["ready"] == true);
-    shim.signal(Signal::SIGTERM);
+    shim.signal(Signal::TERM);
     // Two pending ones are one: the second is another.
-    shim.signal(Signal::SIGINT);
+    shim.signal(Signal::INT);
     assert_eq!(shim.exited()["vmm"]["signal"], 9);
 }
 
@@ -68,7 +68,7 @@ fn a_second_signal_does_not_wait_for_the_grace() {
 fn a_guest_that_never_came_up_is_killed_at_once() {
     let mut shim = start_with(&["mute"], |plan| plan["graceMs"] = json!(3_600_000));
     shim.event();
-    shim.signal(Signal::SIGTERM);
+    shim.signal(Signal::TERM);
     assert_eq!(shim.exited()["vmm"]["signal"], 9);
 }
 
@@ -77,14 +77,14 @@ fn endless_graces_are_no_trouble() {
     let mut shim = start_with(&["serve"], |plan| plan["graceMs"] = json!(u64::MAX));
     shim.event();
     shim.until(|shim| shim.status()["ready"] == true);
-    shim.signal(Signal::SIGTERM);
+    shim.signal(Signal::TERM);
     assert_eq!(shim.exited()["orderly"], true);
 }
 
 #[test]
 fn hang_ups_are_ignored() {
     let mut shim = start_ready(&["serve"]);
-    shim.signal(Signal::SIGHUP);
+    shim.signal(Signal::HUP);
     assert_eq!(shim.status()["ok"], true);
     shim.stdin = None;
     assert_eq!(shim.exited()["reason"], "owner-lost");
@@ -119,7 +119,7 @@ fn a_vmm_that_serves_the_socket_itself() {
     let mut shim = common::spawn(home);
     shim.send(&format!("{plan}\n"));
     assert_eq!(shim.event()["event"], "started");
-    shim.signal(Signal::SIGTERM);
+    shim.signal(Signal::TERM);
     let (mut agent, _) = vsock.accept().unwrap();
     let mut asked = [0; "CONNECT 1978\n".len()];
     agent.read_exact(&mut asked).unwrap();

@@ -52,7 +52,7 @@ fn tried(read_only: bool) -> Option<Vec<String>> {
     for name in ["late", "early"] {
         std::fs::create_dir(path(name)).unwrap();
     }
-    nix::unistd::mkfifo(&path("go.fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    rustix::fs::mkfifoat(rustix::fs::CWD, path("go.fifo"), rustix::fs::Mode::RWXU).unwrap();
     let mut shim = start_apart(host.path(), read_only, TRY)?;
     assert_eq!(shim.event()["event"], "started");
     let late = path("late").display().to_string();

@@ -6,7 +6,7 @@
 mod common;
 
 use common::{PATIENCE, fake_vmm, plan, spawn, start, start_with};
-use nix::sys::signal::Signal;
+use rustix::process::Signal;
 use serde_json::json;
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -103,8 +103,8 @@ fn the_vmm_gets_its_descriptors_and_no_others() {
         assert_eq!((&seen["noNewPrivileges"], &seen["core"]), (&json!("1"), &json!(0)));
         // The shim minds neither of these; its VMM decides for itself.
         let ignored = u64::from_str_radix(seen["ignored"].as_str().unwrap(), 16).unwrap();
-        let bit = |signal: Signal| 1 << (signal as i32 - 1);
-        assert_eq!(ignored & (bit(Signal::SIGHUP) | bit(Signal::SIGINT) | bit(Signal::SIGTERM)), 0);
+        let bit = |signal: Signal| 1 << (signal.as_raw() - 1);
+        assert_eq!(ignored & (bit(Signal::HUP) | bit(Signal::INT) | bit(Signal::TERM)), 0);
     }
 }
 
@@ -351,6 +351,6 @@ fn what_a_vmm_prints_is_limited() {
     for name in ["vmm.log", "vmm.log.1"] {
         assert!(std::fs::metadata(shim.path(name)).unwrap().len() <= 100_000);
     }
-    shim.signal(Signal::SIGTERM);
+    shim.signal(Signal::TERM);
     assert!(shim.exited()["vmmLogTail"].as_str().unwrap().ends_with("y\nthe end\n"));
 }

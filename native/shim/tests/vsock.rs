@@ -176,7 +176,7 @@ fn an_end_frame_longer_than_any_end_is_not_held() {
     let mut call = lifecycle_call(&shim);
     call.write_all(&frame(19, end.len(), end.as_bytes())).unwrap();
     assert_eq!(call.read(&mut [0]).unwrap(), 0);
-    shim.signal(nix::sys::signal::Signal::SIGTERM);
+    shim.signal(rustix::process::Signal::TERM);
     assert_eq!(shim.exited()["main"], json!({"code": 3, "signal": null}));
 }
 

@@ -6,9 +6,9 @@
 //! everything on, 1978 knows `poweroff` and prints what it is told by `clock`; all others are refused.
 
 use machinen_channel::{Incoming, Opener, Stream, serve_guest};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+use rustix::process::{Resource, getpgrp, getpid, getrlimit};
 use std::io::{self, Write};
-use std::num::NonZeroUsize;
 use std::os::fd::FromRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -63,12 +63,11 @@ fn main() -> io::Result<()> {
 fn memory(shared: bool) -> io::Result<&'static mut [u8]> {
     let file = std::fs::File::options().read(true).write(true).open("/proc/self/fd/5")?;
     let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
-    let flags = if shared { MapFlags::MAP_SHARED } else { MapFlags::MAP_PRIVATE };
-    let size = NonZeroUsize::new(length).ok_or(io::ErrorKind::InvalidInput)?;
+    let flags = if shared { MapFlags::SHARED } else { MapFlags::PRIVATE };
     // SAFETY: a new mapping at an address of the kernel's choice.
-    let mapped = unsafe { mmap(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags, &file, 0) }?;
+    let mapped = unsafe { mmap(std::ptr::null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, flags, &file, 0) }?;
     // SAFETY: it is never unmapped, and what else maps the file only reads it, by system calls.
-    let memory = unsafe { std::slice::from_raw_parts_mut(mapped.cast().as_ptr(), length) };
+    let memory = unsafe { std::slice::from_raw_parts_mut(mapped.cast(), length) };
     if !shared {
         // Reading makes no page the reader's own.
         std::hint::black_box(memory.iter().step_by(4096).fold(0, |sum: u8, byte| sum.wrapping_add(*byte)));
@@ -89,8 +88,8 @@ fn inspect(console: i32) -> io::Result<()> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:\t"));
     let no_new_privileges = status.lines().find_map(|line| line.strip_prefix("NoNewPrivs:\t"));
-    let (core, _) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_CORE)?;
-    let leads_its_group = nix::unistd::getpgrp() == nix::unistd::getpid();
+    let core = getrlimit(Resource::Core).current;
+    let leads_its_group = getpgrp() == getpid();
     let seen = serde_json::json!({
         "fds": fds, "variables": variables, "ignored": ignored, "leadsItsGroup": leads_its_group,
         "noNewPrivileges": no_new_privileges, "core": core,

@@ -156,8 +156,8 @@ impl Shim {
         serde_json::from_slice(&std::fs::read(self.home.path().join("entry.json")).unwrap()).unwrap()
     }
 
-    pub fn signal(&self, signal: nix::sys::signal::Signal) {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).unwrap();
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).unwrap();
     }
 
     /// For what announces itself to nobody.
