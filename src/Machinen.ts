@@ -36,6 +36,7 @@ import { checkSnapshot, type Snapshot, type SnapshotOptions, snapshot } from "./
 import { Gvproxy } from "./vm/Gvproxy.ts"
 import * as Vm from "./vm/Vm.ts"
 
+/** What `inspect` finds out about a bundle. */
 export interface Inspection {
   readonly bundle: Bundle.Bundle
   /** Why this host cannot restore the bundle; empty when it can. */
@@ -94,6 +95,7 @@ export class Machinen extends Context.Tag("machinen/Machinen")<
     readonly fork: (vm: Vm.Vm, options?: ForkOptions) => Effect.Effect<Forked, BootFailure | SnapshotError, Scope.Scope>
     /** A handle on a running VM by pid, name or id. The handle does not own the VM and needs no scope. */
     readonly attach: (reference: string) => Effect.Effect<Vm.Vm, RegistryError>
+    /** The entries of live VMs, oldest first. */
     readonly list: Effect.Effect<ReadonlyArray<VmEntry>, RegistryError>
     /** Removes what dead VMs left, and templates that cannot be used any more. With `dryRun` only lists them. */
     readonly gc: (options?: { readonly dryRun?: boolean }) => Effect.Effect<ReadonlyArray<Leftover>, RegistryError>

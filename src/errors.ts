@@ -310,6 +310,7 @@ export const MachinenError = Schema.Union(
   VmmControlFailed
 )
 export type MachinenError = typeof MachinenError.Type
+/** Whether a value is one of these errors. */
 export const isMachinenError: (u: unknown) => u is MachinenError = Schema.is(MachinenError)
 
 const causes = (cause: unknown): ReadonlyArray<string> => {

@@ -79,12 +79,12 @@ const escape = (value: string) => value.replaceAll(",", ",,")
 export const kernelArguments = (accel: Accelerator, tscKhz: number): string =>
   [
     "console=ttyS0",
-    "reboot=t", // a triple fault ends QEMU (-no-reboot): without ACPI that is the power-off
+    "reboot=t", // reset by a triple fault, which ends QEMU (-no-reboot): without ACPI this is the power-off
     "panic=-1",
     "quiet",
     "acpi=off",
     "noreplace-smp",
-    "dummy.numdummies=0", // the driver would give every guest a card dummy0; `ip link add` makes one where it is wanted
+    "dummy.numdummies=0", // without a network device dummy0, which the driver makes by default
     "no_timer_check",
     // Mounts wait for RCU grace periods, which without this last whole jiffies: 25 ms of every boot (measured).
     "rcupdate.rcu_expedited=1",
@@ -121,6 +121,7 @@ const begin = ({ start }: MachineSpec, accel: Accelerator, tscKhz: number): Read
         ...["-incoming", `fd:${stateFd}`]
       ]
 
+/** What a command line needs beside the machine. `tscKhz`: rate of the host's TSC, 0 under KVM. */
 export interface CommandLineOptions {
   readonly binary: string
   readonly accel: Accelerator
@@ -164,7 +165,7 @@ export const commandLine = (
         ]),
     ...(spec.shares.length === 0
       ? []
-      : // whose files they are and what kind they are stays as it is; `remap`: they may lie on several file systems
+      : // passthrough: owners and file types stay as they are; `remap`: the shares may be on several file systems
         ["-fsdev", `local,id=shares,path=${escape(sharesPath(spec.dir))},security_model=passthrough,multidevs=remap`]),
     ...devices({
       disks: spec.disks,

@@ -24,6 +24,7 @@ import * as PhaseTimer from "../vm/PhaseTimer.ts"
 import * as Vm from "../vm/Vm.ts"
 import * as templates from "./templates.ts"
 
+/** A VM that is ready. */
 export interface Booted {
   readonly vm: Vm.Vm
   /** The command to run: the caller's, else the image's. `vm.startMain` starts it, so that no output is lost. */

@@ -13,6 +13,7 @@ import * as templates from "./templates.ts"
 /** The boot options that decide the template. All other options apply to a machine that starts from it. */
 export type PrepareOptions = Pick<BootOptions, "image" | "memoryMib" | "vcpus" | "rootDiskSizeBytes" | "network">
 
+/** A template on disk. */
 export interface Prepared {
   /** The template's directory. */
   readonly dir: string

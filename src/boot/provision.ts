@@ -24,6 +24,7 @@ export type BuildProgress =
   /** Bytes of the root filesystem that the guest has sent so far; reported from time to time. */
   | { readonly _tag: "Archived"; readonly bytes: number }
 
+/** Options of a build. Every option but `install` and `out` has a default. */
 export interface ProvisionOptions<E = unknown, R = never> {
   /** The image that is built upon, as `image` of a boot. Default: the rootfs of MACHINEN_ASSETS_DIR, else `debian`. */
   readonly base?: string
@@ -52,6 +53,7 @@ export interface ProvisionOptions<E = unknown, R = never> {
   readonly onProgress?: (progress: BuildProgress) => Effect.Effect<void>
 }
 
+/** A built image. */
 export interface Provisioned {
   /** Absolute path of the tarball. */
   readonly imagePath: string

@@ -255,6 +255,7 @@ export const AgentRequest = Schema.Union(
 )
 export type AgentRequest = typeof AgentRequest.Type
 
+/** The payload of `started`. */
 export const AgentStarted = Schema.Struct({
   pid: Schema.optional(Schema.Int),
   /** `dump`: for how many milliseconds the processes have stood still. */
@@ -287,6 +288,7 @@ export const AgentFault = Schema.Struct({
 })
 export type AgentFault = typeof AgentFault.Type
 
+/** Describes a file of a guest. */
 export class FileStat extends Schema.Class<FileStat>("FileStat")({
   kind: Schema.Literal("file", "directory", "symlink", "other"),
   /** Size in bytes. */
@@ -339,9 +341,11 @@ export class Rejuvenation extends Schema.Class<Rejuvenation>("Rejuvenation")({
   clockStepMs: Schema.Number
 }) {}
 
+/** Statistics of a guest: memory, disk and uptime of the whole guest, processes of its commands. */
 export class GuestStats extends Schema.Class<GuestStats>("GuestStats")({
   memory: Schema.Struct({ totalBytes: Schema.Number, availableBytes: Schema.Number }),
   uptimeMs: Schema.Number,
+  /** Processes of commands, without those in control groups that commands have made themselves. */
   processes: Schema.Int,
   diskTotalBytes: Schema.Number,
   diskFreeBytes: Schema.Number,

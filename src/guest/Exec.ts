@@ -9,6 +9,7 @@ import { checkCommand } from "./commandCheck.ts"
 import { drainable } from "./drainable.ts"
 import { forEachOf, type Operations, sendAll } from "./operation.ts"
 
+/** A command for a guest: a program with its arguments. */
 export interface CommandSpec {
   readonly argv: readonly [string, ...ReadonlyArray<string>]
   readonly env?: Readonly<Record<string, string>>
@@ -25,6 +26,7 @@ export interface CommandSpec {
 /** A command, or a line that the guest's `sh -c` runs. */
 export type Commandlike = CommandSpec | string
 
+/** A piece of a command's output. */
 export interface CommandOutput {
   readonly channel: "stdout" | "stderr"
   readonly bytes: Uint8Array
@@ -50,15 +52,20 @@ export interface MainCommand extends RunningCommand {
   readonly detach: Effect.Effect<void, ExecError>
 }
 
+/** How a command ended, and its output. */
 export interface ExecResult {
+  /** 128 + `signal` when a signal ended the command. */
   readonly exitCode: number
   readonly signal: number | null
+  /** The command got SIGKILL, and the guest kernel killed a process for want of memory while it ran. */
   readonly oomKilled: boolean
   readonly stdout: Uint8Array
   readonly stderr: Uint8Array
 }
 
+/** Options of `exec` and `execRaw`. */
 export interface ExecOptions {
+  /** Time limit of the command. Default: none. */
   readonly timeout?: Duration.DurationInput
   /** Called with each piece of output. The command's writes wait for it. */
   readonly onOutput?: (piece: CommandOutput) => Effect.Effect<void>
@@ -75,6 +82,7 @@ export interface ExecOptions {
 
 /** Commands in a guest. */
 export interface Exec {
+  /** Starts a command. Closing the scope before its end kills its process group. */
   readonly start: (command: Commandlike) => Effect.Effect<RunningCommand, ExecError, Scope.Scope>
   /**
    * Runs a command to its end and keeps its output. After `timeout` the command is killed, and this fails with EXEC_AGENT_TIMEOUT. An

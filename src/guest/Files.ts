@@ -10,6 +10,7 @@ import { type AgentRequest, FileStat, type Frame, FrameType } from "./AgentProto
 import { toFilesError } from "./agentErrors.ts"
 import { encodeRequest, forEachOf, type Operations, sendAll } from "./operation.ts"
 
+/** Options of `writeFile`. */
 export interface WriteFileOptions {
   /** Permission bits. Default: 0644 for a new file; an existing file keeps its own. */
   readonly mode?: number
@@ -18,6 +19,7 @@ export interface WriteFileOptions {
   readonly append?: boolean
 }
 
+/** A part of a file, in bytes. */
 export interface FileRange {
   /** First byte. Default 0. */
   readonly offset?: number
@@ -25,6 +27,7 @@ export interface FileRange {
   readonly length?: number
 }
 
+/** Options of `push`. */
 export interface CopyOptions {
   /** Patterns of fnmatch(3) for the path below a directory, or, without a slash, for any name. */
   readonly excludes?: ReadonlyArray<string>
@@ -32,6 +35,7 @@ export interface CopyOptions {
   readonly follow?: boolean
 }
 
+/** Options of `pull`. */
 export interface PullOptions extends CopyOptions {
   /**
    * Most bytes that the guest may send: contents without holes, and at least 512 for each file. More fails with FILES_TOO_LARGE. Default: no

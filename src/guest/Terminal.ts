@@ -20,12 +20,14 @@ export type TerminalCommand =
       readonly secrets?: ReadonlyArray<string>
     }
 
+/** The size of a terminal in cells. */
 export interface TerminalSize {
   /** Columns and rows are from 1 to 65535 each. */
   readonly columns: number
   readonly rows: number
 }
 
+/** Options of a terminal. */
 export interface TerminalOptions extends TerminalSize {
   /**
    * Name of a session: the command outlives its client. 1 to 64 letters, digits, `_`, `.`, `-`, unique in the guest. An existing session is joined:

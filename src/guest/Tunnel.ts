@@ -30,6 +30,7 @@ export interface TunnelListener {
 
 /** Connections into a guest over the private channel. The VM needs no network for them. Failures are TUNNEL_* errors. */
 export interface Tunnels {
+  /** Connects to a listener in the guest. Fails with TUNNEL_REFUSED when nothing listens there. */
   readonly connect: (guest: TunnelTarget) => Effect.Effect<TunnelConnection, TunnelError, Scope.Scope>
   /**
    * Listens on the host until the scope closes. Each client has a stream of its own. A client that the guest refuses is reset; the others are not

@@ -20,6 +20,7 @@ export type Progress =
   | { readonly _tag: "Done"; readonly step: StepId; readonly title: string; readonly elapsed: Duration.Duration }
   | { readonly _tag: "Failed"; readonly step: StepId; readonly title: string; readonly error: AssetError }
 
+/** Options of set-up. */
 export interface SetupOptions {
   /** Another host's asset store, a directory or a URL. Assets that it has for the present sources are fetched instead of built. */
   readonly from?: string

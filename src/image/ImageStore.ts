@@ -33,6 +33,7 @@ export interface StoredImage {
   readonly bundles: ReadonlyArray<string>
 }
 
+/** An image, with what is in it. */
 export interface ImageDetails extends StoredImage {
   readonly config: ImageConfig
   /** Debian packages and their versions, of an image that has a dpkg database. */

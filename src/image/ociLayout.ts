@@ -78,6 +78,7 @@ export interface Layer extends Blob {
   readonly unpack: string
 }
 
+/** Path of a blob in a layout. */
 export const blobOf = (layout: string, digest: string) =>
   path.join(layout, "blobs", "sha256", digest.slice("sha256:".length))
 
@@ -111,6 +112,7 @@ export const tagged = (
   })
 }
 
+/** Reads and checks manifest and configuration of an image in a layout. Fails with IMAGE_INVALID. */
 export const readImage = Effect.fnUntraced(function* (
   reference: string,
   layout: string,

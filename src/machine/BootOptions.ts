@@ -119,6 +119,7 @@ export const minMemoryMib = 64
 export const autoMemoryMib = (hostBytes: number): number =>
   Math.max(512, Math.min(Math.floor(hostBytes / 2 ** 20 / 2), 16384))
 
+/** What a VM can have on this host: bytes of memory, number of vCPUs. */
 export interface HostLimits {
   readonly memoryBytes: number
   readonly maxVcpus: number

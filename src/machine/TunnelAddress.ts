@@ -5,6 +5,7 @@ import { isIpAddress } from "../platform/ipAddress.ts"
 /** A listener in a guest: a TCP port of its loopback interface, or a unix socket. */
 export type TunnelTarget = { readonly port: number } | { readonly path: string }
 
+/** A port of the host that is forwarded to a listener in a guest. */
 export interface TunnelMapping {
   /** Default 127.0.0.1, which other hosts cannot reach. */
   readonly hostAddress?: string

@@ -33,6 +33,7 @@ export interface SaveTarget {
   readonly remove: ReadonlyArray<string>
 }
 
+/** A prepared save. */
 export interface Saving {
   /** Stops the machine and saves it. Closing the scope lets the machine go on. */
   readonly whileStopped: Effect.Effect<void, VmmControlFailed | CaptureFailed, Scope.Scope>

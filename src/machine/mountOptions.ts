@@ -34,6 +34,7 @@ export interface LiveMountOption {
   readonly mode?: MountMode
 }
 
+/** The mounts of a boot's options. */
 export interface MountOptions {
   /** A host directory that is copied into the guest. The guest writes to a layer of its own; the host's directory is never changed. */
   readonly mount?: { readonly host: string; readonly guest: string }
@@ -43,6 +44,7 @@ export interface MountOptions {
   readonly liveMounts?: ReadonlyArray<LiveMountOption>
 }
 
+/** Mounts after all checks, with all defaults. */
 export interface MountPlan {
   readonly mount: Mount | undefined
   readonly mountUpperBytes: number

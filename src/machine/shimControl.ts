@@ -11,8 +11,10 @@ import type { VmName } from "./MachineSpec.ts"
 import { ExitRecord, ShimEvent } from "./ShimPlan.ts"
 import type { VmEntry } from "./VmEntry.ts"
 
+/** `console`: the output of kernel and init. `output`: the output of a detached main command. */
 export type LogSource = "console" | "output"
 
+/** Which part of a log is read. */
 export interface LogOptions {
   /** Follow the log until the VM ends. Default false. */
   readonly follow?: boolean

@@ -36,6 +36,7 @@ export interface MountImage {
   readonly lastUsedAt: number
 }
 
+/** Options of an image of a host directory. */
 export interface LowerOptions {
   /** Default: `mountdisk` in the cache directory. */
   readonly cacheDir?: string

@@ -9,6 +9,7 @@ import * as HostLock from "./HostLock.ts"
  */
 const marker = (target: string) => `${target}.ok`
 
+/** Whether the file has its marker. */
 export const isComplete = (target: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) =>
     Effect.all([
@@ -21,6 +22,7 @@ export const isComplete = (target: string) =>
 export const markComplete = (target: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) => fs.writeFileString(marker(target), ""))
 
+/** Removes the marker of a file. */
 export const unmark = (target: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) => fs.remove(marker(target), { force: true }))
 

@@ -2,6 +2,7 @@ import { Command, type CommandExecutor, type Error as PlatformErrors } from "@ef
 import { Effect, Stream } from "effect"
 import { searchPath } from "./searchPath.ts"
 
+/** A host tool that has ended: its exit code and its output. */
 export interface Finished {
   readonly code: number
   readonly stdout: string

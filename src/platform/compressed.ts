@@ -4,6 +4,7 @@ import { PassThrough, pipeline, Transform } from "node:stream"
 import { createGzip } from "node:zlib"
 import { Deferred, Effect, Runtime, Stream } from "effect"
 
+/** A file that was written: its size in bytes and its sha256. */
 export interface Written {
   readonly sizeBytes: number
   readonly sha256: string

@@ -1,6 +1,7 @@
 import { readdirSync, readFileSync, readlinkSync } from "node:fs"
 import { Effect, Option } from "effect"
 
+/** A process that listens on a port, with its name (comm). */
 export interface PortHolder {
   readonly pid: number
   readonly command: string

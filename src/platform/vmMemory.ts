@@ -2,6 +2,7 @@ import { readdir, readFile } from "node:fs"
 import { Effect, Option } from "effect"
 import * as processes from "./processes.ts"
 
+/** Resident memory of a running VM, in bytes. */
 export interface VmMemory {
   /** Bytes of guest memory that are resident on the host. */
   readonly guestBytes: number

@@ -36,6 +36,7 @@ interface Held<Vm> {
   ended: Promise<void>
 }
 
+/** Sandboxes by id. The set does not own the VMs: removing one does not end it. */
 export class Sandboxes<Vm extends SandboxVm = SandboxVm> {
   /** Bytes of output that are kept of each sandbox. */
   readonly scrollbackBytes: number

@@ -32,6 +32,7 @@ interface TtyOutput extends Writable {
   readonly rows?: number
 }
 
+/** Serves a terminal for a set of sandboxes. */
 export class Supervisor {
   readonly sandboxes: Sandboxes
   readonly #input: TtyInput

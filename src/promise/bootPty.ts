@@ -9,6 +9,7 @@ import { checkSize } from "../guest/Terminal.ts"
 import * as HostPty from "../platform/HostPty.ts"
 import { TailReadable } from "../platform/TailReadable.ts"
 
+/** Options of `bootPty`. */
 export interface PtyBootOptions {
   /** Path of the program: absolute, or relative to `cwd`. */
   readonly binary: string
@@ -23,6 +24,7 @@ export interface PtyBootOptions {
   readonly name?: string
 }
 
+/** A running program in a terminal. */
 export interface PtyVmHandle {
   readonly pid: number
   /** Bytes that are typed into the terminal. */

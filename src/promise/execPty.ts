@@ -4,6 +4,7 @@ import { ExecError } from "../errors.ts"
 import { checkSize, type TerminalSize } from "../guest/Terminal.ts"
 import type { Vm } from "../vm/Vm.ts"
 
+/** Options of `execPty`. */
 export interface VsockExecPtyOptions {
   readonly cols: number
   readonly rows: number

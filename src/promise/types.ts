@@ -268,13 +268,17 @@ export interface VmHandle {
   readonly execRaw: (cmd: string, options?: VsockExecOptions) => Promise<VsockExecResult>
   /** Runs a line in the guest's `sh -c`, in a terminal that is connected to the two streams. */
   readonly execPty: (cmd: string, options: execPty.VsockExecPtyOptions) => VsockExecPtyHandle
+  /** Writes a file in the guest. A string is written as UTF-8. Rejects with FilesError. */
   readonly writeFile: (guestPath: string, contents: Buffer | string, options?: WriteFileOptions) => Promise<void>
+  /** Saves the VM as a bundle. Unless `leaveRunning`, the VM ends. Rejects with SnapshotError. */
   readonly snapshot: (options: SnapshotOptions) => Promise<SnapshotResult>
   /** Starts a sibling that continues from this moment. This VM keeps running; the sibling belongs to this process. */
   readonly fork: (options?: ForkOptions) => Promise<VmHandle>
+  /** Memory use of the VM; values that are not known are null or 0. */
   readonly memoryStats: () => Promise<MemoryStats>
   /** Stops the vCPUs until `resume`. */
   readonly pause: () => Promise<void>
+  /** Lets the vCPUs go on, and sets the guest's clock. */
   readonly resume: () => Promise<void>
 }
 
@@ -304,7 +308,9 @@ export interface RunGcOptions {
 
 export type GcResult = Leftover
 
+/** The functions of the Promise API. */
 export interface Client {
+  /** Boots a VM, and starts its main command if it has one. Resolves when the guest is ready. */
   readonly boot: (options?: BootOptions) => Promise<VmHandle>
   /** Builds an image: boots a base, runs the hook in it, and writes its root filesystem to a tarball. */
   readonly provision: (options: ProvisionOptions) => Promise<ProvisionResult>

@@ -68,6 +68,7 @@ export const VsockFiles = {
     )
 }
 
+/** Secrets of a guest, by the VM's socket (`vsock.sock` in its directory). */
 export const VsockSecrets = {
   /** Sends a guest secrets, which commands get when they name them. A value with a newline rejects with SECRETS_VALUE_INVALID; nothing is sent. */
   send: (

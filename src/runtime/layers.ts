@@ -62,6 +62,8 @@ export const withEngines = <R>(...engines: ReadonlyArray<Engine<R>>) =>
     Layer.provideMerge(foundation)
   )
 
+/** All services, without the removal of what dead VMs left. */
 export const layerWithoutReconcile = withEngines(Vmstate.layer, Criu.layer)
 
+/** All services. Building them first removes what dead VMs left. */
 export const layer = Layer.provideMerge(reconcileAtStart, layerWithoutReconcile)

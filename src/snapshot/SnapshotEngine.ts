@@ -15,6 +15,7 @@ export interface Source {
   readonly agent: AgentClient
 }
 
+/** Where and how a VM is saved. */
 export interface Target {
   /** An existing directory for the files that are made. */
   readonly dir: string
@@ -62,7 +63,9 @@ export interface SnapshotEngine {
   readonly blobs: ReadonlyArray<string>
   /** True: a bundle needs the same VMM, devices and memory size. False: the same kernel and CPU are enough. */
   readonly sameMachine: boolean
+  /** Prepares to save a VM. Closing the scope before the commit undoes everything. */
   readonly take: (source: Source, target: Target) => Effect.Effect<PendingCapture, SnapshotError, Scope.Scope>
+  /** Prepares the start of a machine from a bundle's files. */
   readonly revive: (bundleDir: string, place: Place) => Effect.Effect<RestorePlan, BootError, Scope.Scope>
 }
 export const SnapshotEngine = Context.GenericTag<SnapshotEngine>("machinen/SnapshotEngine")

@@ -14,6 +14,7 @@ import { detachAll, type Restored, type ReviveOptions, revive } from "./revive.t
 import type { Source } from "./SnapshotEngine.ts"
 import { checkSource, chooseEngine, defaultTimeoutMs, held, snapshot } from "./snapshot.ts"
 
+/** Options of a fork. Every option has a default. */
 export interface ForkOptions extends ReviveOptions {
   /** Number of siblings, all from one moment: 1 (default) to 256; with a `name` only 1. */
   readonly count?: number
@@ -46,6 +47,7 @@ const optionNames: OptionNames<ForkOptions> = {
   lazy: true
 }
 
+/** The siblings of a fork. */
 export interface Forked {
   readonly siblings: ReadonlyArray<Restored>
   /** Milliseconds for which the source's processes stood still. */

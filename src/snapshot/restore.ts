@@ -13,7 +13,9 @@ import { refuseUnasked } from "./foreignBundle.ts"
 import { detachAll, type ReviveOptions, revive } from "./revive.ts"
 import type { SnapshotEngine } from "./SnapshotEngine.ts"
 
+/** Options of a restore. Every option but `snapDir` has a default. */
 export interface RestoreOptions extends ReviveOptions {
+  /** The bundle's directory. */
   readonly snapDir: string
   /** The read-only image, if it is not where it was. Its content must be the same. */
   readonly image?: string

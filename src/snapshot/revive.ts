@@ -34,6 +34,7 @@ export interface ReviveOptions {
   readonly env?: Readonly<Record<string, string>>
   /** Secrets of the copy, which has none of its source's. */
   readonly secrets?: Secrets
+  /** True: the VM outlives the scope and the process that start it, once it is ready. Default false. */
   readonly detached?: boolean
   /** Forwarded ports of the copy, which has none of its source's. */
   readonly portForward?: ReadonlyArray<PortForwardOption>
@@ -41,6 +42,7 @@ export interface ReviveOptions {
   readonly lazy?: boolean
 }
 
+/** A restored VM that is ready. */
 export interface Restored {
   readonly vm: Vm.Vm
   /** What the guest renewed before its processes went on, and what it kept. */

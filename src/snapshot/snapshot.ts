@@ -14,6 +14,7 @@ import { type BundleDisk, channelVersion, type EngineName } from "./BundleManife
 import { FileHasher } from "./FileHasher.ts"
 import { type PendingCapture, type SnapshotEngine, SnapshotEngines, type Source } from "./SnapshotEngine.ts"
 
+/** Options of a snapshot. Every option but `outDir` has a default. */
 export interface SnapshotOptions {
   /** A directory that does not exist yet, or an empty one. */
   readonly outDir: string
@@ -32,6 +33,7 @@ export interface SnapshotOptions {
   readonly timeoutMs?: number
 }
 
+/** A snapshot that was taken. */
 export interface Snapshot {
   readonly bundle: Bundle.Bundle
   /** Milliseconds for which the guest's processes stood still; null when the source ended. */

@@ -1,6 +1,7 @@
 /** Ctrl-] */
 const key = 0x1d
 
+/** What typed bytes mean. */
 export interface Typed {
   /** Bytes to send to the terminal. */
   readonly forward: Uint8Array

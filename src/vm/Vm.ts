@@ -18,6 +18,7 @@ export interface MemoryStats {
 
 /** A handle on a running VM. The scope that booted it ends the VM, unless it is detached. A handle by `attach` never ends it. */
 export interface Vm extends AgentClient {
+  /** The registry entry, as it was when the handle was made. */
   readonly entry: VmEntry
   readonly id: string
   readonly name: string | undefined
@@ -27,14 +28,17 @@ export interface Vm extends AgentClient {
   readonly wait: Effect.Effect<ExitRecord, RegistryError>
   /** Asks the guest to power off, and kills the VMM after the grace (default: MACHINEN_STOP_GRACE). Succeeds when the VM has ended already. */
   readonly stop: (graceMs?: number) => Effect.Effect<ExitRecord, RegistryError>
+  /** Kills the VMM. Completes as `wait`, also when the VM had ended before. */
   readonly kill: Effect.Effect<ExitRecord, RegistryError>
   /** Lets the VM outlive the scope and the process that booted it, from now on. */
   readonly detach: Effect.Effect<void, BootError>
+  /** Stops the vCPUs until `resume`. */
   readonly pause: Effect.Effect<void, VmmControlFailed>
   /** Lets a paused VM go on and sets the guest's clock to the host's, if the guest answers. */
   readonly resume: Effect.Effect<void, VmmControlFailed>
   /** `console`: the output of kernel and init. `output`: the output of a detached main command. */
   readonly logs: (source: LogSource, options?: LogOptions) => Stream.Stream<Uint8Array, RegistryError>
+  /** Memory use of the VM. Never fails: values that are not known are null or 0. */
   readonly memoryStats: Effect.Effect<MemoryStats>
   /** The hypervisor, which snapshots need. */
   readonly machine: VmmHandle<RegistryError>
