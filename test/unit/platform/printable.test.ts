@@ -2,7 +2,6 @@ import { assert, describe, it } from "@effect/vitest"
 import * as render from "../../../src/cli/render.ts"
 import { ExecError, render as renderError } from "../../../src/errors.ts"
 import { printable } from "../../../src/platform/printable.ts"
-import { guestBytes } from "../../../src/platform/vmMemory.ts"
 
 describe("text that a guest chose", () => {
   it("has no controls left, nor what reorders or hides others", () => {
@@ -32,21 +31,5 @@ describe("text that a guest chose", () => {
     const value = { name: "\x9b\u202e\u{e0041}\n" }
     assert.deepStrictEqual(JSON.parse(render.jsonText(value, 2)), value)
     assert.strictEqual(render.jsonText(value), '{"name":"\\u009b\\u202e\\udb40\\udc41\\n"}')
-  })
-})
-
-describe("a VMM's mappings", () => {
-  const mapping = (path: string, kib: number) =>
-    `7f7e07fff000-7f7e27fff000 rw-p 00000000 fe:00 10053894                   ${path}\nSize:  524288 kB\nRss:   ${kib} kB\nPss:   1 kB\n`
-  it("are the guest's memory where they are of its file", () => {
-    const smaps = [
-      mapping("/memfd:machinen-memory (deleted)", 100),
-      mapping("", 7),
-      "7f7e07fff000-7f7e27fff000 rw-p 00000000 00:00 0 \nRss:   9 kB\n",
-      mapping("/home/a b/bundle/memory", 30),
-      mapping("/home/bundle/memory (deleted)", 3),
-      mapping("/usr/lib/libmemory", 11)
-    ].join("")
-    assert.strictEqual(guestBytes(smaps), 133 * 1024)
   })
 })

@@ -3,28 +3,24 @@ import {
   chmodSync,
   existsSync,
   mkdirSync,
-  mkdtempSync,
   readFileSync,
   renameSync,
   rmSync,
   statSync,
   symlinkSync,
-  truncateSync,
   writeFileSync
 } from "node:fs"
-import * as os from "node:os"
 import * as path from "node:path"
 import { NodeContext } from "@effect/platform-node"
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Layer } from "effect"
 import * as Vmstate from "../../../backends/vmstate/Vmstate.ts"
-import { parseAvailable } from "../../../src/platform/memory.ts"
-import { probeHash } from "../../../src/platform/probeHash.ts"
 import { Settings } from "../../../src/Settings.ts"
 import * as Bundle from "../../../src/snapshot/Bundle.ts"
 import { FileHasher } from "../../../src/snapshot/FileHasher.ts"
 import { SnapshotEngine, SnapshotEngines } from "../../../src/snapshot/SnapshotEngine.ts"
 import { chooseEngine } from "../../../src/snapshot/snapshot.ts"
+import { temporaryDirectory } from "../../sourceTree.ts"
 
 const engines = Layer.effect(
   SnapshotEngines,
@@ -36,11 +32,6 @@ const chosen = (snapshotEngine: string) =>
     Effect.match({ onSuccess: ({ name }): string => name, onFailure: ({ code }) => code }),
     Effect.provide(Layer.merge(engines, Settings.layerTest("/nowhere", { snapshotEngine })))
   )
-
-const scratch = Effect.acquireRelease(
-  Effect.sync(() => mkdtempSync(path.join(process.env["MACHINEN_TEST_TMP"] ?? os.tmpdir(), "mn-"))),
-  (dir) => Effect.sync(() => rmSync(dir, { recursive: true }))
-)
 
 const facts: Bundle.Facts = {
   engine: "vmstate",
@@ -97,29 +88,9 @@ describe("snapshots", () => {
     })
   )
 
-  it.scoped("a hole and zeros are the same to a look at a file's ends, anything else is not", () =>
-    Effect.gen(function* () {
-      const dir = yield* scratch
-      const file = path.join(dir, "file")
-      const looked = (content: Buffer, size: number) =>
-        Effect.suspend(() => {
-          writeFileSync(file, content)
-          truncateSync(file, size)
-          return probeHash(file)
-        })
-      const block = Buffer.alloc(4096, 1)
-      const at = (offset: number) => Buffer.concat([Buffer.alloc(offset), block])
-      const size = 8 * 2 ** 20
-      const head = yield* looked(at(4096), size)
-      assert.strictEqual(yield* looked(Buffer.concat([at(4096), Buffer.alloc(100_000)]), size), head)
-      assert.notStrictEqual(yield* looked(at(8192), size), head)
-      assert.notStrictEqual(yield* looked(at(size - 4096), size), yield* looked(at(size - 8192), size))
-    }).pipe(Effect.provide(NodeContext.layer))
-  )
-
   it.scoped("a directory without a manifest is no bundle, one with another is refused", () =>
     Effect.gen(function* () {
-      const dir = yield* scratch
+      const dir = yield* temporaryDirectory
       const reading = Effect.map(Effect.flip(Bundle.read(dir)), ({ code }) => code)
       assert.strictEqual(yield* reading, "BOOT_SNAPSHOT_NOT_FOUND")
       const written = (text: string) =>
@@ -140,7 +111,7 @@ describe("snapshots", () => {
     "a bundle is one's own by a key that is made once, for the user alone, and only while nothing is changed",
     () =>
       Effect.gen(function* () {
-        const dir = yield* scratch
+        const dir = yield* temporaryDirectory
         const [mine, theirs] = [path.join(dir, "mine"), path.join(dir, "theirs")]
         const isOwn = (home: string, at: string) => Effect.map(readAs(home, at), (bundle) => bundle.isOwn)
         const made = yield* Effect.all(
@@ -173,7 +144,7 @@ describe("snapshots", () => {
 
   it.scoped("a manifest that records what no boot would accept is refused, whoever made it", () =>
     Effect.gen(function* () {
-      const dir = yield* scratch
+      const dir = yield* temporaryDirectory
       const share = (host: string, guest: string) => ({ liveMounts: [{ host, guest, mode: "rw" }] })
       const wrong: ReadonlyArray<object> = [
         share("/", "/"),
@@ -203,7 +174,7 @@ describe("snapshots", () => {
 
   it.scoped("files of a bundle are files of its directory, not links to others", () =>
     Effect.gen(function* () {
-      const dir = yield* scratch
+      const dir = yield* temporaryDirectory
       const at = path.join(dir, "bundle")
       const bundle = yield* finishAs(dir, at)
       const checking = Bundle.check(bundle, [])
@@ -236,9 +207,4 @@ describe("snapshots", () => {
       }
     }).pipe(Effect.provide(NodeContext.layer))
   )
-
-  it("memory that is free is what the kernel calls available", () => {
-    assert.strictEqual(parseAvailable("MemTotal:       100 kB\nMemAvailable:    42 kB\n"), 43008)
-    assert.strictEqual(parseAvailable("MemTotal: 100 kB\n"), undefined)
-  })
 })

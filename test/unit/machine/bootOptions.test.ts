@@ -1,18 +1,6 @@
 import { assert, describe, it } from "@effect/vitest"
-import { Effect, Exit, FastCheck as fc, Schema } from "effect"
-import packageJson from "../../../package.json" with { type: "json" }
-import {
-  BootError,
-  ExecError,
-  format,
-  isMachinenError,
-  MachinenError,
-  RegistryError,
-  render
-} from "../../../src/errors.ts"
+import { Effect } from "effect"
 import { autoMemoryMib, type BootOptions, validate } from "../../../src/machine/BootOptions.ts"
-import { VmName } from "../../../src/machine/MachineSpec.ts"
-import { version } from "../../../src/version.ts"
 
 const GiB = 1024 ** 3
 const host = { memoryBytes: 8 * GiB, maxVcpus: 4 }
@@ -88,75 +76,4 @@ describe("boot options", () => {
       [512, 512, 1536, 4096, 16384]
     )
   })
-})
-
-describe("names", () => {
-  it("path-like ones are fine, what a path or a pid could hide in is not", () => {
-    const ok = Schema.is(VmName)
-    for (const name of ["web", "team/job-1", "a.b_c~1", "1a"]) assert.isTrue(ok(name), name)
-    for (const name of ["", "/a", "a//b", "a/", "..", "a/./b", "a b", "-x", "12", "a\0", "ä", "x".repeat(129)]) {
-      assert.isFalse(ok(name), name)
-    }
-  })
-
-  it("no accepted name leaves its directory when it becomes a file name", () => {
-    fc.assert(
-      fc.property(fc.string(), (name) => {
-        if (!Schema.is(VmName)(name)) return
-        const file = encodeURIComponent(name)
-        assert.notInclude(file, "/")
-        assert.notInclude([".", ".."], file)
-      })
-    )
-  })
-})
-
-describe("errors", () => {
-  it("survive JSON with code, hint and cause", () => {
-    const error = new BootError({
-      code: "BOOT_NO_SPACE",
-      message: "full",
-      hint: "free some",
-      cause: new Error("ENOSPC")
-    })
-    const back = Schema.decodeSync(Schema.parseJson(MachinenError))(
-      JSON.stringify(Schema.encodeSync(MachinenError)(error))
-    )
-    assert.isTrue(isMachinenError(back))
-    assert.strictEqual(back.code, "BOOT_NO_SPACE")
-    assert.strictEqual(back.message, "full")
-    assert.strictEqual((back.cause as Error).message, "ENOSPC")
-  })
-
-  it("are retryable by code", () => {
-    assert.isTrue(new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "" }).retryable)
-    // it was under way: nobody knows what a second run would do
-    assert.isFalse(new ExecError({ code: "EXEC_AGENT_TIMEOUT", message: "" }).retryable)
-    assert.isFalse(new ExecError({ code: "EXEC_NONZERO_EXIT", message: "" }).retryable)
-    assert.isFalse(new RegistryError({ code: "REGISTRY_NAME_IN_USE", message: "" }).retryable)
-  })
-
-  it("format as code, message and the whole chain of causes", () => {
-    const cause = new Error("middle", { cause: "bottom" })
-    const error = new BootError({
-      code: "BOOT_VMM_FAILED",
-      message: "top",
-      hint: "do this",
-      console: "one\ntwo\n",
-      cause
-    })
-    assert.strictEqual(format(error), "(BOOT_VMM_FAILED): top\n  caused by: middle\n  caused by: bottom")
-    assert.include(render(error), "    two")
-    assert.include(render(error), "hint: do this")
-  })
-
-  it("are not confused with others", () => {
-    assert.isFalse(isMachinenError(new Error("x")))
-    assert.isFalse(isMachinenError({ code: "BOOT_NO_SPACE" }))
-    assert.isTrue(Exit.isFailure(Effect.runSyncExit(new BootError({ code: "BOOT_NO_SPACE", message: "x" }))))
-  })
-})
-
-it("the version is package.json's", () => {
-  assert.strictEqual(version, packageJson.version)
 })
