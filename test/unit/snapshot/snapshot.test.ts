@@ -193,7 +193,7 @@ describe("snapshots", () => {
   it.effect("a bundle that was kept stays, however the scope ends; another goes", () =>
     Effect.gen(function* () {
       for (const kept of [true, false]) {
-        const dir = yield* Effect.scoped(scratch)
+        const dir = yield* Effect.scoped(temporaryDirectory)
         const at = path.join(dir, "deep", "bundle")
         const claiming = Effect.gen(function* () {
           const claim = yield* Bundle.claim(at, ["blob"])
