@@ -1,14 +1,16 @@
 //! The disks that take writes: complete and clean for a copy, or for the end of the machine.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-/// `FIFREEZE`, `_IOWR('X', 119, int)`: writes everything out and leaves the filesystem as clean as an unmounted one.
-const FREEZE: libc::c_ulong = 0xc004_5877;
-/// `FITHAW`, `_IOWR('X', 120, int)`.
-const THAW: libc::c_ulong = 0xc004_5878;
-/// `FITRIM`, `_IOWR('X', 121, struct fstrim_range)`.
-const TRIM: libc::c_ulong = 0xc018_5879;
+use rustix::ioctl::{self, NoArg, Opcode, Updater, opcode};
+
+/// `FIFREEZE`: writes everything out and leaves the filesystem as clean as an unmounted one.
+const FREEZE: Opcode = opcode::read_write::<i32>(b'X', 119);
+/// `FITHAW`.
+const THAW: Opcode = opcode::read_write::<i32>(b'X', 120);
+/// `FITRIM`.
+const TRIM: Opcode = opcode::read_write::<TrimRange>(b'X', 121);
 
 /// A directory of each filesystem that takes writes.
 pub struct Disks {
@@ -38,7 +40,7 @@ impl Disks {
         for disk in self.all() {
             let disk = disk.try_clone()?;
             // On a thread: it takes as long as the disk does.
-            tokio::task::spawn_blocking(move || ask(&disk, FREEZE)).await.map_err(io::Error::other)??;
+            tokio::task::spawn_blocking(move || freeze(&disk)).await.map_err(io::Error::other)??;
         }
         Ok(())
     }
@@ -46,7 +48,7 @@ impl Disks {
     /// Ends that. A disk that is not frozen stays as it is.
     pub fn thaw(&self) {
         for disk in self.all() {
-            let _ = ask(disk, THAW);
+            let _ = thaw(disk);
         }
     }
 
@@ -59,7 +61,7 @@ impl Disks {
     /// Leaves the root's disk as clean as an unmounted one, for the end of the machine. A failure shows in the disk, and nobody is left to
     /// tell of it.
     pub fn freeze_root(&self) {
-        let _ = ask(&self.writable, FREEZE);
+        let _ = freeze(&self.writable);
     }
 }
 
@@ -75,17 +77,26 @@ fn trim(disk: &OwnedFd) -> io::Result<()> {
     // Blocks are free once the journal says so.
     rustix::fs::syncfs(disk)?;
     let mut range = TrimRange { start: 0, length: u64::MAX, shortest: 0 };
-    // SAFETY: the descriptor is open; the kernel reads and writes the structure, which outlives the call.
-    if unsafe { libc::ioctl(disk.as_raw_fd(), TRIM, &raw mut range) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    // SAFETY: the kernel reads and writes this structure.
+    Ok(unsafe { ioctl::ioctl(disk, Updater::<TRIM, TrimRange>::new(&mut range)) }?)
 }
 
-fn ask(disk: &OwnedFd, request: libc::c_ulong) -> io::Result<()> {
-    // SAFETY: the descriptor is open; the argument is not looked at.
-    if unsafe { libc::ioctl(disk.as_raw_fd(), request, 0) } < 0 {
-        return Err(io::Error::last_os_error());
+fn freeze(disk: &OwnedFd) -> io::Result<()> {
+    // SAFETY: the kernel does not look at the argument.
+    Ok(unsafe { ioctl::ioctl(disk, NoArg::<FREEZE>::new()) }?)
+}
+
+fn thaw(disk: &OwnedFd) -> io::Result<()> {
+    // SAFETY: the kernel does not look at the argument.
+    Ok(unsafe { ioctl::ioctl(disk, NoArg::<THAW>::new()) }?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_operations_are_those_of_linux() {
+        assert_eq!((FREEZE, THAW, TRIM), (0xc004_5877, 0xc004_5878, 0xc018_5879));
     }
-    Ok(())
 }

@@ -1,7 +1,6 @@
 //! The kernel's console: the last resort for messages. Nothing is printed in normal operation, a serial character is slow.
 
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
 
 use machinen_protocol::names::INIT;
 use rustix::fs::{Mode, OFlags};
@@ -12,12 +11,9 @@ use super::step::Failed;
 /// any process makes every CRIU dump of it fail ("Can't lookup mount").
 pub fn reopen() -> io::Result<()> {
     let console = rustix::fs::open("/dev/console", OFlags::RDWR | OFlags::NOCTTY, Mode::empty())?;
-    for standard in 0..=2 {
-        // SAFETY: dup2 takes plain numbers; 0 to 2 are owned by nobody in this program.
-        if unsafe { libc::dup2(console.as_raw_fd(), standard) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
+    rustix::stdio::dup2_stdin(&console)?;
+    rustix::stdio::dup2_stdout(&console)?;
+    rustix::stdio::dup2_stderr(&console)?;
     // Opened while 0 to 2 were taken, so this is never one of them; dropping it closes the spare.
     Ok(())
 }
@@ -28,8 +24,7 @@ pub fn say(message: &str) {
     let Ok(mut console) = std::fs::OpenOptions::new().write(true).open("/dev/console") else { return };
     // Nothing can be done about a console that does not take the message.
     let _ = console.write_all(format!("{INIT}{message}\n").as_bytes());
-    // SAFETY: tcdrain takes a descriptor that is open for the length of the call.
-    let _ = unsafe { libc::tcdrain(console.as_raw_fd()) };
+    let _ = rustix::termios::tcdrain(&console);
 }
 
 /// Says why this guest cannot go on, and resets it.

@@ -2,9 +2,11 @@
 
 use std::ffi::CStr;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::{fs, io, mem, ptr};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 use super::step::{Failed, Step};
 use crate::config::Network;
@@ -66,13 +68,8 @@ struct Device {
 
 impl Device {
     fn open(name: &'static CStr) -> io::Result<Self> {
-        // SAFETY: plain numbers in, a new descriptor or -1 out.
-        let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-        if socket < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: just opened, nobody else knows it.
-        Ok(Self { socket: unsafe { OwnedFd::from_raw_fd(socket) }, name })
+        let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+        Ok(Self { socket, name })
     }
 
     fn up(&self) -> io::Result<()> {
