@@ -407,6 +407,10 @@ describe("a detached VM", () => {
           memoryMib: 512,
           vcpus: 1
         })
+        // the guest's memory and what runs it, apart
+        const { guestResidentBytes, overheadBytes, rssBytes } = listed[0]
+        assert.isTrue(guestResidentBytes > 2 ** 20 && guestResidentBytes < 512 * 2 ** 20, `${guestResidentBytes}`)
+        assert.isTrue(overheadBytes > 2 ** 20 && guestResidentBytes + overheadBytes > rssBytes, `${overheadBytes}`)
         for (const verb of ["ls", "list", "ps"])
           assert.match((yield* machinen([verb])).stdout, /^web\s+[0-9a-f]{12}\s+\d+\s+running/m)
 
