@@ -24,6 +24,9 @@ impl<'a> ChunkWriter<'a> {
     }
 
     /// Room for more, never empty; what is put there counts after `advance`.
+    ///
+    /// # Errors
+    /// Those of `hand_on`, which a full buffer goes to.
     pub fn spare(&mut self) -> io::Result<&mut [u8]> {
         if self.filled == self.buffer.len() {
             self.flush()?;

@@ -1,6 +1,8 @@
 //! Trees as tar, out of one machine and into another: the guest agent at one end, the host at the other. Neither trusts what the other
 //! sends.
 
+#![warn(clippy::missing_errors_doc)]
+
 mod chunk_writer;
 mod error;
 mod pack;

@@ -54,6 +54,9 @@ const CONFIG: &str = "machinen-config.json";
 
 impl Source {
     /// Looks at `path`; with `follow` at what it leads to, if it is a symbolic link.
+    ///
+    /// # Errors
+    /// When nothing is there, or it cannot be looked at; `InvalidInput` when a pattern of `excludes` holds a NUL byte.
     pub fn open(path: impl AsRef<Path>, excludes: &[String], follow: bool) -> io::Result<Self> {
         let path = path.as_ref().to_owned();
         let excludes = excludes.iter().map(|pattern| CString::new(pattern.as_str())).collect::<Result<_, _>>()?;
@@ -66,14 +69,22 @@ impl Source {
         Self { name: Some(name.into()), ..self }
     }
 
-    /// The filesystem mounted at `path`, with everything a file has: also extended attributes, and with them capabilities and ACLs.
+    /// The filesystem mounted at `path`, with everything a file has: also extended attributes, and with them capabilities and ACLs. Entries
+    /// are no younger than `newest`, in seconds since 1970.
+    ///
+    /// # Errors
+    /// Those of [`Source::open`].
     pub fn filesystem(path: impl AsRef<Path>, newest: Option<u64>) -> io::Result<Self> {
         let source = Self::open(path, &[], true)?;
         let whole = Some(Whole { device: source.held.stat.st_dev, newest });
         Ok(Self { whole, ..source })
     }
 
-    /// Writes the archive. Returns the number of its entries.
+    /// Writes the archive. Returns the number of its entries. What vanishes meanwhile is left out.
+    ///
+    /// # Errors
+    /// `Io` with the path of the first file that cannot be read, or keeps changing while it is read; with the source's own path when `writer`
+    /// takes no more.
     pub fn pack(&self, writer: ChunkWriter) -> Result<u64, Error> {
         let failed = |path: &Path, error: io::Error| Error::Io { path: path.to_string_lossy().into_owned(), error };
         let whole = self.whole.as_ref();

@@ -35,6 +35,9 @@ pub struct Target {
 
 impl Target {
     /// Opens the directory, making it if it is missing.
+    ///
+    /// # Errors
+    /// When it cannot be made or opened, or something else is there.
     pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
         let path = path.as_ref();
         fs::create_dir_all(path)?;
@@ -47,6 +50,9 @@ impl Target {
 
     /// One file, link or fifo by this path, whatever it is called in the archive. A symbolic link that is there stands for what it leads to; a file is
     /// replaced.
+    ///
+    /// # Errors
+    /// When its directory cannot be made or opened, or a directory, device, fifo or socket is there.
     pub fn file(path: impl AsRef<Path>) -> io::Result<Self> {
         let path = path.as_ref();
         let place = if path.is_symlink() { fs::canonicalize(path)? } else { path.to_owned() };
@@ -70,7 +76,11 @@ impl Target {
         Self { keeps_owners: false, ..self }
     }
 
-    /// Unpacks everything and reads to the end. Returns the number of entries.
+    /// Unpacks everything and reads to the end. Returns the number of entries. What is unpacked before a failure stays.
+    ///
+    /// # Errors
+    /// `Refused` when the archive is malformed or cannot be read, leads out of the target, or has no entry where one file is wanted. `Io` with the name in the
+    /// archive when the kernel refuses something.
     pub fn unpack(&self, source: impl Read) -> Result<u64, Error> {
         let left = Rc::new(Cell::new(0));
         let mut archive = tar::Archive::new(Limited { source, left: Rc::clone(&left) });

@@ -11,6 +11,8 @@
 //! A restored guest is in the middle of a session with a host that is gone. Therefore a new host can cut in anywhere, and both ends agree
 //! on the byte where the new session begins.
 
+#![warn(clippy::missing_errors_doc)]
+
 mod frame;
 mod guest;
 mod host;

@@ -99,6 +99,9 @@ impl std::error::Error for FrameError {}
 
 /// Takes the first frame off `buffer`, or says that it needs more bytes (`None`). A wrong header is reported as soon as it is
 /// there, before anything is buffered for it.
+///
+/// # Errors
+/// What is wrong with the header. The stream cannot be read any further.
 pub fn decode(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
     let Some(header) = buffer.first_chunk::<HEADER>() else { return Ok(None) };
     let [kind, length @ ..] = *header;
@@ -118,6 +121,9 @@ pub fn decode(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
 }
 
 /// The five bytes before a payload of `length` bytes.
+///
+/// # Errors
+/// `TooLong` beyond the limit of the kind.
 pub fn header(kind: Kind, length: usize) -> Result<[u8; HEADER], FrameError> {
     let fits = u32::try_from(length).ok().filter(|_| length <= kind.limit());
     let [a, b, c, d] = fits.ok_or(FrameError::TooLong { kind, length })?.to_be_bytes();
@@ -125,6 +131,9 @@ pub fn header(kind: Kind, length: usize) -> Result<[u8; HEADER], FrameError> {
 }
 
 /// A whole frame, ready for one write.
+///
+/// # Errors
+/// Those of [`header`].
 pub fn encode(kind: Kind, payload: &[u8]) -> Result<Vec<u8>, FrameError> {
     let mut bytes = Vec::with_capacity(HEADER + payload.len());
     bytes.extend_from_slice(&header(kind, payload.len())?);
