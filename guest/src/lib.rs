@@ -6,8 +6,8 @@
 pub mod agent;
 pub mod config;
 pub mod errno;
+pub mod file_names;
 pub mod init;
-pub mod names;
 pub mod reply;
 pub mod request;
 pub mod system;

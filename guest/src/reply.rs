@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::{errno, names};
+use crate::{errno, file_names};
 
 /// Why an operation failed, for the host to act on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,7 +168,7 @@ pub struct Stat {
     pub mtime_ms: i64,
     pub uid: u32,
     pub gid: u32,
-    #[serde(serialize_with = "names::serialize_some", skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "file_names::serialize_some", skip_serializing_if = "Option::is_none")]
     pub target: Option<PathBuf>,
 }
 

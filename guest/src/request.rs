@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer};
 use zeroize::Zeroizing;
 
 use crate::config::GuestConfig;
-use crate::names;
+use crate::file_names;
 use crate::reply::{Code, ErrorReply};
 
 /// The operation a stream asks for.
@@ -95,7 +95,7 @@ pub struct Main {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Write {
-    #[serde(deserialize_with = "names::deserialize")]
+    #[serde(deserialize_with = "file_names::deserialize")]
     pub path: PathBuf,
     pub mode: Option<u32>,
     #[serde(default)]
@@ -106,7 +106,7 @@ pub struct Write {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Read {
-    #[serde(deserialize_with = "names::deserialize")]
+    #[serde(deserialize_with = "file_names::deserialize")]
     pub path: PathBuf,
     #[serde(default)]
     pub offset: u64,
@@ -115,7 +115,7 @@ pub struct Read {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Push {
-    #[serde(deserialize_with = "names::deserialize")]
+    #[serde(deserialize_with = "file_names::deserialize")]
     pub path: PathBuf,
     /// The path is that of one file, not of the directory that is unpacked into.
     #[serde(default)]
@@ -124,7 +124,7 @@ pub struct Push {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Pull {
-    #[serde(deserialize_with = "names::deserialize")]
+    #[serde(deserialize_with = "file_names::deserialize")]
     pub path: PathBuf,
     /// A symbolic link stands for what it leads to.
     #[serde(default)]
@@ -142,7 +142,7 @@ pub struct Image {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Stat {
-    #[serde(deserialize_with = "names::deserialize")]
+    #[serde(deserialize_with = "file_names::deserialize")]
     pub path: PathBuf,
     /// A symbolic link stands for what it leads to.
     #[serde(default)]
@@ -151,13 +151,13 @@ pub struct Stat {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct List {
-    #[serde(deserialize_with = "names::deserialize")]
+    #[serde(deserialize_with = "file_names::deserialize")]
     pub path: PathBuf,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Mkdir {
-    #[serde(deserialize_with = "names::deserialize")]
+    #[serde(deserialize_with = "file_names::deserialize")]
     pub path: PathBuf,
     pub mode: Option<u32>,
     #[serde(default)]
@@ -166,15 +166,15 @@ pub struct Mkdir {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Rename {
-    #[serde(deserialize_with = "names::deserialize")]
+    #[serde(deserialize_with = "file_names::deserialize")]
     pub from: PathBuf,
-    #[serde(deserialize_with = "names::deserialize")]
+    #[serde(deserialize_with = "file_names::deserialize")]
     pub to: PathBuf,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Remove {
-    #[serde(deserialize_with = "names::deserialize")]
+    #[serde(deserialize_with = "file_names::deserialize")]
     pub path: PathBuf,
     #[serde(default)]
     pub recursive: bool,
@@ -283,7 +283,7 @@ pub enum Destination {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Watch {
     /// A directory.
-    #[serde(deserialize_with = "names::deserialize")]
+    #[serde(deserialize_with = "file_names::deserialize")]
     pub path: PathBuf,
     #[serde(default)]
     pub recursive: bool,

@@ -13,15 +13,15 @@ use super::exchange::Exchange;
 use super::files;
 use super::stream::{Abort, CHUNK};
 use super::threads::{FILES, Outgoing};
+use crate::file_names;
 use crate::frame::HEADER;
-use crate::names;
 use crate::reply::{Archived, Code, Done, ErrorReply, Stat};
 use crate::request;
 
 /// One line of `list`.
 #[derive(Serialize)]
 struct Line {
-    #[serde(serialize_with = "names::serialize")]
+    #[serde(serialize_with = "file_names::serialize")]
     name: OsString,
     #[serde(flatten)]
     stat: Stat,

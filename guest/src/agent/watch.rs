@@ -29,8 +29,8 @@ use super::exchange::Exchange;
 use super::stream::{Abort, CHUNK};
 use super::threads::{self, WATCHES};
 use crate::errno;
+use crate::file_names;
 use crate::frame::Kind;
-use crate::names;
 use crate::reply::{Code, Done, ErrorReply};
 use crate::request::Watch;
 
@@ -80,22 +80,22 @@ where
 #[serde(tag = "kind", rename_all = "lowercase")]
 enum Change<'a> {
     Created {
-        #[serde(serialize_with = "names::serialize")]
+        #[serde(serialize_with = "file_names::serialize")]
         path: &'a Path,
     },
     /// Closed by somebody who could write to it, or its attributes changed.
     Modified {
-        #[serde(serialize_with = "names::serialize")]
+        #[serde(serialize_with = "file_names::serialize")]
         path: &'a Path,
     },
     Removed {
-        #[serde(serialize_with = "names::serialize")]
+        #[serde(serialize_with = "file_names::serialize")]
         path: &'a Path,
     },
     Moved {
-        #[serde(serialize_with = "names::serialize")]
+        #[serde(serialize_with = "file_names::serialize")]
         from: &'a Path,
-        #[serde(serialize_with = "names::serialize")]
+        #[serde(serialize_with = "file_names::serialize")]
         path: &'a Path,
     },
     /// The kernel could not keep all events.

@@ -48,8 +48,8 @@ impl Target {
         Ok(Self { root, resolve: confined | ResolveFlags::NO_MAGICLINKS, keeps_owners: true, name: None })
     }
 
-    /// One file, link or fifo by this path, whatever it is called in the archive. A symbolic link that is there stands for what it leads to; a file is
-    /// replaced.
+    /// One file, link or fifo by this path, whatever it is called in the archive. A symbolic link that is there stands for what it leads
+    /// to; a file is replaced.
     ///
     /// # Errors
     /// When its directory cannot be made or opened, or a directory, device, fifo or socket is there.
@@ -79,8 +79,8 @@ impl Target {
     /// Unpacks everything and reads to the end. Returns the number of entries. What is unpacked before a failure stays.
     ///
     /// # Errors
-    /// `Refused` when the archive is malformed or cannot be read, leads out of the target, or has no entry where one file is wanted. `Io` with the name in the
-    /// archive when the kernel refuses something.
+    /// `Refused` when the archive is malformed or cannot be read, leads out of the target, or has no entry where one file is wanted. `Io`
+    /// with the name in the archive when the kernel refuses something.
     pub fn unpack(&self, source: impl Read) -> Result<u64, Error> {
         let left = Rc::new(Cell::new(0));
         let mut archive = tar::Archive::new(Limited { source, left: Rc::clone(&left) });

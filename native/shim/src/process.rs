@@ -43,8 +43,8 @@ pub struct Inherited {
 }
 
 impl Process {
-    /// Starts it; what it prints goes to `prints`, whose size is limited: a guest may make its VMM print without end. To be called on the main thread: the kernel kills the child when the *thread* ends
-    /// that started it.
+    /// Starts it; what it prints goes to `prints`, whose size is limited: a guest may make its VMM print without end. To be called on the
+    /// main thread: the kernel kills the child when the *thread* ends that started it.
     pub fn spawn(
         command: &Command,
         prints: &Arc<Transcript>,

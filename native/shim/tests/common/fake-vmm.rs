@@ -1,6 +1,7 @@
 //! A VMM as far as a shim can tell, with its guest: channel on descriptor 3, console on descriptor 4. For the tests.
 //!
-//! `fake-vmm serve [--deaf] [--main <code>] [--quiet] [--memory shared|private]`, `fake-vmm mute`, `fake-vmm inspect <console>`, `fake-vmm fail <code> <text>`.
+//! `fake-vmm serve [--deaf] [--main <code>] [--quiet] [--memory shared|private]`, `fake-vmm mute`, `fake-vmm inspect <console>`,
+//! `fake-vmm fail <code> <text>`.
 //! Memory: descriptor 5, read once where it is private; port 11 takes a u32 page and a byte to fill it with, and answers that byte.
 //! Ports: 7 echoes, 8 prints what it gets on the console, 9 starts the main command, 10 dials the port it is told and passes
 //! everything on, 1978 knows `poweroff` and prints what it is told by `clock`; all others are refused.

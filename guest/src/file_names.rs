@@ -1,5 +1,6 @@
-//! Names of files in JSON. A name is any bytes, JSON is text. A byte that is not part of UTF-8 stands there as a surrogate that belongs to no pair, U+DC00
-//! and the byte, as Python's `surrogateescape` has it. So every name has one text, that text has one name, and what the host was told it can ask for.
+//! Names of files in JSON. A name is any bytes, JSON is text. A byte that is not part of UTF-8 stands there as a surrogate that belongs to
+//! no pair, U+DC00 and the byte, as Python's `surrogateescape` has it. So every name has one text, that text has one name, and what the
+//! host was told it can ask for.
 
 use std::ffi::OsStr;
 use std::fmt;
