@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use machinen_channel::{Incoming, Opener, Stream};
-use machinen_guest::frame::{self, Kind};
+use machinen_protocol::frame::{self, Kind};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;

@@ -11,5 +11,3 @@ pub mod init;
 pub mod reply;
 pub mod request;
 pub mod system;
-
-pub use machinen_protocol::frame;

@@ -2,8 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
-use machinen_guest::frame::decode;
 use machinen_guest::request::Request;
+use machinen_protocol::frame::decode;
 use proptest::prelude::*;
 use serde_json::Value;
 

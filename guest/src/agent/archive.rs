@@ -5,13 +5,13 @@ use std::io::{self, Write as _};
 use std::path::Path;
 
 use machinen_archive::{ChunkWriter, Error, Source, Target};
+use machinen_protocol::frame::HEADER;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::exchange::Exchange;
 use super::stream::{Abort, CHUNK};
 use super::threads::{ARCHIVES, Incoming, Outgoing};
-use crate::frame::HEADER;
 use crate::reply::{Archived, Code, ErrorReply};
 use crate::request;
 use crate::system::host_name::{self, Names};

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bytes::{Buf, Bytes};
 use machinen_channel::Opener;
+use machinen_protocol::frame::{Frame, INPUT_WINDOW, Kind};
 use rustix::io::ioctl_fionread;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::unix::pipe;
@@ -15,7 +16,6 @@ use tokio::sync::{Mutex, Notify, watch};
 use super::exchange::Exchange;
 use super::process::Running;
 use super::stream::{Abort, CHUNK, Chunk, FrameReader, FrameWriter};
-use crate::frame::{Frame, INPUT_WINDOW, Kind};
 use crate::reply::{Exit, Started};
 
 /// Highest signal number there is.

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use machinen_protocol::frame::HEADER;
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -14,7 +15,6 @@ use super::files;
 use super::stream::{Abort, CHUNK};
 use super::threads::{FILES, Outgoing};
 use crate::file_names;
-use crate::frame::HEADER;
 use crate::reply::{Archived, Code, Done, ErrorReply, Stat};
 use crate::request;
 

@@ -2,13 +2,13 @@
 
 use std::sync::atomic::AtomicBool;
 
+use machinen_protocol::frame::Kind;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::context::Context;
 use super::exchange::Exchange;
 use super::stream::{Abort, Chunk};
 use super::{attend, command};
-use crate::frame::Kind;
 use crate::reply::Exit;
 use crate::request::Exec;
 

@@ -5,12 +5,12 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
+use machinen_protocol::frame::HEADER;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::exchange::Exchange;
 use super::stream::{Abort, CHUNK};
 use super::threads::{FILES, Incoming, Outgoing};
-use crate::frame::HEADER;
 use crate::reply::{ErrorReply, FileKind, Stat, Transferred};
 use crate::request;
 

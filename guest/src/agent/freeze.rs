@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use machinen_protocol::frame::{Frame, Kind};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest};
 
@@ -13,7 +14,6 @@ use super::identity_files::IdentityFiles;
 use super::shares;
 use super::stream::{Abort, FrameReader};
 use super::threads::blocking;
-use crate::frame::{Frame, Kind};
 use crate::reply::{Code, Done, ErrorReply};
 use crate::request::Freeze;
 use crate::system::cgroup;

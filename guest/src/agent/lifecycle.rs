@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use machinen_channel::{Opener, Stream};
+use machinen_protocol::frame::Kind;
 use machinen_protocol::ports::LIFECYCLE;
 use serde::Serialize;
 use tokio::io::AsyncReadExt;
@@ -12,7 +13,6 @@ use tokio::sync::watch;
 use super::attend;
 use super::disks::Disks;
 use super::stream::{Abort, Chunk, FrameWriter};
-use crate::frame::Kind;
 use crate::system::cgroup;
 use crate::system::console::reset;
 

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use machinen_protocol::frame::Kind;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::context::Context;
@@ -14,7 +15,6 @@ use super::lifecycle::Output;
 use super::process::Running;
 use super::stream::Abort;
 use super::{attend, command};
-use crate::frame::Kind;
 use crate::reply::{Done, Exit, Started};
 use crate::request::{Exec, Main};
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use machinen_channel::Opener;
+use machinen_protocol::frame::{Frame, Kind};
 use serde_json::value::{RawValue, to_raw_value};
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -15,7 +16,6 @@ use super::{
     archive, clock, criu, directory, exec, files, freeze, lifecycle, main_command, rejuvenate, stats, terminal, tunnel,
     watch,
 };
-use crate::frame::{Frame, Kind};
 use crate::reply::{Done, ErrorReply};
 use crate::request::Request;
 use crate::system::host_name::{self, Names};

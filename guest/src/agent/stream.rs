@@ -4,11 +4,11 @@ use std::io;
 use std::path::Path;
 
 use bytes::{Bytes, BytesMut};
+use machinen_protocol::frame::{self, Frame, FrameError, HEADER, INPUT_WINDOW, Kind};
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use zeroize::Zeroize;
 
-use crate::frame::{self, Frame, FrameError, HEADER, INPUT_WINDOW, Kind};
 use crate::reply::{Code, ErrorReply};
 
 /// Free space made for each read from the stream.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 use machinen_channel::{Opener, Stream, connect_host, serve_guest};
+use machinen_protocol::frame::{self, Kind};
 use machinen_protocol::ports::OPERATIONS;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
@@ -19,7 +20,6 @@ use super::gate::Gate;
 use super::lifecycle::Lifecycle;
 use super::serve::serve_session;
 use crate::config::GuestConfig;
-use crate::frame::{self, Kind};
 
 struct Machine {
     context: Arc<Context>,

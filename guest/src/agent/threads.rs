@@ -6,13 +6,13 @@ use std::io::{self, Read};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
+use machinen_protocol::frame::Kind;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::exchange::Exchange;
 use super::stream::{Abort, FrameReader};
-use crate::frame::Kind;
 use crate::reply::{Code, Done, ErrorReply};
 
 /// Threads of a kind of which an operation needs one for a moment.

@@ -4,6 +4,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use machinen_protocol::frame::Kind;
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
@@ -13,7 +14,6 @@ use tokio::sync::watch;
 use super::exchange::Exchange;
 use super::stream::{Abort, Chunk, FrameReader, FrameWriter};
 use super::threads::FILES;
-use crate::frame::Kind;
 use crate::reply::{Done, ErrorReply};
 use crate::request::{Destination, Tunnel};
 

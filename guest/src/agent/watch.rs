@@ -16,6 +16,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use machinen_protocol::frame::Kind;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, Event, ReadFlags, Reader, WatchFlags};
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
@@ -30,7 +31,6 @@ use super::stream::{Abort, CHUNK};
 use super::threads::{self, WATCHES};
 use crate::errno;
 use crate::file_names;
-use crate::frame::Kind;
 use crate::reply::{Code, Done, ErrorReply};
 use crate::request::Watch;
 
@@ -432,7 +432,7 @@ mod tests {
             let last = created(marker);
             while !self.told.contains(&last) {
                 let piece = self.pieces.blocking_recv().unwrap();
-                assert!(piece.len() < crate::frame::MAX_PAYLOAD);
+                assert!(piece.len() < machinen_protocol::frame::MAX_PAYLOAD);
                 self.told
                     .extend(piece.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()));
             }

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use machinen_protocol::frame::{Frame, Kind};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::place::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, remove_images};
@@ -16,7 +17,6 @@ use crate::agent::exchange::Exchange;
 use crate::agent::stream::Abort;
 use crate::agent::threads::COMMANDS;
 use crate::agent::{archive, freeze};
-use crate::frame::{Frame, Kind};
 use crate::reply::{Code, Done, Dumped, ErrorReply};
 use crate::request::Dump;
 use crate::system::cgroup;

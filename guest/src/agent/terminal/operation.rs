@@ -4,6 +4,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use machinen_protocol::frame::Kind;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::pty::Pty;
@@ -15,7 +16,6 @@ use crate::agent::exchange::Exchange;
 use crate::agent::stream::{Abort, CHUNK, FrameReader};
 use crate::agent::threads::COMMANDS;
 use crate::agent::{attend, command, lookup};
-use crate::frame::Kind;
 use crate::reply::{Code, ErrorReply, Exit, Started};
 use crate::request::{Exec, Pty as Request};
 
