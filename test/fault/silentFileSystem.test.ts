@@ -145,18 +145,24 @@ layer(guest(home, { image: "debian" }), { excludeTestServices: true, timeout: 60
   }
 )
 
-it.scopedLive("a flood of commands that wait for a file system leaves the rest of the guest its threads", () =>
+it.scopedLive("floods of commands that wait for a file system, and of watches, leave the rest its threads", () =>
   Effect.gen(function* () {
     const { vm } = yield* (yield* Machinen).boot({ image: "debian" })
+    yield* sh(vm, "echo 1024 >/proc/sys/fs/inotify/max_user_instances")
     const { at } = yield* silentFrom(vm, "lookup")
     const command = vm.execRaw({ argv: [`${at}/program`] })
     const errors = yield* Queue.unbounded<ExecError>()
     const attempt = Effect.flatMap(Effect.flip(command), (error) => errors.offer(error))
-    yield* Effect.forkScoped(Effect.forEach(Array.from({ length: 100 }), () => attempt, { concurrency: "unbounded" }))
+    const flood = Effect.replicateEffect(attempt, 100, { concurrency: "unbounded", discard: true })
+    const trying = yield* Effect.fork(flood)
     const refused = yield* Effect.timeout(errors.take, "20 seconds")
     assert.strictEqual(refused.code, "EXEC_GUEST_BUSY")
     assert.match(refused.message, /64 commands that are being started wait for a file system/)
     assert.strictEqual((yield* Effect.flip(vm.execRaw("true"))).message, refused.message)
+    // their callers go, and leave their threads; each watch has one, too
+    yield* Fiber.interrupt(trying)
+    const watches = Effect.replicateEffect(vm.watch("/run"), 500, { concurrency: 16, discard: true })
+    yield* Effect.timeout(watches, "30 seconds")
     yield* vm.writeFile("/run/other", "other")
     assert.isAbove((yield* vm.stats).uptimeMs, 0)
     yield* Effect.scoped(vm.freeze({ sync: true, lazyUmount: true, timeout: "5 seconds" }))

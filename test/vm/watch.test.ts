@@ -283,17 +283,6 @@ describe("a VM with a watch", () => {
     )
   }
 
-  it.scopedLive("stops in order also with as many as there may be", () =>
-    Effect.gen(function* () {
-      const { vm } = yield* (yield* Machinen).boot({ image: "micro" })
-      yield* sh(vm, "echo 1024 >/proc/sys/fs/inotify/max_user_instances")
-      // each has a thread of the agent, and a connection
-      yield* Effect.replicateEffect(vm.watch("/srv"), 512, { concurrency: 16, discard: true })
-      const { orderly, reason } = yield* vm.stop()
-      assert.deepStrictEqual({ orderly, reason }, { orderly: true, reason: "stop" })
-    }).pipe(Effect.provide(live(home)))
-  )
-
   it.scopedLive("that ends fails the watch", () =>
     Effect.gen(function* () {
       const machinen = yield* Machinen
