@@ -354,3 +354,32 @@ fn what_a_vmm_prints_is_limited() {
     shim.signal(Signal::TERM);
     assert!(shim.exited()["vmmLogTail"].as_str().unwrap().ends_with("y\nthe end\n"));
 }
+
+#[test]
+fn a_disk_that_takes_no_logs_holds_nobody_up() {
+    // A fifo whose reader does not read.
+    let mut shim = start_with(&[], |plan| {
+        let log = plan["console"]["logPath"].as_str().unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, log, rustix::fs::Mode::RWXU).unwrap();
+        plan["console"]["maxBytes"] = json!(1_u64 << 40);
+        let vmm = format!("yes | head -c 4000000 >&4; exec {} serve", fake_vmm());
+        plan["vmm"]["argv"] = json!(["sh", "-c", vmm]);
+    });
+    assert_eq!(shim.event()["event"], "started");
+    shim.until(|shim| shim.status()["ready"] == true);
+    let mut guest = shim.dial(7);
+    guest.write_all(b"hello").unwrap();
+    let mut echo = [0; 5];
+    guest.read_exact(&mut echo).unwrap();
+    assert_eq!(&echo, b"hello");
+    // The disk goes on: all that waited for it is written before the end.
+    let mut log = std::fs::File::open(shim.path("console.log")).unwrap();
+    let written = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        log.read_to_end(&mut text).unwrap();
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    shim.signal(Signal::TERM);
+    shim.exited();
+    assert!(written.join().unwrap().contains("bytes are missing here: the disk was too slow for them"));
+}
