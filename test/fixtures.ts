@@ -1,11 +1,13 @@
 import { execFileSync, spawn } from "node:child_process"
 import { createHash } from "node:crypto"
-import { chmodSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs"
+import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs"
+import * as net from "node:net"
 import * as path from "node:path"
 import { assert } from "@effect/vitest"
-import { Cause, Context, Effect, Layer, Schedule, type Scope } from "effect"
+import { Cause, Context, Effect, Either, Layer, Schedule, Schema, type Scope } from "effect"
 import { Machinen } from "../src/Machinen.ts"
 import type { BootOptions } from "../src/machine/BootOptions.ts"
+import { VmEntry } from "../src/machine/VmEntry.ts"
 import type { Vm } from "../src/vm/Vm.ts"
 import { environment, leftovers, live, nothing, processesOf, temporaryDirectory } from "./host.ts"
 
@@ -28,6 +30,17 @@ export const eventually = <A>(what: string, look: () => A | undefined | false): 
     Effect.orElse(() => Effect.dieMessage(`waited in vain for ${what}`))
   )
 
+/** Like `eventually`, for what is there only for a moment. */
+export const atOnce = (look: () => boolean): Effect.Effect<void> =>
+  Effect.async((resume) => {
+    let over = false
+    const turn = () => (over ? undefined : look() ? resume(Effect.void) : void setImmediate(turn))
+    turn()
+    return Effect.sync(() => {
+      over = true
+    })
+  })
+
 /**
  * For tests that kill a process: asserts that all processes end by themselves, that the next command lists no VM, and that it leaves nothing on
  * disk.
@@ -48,20 +61,49 @@ export const settled = (home: string): Promise<void> =>
     Effect.runPromise
   )
 
+/** A VM that ends with the scope, of the image `micro` unless another is named. */
+export const boot = (options: BootOptions = {}) =>
+  Effect.map(
+    Effect.flatMap(Machinen, (m) => m.boot({ image: "micro", ...options })),
+    ({ vm }) => vm
+  )
+
+/** The ids of a home's VMs: directories that are being made or removed have other names. */
+export const vmIds = (home: string): ReadonlyArray<string> =>
+  leftovers(home).vms.filter((name) => /^[a-f][0-9a-f]{11}$/.test(name))
+
+/** A VM's entry as it is on disk now; none where the VM is not there, or is gone. */
+export const vmEntry = (home: string, id: string): VmEntry | undefined => {
+  try {
+    const json = readFileSync(path.join(home, "vms", id, "entry.json"), "utf8")
+    return Either.getOrUndefined(Schema.decodeEither(Schema.parseJson(VmEntry))(json))
+  } catch {
+    return undefined
+  }
+}
+
 /** One VM for all tests of a `layer`, which ends it. */
 export class Guest extends Context.Tag("test/Guest")<Guest, Vm>() {}
 export const guest = (home: string, options: BootOptions = {}) =>
-  Layer.scoped(
-    Guest,
-    Effect.gen(function* () {
-      const machinen = yield* Machinen
-      return (yield* machinen.boot({ image: "micro", ...options })).vm
-    })
-  ).pipe(Layer.provideMerge(live(home)))
+  Layer.scoped(Guest, boot(options)).pipe(Layer.provideMerge(live(home)))
+
+/** Where a bundle can be made: nothing is there yet. */
+export const newBundle = (): string => path.join(temporaryDirectory(), "bundle")
 
 export const text = (bytes: Uint8Array): string => Buffer.from(bytes).toString()
 export const sha256 = (bytes: Uint8Array): string => createHash("sha256").update(bytes).digest("hex")
 export const sha256OfFile = (file: string): string => sha256(readFileSync(file))
+/** The sums of a flat directory's files, to be compared with those of another time. */
+export const hashesOf = (dir: string): string =>
+  execFileSync("sha256sum", readdirSync(dir).sort(), { cwd: dir, encoding: "utf8" })
+
+/** A port of 127.0.0.1 that nobody listens on at this moment. */
+export const freePort: Effect.Effect<number> = Effect.async((resume) => {
+  const server = net.createServer().listen(0, "127.0.0.1", () => {
+    const { port } = server.address() as net.AddressInfo
+    server.close(() => resume(Effect.succeed(port)))
+  })
+})
 
 /** Runs a shell script in the guest, asserts that it succeeds, and returns its stdout without the last newline. */
 export const sh = (vm: Vm, script: string) =>
@@ -69,6 +111,14 @@ export const sh = (vm: Vm, script: string) =>
     assert.deepStrictEqual({ exitCode, stderr: text(stderr) }, { exitCode: 0, stderr: "" })
     return text(stdout).trimEnd()
   })
+
+/** Waits in the guest for a condition of its shell that has no event for us. */
+export const eventuallyIn = (vm: Vm, condition: string) =>
+  Effect.filterOrFail(
+    vm.execRaw(`tries=0; until ${condition}; do sleep 0.1; tries=$((tries + 1)); [ $tries -lt 300 ] || exit 1; done`),
+    ({ exitCode }) => exitCode === 0,
+    () => new Error(`waited in vain: ${condition}`)
+  )
 
 /** Writes an executable shell script below `dir` and returns its path. */
 export const executable = (dir: string, name: string, body: string): string => {
@@ -227,6 +277,13 @@ const emptyCache = temporaryDirectory()
 /** Runs `machinen gc` for one home, with an empty cache: a test must not count or remove what other checkouts have left in the user's. */
 export const collectGarbage = (home: string, ...flags: ReadonlyArray<string>): Effect.Effect<CliResult> =>
   cli(home, ["gc", "--json", ...flags], { env: { MACHINEN_CACHE_DIR: emptyCache } })
+
+/** Runs the CLI, which must succeed, and gives what it printed without the last newline. */
+export const cliPrints = (home: string, ...args: ReadonlyArray<string>): Effect.Effect<string> =>
+  Effect.map(cli(home, args), ({ code, stderr, stdout }) => {
+    assert.strictEqual(code, 0, `${args.join(" ")}: ${stderr}`)
+    return stdout.trim()
+  })
 
 /** Waits for something while the CLI runs. If it hangs, dies with the CLI's output and the leftovers, before the test's own time limit hides them. */
 export const inTime = <A>(home: string, started: CliProcess, awaited: Effect.Effect<A>): Effect.Effect<A> =>

@@ -42,29 +42,54 @@ export const live = (
     )
   )
 
+export interface HostProcess {
+  readonly pid: number
+  readonly argv: ReadonlyArray<string>
+  readonly environment: ReadonlyArray<string>
+}
+
+/** All processes of this host that we may look at. */
+export const hostProcesses = (): ReadonlyArray<HostProcess> =>
+  readdirSync("/proc")
+    .filter((entry) => /^[0-9]+$/.test(entry))
+    .flatMap((pid) => {
+      const list = (file: string) => readFileSync(`/proc/${pid}/${file}`, "utf8").replace(/\0$/, "").split("\0")
+      try {
+        return [{ pid: Number(pid), argv: list("cmdline"), environment: list("environ") }]
+      } catch {
+        return [] // it has ended
+      }
+    })
+
+/** Whether a process has a file open below a directory; one that has ended has none. */
+const hasOpen = (pid: number, dir: string): boolean => {
+  try {
+    return readdirSync(`/proc/${pid}/fd`).some((fd) => {
+      try {
+        return readlinkSync(`/proc/${pid}/fd/${fd}`).startsWith(`${dir}/`)
+      } catch {
+        return false
+      }
+    })
+  } catch {
+    return false
+  }
+}
+
 /**
  * Processes of a home (shims, VMMs and gvproxies): those that have its path in their command line or environment, or a file open below it.
  */
 export const processesOf = (home: string): ReadonlyArray<{ readonly pid: number; readonly argv: string }> =>
-  readdirSync("/proc")
-    .filter((entry) => /^[0-9]+$/.test(entry))
-    .flatMap((pid) => {
-      try {
-        const argv = readFileSync(`/proc/${pid}/cmdline`, "utf8").replaceAll("\0", " ")
-        const open = readdirSync(`/proc/${pid}/fd`).some((fd) => {
-          try {
-            return readlinkSync(`/proc/${pid}/fd/${fd}`).startsWith(`${home}/`)
-          } catch {
-            return false
-          }
-        })
-        const ours = ["machinen-shim", "qemu-system", "gvproxy -mtu"].some((program) => argv.includes(program))
-        const serves = () => readFileSync(`/proc/${pid}/environ`, "utf8").includes(`MACHINEN_VM_DIR=${home}/`)
-        return ours && (argv.includes(home) || open || serves()) ? [{ pid: Number(pid), argv }] : []
-      } catch {
-        return []
-      }
-    })
+  hostProcesses()
+    .map(({ argv, environment, pid }) => ({ argv: argv.join(" "), environment, pid }))
+    .filter(({ argv }) => ["machinen-shim", "qemu-system", "gvproxy -mtu"].some((program) => argv.includes(program)))
+    .filter(
+      ({ argv, environment, pid }) =>
+        argv.includes(home) ||
+        environment.some((variable) => variable.startsWith(`MACHINEN_VM_DIR=${home}/`)) ||
+        hasOpen(pid, home)
+    )
+    .map(({ argv, pid }) => ({ pid, argv }))
 
 /** Processes and files that are left of the VMs of a home. After a test all lists must be empty. */
 export const leftovers = (home: string) => ({

@@ -2,8 +2,7 @@ import { type ChildProcess, spawn } from "node:child_process"
 import { mkdirSync, readdirSync, readFileSync, readlinkSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
-import { Effect, Either, Schema } from "effect"
-import { VmEntry } from "../../src/machine/VmEntry.ts"
+import { Effect } from "effect"
 import * as processes from "../../src/platform/processes.ts"
 import {
   assertNothingLeft,
@@ -18,24 +17,17 @@ import {
   processesOf,
   settled,
   startCli,
-  temporaryHome
+  temporaryHome,
+  vmEntry,
+  vmIds
 } from "../fixtures.ts"
 
 const home = temporaryHome()
 afterEach(() => settled(home))
 
 const vmsDir = path.join(home, "vms")
-const ids = (): ReadonlyArray<string> => leftovers(home).vms.filter((name) => /^[a-f][0-9a-f]{11}$/.test(name))
-
-/** The only VM's entry, as it is on disk now. */
-const entry = (): typeof VmEntry.Type | undefined => {
-  try {
-    const text = readFileSync(path.join(vmsDir, ids()[0] ?? "", "entry.json"), "utf8")
-    return Either.getOrUndefined(Schema.decodeEither(Schema.parseJson(VmEntry))(text))
-  } catch {
-    return undefined
-  }
-}
+/** The only VM's entry. */
+const entry = () => vmEntry(home, vmIds(home)[0] ?? "")
 const binaryOf = (pid: number): string => {
   try {
     return readlinkSync(`/proc/${pid}/exe`)
@@ -48,7 +40,7 @@ const running = (binary: string) => () => processesOf(home).some(({ pid }) => bi
 /** Steps of a boot that can be seen from outside, in their order. */
 const steps: ReadonlyArray<readonly [step: string, reached: (vm: CliProcess) => Effect.Effect<unknown>]> = [
   ["its start", () => Effect.void],
-  ["the VM's directory is there", () => eventually("a directory", () => ids().length > 0)],
+  ["the VM's directory is there", () => eventually("a directory", () => vmIds(home).length > 0)],
   ["the name is taken", () => eventually("a name", () => leftovers(home).names.length > 0)],
   ["the shim runs", () => eventually("the shim", running("machinen-shim"))],
   ["QEMU runs", () => eventually("QEMU", running("qemu-system"))],
@@ -192,7 +184,7 @@ describe("names", () => {
               assert.include(loser.stderr, "(REGISTRY_NAME_IN_USE)")
               assert.strictEqual(loser.code, 125)
               yield* eventually("the winner's VM", () => entry()?.shim !== undefined)
-              assert.strictEqual(ids().length, 1)
+              assert.strictEqual(vmIds(home).length, 1)
               assert.deepStrictEqual(leftovers(home).names, ["wanted"])
               yield* winner.kill("SIGINT")
               assert.strictEqual((yield* winner.result).code, 130)

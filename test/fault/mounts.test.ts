@@ -7,6 +7,7 @@ import {
   cli,
   eventually,
   executable,
+  newBundle,
   settled,
   startCli,
   temporaryDirectory,
@@ -57,7 +58,7 @@ describe("a shared directory", () => {
       Effect.gen(function* () {
         const dir = shared()
         yield* boot(dir)
-        const bundle = path.join(temporaryDirectory(), "bundle")
+        const bundle = newBundle()
         const starter = yield* startCli(home, ["snapshot", "--keep-alive", "src", bundle])
         yield* eventually(`a file ${file}`, () => lstatSync(path.join(bundle, file), { throwIfNoEntry: false }))
         yield* starter.kill("SIGKILL")
@@ -77,7 +78,7 @@ describe("a shared directory", () => {
     Effect.gen(function* () {
       const dir = shared()
       yield* boot(dir)
-      const bundle = path.join(temporaryDirectory(), "bundle")
+      const bundle = newBundle()
       assert.strictEqual((yield* cli(home, ["snapshot", "src", bundle])).code, 0)
       const gone = `${dir}:/mnt/s`.replace("shared", "no-such")
       const { code, stderr } = yield* cli(home, ["restore", bundle, "-d", "--mount-live", gone])

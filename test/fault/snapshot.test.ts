@@ -1,5 +1,5 @@
 import { execFileSync } from "node:child_process"
-import { createHash, createHmac } from "node:crypto"
+import { createHmac } from "node:crypto"
 import * as fs from "node:fs"
 import * as path from "node:path"
 import { afterEach, assert, beforeAll, describe, it } from "@effect/vitest"
@@ -12,19 +12,24 @@ import type { Vm } from "../../src/vm/Vm.ts"
 import {
   assertNothingLeft,
   assertNothingLeftAfterNextCommand,
+  atOnce,
   type CliProcess,
   cli,
   eventually,
   inTime,
   leftovers,
   live,
+  newBundle,
   processesOf,
   settled,
   sh,
+  sha256,
   smallDisk,
   startCli,
   temporaryDirectory,
-  temporaryHome
+  temporaryHome,
+  vmEntry,
+  vmIds
 } from "../fixtures.ts"
 
 const home = temporaryHome()
@@ -48,7 +53,6 @@ const source = (options: BootOptions = {}) =>
     return vm
   })
 const goesOn = (vm: Vm) => sh(vm, pulse)
-const fresh = () => path.join(temporaryDirectory(), "bundle")
 const snap = (vm: Vm, outDir: string) => Effect.flatMap(Machinen, (m) => m.snapshot(vm, { outDir, leaveRunning: true }))
 const verify = (dir: string) => Effect.flatMap(Machinen, (m) => m.verify(dir))
 const restore = (snapDir: string) => Effect.flatMap(Machinen, (m) => m.restore({ snapDir }))
@@ -59,14 +63,14 @@ const failure = <A, E, R>(effect: Effect.Effect<A, E, R>) =>
   Effect.flip(Effect.zipRight(effect, Effect.dieMessage("it succeeded")))
 
 /** Two bundles of two VMs, made once and never changed. */
-const sound = { one: fresh(), other: fresh() }
+const sound = { one: newBundle(), other: newBundle() }
 beforeAll(() =>
   run(Effect.forEach([sound.one, sound.other], (dir) => Effect.flatMap(source(), (vm) => snap(vm, dir)))).pipe(
     Effect.runPromise
   )
 )
 const copied = (): string => {
-  const dir = fresh()
+  const dir = newBundle()
   execFileSync("cp", ["-r", "--sparse=always", sound.one, dir])
   return dir
 }
@@ -140,7 +144,7 @@ describe("a damaged bundle", () => {
 
   const notBundles: ReadonlyArray<readonly [what: string, make: () => string]> = [
     ["a directory without meta.json", () => temporaryDirectory()],
-    ["a directory that is not there", fresh],
+    ["a directory that is not there", newBundle],
     ["a file", () => path.join(sound.one, "meta.json")]
   ]
   for (const [what, make] of notBundles) {
@@ -158,7 +162,7 @@ describe("a bundle that is sound, but not of this host", () => {
     const { checksum: _, mac: __, ...manifest } = JSON.parse(fs.readFileSync(path.join(dir, "meta.json"), "utf8"))
     change(manifest)
     const text = JSON.stringify(manifest)
-    const checksum = createHash("sha256").update(text).digest("hex")
+    const checksum = sha256(Buffer.from(text))
     // signed with the user's own key: what is wrong with it is found all the same
     const mac = createHmac("sha256", fs.readFileSync(path.join(home, "bundle.key")))
       .update(text)
@@ -247,7 +251,7 @@ describe("a directory that cannot hold a bundle", () => {
 
   for (const [what, make] of [
     ["an empty directory", () => temporaryDirectory()],
-    ["a new directory", fresh]
+    ["a new directory", newBundle]
   ] as const) {
     test(`of two that want ${what} at once exactly one gets it`, function* () {
       const vms = yield* Effect.all([source(), source()], { concurrency: 2 })
@@ -279,7 +283,7 @@ describe("no space", () => {
       assert.match(`${error.message} ${error.hint}`, /space/)
       assert.deepStrictEqual(fs.readdirSync(small), [])
       yield* goesOn(vm)
-      yield* snap(vm, fresh())
+      yield* snap(vm, newBundle())
     })
   }
 
@@ -300,19 +304,8 @@ describe("no space", () => {
   })
 })
 
-/** Like `eventually`, for what is there only for a moment. */
-const atOnce = (look: () => boolean): Effect.Effect<void> =>
-  Effect.async((resume) => {
-    let over = false
-    const turn = () => (over ? undefined : look() ? resume(Effect.void) : void setImmediate(turn))
-    turn()
-    return Effect.sync(() => {
-      over = true
-    })
-  })
 const size = (file: string) => fs.lstatSync(file, { throwIfNoEntry: false })
-const ids = () => leftovers(home).vms.filter((name) => /^[a-f][0-9a-f]{11}$/.test(name))
-const entryOf = (id: string) => JSON.parse(fs.readFileSync(path.join(vmsDir, id, "entry.json"), "utf8"))
+const partOf = (id: string, part: "shim" | "vmm") => vmEntry(home, id)?.[part] ?? assert.fail(`${id} has no ${part}`)
 
 /** A detached VM with a heart, which the rest of the test must leave going on; returns its id. */
 const detachedOf = (image: string) =>
@@ -320,7 +313,7 @@ const detachedOf = (image: string) =>
     yield* Effect.addFinalizer(() => cli(home, ["stop", "--force", "src"]))
     assert.strictEqual((yield* cli(home, ["boot", "-d", "--image", image, "--name", "src"])).code, 0)
     assert.strictEqual((yield* cli(home, ["exec", "src", "--", "sh", "-c", heart])).code, 0)
-    return ids()[0] ?? ""
+    return vmIds(home)[0] ?? ""
   })
 const detached = detachedOf("micro")
 const srcGoesOn = Effect.gen(function* () {
@@ -358,7 +351,7 @@ describe("kill -9 of the program that takes a snapshot, when", () => {
     const early = moments.findIndex(([moment]) => moment === what) < 2
     test(what, function* () {
       yield* detached
-      const dir = fresh()
+      const dir = newBundle()
       const starter = yield* startCli(home, ["snapshot", "--keep-alive", "src", dir])
       yield* killed(
         starter,
@@ -372,7 +365,7 @@ describe("kill -9 of the program that takes a snapshot, when", () => {
       if (claimOnly(dir)) assert.strictEqual((yield* cli(home, ["snapshot", "--keep-alive", "src", dir])).code, 0)
       if (fs.existsSync(dir)) yield* run(restorable(dir))
       // whoever died, another can take one
-      assert.strictEqual((yield* cli(home, ["snapshot", "--keep-alive", "src", fresh()])).code, 0)
+      assert.strictEqual((yield* cli(home, ["snapshot", "--keep-alive", "src", newBundle()])).code, 0)
       assert.deepStrictEqual(leftovers(home).names, ["src"])
     })
   }
@@ -380,7 +373,7 @@ describe("kill -9 of the program that takes a snapshot, when", () => {
 
 test("kill -9 of the program that takes a snapshot leaves the VM with the host's time", function* () {
   yield* detached
-  const dir = fresh()
+  const dir = newBundle()
   const starter = yield* startCli(home, ["snapshot", "--keep-alive", "src", dir])
   // The state is saved while the machine stands still. A program that is stopped there keeps it so.
   yield* reaches(
@@ -404,7 +397,7 @@ describe("kill -9 during a dump by criu", () => {
   for (const moment of reached) {
     test(`of the program that takes it, when ${moment}`, function* () {
       yield* detachedOf("debian")
-      const dir = fresh()
+      const dir = newBundle()
       const starter = yield* startCli(home, ["snapshot", "--engine", "criu", "--keep-alive", "src", dir])
       yield* killed(
         starter,
@@ -417,7 +410,7 @@ describe("kill -9 during a dump by criu", () => {
       )
       if (fs.existsSync(path.join(dir, "meta.json"))) yield* run(restorable(dir))
       // whoever died, another can take one
-      const next = fresh()
+      const next = newBundle()
       assert.strictEqual((yield* cli(home, ["snapshot", "--engine", "criu", "--keep-alive", "src", next])).code, 0)
       yield* run(restorable(next))
       assert.deepStrictEqual(leftovers(home).names, ["src"])
@@ -428,8 +421,8 @@ describe("kill -9 during a dump by criu", () => {
     for (const moment of ["it is claimed", "there is a disk"] as const) {
       test(`of the source's ${part}, when ${moment}`, function* () {
         const id = yield* detachedOf("debian")
-        const { pid } = entryOf(id)[part]
-        const dir = fresh()
+        const { pid } = partOf(id, part)
+        const dir = newBundle()
         const starter = yield* startCli(home, ["snapshot", "--engine", "criu", "--keep-alive", "src", dir])
         yield* reaches(
           starter,
@@ -448,7 +441,7 @@ describe("kill -9 during a dump by criu", () => {
     }
   }
 
-  const copies = (id: string) => ids().filter((other) => other !== id)
+  const copies = (id: string) => vmIds(home).filter((other) => other !== id)
   const begun = (id: string) => copies(id).some((copy) => fs.existsSync(path.join(vmsDir, copy, "console.log")))
   for (const [what, reachedBy] of [
     ["a sibling has a directory", (id: string) => copies(id).length > 0],
@@ -474,8 +467,8 @@ describe("kill -9 of the source's", () => {
     for (const [what, reached] of [moments[1], moments[3], moments[5], moments[6]].flatMap((m) => (m ? [m] : []))) {
       test(`${part} during a snapshot, when ${what}`, function* () {
         const id = yield* detached
-        const { pid } = entryOf(id)[part]
-        const dir = fresh()
+        const { pid } = partOf(id, part)
+        const dir = newBundle()
         const starter = yield* startCli(home, ["snapshot", "--keep-alive", "src", dir])
         yield* reaches(
           starter,
@@ -496,14 +489,8 @@ describe("kill -9 of the source's", () => {
 })
 
 describe("kill -9 of the program that starts", () => {
-  const others = (id: string) => ids().filter((other) => other !== id)
-  const running = (id: string) => {
-    try {
-      return entryOf(id).state === "running"
-    } catch {
-      return false
-    }
-  }
+  const others = (id: string) => vmIds(home).filter((other) => other !== id)
+  const running = (id: string) => vmEntry(home, id)?.state === "running"
   const steps: ReadonlyArray<readonly [what: string, reached: (id: string) => boolean]> = [
     ["it has a place to work", (id) => leftovers(home).vms.length > (id === "" ? 0 : 1)],
     ["the sibling has a directory", (id) => others(id).length > 0],
@@ -572,12 +559,12 @@ test("a paused VM is not captured: it stays paused, and goes on when it is resum
   const vm = yield* source()
   yield* vm.pause
   const fork = Effect.flatMap(Machinen, (m) => Effect.scoped(m.fork(vm)))
-  for (const capture of [Effect.asVoid(snap(vm, fresh())), Effect.asVoid(fork)]) {
+  for (const capture of [Effect.asVoid(snap(vm, newBundle())), Effect.asVoid(fork)]) {
     const error = yield* failure(capture)
     assert.strictEqual(error.code, "SNAPSHOT_DUMP_FAILED")
     assert.include(error.hint ?? "", "machinen resume")
   }
   yield* vm.resume
   yield* goesOn(vm)
-  yield* snap(vm, fresh())
+  yield* snap(vm, newBundle())
 })

@@ -5,6 +5,7 @@ import { Effect } from "effect"
 import { Machinen } from "../../src/Machinen.ts"
 import {
   assertNothingLeft,
+  atOnce,
   type CliProcess,
   cli,
   eventually,
@@ -12,37 +13,19 @@ import {
   inTime,
   leftovers,
   live,
+  newBundle,
   processesOf,
   settled,
   sh,
   startCli,
   temporaryDirectory,
-  temporaryHome
+  temporaryHome,
+  vmEntry,
+  vmIds
 } from "../fixtures.ts"
 
 const home = temporaryHome()
 afterEach(() => settled(home))
-const vmsDir = path.join(home, "vms")
-const ids = () => leftovers(home).vms.filter((name) => /^[a-f][0-9a-f]{11}$/.test(name))
-const entryOf = (id: string) => {
-  try {
-    return JSON.parse(fs.readFileSync(path.join(vmsDir, id, "entry.json"), "utf8"))
-  } catch {
-    return undefined
-  }
-}
-const fresh = () => path.join(temporaryDirectory(), "bundle")
-
-/** For what is there only for a moment. */
-const atOnce = (look: () => boolean): Effect.Effect<void> =>
-  Effect.async((resume) => {
-    let over = false
-    const turn = () => (over ? undefined : look() ? resume(Effect.void) : void setImmediate(turn))
-    turn()
-    return Effect.sync(() => {
-      over = true
-    })
-  })
 
 /** Sends a signal at a moment of a command, or after its end where that is too fast; returns how it ended. */
 const signalled = (starter: CliProcess, signal: NodeJS.Signals, moment: Effect.Effect<unknown>) =>
@@ -79,10 +62,10 @@ describe("a detached boot whose command cannot be started", () => {
 })
 
 describe("an interruption of a detached boot", () => {
-  const running = (): boolean => ids().some((id) => entryOf(id)?.state === "running")
+  const running = (): boolean => vmIds(home).some((id) => vmEntry(home, id)?.state === "running")
   const moments: ReadonlyArray<readonly [what: string, reached: () => boolean]> = [
-    ["it has a directory", () => ids().length > 0],
-    ["it has a shim", () => ids().some((id) => entryOf(id)?.shim !== undefined)],
+    ["it has a directory", () => vmIds(home).length > 0],
+    ["it has a shim", () => vmIds(home).some((id) => vmEntry(home, id)?.shim !== undefined)],
     ["it is ready", running]
   ]
   for (const signal of ["SIGINT", "SIGTERM"] as const) {
@@ -106,7 +89,7 @@ describe("an interruption of a detached boot", () => {
 const source = Effect.gen(function* () {
   yield* Effect.addFinalizer(() => cli(home, ["stop", "--force", "src"]))
   assert.strictEqual((yield* cli(home, ["boot", "-d", "--image", "micro", "--name", "src"])).code, 0)
-  return ids()[0] ?? assert.fail("it has no directory")
+  return vmIds(home)[0] ?? assert.fail("it has no directory")
 })
 
 describe("an interruption of a snapshot that ends its VM", () => {
@@ -119,9 +102,9 @@ describe("an interruption of a snapshot that ends its VM", () => {
       it.scopedLive(`by ${signal} when ${what} leaves the VM or its bundle`, () =>
         Effect.gen(function* () {
           const id = yield* source
-          const vmm: number = entryOf(id).vmm.pid
+          const { pid: vmm } = vmEntry(home, id)?.vmm ?? assert.fail("it has no VMM")
           yield* cli(home, ["exec", "src", "--", "sh", "-c", "echo kept >/dev/shm/note"])
-          const dir = fresh()
+          const dir = newBundle()
           const starter = yield* startCli(home, ["snapshot", "src", dir])
           yield* signalled(
             starter,
@@ -148,7 +131,7 @@ describe("an interruption of a snapshot that ends its VM", () => {
 })
 
 describe("a fork into several detached siblings", () => {
-  const siblings = (id: string) => ids().filter((other) => other !== id)
+  const siblings = (id: string) => vmIds(home).filter((other) => other !== id)
   const stopAll = Effect.flatMap(names, (all) =>
     Effect.forEach(all, (name) => (name === "src" ? Effect.void : cli(home, ["stop", "--force", name])))
   )
@@ -181,7 +164,7 @@ describe("a fork into several detached siblings", () => {
   for (const [what, reached] of [
     ["the first has a directory", (id: string) => siblings(id).length > 0],
     ["all have one", (id: string) => siblings(id).length === 3],
-    ["the first is detached", (id: string) => siblings(id).some((other) => entryOf(other)?.detached === true)]
+    ["the first is detached", (id: string) => siblings(id).some((other) => vmEntry(home, other)?.detached === true)]
   ] as const) {
     it.scopedLive(`interrupted when ${what} leaves all of them, named, or none`, () =>
       Effect.gen(function* () {
@@ -207,7 +190,7 @@ describe("a start that fails in a scope that goes on", () => {
       const machinen = yield* Machinen
       const broken = fakeVmm(home, "broken", "echo no >&2; exit 3")
       const failing = { MACHINEN_VMM: broken, MACHINEN_ACCEL: "tcg" }
-      const outDir = fresh()
+      const outDir = newBundle()
       const other = yield* Effect.provide(Machinen, live(home, failing))
       const { vm } = yield* machinen.boot({ image: "micro", name: "one" })
       yield* machinen.snapshot(vm, { outDir, leaveRunning: true })

@@ -1,6 +1,5 @@
 import { execFileSync } from "node:child_process"
 import { existsSync, readdirSync } from "node:fs"
-import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
 import { Chunk, Effect, Fiber, Option, Stream } from "effect"
 import { Machinen } from "../../src/Machinen.ts"
@@ -8,33 +7,21 @@ import type { BootOptions } from "../../src/machine/BootOptions.ts"
 import type { RestoreOptions } from "../../src/snapshot/restore.ts"
 import type { SnapshotOptions } from "../../src/snapshot/snapshot.ts"
 import type { Vm } from "../../src/vm/Vm.ts"
-import { cli, leftovers, live, settled, sh, temporaryHome } from "../fixtures.ts"
+import * as fixtures from "../fixtures.ts"
+import { cliPrints, eventuallyIn, leftovers, live, newBundle, settled, sh, temporaryHome } from "../fixtures.ts"
 
 const home = temporaryHome()
 const machine = live(home)
-const bundles = path.join(home, "bundles")
-let made = 0
-const fresh = () => path.join(bundles, String(made++))
 
-const boot = (options: BootOptions = {}) =>
-  Effect.map(
-    Effect.flatMap(Machinen, (m) => m.boot({ image: "debian", ...options })),
-    ({ vm }) => vm
-  )
+const boot = (options: BootOptions = {}) => fixtures.boot({ image: "debian", ...options })
 const snapshot = (vm: Vm, options: Partial<SnapshotOptions> = {}) =>
-  Effect.flatMap(Machinen, (m) => m.snapshot(vm, { outDir: fresh(), engine: "criu", leaveRunning: true, ...options }))
+  Effect.flatMap(Machinen, (m) =>
+    m.snapshot(vm, { outDir: newBundle(), engine: "criu", leaveRunning: true, ...options })
+  )
 const restore = (snapDir: string, options: Partial<RestoreOptions> = {}) =>
   Effect.map(
     Effect.flatMap(Machinen, (m) => m.restore({ snapDir, ...options })),
     ({ vm }) => vm
-  )
-
-/** A state of the guest that has no event for us. */
-const eventuallyIn = (vm: Vm, condition: string) =>
-  Effect.filterOrFail(
-    vm.execRaw(`tries=0; until ${condition}; do sleep 0.1; tries=$((tries + 1)); [ $tries -lt 300 ] || exit 1; done`),
-    ({ exitCode }) => exitCode === 0,
-    () => new Error(`waited in vain: ${condition}`)
   )
 
 /** A process that waits in vfork until somebody writes to /run/held, which its child opens before it executes a program; its pid. */
@@ -417,7 +404,7 @@ describe("the engine criu", { timeout: 240_000 }, () => {
   describe("is refused, and the source goes on:", () => {
     const refusal = (vm: Vm, options: Partial<SnapshotOptions> = {}) =>
       Effect.gen(function* () {
-        const outDir = fresh()
+        const outDir = newBundle()
         const error = yield* Effect.flip(Effect.asVoid(snapshot(vm, { ...options, outDir })))
         assert.isFalse(existsSync(outDir))
         assert.isNotEmpty(error.hint ?? "")
@@ -521,16 +508,9 @@ describe("the engine criu", { timeout: 240_000 }, () => {
 
   it.live("the CLI takes, shows, restores and forks", () =>
     Effect.gen(function* () {
-      const run = (...args: ReadonlyArray<string>) =>
-        Effect.map(cli(home, args), (result) => {
-          assert.deepStrictEqual(
-            { args, code: result.code, stderr: result.code === 0 ? "" : result.stderr },
-            { args, code: 0, stderr: "" }
-          )
-          return result.stdout.trim()
-        })
+      const run = (...args: ReadonlyArray<string>) => cliPrints(home, ...args)
       yield* run("boot", "--image", "debian", "--name", "cli", "--detach")
-      const dir = fresh()
+      const dir = newBundle()
       const taken = JSON.parse(
         yield* run("snapshot", "cli", dir, "--engine", "criu", "--keep-alive", "--tcp-close", "--json")
       )

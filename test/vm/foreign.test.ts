@@ -1,5 +1,4 @@
 import { execFileSync } from "node:child_process"
-import { createHash } from "node:crypto"
 import * as fs from "node:fs"
 import * as path from "node:path"
 import { afterAll, assert, beforeAll, describe, it } from "@effect/vitest"
@@ -7,14 +6,13 @@ import { Effect } from "effect"
 import { Machinen } from "../../src/Machinen.ts"
 import type { BootOptions } from "../../src/machine/BootOptions.ts"
 import type { SnapshotOptions } from "../../src/snapshot/snapshot.ts"
-import { cli, leftovers, live, settled, sh, temporaryDirectory, temporaryHome } from "../fixtures.ts"
+import { cli, leftovers, live, newBundle, settled, sh, sha256, temporaryDirectory, temporaryHome } from "../fixtures.ts"
 
 /** Ours, and another user's. */
 const home = temporaryHome()
 const elsewhere = temporaryHome()
 const ours = live(home)
 const theirs = live(elsewhere)
-const fresh = () => path.join(temporaryDirectory(), "bundle")
 const shared = temporaryDirectory()
 fs.writeFileSync(path.join(shared, "secret"), "of the host")
 
@@ -28,19 +26,19 @@ const bundleOf = (
     const machinen = yield* Machinen
     const { vm } = yield* machinen.boot({ image: "micro", network: "none", name: "origin", ...options })
     yield* sh(vm, "echo kept >/dev/shm/note")
-    return (yield* machinen.snapshot(vm, { outDir: fresh(), ...how })).bundle.dir
+    return (yield* machinen.snapshot(vm, { outDir: newBundle(), ...how })).bundle.dir
   }).pipe(Effect.scoped, Effect.provide(program))
 
 // biome-ignore lint/suspicious/noExplicitAny: these are forged
 type Forged = any
 /** A copy of a bundle whose manifest was changed by somebody without the key. */
 const forged = (bundle: string, change: (manifest: Forged) => void): string => {
-  const dir = fresh()
+  const dir = newBundle()
   execFileSync("cp", ["-r", "--sparse=always", bundle, dir])
   const file = path.join(dir, "meta.json")
   const { checksum: _, mac, ...manifest } = JSON.parse(fs.readFileSync(file, "utf8"))
   change(manifest)
-  const checksum = createHash("sha256").update(JSON.stringify(manifest)).digest("hex")
+  const checksum = sha256(Buffer.from(JSON.stringify(manifest)))
   fs.writeFileSync(file, JSON.stringify({ ...manifest, checksum, mac }))
   return dir
 }

@@ -1,5 +1,4 @@
 import { execFileSync, spawn } from "node:child_process"
-import { createHash } from "node:crypto"
 import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs"
 import * as path from "node:path"
 import { gunzipSync } from "node:zlib"
@@ -15,8 +14,10 @@ import {
   cli,
   eventually,
   live,
+  newBundle,
   settled,
   sh,
+  sha256,
   sha256OfFile,
   temporaryDirectory,
   temporaryHome
@@ -215,7 +216,7 @@ layer(live(home, cache), { excludeTestServices: true })("a container image", (it
     const { entry, file, index, manifest } = manifestOf(at)
     edit(manifest)
     const text = JSON.stringify(manifest)
-    entry.digest = `sha256:${createHash("sha256").update(text).digest("hex")}`
+    entry.digest = `sha256:${sha256(Buffer.from(text))}`
     entry.size = text.length
     writeFileSync(file(entry.digest), text)
     writeFileSync(path.join(at, "index.json"), JSON.stringify(index))
@@ -231,7 +232,7 @@ layer(live(home, cache), { excludeTestServices: true })("a container image", (it
               maxBuffer: 2 ** 26
             })
             layer.mediaType = "application/vnd.oci.image.layer.v1.tar+zstd"
-            layer.digest = `sha256:${createHash("sha256").update(packed).digest("hex")}`
+            layer.digest = `sha256:${sha256(packed)}`
             layer.size = packed.length
             writeFileSync(file(layer.digest), packed)
           }
@@ -438,7 +439,7 @@ layer(live(home, cache), { excludeTestServices: true })("the image store", (it) 
       assert.include(error.message, "the VM user")
       assert.deepStrictEqual((yield* store.inspect("used")).vms, ["user"])
 
-      const bundle = path.join(temporaryDirectory(), "bundle")
+      const bundle = newBundle()
       yield* Effect.asVoid(machinen.snapshot(vm, { outDir: bundle }))
       const needed = yield* Effect.flip(store.remove(id))
       assert.include(needed.message, bundle)

@@ -20,12 +20,22 @@ import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
 import { Deferred, Effect, Layer, Stream } from "effect"
 import { Machinen } from "../../src/Machinen.ts"
-import type { BootOptions } from "../../src/machine/BootOptions.ts"
 import * as facade from "../../src/promise.ts"
 import type { ForkOptions } from "../../src/snapshot/fork.ts"
 import type { RestoreOptions } from "../../src/snapshot/restore.ts"
 import type { Vm } from "../../src/vm/Vm.ts"
-import { cli, environment, live, settled, sh, temporaryDirectory, temporaryHome, text } from "../fixtures.ts"
+import {
+  boot,
+  cli,
+  environment,
+  live,
+  newBundle,
+  settled,
+  sh,
+  temporaryDirectory,
+  temporaryHome,
+  text
+} from "../fixtures.ts"
 
 const home = temporaryHome()
 const cache = path.join(home, "cache")
@@ -41,12 +51,6 @@ const withOwnCache = Layer.unwrapEffect(
     return live(home, { MACHINEN_CACHE_DIR: cache })
   })
 )
-const bundles = path.join(home, "bundles")
-let made = 0
-const fresh = () => path.join(bundles, String(made++))
-
-const boot = (options: BootOptions = {}) =>
-  Effect.flatMap(Machinen, (m) => Effect.map(m.boot({ image: "micro", ...options }), ({ vm }) => vm))
 
 /** A directory with one of everything a tree may hold. */
 const tree = (): string => {
@@ -114,7 +118,7 @@ describe.sequential("a copy of a host directory", () => {
       const lower = (vm.entry.disks ?? []).find(({ id }) => id === "mountlower")?.path ?? ""
       rmSync(host, { recursive: true })
       rmSync(path.join(cache, "mountdisk"), { recursive: true, force: true })
-      const first = fresh()
+      const first = newBundle()
       const { bundle } = yield* machinen.snapshot(vm, { outDir: first, leaveRunning: true })
       assert.deepStrictEqual(bundle.manifest.mount, { guest: "/mnt/work", host })
       assert.includeMembers(readdirSync(first), ["mountlower.img", "mountupper.img"])
@@ -136,7 +140,7 @@ describe.sequential("a copy of a host directory", () => {
       }
       // a second generation, whose first is gone
       rmSync(first, { recursive: true })
-      const second = fresh()
+      const second = newBundle()
       yield* machinen.snapshot(copy, { outDir: second })
       const { vm: grandchild } = yield* machinen.restore({ snapDir: second })
       assert.strictEqual(yield* sh(grandchild, "cat /mnt/work/mine; wc -c </mnt/work/src/deep/big"), "copy\n3000000")
@@ -271,7 +275,7 @@ describe.sequential("a live mount", () => {
         vm,
         "(while :; do sleep 0.01; done) >/dev/null 2>&1 & cat /mnt/one/src/main.c >/dev/null; grep /mnt/ /proc/self/mountinfo >/tmp/before"
       )
-      const dir = fresh()
+      const dir = newBundle()
       const { bundle } = yield* machinen.snapshot(vm, { outDir: dir, leaveRunning: true })
       assert.deepStrictEqual(bundle.manifest.liveMounts, vm.entry.liveMounts)
       // never gone: the same mount
@@ -326,7 +330,7 @@ describe.sequential("a live mount", () => {
       const vm = yield* boot({ liveMounts: [{ host, guest: "/mnt/work" }] })
       const refused = (what: string) =>
         Effect.gen(function* () {
-          const dir = fresh()
+          const dir = newBundle()
           const error = yield* Effect.flip(Effect.asVoid(machinen.snapshot(vm, { outDir: dir, leaveRunning: true })))
           assert.strictEqual(error.code, "SNAPSHOT_MOUNT_BUSY", error.message)
           assert.include(error.message, what)
@@ -345,14 +349,14 @@ describe.sequential("a live mount", () => {
         yield* running.signal(9)
         yield* sh(vm, `while kill -0 ${running.pid} 2>/dev/null; do :; done`)
       }
-      yield* machinen.snapshot(vm, { outDir: fresh(), leaveRunning: true })
+      yield* machinen.snapshot(vm, { outDir: newBundle(), leaveRunning: true })
 
       // asked for: the source keeps all, a copy's processes get EIO, and the share comes when they let go
       yield* sh(
         vm,
         "sh -c 'exec 3<>/mnt/work/held; while sleep 0.05; do echo x >&3 2>/dev/null && echo yes >/tmp/state || echo no >/tmp/state; done' >/dev/null 2>&1 & echo $! >/tmp/holder"
       )
-      const dir = fresh()
+      const dir = newBundle()
       yield* machinen.snapshot(vm, { outDir: dir, leaveRunning: true, lazyUmount: true })
       yield* sh(
         vm,
@@ -580,7 +584,7 @@ describe.sequential("a share's root", () => {
         ["live0", "live1", "live2", "live3", "live4"]
       )
       const machinen = yield* Machinen
-      const dir = fresh()
+      const dir = newBundle()
       yield* machinen.snapshot(vm, { outDir: dir })
       const { vm: copy } = yield* machinen.restore({ snapDir: dir })
       assert.strictEqual(yield* sh(copy, "cat /mnt/copy/name /mnt/live4/name"), "copy\nlive4")
@@ -599,7 +603,7 @@ describe.sequential("a share's root", () => {
         "exec 3>>/mnt/live/out 4>>/mnt/copy/out; cd /mnt/live/src; while :; do echo x >&3; echo y >&4; sleep 0.1; done"
       yield* sh(vm, `setsid sh -c '${script}' </dev/null >/dev/null 2>&1 & sleep 0.5; echo $! >/tmp/pid`)
       const machinen = yield* Machinen
-      const dir = fresh()
+      const dir = newBundle()
       yield* machinen.snapshot(vm, { outDir: dir, engine: "criu" })
       const before = statSync(path.join(host, "out")).size
       const { vm: copy } = yield* machinen.restore({ snapDir: dir })
@@ -647,7 +651,7 @@ describe.sequential("the CLI", () => {
         [{ guest: "/mnt/c", host: copied }, [{ guest: "/mnt/s", host: shared, mode: "rw" }]]
       )
       yield* run("exec", "m", "--", "sh", "-c", "(exec sleep 1000 </mnt/s/tool >/dev/null 2>&1 &)")
-      const dir = fresh()
+      const dir = newBundle()
       const busy = yield* run("snapshot", "m", dir, "--keep-alive")
       assert.strictEqual(busy.code, 1)
       assert.match(busy.stderr, /SNAPSHOT_MOUNT_BUSY.*\d+ \(sleep\) \/mnt\/s\/tool[\s\S]*--lazy-umount/)
@@ -710,7 +714,7 @@ describe.sequential("the Promise API", () => {
     assert.deepStrictEqual(row?.liveMounts, [{ guest: "/mnt/s", host: shared, mode: "ro" }])
     assert.strictEqual(row?.mountDisk?.guest, "/mnt/c")
     assert.isTrue(existsSync(row?.mountDisk?.lowerPath ?? "") && existsSync(row?.mountDisk?.upperPath ?? ""))
-    const { snapDir } = await vm.snapshot({ outDir: fresh() })
+    const { snapDir } = await vm.snapshot({ outDir: newBundle() })
     const copy = await restore({ snapDir, liveMounts: [{ host: other, guest: "/mnt/s", mode: "rw" }] })
     await copy.exec("echo x >/mnt/s/made")
     await copy.kill()

@@ -1,33 +1,32 @@
 import { createHash, randomBytes } from "node:crypto"
 import * as http from "node:http"
-import * as net from "node:net"
+import type * as net from "node:net"
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
 import { Effect, Schedule, type Scope, Stream } from "effect"
 import { Machinen } from "../../src/Machinen.ts"
-import type { BootOptions } from "../../src/machine/BootOptions.ts"
 import type { Vm } from "../../src/vm/Vm.ts"
-import { cli, eventually, leftovers, live, nothing, processesOf, settled, sh, temporaryHome } from "../fixtures.ts"
+import {
+  boot,
+  cli,
+  eventually,
+  freePort,
+  leftovers,
+  live,
+  newBundle,
+  nothing,
+  processesOf,
+  settled,
+  sh,
+  sha256,
+  temporaryHome
+} from "../fixtures.ts"
 
 const home = temporaryHome()
 afterEach(() => settled(home))
 const run = <A, E>(program: Effect.Effect<A, E, Machinen | Scope.Scope>) => Effect.provide(program, live(home))
 
-const boot = (options: BootOptions = {}) =>
-  Effect.map(
-    Effect.flatMap(Machinen, (m) => m.boot({ image: "micro", ...options })),
-    ({ vm }) => vm
-  )
-
 const gvproxies = () => processesOf(home).filter(({ argv }) => argv.includes("gvproxy -mtu"))
-
-/** A port of the host nobody listens on at this moment. */
-const freePort = Effect.async<number>((resume) => {
-  const server = net.createServer().listen(0, "127.0.0.1", () => {
-    const { port } = server.address() as net.AddressInfo
-    server.close(() => resume(Effect.succeed(port)))
-  })
-})
 
 /** A web server on the host's 127.0.0.1: answers with `content`, or with the sha256 of what it was sent. */
 const hostServer = (content: Buffer) =>
@@ -55,8 +54,6 @@ const get = (url: string) =>
     request.on("error", (error: NodeJS.ErrnoException) => resume(Effect.fail(error.code ?? error.message)))
     return Effect.sync(() => request.destroy())
   })
-
-const hash = (bytes: Uint8Array) => createHash("sha256").update(bytes).digest("hex")
 
 /** A web server in the guest, with one page of these bytes. */
 const serve = (vm: Vm, port: number, page: Uint8Array) =>
@@ -96,7 +93,7 @@ describe("the network", () => {
           yield* serve(vm, 8080, page)
           const urls = Array.from({ length: 24 }, (_, i) => (i % 2 === 0 ? `127.0.0.1:${first}` : `[::1]:${second}`))
           const pages = yield* Effect.forEach(urls, (host) => get(`http://${host}/`), { concurrency: 24 })
-          assert.deepStrictEqual(new Set(pages.map(hash)), new Set([hash(page)]))
+          assert.deepStrictEqual(new Set(pages.map(sha256)), new Set([sha256(page)]))
           assert.strictEqual(yield* Effect.flip(get(`http://127.0.0.1:${closed}/`)), "ECONNRESET")
         })
       )
@@ -109,7 +106,7 @@ describe("the network", () => {
         const port = yield* hostServer(content)
         const vm = yield* boot()
         const fetched = `wget -q -O - http://192.168.127.254:${port}/ | sha256sum | cut -d' ' -f1`
-        assert.strictEqual(yield* sh(vm, fetched), hash(content))
+        assert.strictEqual(yield* sh(vm, fetched), sha256(content))
         const upload =
           "base64 /dev/urandom | head -c 8000000 >/tmp/up; sha256sum </tmp/up | cut -d' ' -f1 && wget -q -O - --post-file=/tmp/up"
         const [mine, theirs] = (yield* sh(vm, `${upload} http://host.machinen.internal:${port}/`)).split("\n")
@@ -193,7 +190,7 @@ print(json.dumps([open_, sorted(set(map(str, said)))]))
 
         const { siblings } = yield* machinen.fork(source, { portForward: [{ hostPort: theirs, guestPort: 80 }] })
         const bare = yield* machinen.fork(source)
-        const snapDir = path.join(home, "bundle")
+        const snapDir = newBundle()
         yield* machinen.snapshot(source, { outDir: snapDir, leaveRunning: true })
         const { rejuvenation, vm: restored } = yield* machinen.restore({ snapDir })
         const copies = [...siblings, ...bare.siblings].map(({ vm }) => vm)

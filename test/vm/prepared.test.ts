@@ -20,12 +20,15 @@ import type { Vm } from "../../src/vm/Vm.ts"
 import {
   assertNothingLeft,
   assertNothingLeftAfterNextCommand,
+  boot,
   busyboxExt4,
   cli,
   eventually,
   fakeVmm,
   hang,
+  hashesOf,
   live,
+  newBundle,
   processesOf,
   settled,
   sh,
@@ -39,13 +42,8 @@ const settings = { MACHINEN_CACHE_DIR: path.join(home, "cache"), MACHINEN_ACCEL:
 const templatesDir = path.join(settings.MACHINEN_CACHE_DIR, "templates")
 const program = live(home, settings)
 
-const boot = (options: BootOptions = {}) =>
-  Effect.gen(function* () {
-    return (yield* (yield* Machinen).boot({ image: "micro", ...options })).vm
-  })
 const prepare = (image = "micro") => Effect.flatMap(Machinen, (m) => m.prepare({ image }))
 const isPrepared = (vm: Vm) => vm.entry.prepared ?? false
-const hashes = (dir: string) => execFileSync("sha256sum", readdirSync(dir).sort(), { cwd: dir, encoding: "utf8" })
 
 const withSystemPrograms = { PATH: `${process.env["PATH"]}:/usr/sbin:/sbin` }
 
@@ -172,12 +170,12 @@ describe("a prepared machine", { timeout: 240_000 }, () => {
       // small: all of it is read
       const shape = { memoryMib: 128, rootDiskSizeBytes: 64 * 2 ** 20 }
       const { dir } = yield* machinen.prepare({ image: "micro", ...shape })
-      const before = hashes(dir)
+      const before = hashesOf(dir)
       const source = yield* boot({ ...shape, name: "source", env: { KEPT: "yes" } })
       assert.isTrue(isPrepared(source))
       yield* sh(source, "head -c 6000000 /dev/urandom > /dev/shm/fill; head -c 6000000 /dev/urandom > /fill; sync")
       const sums = yield* sh(source, "sha256sum /fill /dev/shm/fill")
-      const outDir = path.join(home, "bundle")
+      const outDir = newBundle()
       yield* machinen.snapshot(source, { outDir, leaveRunning: true })
       assert.deepStrictEqual(yield* machinen.verify(outDir), [])
       const { vm: copy, rejuvenation } = yield* machinen.restore({ snapDir: outDir })
@@ -191,7 +189,7 @@ describe("a prepared machine", { timeout: 240_000 }, () => {
       }
       assert.deepStrictEqual((yield* copy.stats).rejuvenation, rejuvenation)
       assert.strictEqual(yield* sh(source, "sha256sum /fill /dev/shm/fill; cat /run/machinen/generation"), sums)
-      assert.strictEqual(hashes(dir), before)
+      assert.strictEqual(hashesOf(dir), before)
     }).pipe(Effect.provide(program))
   )
 

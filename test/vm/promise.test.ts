@@ -13,6 +13,7 @@ import {
   eventually,
   leftovers,
   live,
+  newBundle,
   nothing,
   processesOf,
   settled,
@@ -255,7 +256,7 @@ describe("a VM", () => {
     await sibling.kill()
 
     const captured = recorded()
-    const outDir = path.join(home, "bundle")
+    const outDir = newBundle()
     const kept = await vm.snapshot({ outDir, leaveRunning: true, onLog: captured.onLog })
     assert.strictEqual(kept.engine, "vmstate")
     assert.strictEqual(kept.snapDir, outDir)

@@ -1,10 +1,10 @@
 import { spawn } from "node:child_process"
 import { chmodSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs"
-import { createServer } from "node:net"
 import * as os from "node:os"
 import * as path from "node:path"
+import { Effect } from "effect"
 import { afterAll, assert, describe, it } from "vitest"
-import { environment, leftovers, nothing, temporaryHome } from "../fixtures.ts"
+import { environment, freePort, leftovers, nothing, temporaryHome } from "../fixtures.ts"
 
 const root = path.resolve(import.meta.dirname, "..", "..")
 const readme = readFileSync(path.join(root, "README.md"), "utf8")
@@ -47,14 +47,6 @@ const stepsOf = (session: string) => {
 
 const escapeRegExp = (text: string) => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")
 
-const freePort = () =>
-  new Promise<number>((resolve) => {
-    const server = createServer().listen(0, "127.0.0.1", () => {
-      const address = server.address()
-      server.close(() => resolve(typeof address === "object" && address !== null ? address.port : 0))
-    })
-  })
-
 describe("README", () => {
   it("has examples of both kinds", () => {
     assert.isAbove(fences("sh").length, 0)
@@ -69,7 +61,7 @@ describe("README", () => {
       `#!/bin/sh\nexec "${process.execPath}" "${path.join(root, "scripts", "machinen.mjs")}" "$@"\n`
     )
     chmodSync(machinen, 0o755)
-    const port = await freePort()
+    const port = await Effect.runPromise(freePort)
     for (const session of fences("sh")) {
       const steps = stepsOf(session.replaceAll("8080", String(port)))
       assert.isAbove(steps.filter(({ prints }) => prints !== "").length, 15)

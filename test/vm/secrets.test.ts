@@ -1,6 +1,6 @@
 import { spawnSync } from "node:child_process"
 import { randomBytes } from "node:crypto"
-import { readdirSync, readFileSync, writeFileSync } from "node:fs"
+import { writeFileSync } from "node:fs"
 import * as path from "node:path"
 import { inspect } from "node:util"
 import { afterEach, assert, describe, it } from "@effect/vitest"
@@ -8,7 +8,7 @@ import { Effect, Redacted, Stream } from "effect"
 import { Machinen } from "../../src/Machinen.ts"
 import type { Secrets } from "../../src/machine/Secrets.ts"
 import type { Vm } from "../../src/vm/Vm.ts"
-import { cli, live, settled, sh, startCli, temporaryHome, text } from "../fixtures.ts"
+import { cli, hostProcesses, live, newBundle, settled, sh, startCli, temporaryHome, text } from "../fixtures.ts"
 
 const home = temporaryHome()
 afterEach(() => settled(home))
@@ -30,18 +30,11 @@ const holding = (dir: string, value: string): ReadonlyArray<string> => {
   return stdout.split("\n").filter((file) => file !== "")
 }
 
-/** Processes of this host that show it, by what they show. */
+/** The command lines of this host's processes that show it in their arguments or their environment. */
 const showing = (value: string): ReadonlyArray<string> =>
-  readdirSync("/proc")
-    .filter((pid) => /^\d+$/.test(pid))
-    .flatMap((pid) => [`/proc/${pid}/cmdline`, `/proc/${pid}/environ`])
-    .filter((file) => {
-      try {
-        return readFileSync(file, "latin1").includes(value)
-      } catch {
-        return false // it has ended
-      }
-    })
+  hostProcesses()
+    .filter(({ argv, environment }) => [...argv, ...environment].some((shown) => shown.includes(value)))
+    .map(({ argv }) => argv.join(" "))
 
 const search = `cat > /dev/shm/p
 for file in /proc/[0-9]*/environ /proc/[0-9]*/cmdline; do
@@ -143,7 +136,7 @@ describe("secrets", () => {
       assert.strictEqual(yield* valueOf(vm, "TOKEN", ["TOKEN"]), value)
       const written = fresh()
       yield* sh(vm, `echo ${written} >/root/written`)
-      const outDir = path.join(home, "bundle")
+      const outDir = newBundle()
       yield* machinen.snapshot(vm, { outDir, leaveRunning: true })
       const besidesMemory = (value: string) =>
         holding(outDir, value)

@@ -1,4 +1,3 @@
-import { execFileSync } from "node:child_process"
 import { existsSync, readdirSync, readFileSync, renameSync } from "node:fs"
 import * as path from "node:path"
 import { afterEach, assert, describe, it } from "@effect/vitest"
@@ -6,29 +5,30 @@ import { Chunk, Effect, Fiber, Stream } from "effect"
 import * as Criu from "../../backends/criu/Criu.ts"
 import * as Vmstate from "../../backends/vmstate/Vmstate.ts"
 import { Machinen } from "../../src/Machinen.ts"
-import type { BootOptions } from "../../src/machine/BootOptions.ts"
 import { withEngines } from "../../src/runtime/layers.ts"
 import type { RestoreOptions } from "../../src/snapshot/restore.ts"
 import type { Restored } from "../../src/snapshot/revive.ts"
 import type { Vm } from "../../src/vm/Vm.ts"
-import { busyboxExt4, cli, live, settled, sh, temporaryHome } from "../fixtures.ts"
+import {
+  boot,
+  busyboxExt4,
+  cli,
+  cliPrints,
+  eventuallyIn,
+  hashesOf,
+  live,
+  newBundle,
+  settled,
+  sh,
+  temporaryHome
+} from "../fixtures.ts"
 
 const home = temporaryHome()
 const machine = live(home)
-const bundles = path.join(home, "bundles")
-let made = 0
-/** A directory that is not there yet. */
-const fresh = () => path.join(bundles, String(made++))
 
-const boot = (options: BootOptions = {}) =>
-  Effect.gen(function* () {
-    return (yield* (yield* Machinen).boot({ image: "micro", ...options })).vm
-  })
 const snapshot = (vm: Vm, leaveRunning = true) =>
-  Effect.flatMap(Machinen, (m) => m.snapshot(vm, { outDir: fresh(), leaveRunning }))
+  Effect.flatMap(Machinen, (m) => m.snapshot(vm, { outDir: newBundle(), leaveRunning }))
 const restore = (snapDir: string) => Effect.flatMap(Machinen, (m) => m.restore({ snapDir }))
-
-const hashes = (dir: string) => execFileSync("sha256sum", readdirSync(dir).sort(), { cwd: dir, encoding: "utf8" })
 
 /** By how many milliseconds the guest's clock is outside of the narrowest of three looks at it: ours before and after. */
 const clockOffBy = (vm: Vm) =>
@@ -189,7 +189,7 @@ for (const { image, name, program } of engines)
         const machinen = yield* Machinen
         const source = yield* boot({ image, name: "web" })
         yield* sh(source, "echo here > /dev/shm/here")
-        const kept = fresh()
+        const kept = newBundle()
         const { pausedMs, siblings } = yield* machinen.fork(source, { outDir: kept })
         assert.isAbove(pausedMs, 0)
         const sibling = first(siblings).vm
@@ -243,7 +243,7 @@ describe("snapshot, restore, fork", { timeout: 240_000 }, () => {
       const source = yield* boot()
       yield* sh(source, "echo kept > /kept")
       const { bundle } = yield* snapshot(source, false)
-      const before = hashes(bundle.dir)
+      const before = hashesOf(bundle.dir)
       yield* Effect.forEach(
         Array.from({ length: 50 }),
         () =>
@@ -258,7 +258,7 @@ describe("snapshot, restore, fork", { timeout: 240_000 }, () => {
           ),
         { concurrency: 3 }
       )
-      assert.strictEqual(hashes(bundle.dir), before)
+      assert.strictEqual(hashesOf(bundle.dir), before)
       assert.deepStrictEqual(yield* (yield* Machinen).verify(bundle.dir), [])
     }).pipe(Effect.provide(machine))
   )
@@ -314,7 +314,7 @@ describe("snapshot, restore, fork", { timeout: 240_000 }, () => {
       const offs: Array<number> = []
       for (const engine of ["vmstate", "criu"] as const) {
         for (const _ of [1, 2]) {
-          yield* machinen.snapshot(vm, { outDir: fresh(), leaveRunning: true, engine })
+          yield* machinen.snapshot(vm, { outDir: newBundle(), leaveRunning: true, engine })
           offs.push(yield* clockOffBy(vm))
           yield* Effect.scoped(Effect.asVoid(machinen.fork(vm, { engine })))
           offs.push(yield* clockOffBy(vm))
@@ -446,17 +446,10 @@ describe("snapshot, restore, fork", { timeout: 240_000 }, () => {
 
   it.live("the CLI takes, shows, checks, restores and forks", () =>
     Effect.gen(function* () {
-      const run = (...args: ReadonlyArray<string>) =>
-        Effect.map(cli(home, args), (result) => {
-          assert.deepStrictEqual(
-            { args, code: result.code, stderr: result.code === 0 ? "" : result.stderr },
-            { args, code: 0, stderr: "" }
-          )
-          return result.stdout.trim()
-        })
+      const run = (...args: ReadonlyArray<string>) => cliPrints(home, ...args)
       yield* run("boot", "--image", "micro", "--name", "cli", "--detach")
       yield* run("exec", "cli", "--", "sh", "-c", "echo nonce > /dev/shm/nonce")
-      const dir = fresh()
+      const dir = newBundle()
       yield* run("snapshot", "cli", dir, "--dry-run")
       assert.isFalse(existsSync(dir))
       assert.strictEqual(yield* run("snapshot", "cli", dir, "--keep-alive"), dir)
@@ -470,14 +463,14 @@ describe("snapshot, restore, fork", { timeout: 240_000 }, () => {
       assert.strictEqual(forked.siblings.length, 2)
       for (const { name } of forked.siblings)
         assert.strictEqual(yield* run("exec", name, "--", "cat", "/dev/shm/nonce"), "nonce")
-      const gone = fresh()
+      const gone = newBundle()
       yield* run("snapshot", "cli", gone)
       const left = JSON.parse(yield* run("ls", "--json")).map(({ name }: { name: string }) => name)
       assert.deepStrictEqual(
         left.sort(),
         ["again", ...forked.siblings.map(({ name }: { name: string }) => name)].sort()
       )
-      const wrong = yield* cli(home, ["snapshot", "again", fresh()], { env: { MACHINEN_SNAPSHOT_ENGINE: "magic" } })
+      const wrong = yield* cli(home, ["snapshot", "again", newBundle()], { env: { MACHINEN_SNAPSHOT_ENGINE: "magic" } })
       assert.deepStrictEqual([wrong.code, wrong.stderr.includes("BOOT_SNAPSHOT_ENGINE_INVALID")], [1, true])
       for (const name of left) yield* run("stop", name)
       assert.include(readFileSync(path.join(dir, "meta.json"), "utf8"), '"format":1')
@@ -494,11 +487,4 @@ const namesOf = (prefix: string) =>
   Effect.map(
     Effect.flatMap(Machinen, (m) => m.list),
     (all) => all.flatMap(({ name }) => (name?.startsWith(prefix) === true ? [encodeURIComponent(name)] : []))
-  )
-
-/** A state of the guest that has no event for us. */
-const eventuallyIn = (vm: Vm, condition: string) =>
-  Effect.repeat(vm.execRaw(condition), { until: ({ exitCode }) => exitCode === 0 }).pipe(
-    Effect.timeout("30 seconds"),
-    Effect.asVoid
   )

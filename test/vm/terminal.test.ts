@@ -1,4 +1,4 @@
-import { existsSync, readdirSync, readFileSync } from "node:fs"
+import { existsSync, readFileSync } from "node:fs"
 import * as path from "node:path"
 import { afterAll, assert, layer } from "@effect/vitest"
 import { Effect, Fiber, Stream } from "effect"
@@ -11,6 +11,8 @@ import {
   eventually,
   Guest,
   guest,
+  hostProcesses,
+  newBundle,
   settled,
   sh,
   temporaryDirectory,
@@ -620,7 +622,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
       Effect.gen(function* () {
         const vm = yield* Guest
         const machinen = yield* Machinen
-        const outDir = path.join(temporaryDirectory(), "bundle")
+        const outDir = newBundle()
         const dump = machinen.snapshot(vm, { outDir, engine: "criu", leaveRunning: true })
         yield* Effect.scoped(open(vm, { argv: ["sh"] }, { session: "open" }))
         const refused = yield* Effect.flip(Effect.asVoid(dump))
@@ -666,16 +668,10 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
 
 /** To the clients that windows run. */
 const signalClients = (home: string, signal: NodeJS.Signals) => {
-  let signalled = 0
-  for (const pid of readdirSync("/proc").filter((entry) => /^[0-9]+$/.test(entry))) {
-    try {
-      const argv = readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0")
-      const env = readFileSync(`/proc/${pid}/environ`, "utf8")
-      if (argv[1] === cliPath && argv[2] === "attach" && env.includes(`MACHINEN_HOME=${home}\0`)) {
-        process.kill(Number(pid), signal)
-        signalled += 1
-      }
-    } catch {}
-  }
-  assert.isAbove(signalled, 0)
+  const clients = hostProcesses().filter(
+    ({ argv, environment }) =>
+      argv[1] === cliPath && argv[2] === "attach" && environment.includes(`MACHINEN_HOME=${home}`)
+  )
+  assert.isNotEmpty(clients)
+  for (const { pid } of clients) process.kill(pid, signal)
 }

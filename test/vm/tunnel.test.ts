@@ -1,15 +1,13 @@
-import { execFileSync } from "node:child_process"
+import { randomBytes } from "node:crypto"
 import * as net from "node:net"
 import { afterAll, assert, layer } from "@effect/vitest"
 import { Chunk, Effect, Fiber, Scope, Stream } from "effect"
-import { cli, Guest, guest, settled, sh, sha256, startCli, temporaryHome, text } from "../fixtures.ts"
+import { cli, freePort, Guest, guest, settled, sh, sha256, startCli, temporaryHome, text } from "../fixtures.ts"
 
 const home = temporaryHome()
 afterAll(() => settled(home))
 
 const mib = 2 ** 20
-const noise = (bytes: number): Buffer =>
-  execFileSync("head", ["-c", String(bytes), "/dev/urandom"], { maxBuffer: bytes + 1 })
 
 /** Servers of the guest, each on a port of its own. */
 const servers = `
@@ -95,13 +93,6 @@ const serving = Effect.gen(function* () {
   return vm
 })
 
-const freePort: Effect.Effect<number> = Effect.async((resume) => {
-  const server = net.createServer().listen(0, "127.0.0.1", () => {
-    const address = server.address()
-    server.close(() => resume(Effect.succeed(typeof address === "object" ? (address?.port ?? 0) : 0)))
-  })
-})
-
 /** A server has done something of its own accord. */
 const untilGuestHas = (file: string, content: string) =>
   Effect.gen(function* () {
@@ -114,7 +105,7 @@ layer(guest(home, { image: "debian" }), { excludeTestServices: true, timeout: 60
   it.scoped("carries 10 MiB both ways unchanged, to a port, an IPv6 port and a unix socket", () =>
     Effect.gen(function* () {
       const vm = yield* serving
-      const bytes = noise(10 * mib)
+      const bytes = randomBytes(10 * mib)
       for (const target of [{ port: 7001 }, { port: 7007 }, { path: "/tmp/echo.sock" }]) {
         const { hostAddress, hostPort } = yield* vm.tunnel({ guest: target })
         assert.strictEqual(hostAddress, "127.0.0.1")
@@ -127,7 +118,7 @@ layer(guest(home, { image: "debian" }), { excludeTestServices: true, timeout: 60
   it.scoped("passes on each side's end alone", () =>
     Effect.gen(function* () {
       const vm = yield* serving
-      const bytes = noise(mib + 1)
+      const bytes = randomBytes(mib + 1)
       const digest = yield* vm.tunnel({ guest: { port: 7002 } })
       assert.strictEqual(text((yield* exchange(digest.hostPort, bytes)).bytes), sha256(bytes))
 
@@ -173,7 +164,7 @@ layer(guest(home, { image: "debian" }), { excludeTestServices: true, timeout: 60
       const stalled = yield* Effect.forEach(Array.from({ length: 5 }), () => dial(endless.hostPort))
       for (const socket of stalled)
         yield* Effect.async<void>((resume) => void socket.once("readable", () => resume(Effect.void)))
-      const bytes = noise(mib)
+      const bytes = randomBytes(mib)
       for (let turn = 0; turn < 5; turn++) {
         assert.strictEqual(sha256((yield* exchange(echo.hostPort, bytes)).bytes), sha256(bytes))
         assert.strictEqual(yield* sh(vm, "echo responsive"), "responsive")
@@ -202,7 +193,7 @@ layer(guest(home, { image: "debian" }), { excludeTestServices: true, timeout: 60
   it.scoped("is a connection for a program, without a port of the host", () =>
     Effect.gen(function* () {
       const vm = yield* serving
-      const bytes = noise(3 * mib)
+      const bytes = randomBytes(3 * mib)
       const connection = yield* vm.connect({ port: 7001 })
       const reading = yield* Effect.fork(Stream.runCollect(connection.bytes))
       yield* connection.write(bytes)
