@@ -330,6 +330,8 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
         yield* window.press("Enter")
         yield* window.shows(/^top - .*load average.*[\s\S]*PID USER[\s\S]*top$/m)
         yield* window.press("q")
+        // top discards what is typed before it has ended
+        yield* eventuallyRunning(vm, "top", 0)
 
         yield* window.resize(80, 20)
         yield* window.type("clear; stty size")
