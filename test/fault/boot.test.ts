@@ -53,7 +53,7 @@ const write = (name: string, contents: Uint8Array | string): string => {
 
 describe("an image", () => {
   const images: ReadonlyArray<readonly [what: string, image: () => string, codes: ReadonlyArray<string>]> = [
-    ["that is not there", () => "/no/such/image", ["BOOT_IMAGE_NOT_FOUND"]],
+    ["that is not there fails the boot, with its path and a hint", () => "/no/such/image", ["BOOT_IMAGE_NOT_FOUND"]],
     ["that is a directory", () => home, ["BOOT_IMAGE_INVALID"]],
     ["that is a device", () => "/dev/null", ["BOOT_IMAGE_INVALID"]],
     ["that is empty", () => write("empty.tar", ""), ["IMAGE_INVALID"]],
@@ -141,7 +141,7 @@ describe("an image", () => {
 })
 
 describe("set-up's assets", () => {
-  it.live("missing, all of them", () =>
+  it.live("when all are missing, the error names the command that makes them", () =>
     Effect.gen(function* () {
       const error = yield* failing({}, { MACHINEN_ASSETS_STORE: path.join(home, "no-assets") })
       assert.include(["ASSET_MISSING", "BOOT_VMM_FAILED", "GVPROXY_NOT_FOUND"], error.code)
@@ -150,7 +150,7 @@ describe("set-up's assets", () => {
   )
 
   for (const missing of ["kernel", "programs", "gvproxy", "base-micro"]) {
-    it.live(`missing: ${missing}`, () =>
+    it.live(`when ${missing} is missing, the error names it and the command that makes it`, () =>
       Effect.gen(function* () {
         const store = path.join(home, `assets-without-${missing}`)
         const assets = environment(home)["MACHINEN_ASSETS_STORE"] ?? ""
@@ -168,7 +168,7 @@ describe("set-up's assets", () => {
 })
 
 describe("a VMM", () => {
-  it.live("that is not there", () =>
+  it.live("that is not there fails the boot, with its path and a hint", () =>
     Effect.gen(function* () {
       const error = yield* failing({}, { MACHINEN_VMM: "/nonexistent" })
       assert.strictEqual(error.code, "BOOT_VMM_MISSING")
@@ -177,7 +177,7 @@ describe("a VMM", () => {
     })
   )
 
-  it.live("that is not executable", () =>
+  it.live("that is not executable fails the boot as one that is not there", () =>
     Effect.gen(function* () {
       const error = yield* failing({}, { MACHINEN_VMM: write("not-executable", "x") })
       assert.strictEqual(error.code, "BOOT_VMM_MISSING")
@@ -195,7 +195,7 @@ describe("a VMM", () => {
     })
   )
 
-  it.live("that is killed", () =>
+  it.live("that is killed fails the boot with the signal", () =>
     Effect.gen(function* () {
       const error = yield* failing({}, { MACHINEN_VMM: fakeVmm(home, "killed", "kill -SEGV $$") })
       assert.strictEqual(error.code, "BOOT_VMM_FAILED")
@@ -203,7 +203,7 @@ describe("a VMM", () => {
     })
   )
 
-  it.live("does not make forgotten what is known of another", () =>
+  it.live("does not erase what is known of another VMM", () =>
     Effect.gen(function* () {
       const { MACHINEN_CACHE_DIR: cache = "" } = environment(home)
       const bootId = readFileSync("/proc/sys/kernel/random/boot_id", "utf8").trim()
@@ -304,7 +304,7 @@ describe("a guest", () => {
 })
 
 describe("a full disk on the host", () => {
-  it.scopedLive("under the state directory", () =>
+  it.scopedLive("under the state directory fails a boot, which says so", () =>
     Effect.gen(function* () {
       const small = yield* smallDisk("1M")
       const error = yield* failing({}, { MACHINEN_HOME: small }, small)
@@ -329,7 +329,7 @@ describe("a full disk on the host", () => {
     })
   )
 
-  it.scopedLive("under the cache", () =>
+  it.scopedLive("under the cache fails a boot, which says so", () =>
     Effect.gen(function* () {
       const small = yield* smallDisk("64K")
       const error = yield* failing({}, { MACHINEN_CACHE_DIR: small })
@@ -338,7 +338,7 @@ describe("a full disk on the host", () => {
     })
   )
 
-  it.scopedLive("under the cache, when an image is built", () =>
+  it.scopedLive("under the cache fails the build of an image, of which no part stays", () =>
     Effect.gen(function* () {
       const small = yield* smallDisk("1M")
       const error = yield* failing({ image: busyboxTarball(home, "large") }, { MACHINEN_CACHE_DIR: small })
@@ -353,7 +353,7 @@ describe("a full disk on the host", () => {
 })
 
 describe("a state directory", () => {
-  it.live("whose path is too long for sockets", () =>
+  it.live("whose path is too long for sockets is refused", () =>
     Effect.gen(function* () {
       const error = yield* failing({}, { MACHINEN_HOME: path.join(home, "x".repeat(80)) })
       assert.strictEqual(error.code, "BOOT_STATE_DIR_UNUSABLE")
@@ -361,7 +361,7 @@ describe("a state directory", () => {
     })
   )
 
-  it.live("that is a file", () =>
+  it.live("that is a file is refused", () =>
     Effect.gen(function* () {
       const error = yield* failing({}, { MACHINEN_HOME: write("a-file", "x") })
       assert.strictEqual(error.code, "REGISTRY_IO")
@@ -369,7 +369,7 @@ describe("a state directory", () => {
   )
 })
 
-it.live("a missing mke2fs", () =>
+it.live("a mke2fs that is missing or fails is told with a code of its own", () =>
   Effect.gen(function* () {
     const cache = path.join(home, "fresh-cache")
     const error = yield* failing({}, { MACHINEN_CACHE_DIR: cache, MACHINEN_MKE2FS: "/nonexistent" })

@@ -39,7 +39,7 @@ const running = (binary: string) => () => processesOf(home).some(({ pid }) => bi
 
 /** Steps of a boot that can be seen from outside, in their order. */
 const steps: ReadonlyArray<readonly [step: string, reached: (vm: CliProcess) => Effect.Effect<unknown>]> = [
-  ["its start", () => Effect.void],
+  ["it has just started", () => Effect.void],
   ["the VM's directory is there", () => eventually("a directory", () => vmIds(home).length > 0)],
   ["the name is taken", () => eventually("a name", () => leftovers(home).names.length > 0)],
   ["the shim runs", () => eventually("the shim", running("machinen-shim"))],
@@ -58,7 +58,7 @@ const startRun = startCli(
 
 describe("kill -9 of the program that boots", () => {
   for (const [step, reached] of steps) {
-    it.scopedLive(`at: ${step}`, () =>
+    it.scopedLive(`leaves nothing behind when ${step}`, () =>
       Effect.gen(function* () {
         const vm = yield* startRun
         yield* reached(vm)
@@ -69,7 +69,7 @@ describe("kill -9 of the program that boots", () => {
     )
   }
 
-  it.scopedLive("while it stops the VM", () =>
+  it.scopedLive("leaves nothing behind while it stops the VM", () =>
     Effect.gen(function* () {
       const vm = yield* startCli(home, ["boot", "--image", "micro", "--name", "victim"], { stdin: "open" })
       yield* vm.printed("is up")
@@ -103,7 +103,7 @@ describe("kill -9 of the program that boots", () => {
 
 describe("ctrl-c", () => {
   for (const [step, reached] of steps.slice(1)) {
-    it.scopedLive(`at: ${step}`, () =>
+    it.scopedLive(`leaves nothing behind when ${step}`, () =>
       Effect.gen(function* () {
         const vm = yield* startRun
         yield* reached(vm)
@@ -125,7 +125,7 @@ const killPart = (part: "shim" | "vmm") =>
 
 describe("kill -9 of", () => {
   for (const part of ["shim", "vmm"] as const) {
-    it.scopedLive(`the ${part} during the boot`, () =>
+    it.scopedLive(`the ${part} during the boot fails the boot, and nothing is left`, () =>
       Effect.gen(function* () {
         const vm = yield* startRun
         yield* killPart(part)
@@ -133,7 +133,7 @@ describe("kill -9 of", () => {
         yield* assertNothingLeftAfterNextCommand(home)
       })
     )
-    it.scopedLive(`the ${part} while a command runs`, () =>
+    it.scopedLive(`the ${part} while a command runs fails the command, and nothing is left`, () =>
       Effect.gen(function* () {
         const vm = yield* startRun
         yield* vm.printed("working")
@@ -144,7 +144,7 @@ describe("kill -9 of", () => {
         yield* assertNothingLeftAfterNextCommand(home)
       })
     )
-    it.scopedLive(`the ${part} of a detached VM`, () =>
+    it.scopedLive(`the ${part} of a detached VM leaves nothing, and the VM is not found any more`, () =>
       Effect.gen(function* () {
         assert.strictEqual((yield* cli(home, ["boot", "-d", "--image", "micro", "--name", "gone"])).code, 0)
         yield* killPart(part)

@@ -109,26 +109,26 @@ const refused = (dir: string) =>
 
 describe("a damaged bundle", () => {
   const damages: ReadonlyArray<readonly [what: string, harm: (file: string, blob: string) => void]> = [
-    ["a bit flipped", (file) => flip(file, data(file))],
-    ["its file missing", (file) => fs.rmSync(file)],
-    ["another VM's", (file, blob) => execFileSync("cp", ["--sparse=always", path.join(sound.other, blob), file])],
-    ["its end cut", (file) => fs.truncateSync(file, Math.floor(fs.statSync(file).size / 2))]
+    ["has a flipped bit", (file) => flip(file, data(file))],
+    ["is missing", (file) => fs.rmSync(file)],
+    ["is another VM's", (file, blob) => execFileSync("cp", ["--sparse=always", path.join(sound.other, blob), file])],
+    ["has lost its end", (file) => fs.truncateSync(file, Math.floor(fs.statSync(file).size / 2))]
   ]
   for (const blob of ["memory", "upper.img", "state"]) {
     for (const [what, harm] of damages) {
-      test(`${blob}: ${what}`, function* () {
+      test(`whose ${blob} ${what} is found to be damaged`, function* () {
         const dir = copied()
         harm(path.join(dir, blob), blob)
         assert.deepStrictEqual(yield* verify(dir), [blob])
         // one bit in a large file is only found by reading all of it
-        if (what !== "a bit flipped" || blob === "state") {
+        if (what !== "has a flipped bit" || blob === "state") {
           assert.strictEqual((yield* refused(dir)).code, "BOOT_SNAPSHOT_INVALID")
         }
       })
     }
   }
 
-  test("with a bit flipped in meta.json, wherever", function* () {
+  test("with any bit of meta.json flipped is refused", function* () {
     const dir = copied()
     const meta = path.join(dir, "meta.json")
     const { size } = fs.statSync(meta)
@@ -148,7 +148,7 @@ describe("a damaged bundle", () => {
     ["a file", () => path.join(sound.one, "meta.json")]
   ]
   for (const [what, make] of notBundles) {
-    test(`${what} is none`, function* () {
+    test(`${what} is no bundle`, function* () {
       assert.strictEqual((yield* refused(make())).code, "BOOT_SNAPSHOT_NOT_FOUND")
     })
   }
@@ -187,17 +187,22 @@ describe("a bundle that is sound, but not of this host", () => {
       (m) => Object.assign(m, { channel: channelVersion - 1 }),
       new RegExp(`the version of the guest's channel was ${channelVersion - 1}, here it is ${channelVersion}`)
     ],
-    ["channel, of before it was written down", (m) => void delete m.channel, /the guest's channel was 1/],
+    ["channel, which manifests did not record then", (m) => void delete m.channel, /the guest's channel was 1/],
     ["kernel", (m) => Object.assign(m, { kernelSha256: zeros }), /another guest kernel/],
     ["memory size", (m) => Object.assign(m, { memoryMib: 256 }), /its memory has 536870912 bytes, the machine 256 MiB/],
     ["image", (m) => Object.assign(image(m), { sha256: zeros }), /the image of its disk "root" is another one/],
-    ["image's place", (m) => Object.assign(image(m), { path: "/no/such" }), /disk "root" is gone: \/no\/such/],
+    ["place of its image", (m) => Object.assign(image(m), { path: "/no/such" }), /disk "root" is gone: \/no\/such/],
     ["engine", (m) => Object.assign(m, { engine: "magic" }), /something else than a manifest/, "BOOT_SNAPSHOT_INVALID"],
-    ["blob, below", (m) => Object.assign(m.blobs[0], { name: "../state" }), /damaged/, "BOOT_SNAPSHOT_INVALID"]
+    [
+      "path of a blob, outside of the bundle",
+      (m) => Object.assign(m.blobs[0], { name: "../state" }),
+      /damaged/,
+      "BOOT_SNAPSHOT_INVALID"
+    ]
   ]
   const otherOf = (accel: string) => (accel === "tcg" ? "kvm" : "tcg")
   for (const [what, change, message, code] of rows) {
-    test(`another ${what}`, function* () {
+    test(`is refused for another ${what}`, function* () {
       const error = yield* refused(forged(change))
       assert.strictEqual(error.code, code ?? "BOOT_SNAPSHOT_MISMATCH")
       assert.match(error.message, message)
@@ -349,7 +354,7 @@ describe("kill -9 of the program that takes a snapshot, when", () => {
   for (const [what, reached] of moments) {
     // the shim knows of the bundle once it has been asked to prepare; before that there may be a claim, of no effect without its maker
     const early = moments.findIndex(([moment]) => moment === what) < 2
-    test(what, function* () {
+    test(`${what}, leaves the source running, and a whole bundle or none`, function* () {
       yield* detached
       const dir = newBundle()
       const starter = yield* startCli(home, ["snapshot", "--keep-alive", "src", dir])
@@ -395,7 +400,7 @@ describe("kill -9 during a dump by criu", () => {
   const reached = ["it is claimed", "there is a disk", "the manifest is written", "it is a bundle"] as const
 
   for (const moment of reached) {
-    test(`of the program that takes it, when ${moment}`, function* () {
+    test(`of the program that takes it, when ${moment}, leaves the source running, and a whole bundle or none`, function* () {
       yield* detachedOf("debian")
       const dir = newBundle()
       const starter = yield* startCli(home, ["snapshot", "--engine", "criu", "--keep-alive", "src", dir])
@@ -419,7 +424,7 @@ describe("kill -9 during a dump by criu", () => {
 
   for (const part of ["vmm", "shim"] as const) {
     for (const moment of ["it is claimed", "there is a disk"] as const) {
-      test(`of the source's ${part}, when ${moment}`, function* () {
+      test(`of the source's ${part}, when ${moment}, leaves a whole bundle or none`, function* () {
         const id = yield* detachedOf("debian")
         const { pid } = partOf(id, part)
         const dir = newBundle()
@@ -447,7 +452,7 @@ describe("kill -9 during a dump by criu", () => {
     ["a sibling has a directory", (id: string) => copies(id).length > 0],
     ["a sibling boots", begun]
   ] as const) {
-    test(`of the program that forks, when ${what}`, function* () {
+    test(`of the program that forks, when ${what}, leaves the source alone`, function* () {
       const id = yield* detachedOf("debian")
       const starter = yield* startCli(home, ["fork", "--engine", "criu", "src"], { stdin: "open" })
       yield* killed(
@@ -465,7 +470,7 @@ describe("kill -9 during a dump by criu", () => {
 describe("kill -9 of the source's", () => {
   for (const part of ["vmm", "shim"] as const) {
     for (const [what, reached] of [moments[1], moments[3], moments[5], moments[6]].flatMap((m) => (m ? [m] : []))) {
-      test(`${part} during a snapshot, when ${what}`, function* () {
+      test(`${part} during a snapshot, when ${what}, leaves a whole bundle or none`, function* () {
         const id = yield* detached
         const { pid } = partOf(id, part)
         const dir = newBundle()
@@ -501,7 +506,7 @@ describe("kill -9 of the program that starts", () => {
     ["the sibling runs", (id) => others(id).some(running)]
   ]
   for (const [what, reached] of steps) {
-    test(`a restored VM, when ${what}`, function* () {
+    test(`a restored VM, when ${what}, leaves nothing`, function* () {
       const starter = yield* startCli(home, ["restore", sound.one], { stdin: "open" })
       yield* killed(
         starter,
@@ -520,7 +525,7 @@ describe("kill -9 of the program that starts", () => {
       if (code === 0) assert.strictEqual((yield* cli(home, ["stop", "--force", "sibling"])).code, 0)
       yield* assertNothingLeftAfterNextCommand(home)
     })
-    test(`a fork, when ${what}`, function* () {
+    test(`a fork, when ${what}, leaves the source alone`, function* () {
       const id = yield* detached
       const starter = yield* startCli(home, ["fork", "src"], { stdin: "open" })
       yield* killed(

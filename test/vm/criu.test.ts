@@ -422,7 +422,7 @@ describe("the engine criu", { timeout: 240_000 }, () => {
       }).pipe(Effect.provide(machine))
     )
 
-    it.scopedLive("io_uring, by the name of who uses it", () =>
+    it.scopedLive("io_uring, with the name of the process that uses it", () =>
       Effect.gen(function* () {
         const vm = yield* boot()
         const uring =
@@ -462,7 +462,7 @@ describe("the engine criu", { timeout: 240_000 }, () => {
       }).pipe(Effect.provide(machine))
     )
 
-    it.scopedLive("a vfork whose child never executes a program, by the pid of who waits for it", () =>
+    it.scopedLive("a vfork whose child never executes a program, with the pid of the process that waits for it", () =>
       Effect.gen(function* () {
         const vm = yield* boot()
         const pid = yield* vforking(vm)

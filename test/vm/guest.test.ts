@@ -325,7 +325,7 @@ layer(guest(home, { image: "micro", name: "deaf" }), { excludeTestServices: true
       })
     )
 
-    it.scoped("loses its session to who takes it, and its client hears of it once it reads", () =>
+    it.scoped("loses its session to a client that takes it, and its own client hears of it once it reads", () =>
       Effect.gen(function* () {
         const vm = yield* Guest
         const size = { columns: 80, rows: 24 }

@@ -564,7 +564,7 @@ describe.sequential("a share's root", () => {
     }).pipe(Effect.provide(machine))
   )
 
-  it.scoped("of five, a copy and a network card are one machine", () =>
+  it.scoped("is one of five, which fit one machine with a copy and a network card", () =>
     Effect.gen(function* () {
       const hosts = [1, 2, 3, 4, 5].map(tree)
       const vm = yield* boot({

@@ -60,7 +60,7 @@ const serve = (vm: Vm, port: number, page: Uint8Array) =>
   Effect.zipRight(vm.writeFile("/www/index.html", Stream.make(page)), sh(vm, `httpd -p ${port} -h /www`))
 
 describe("the network", () => {
-  it.scopedLive("nobody serves it before it is needed, and nothing of it stays", () =>
+  it.scopedLive("has no gvproxy before it is needed, and nothing of it stays", () =>
     run(
       Effect.gen(function* () {
         const port = yield* freePort
@@ -153,7 +153,7 @@ print(json.dumps([open_, sorted(set(map(str, said)))]))
       )
   )
 
-  it.scopedLive("who serves it may be killed: the VM stays, says so, and its network is restored", () =>
+  it.scopedLive("comes back after gvproxy was killed: the VM goes on, and says so", () =>
     run(
       Effect.gen(function* () {
         const [port, host] = [yield* freePort, yield* hostServer(Buffer.from("the host"))]
@@ -177,7 +177,7 @@ print(json.dumps([open_, sorted(set(map(str, said)))]))
     )
   )
 
-  it.scopedLive("a copy's works at once, with an address of its own and no forwards but those it is given", () =>
+  it.scopedLive("of a copy works at once, with an address of its own and no forwards but those it is given", () =>
     run(
       Effect.gen(function* () {
         const machinen = yield* Machinen
@@ -243,7 +243,7 @@ print(json.dumps([open_, sorted(set(map(str, said)))]))
     )
   )
 
-  it.scopedLive("without one the guest has no card; without who serves it a VM that wants one is refused", () =>
+  it.scopedLive("without a network the guest has no card; without gvproxy a VM that wants one is refused", () =>
     Effect.gen(function* () {
       const alone = Effect.flatMap(boot({ network: "none" }), (vm) => sh(vm, "ls /sys/class/net"))
       const missing = { MACHINEN_GVPROXY: path.join(home, "no-such-program") }

@@ -50,7 +50,7 @@ const follow = (terminal: Terminal) =>
   })
 
 layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_000 })("a terminal", (it) => {
-  it.scoped("is its command's, which has a session of its own", () =>
+  it.scoped("belongs to its command, which has a session of its own", () =>
     Effect.gen(function* () {
       const vm = yield* Guest
       const script =
@@ -182,7 +182,7 @@ layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_
     })
   )
 
-  it.effect("who loses a session to somebody else is told", () =>
+  it.effect("a client that loses its session to another is told", () =>
     Effect.scoped(
       Effect.gen(function* () {
         const vm = yield* Guest
@@ -195,7 +195,7 @@ layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_
     )
   )
 
-  it.effect("a session that ends alone tells how to whoever comes first", () =>
+  it.effect("a session that ends alone tells how to the first client that comes", () =>
     Effect.gen(function* () {
       const vm = yield* Guest
       yield* Effect.scoped(open(vm, "echo all done; read x; exit 9", { session: "job" }))
@@ -637,7 +637,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
       })
     )
 
-    it.effect("is its user's", () =>
+    it.effect("belongs to the user that its command runs as", () =>
       Effect.gen(function* () {
         const vm = yield* Guest
         const command = {
@@ -649,7 +649,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
       })
     )
 
-    it.effect("without a terminal there is none to be had", () =>
+    it.effect("a verb that needs a terminal is refused where ours is none", () =>
       Effect.gen(function* () {
         for (const args of [
           ["attach", "tty"],

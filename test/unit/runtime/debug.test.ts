@@ -50,7 +50,7 @@ describe("warnings", () => {
   })
   const warning = "machinen: warn: reconcile failed: (REGISTRY_IO): a file named \\e[2J\n"
 
-  it.effect("reach who has not asked for anything, without controls", () =>
+  it.effect("are shown to a user who asked for nothing, without control characters", () =>
     Effect.gen(function* () {
       assert.deepStrictEqual(yield* shown(say), [warning])
     })
@@ -87,7 +87,7 @@ describe("DEBUG", () => {
     )
   }
 
-  it.effect("says of what failed why, and keeps another tracer", () =>
+  it.effect("says why an operation failed, and keeps another tracer", () =>
     Effect.gen(function* () {
       createDebug.enable("machinen:registry")
       const ended: Array<string> = []
