@@ -157,8 +157,15 @@ describe("kill -9 of", () => {
 })
 
 describe("names", () => {
-  /** A VMM that never answers: the VM keeps its name for as long as the test wants, at no cost. */
-  const env = () => ({ MACHINEN_VMM: fakeVmm(home, "hangs", hang(home)), MACHINEN_ACCEL: "tcg" })
+  /**
+   * A VMM that never answers: the VM keeps its name for as long as the test wants, at no cost. Its version is not asked for, which only the
+   * search for a prepared machine wants to know, and waits for.
+   */
+  const env = () => ({
+    MACHINEN_VMM: fakeVmm(home, "hangs", hang(home)),
+    MACHINEN_ACCEL: "tcg",
+    MACHINEN_PREPARED: "off"
+  })
 
   it.live(
     "of two that claim one at once exactly one gets it, ten times",

@@ -452,6 +452,7 @@ print("\\n".join(sorted(found)))
 describe.sequential("a share's root", () => {
   afterEach(() => settled(home))
 
+  // Slow (20 s): the guest and the host swap links for 8 seconds, because a race is only met by many tries.
   it.scopedLive(
     "is never left: links swapped in a race, dots, hard links, renames, nodes, the device itself",
     () =>

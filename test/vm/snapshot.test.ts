@@ -106,6 +106,7 @@ for (const { image, name, program } of engines)
   describe(`with the engine ${name}`, { timeout: 240_000 }, () => {
     afterEach(() => settled(home))
 
+    // Slow with criu (40 s): three boots of Debian and a dump, which an emulated guest reads and writes.
     it.scopedLive("a copy goes on with everything its original had, and apart from it", () =>
       Effect.gen(function* () {
         const source = yield* boot({ image: "debian", name: "original", env: { BOOTED: "yes" } })
@@ -238,6 +239,7 @@ for (const { image, name, program } of engines)
 describe("snapshot, restore, fork", { timeout: 240_000 }, () => {
   afterEach(() => settled(home))
 
+  // Slow (50 s): 50 guests write 5 GB in all; a page that is shared by mistake would not show in few.
   it.scopedLive("a bundle is the same after 50 restores that each wrote 100 MiB", () =>
     Effect.gen(function* () {
       const source = yield* boot()
@@ -263,6 +265,7 @@ describe("snapshot, restore, fork", { timeout: 240_000 }, () => {
     }).pipe(Effect.provide(machine))
   )
 
+  // Slow (90 s on 2 emulated cores): 64 Debian guests are restored, four at a time, and each starts Python.
   it.scopedLive("64 siblings have randomness, identity and time of their own", () =>
     Effect.gen(function* () {
       const source = yield* boot({ image: "debian", memoryMib: 256 })
