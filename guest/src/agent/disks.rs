@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_operations_are_those_of_linux() {
+    fn the_requests_are_those_of_linux() {
         assert_eq!((FREEZE, THAW, TRIM), (0xc004_5877, 0xc004_5878, 0xc018_5879));
     }
 }

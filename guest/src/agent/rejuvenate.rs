@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
+
+use rustix::ioctl::{self, NoArg, Opcode, Setter, opcode};
 
 use super::context::Context;
 use super::{clock, shares};
@@ -11,10 +12,10 @@ use crate::reply::{Code, ErrorReply, Kept, Rejuvenated};
 use crate::request::Rejuvenate;
 use crate::system::{cgroup, network};
 
-/// `_IOW('R', 3, int[2])`: mixes bytes into the kernel's pool and counts them as entropy.
-const ADD_ENTROPY: libc::c_ulong = 0x4008_5203;
-/// `_IO('R', 7)`: makes the generator take a new key from the pool now, and every process's own generator with it.
-const RESEED: libc::c_ulong = 0x5207;
+/// `RNDADDENTROPY`: mixes bytes into the kernel's pool and counts them as entropy.
+const ADD_ENTROPY: Opcode = opcode::write::<[i32; 2]>(b'R', 3);
+/// `RNDRESEEDCRNG`: makes the generator take a new key from the pool now, and every process's own generator with it.
+const RESEED: Opcode = opcode::none(b'R', 7);
 
 /// Renews what identifies the machine, then thaws its commands and opens the gate. Without new randomness and the right time it
 /// stays frozen.
@@ -82,27 +83,28 @@ impl Rejuvenated {
 /// `struct rand_pool_info` (random(4)) around one seed.
 #[repr(C)]
 struct Entropy {
-    bits: libc::c_int,
-    bytes: libc::c_int,
+    bits: i32,
+    bytes: i32,
     seed: [u8; 32],
 }
 
 fn reseed(random: &File, seed: &[u8; 32]) -> io::Result<()> {
     let entropy = Entropy { bits: 256, bytes: 32, seed: *seed };
     // SAFETY: the kernel reads the two numbers and as many bytes after them as the second says, which is all of `entropy`.
-    if unsafe { libc::ioctl(random.as_raw_fd(), ADD_ENTROPY, &raw const entropy) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    unsafe { ioctl::ioctl(random, Setter::<ADD_ENTROPY, Entropy>::new(entropy)) }?;
     // SAFETY: takes no argument.
-    if unsafe { libc::ioctl(random.as_raw_fd(), RESEED) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    unsafe { ioctl::ioctl(random, NoArg::<RESEED>::new()) }?;
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_requests_are_those_of_linux() {
+        assert_eq!((ADD_ENTROPY, RESEED), (0x4008_5203, 0x5207));
+    }
 
     #[test]
     fn says_what_was_kept_and_why() {
