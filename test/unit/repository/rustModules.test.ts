@@ -45,6 +45,14 @@ describe("Rust modules", () => {
     })
   }
 
+  it("set-up forgets every crate before it builds: cargo would take another checkout's for ours", () => {
+    const [, list = ""] = /const own = (\[[^\]]*\])/.exec(readFileSync("src/host/assetBuilds.ts", "utf8")) ?? []
+    assert.deepStrictEqual(
+      crates.map((crate) => path.basename(crate)).sort(),
+      [...list.matchAll(/"([^"]+)"/g)].map(([, name]) => name)
+    )
+  })
+
   it("init and agent of the guest do not use each other, and what they share uses neither", () => {
     assert.deepStrictEqual(strangersThatMeet(read("guest")), [])
   })
