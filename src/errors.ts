@@ -271,6 +271,7 @@ export class AssetError extends withRetryable(
     "AssetError",
     fields(
       "ASSET_MISSING",
+      "ASSET_UNREADABLE",
       "ASSET_BUILD_FAILED",
       "ASSET_PREBUILT_INVALID",
       "ASSET_SOURCE_MISSING",

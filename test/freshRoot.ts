@@ -149,6 +149,8 @@ const makeRoot = () => {
   kept(`${suite}/cargo-release`, path.join(home, ".cache/machinen/cargo-target"))
   writeFileSync(inside("/etc/apt/apt.conf.d/99keep"), 'APT::Keep-Downloaded-Packages "true";\n')
 
+  // Set-up would make the state directory for its user alone; the last step is another user's, with this store.
+  mkdirSync(inside(path.join(home, ".machinen/assets")), { recursive: true })
   if (!buildsAll && existsSync(store)) {
     for (const name of readdirSync(store).filter((entry) => /^(kernel|base-debian)-/.test(entry))) {
       bind(path.join(store, name), path.join(home, ".machinen/assets", name))

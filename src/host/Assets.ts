@@ -109,7 +109,8 @@ export class Assets extends Context.Tag("machinen/Assets")<
       const directory = (name: AssetName) =>
         Effect.map(inputsHash(name), (hash) => path.join(assetsDir, `${name}-${hash.slice(0, 12)}`))
 
-      const isBuilt = (dir: string) => Effect.orElseSucceed(fs.exists(path.join(dir, manifestFile)), () => false)
+      const isBuilt = (dir: string) =>
+        Effect.mapError(fs.exists(path.join(dir, manifestFile)), (cause) => storeUnreadable(assetsDir, cause))
 
       const file = (name: AssetName, file: string) =>
         Effect.flatMap(directory(name), (dir) =>
@@ -259,6 +260,14 @@ const inputsChanged = (name: AssetName) =>
     code: "ASSET_BUILD_FAILED",
     message: `the sources of the asset "${name}" changed while it was built`,
     hint: "run it again"
+  })
+
+const storeUnreadable = (assetsDir: string, cause: Error) =>
+  new AssetError({
+    code: "ASSET_UNREADABLE",
+    message: `the asset store cannot be read: ${cause.message}`,
+    hint: `check who may look into ${assetsDir}, or set MACHINEN_ASSETS_STORE`,
+    cause
   })
 
 const storeUnwritable = (assetsDir: string, cause: Error) =>

@@ -47,6 +47,18 @@ describe("Assets", () => {
     })
   )
 
+  it.scoped("a store that cannot be looked into is not taken for an empty one", () =>
+    Effect.gen(function* () {
+      const { assetsDir, process } = yield* host
+      // a directory that its owner keeps from us is EACCES; root, who runs the tests, is kept out by a file
+      writeFileSync(assetsDir, "")
+      const error = yield* Effect.flip(process(kernel))
+      assert.strictEqual(error.code, "ASSET_UNREADABLE")
+      assert.include(error.message, "ENOTDIR")
+      assert.include(error.hint, assetsDir)
+    })
+  )
+
   it.scoped("what was built is found by other processes, whole and with its manifest", () =>
     Effect.gen(function* () {
       const { assetsDir, process } = yield* host
