@@ -39,7 +39,7 @@ export const makeStepTools = (executor: CommandExecutor.CommandExecutor): StepTo
   long: (what, argv, options) =>
     streamCommand.run(argv, options).pipe(
       Effect.provideService(CommandExecutor.CommandExecutor, executor),
-      Effect.mapError((cause) => buildFailed("compile the guest init and the shim", cause)),
+      Effect.mapError((cause) => buildFailed(what, cause)),
       Effect.filterOrFail(
         ({ code }) => code === 0,
         ({ code, tail }) =>

@@ -22,6 +22,8 @@ const host = Effect.gen(function* () {
   writeSourceTree(source)
   const installed = new Set(packages)
   const broken = new Set<string>()
+  /** Programs that are not on PATH. */
+  const missing = new Set<string>()
   /** Packages that apt knows only by name, and not at all. */
   const unknown = new Set<string>()
   const unheard = new Set<string>()
@@ -36,6 +38,7 @@ const host = Effect.gen(function* () {
 
   const answer = (argv: ReadonlyArray<string>): FakeAnswer | undefined => {
     const [bin = "", ...args] = argv
+    if (missing.has(bin)) return undefined
     if (bin === "dpkg-query") {
       const known = args.filter((arg) => installed.has(arg))
       return { code: known.length === packages.length ? 0 : 1, stdout: known.map((name) => `${name} ii \n`).join("") }
@@ -117,7 +120,7 @@ const host = Effect.gen(function* () {
       const error = result._tag === "Left" ? result.left : undefined
       return { error, events, lines, ran: [...ran].sort() }
     })
-  return { it, installed, broken, unheard, unknown, source, state, run: runWith({}), runWith }
+  return { it, installed, broken, missing, unheard, unknown, source, state, run: runWith({}), runWith }
 })
 
 /** Serves a directory's files on loopback. */
@@ -261,6 +264,17 @@ describe("Setup", () => {
       assert.isUndefined((yield* two.runWith({ from: path.join(one.state, "assets") })).error)
       assert.sameMembers([...two.installed], [...packagesFor([])])
       assert.notInclude([...two.installed], "gcc")
+    })
+  )
+
+  it.scoped("a tool that cannot be started is told with what it was to do", () =>
+    Effect.gen(function* () {
+      const { installed, missing, run } = yield* host
+      installed.delete("bison")
+      missing.add("apt-get")
+      const { error } = yield* run
+      assert.strictEqual(error?.code, "ASSET_BUILD_FAILED")
+      assert.strictEqual(error?.message, "cannot update the package lists")
     })
   )
 
