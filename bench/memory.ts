@@ -1,8 +1,11 @@
 import { readFileSync, statSync, writeFileSync } from "node:fs"
-import { Effect } from "effect"
+import { Effect, Option } from "effect"
 import { memoryFd } from "../backends/qemu/commandLine.ts"
+import { sizeIn } from "../src/platform/procfs.ts"
 import type { Vm } from "../src/vm/Vm.ts"
 import { BenchError } from "./harness.ts"
+
+const mibIn = (table: string, name: string) => Option.getOrElse(sizeIn(table, name), () => Number.NaN) / 2 ** 20
 
 export interface Memory {
   readonly residentMib: number
@@ -14,7 +17,7 @@ export interface Memory {
 export const of = (pid: number): Effect.Effect<Memory> =>
   Effect.sync(() => {
     const status = readFileSync(`/proc/${pid}/status`, "utf8")
-    const mib = (field: string) => Number(new RegExp(`^${field}:\\s+(\\d+) kB$`, "m").exec(status)?.[1]) / 1024
+    const mib = (field: string) => mibIn(status, field)
     return { residentMib: mib("VmRSS"), peakMib: mib("VmHWM") }
   })
 
@@ -24,7 +27,7 @@ export const resetPeak = (pid: number): Effect.Effect<void> =>
 
 /** Proportional set size of a process: shared memory is divided by the number of processes that share it (proc_pid_smaps(5)). */
 export const proportionalMib = (pid: number): Effect.Effect<number> =>
-  Effect.sync(() => Number(/^Pss:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/smaps_rollup`, "utf8"))?.[1]) / 1024)
+  Effect.sync(() => mibIn(readFileSync(`/proc/${pid}/smaps_rollup`, "utf8"), "Pss"))
 
 /** MiB of a booted VM's memory that the host has allocated: blocks of its memfd. */
 export const allocatedMib = (vm: Vm): Effect.Effect<number> =>

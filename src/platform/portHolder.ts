@@ -1,5 +1,6 @@
-import { readdirSync, readFileSync, readlinkSync } from "node:fs"
+import { readdirSync, readlinkSync } from "node:fs"
 import { Effect, Option } from "effect"
+import { read } from "./procfs.ts"
 
 /** A process that listens on a port, with its name (comm). */
 export interface PortHolder {
@@ -17,14 +18,16 @@ const attempt = <A>(look: () => A): A | undefined => {
 
 /** Inodes of the sockets that listen on a port. A line of /proc/net/tcp has state 0A then, and the port in hexadecimal behind the address. */
 const inodes = (table: string, port: number): ReadonlyArray<string> =>
-  (attempt(() => readFileSync(table, "utf8")) ?? "").split("\n").flatMap((line) => {
-    const fields = line.trim().split(/\s+/)
-    const [, local = "", , state] = fields
-    const inode = fields[9]
-    return state === "0A" && inode !== undefined && Number.parseInt(local.split(":")[1] ?? "", 16) === port
-      ? [inode]
-      : []
-  })
+  Option.getOrElse(read(table), () => "")
+    .split("\n")
+    .flatMap((line) => {
+      const fields = line.trim().split(/\s+/)
+      const [, local = "", , state] = fields
+      const inode = fields[9]
+      return state === "0A" && inode !== undefined && Number.parseInt(local.split(":")[1] ?? "", 16) === port
+        ? [inode]
+        : []
+    })
 
 /** The process that listens on a TCP port of this host. `None` when there is none, or it belongs to another user. */
 export const portHolder = (port: number): Effect.Effect<Option.Option<PortHolder>> =>
@@ -37,7 +40,7 @@ export const portHolder = (port: number): Effect.Effect<Option.Option<PortHolder
       if (!/^\d+$/.test(pid)) continue
       const fds = attempt(() => readdirSync(`/proc/${pid}/fd`)) ?? []
       if (fds.some((fd) => sockets.has(attempt(() => readlinkSync(`/proc/${pid}/fd/${fd}`)) ?? ""))) {
-        const command = attempt(() => readFileSync(`/proc/${pid}/comm`, "utf8").trim()) ?? ""
+        const command = Option.getOrElse(read(`/proc/${pid}/comm`), () => "").trim()
         return Option.some({ pid: Number(pid), command })
       }
     }

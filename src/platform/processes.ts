@@ -1,14 +1,6 @@
-import { readFileSync } from "node:fs"
 import { Effect, Option } from "effect"
 import type { ProcessIdentity } from "./ProcessIdentity.ts"
-
-const read = (path: string): Option.Option<string> => {
-  try {
-    return Option.some(readFileSync(path, "utf8"))
-  } catch {
-    return Option.none()
-  }
-}
+import { read, sizeIn } from "./procfs.ts"
 
 /** Fields of /proc/<pid>/stat from the 3rd on. The 2nd, the name in parentheses, may hold spaces and parentheses itself (proc(5)). */
 const statFields = (pid: number): Option.Option<ReadonlyArray<string>> =>
@@ -49,9 +41,4 @@ export const self: Effect.Effect<ProcessIdentity> = Effect.flatMap(
 
 /** Resident memory in bytes (VmRSS of /proc/<pid>/status), or none when the process is gone. */
 export const residentBytes = (pid: number): Effect.Effect<Option.Option<number>> =>
-  Effect.sync(() =>
-    Option.flatMap(read(`/proc/${pid}/status`), (text) => {
-      const kib = /^VmRSS:\s+(\d+) kB$/m.exec(text)?.[1]
-      return kib === undefined ? Option.none() : Option.some(Number(kib) * 1024)
-    })
-  )
+  Effect.sync(() => Option.flatMap(read(`/proc/${pid}/status`), (status) => sizeIn(status, "VmRSS")))
