@@ -53,7 +53,7 @@ where
         let stream = Mutex::new(stream);
         // Beside the reading: a host that takes no output is heard all the same.
         let granted = async {
-            // A stream that is lost is noticed by who reads it.
+            // The reading side notices a lost stream.
             loop {
                 let bytes = credit.due().await;
                 if stream.lock().await.send(Kind::Credit, &bytes).await.is_err() {
@@ -81,7 +81,7 @@ where
     .await;
     if attended.is_err() {
         running.process.signal(libc::SIGKILL);
-        // Reaps it. It was killed: how it ended interests nobody.
+        // Reaps it. The exit of a killed command is not reported.
         let _ = running.process.wait().await;
     }
     attended
@@ -266,7 +266,7 @@ struct Ahead<I> {
 }
 
 impl<I: Input> Ahead<I> {
-    /// Takes what the host has sent. Whatever is for nobody is used at once.
+    /// Takes what the host has sent. Input that no command will read counts as used at once.
     fn push(&mut self, piece: Bytes, credit: &Credit) -> Result<(), Abort> {
         if self.stdin.is_none() || self.finished {
             credit.used(piece.len());
@@ -297,7 +297,7 @@ impl<I: Input> Ahead<I> {
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                     Err(_) => {
-                        // The command has closed its input: the rest is for nobody.
+                        // The command has closed its input: nothing reads the rest.
                         credit.used(std::mem::take(&mut self.bytes));
                         self.pieces.clear();
                         self.finished = true;

@@ -48,7 +48,7 @@ impl Child {
         Ok(waitid(WaitId::PidFd(self.0.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG | how)?)
     }
 
-    /// Kills it alone. One that has ended is what was wanted.
+    /// Kills it alone, without what it has started. A child that has ended already is no error.
     pub fn kill(&self) {
         let _ = rustix::process::pidfd_send_signal(&self.0, Signal::KILL);
     }

@@ -82,7 +82,7 @@ fn execute<T>(
     let cwd = lookup::working_directory(config, request)?;
     let name = request.argv.first().map_or("", String::as_str);
     let program = lookup::resolve(name, lookup::path_of(&environment), &cwd)?;
-    // Looked at before there is a process: one that waits for a file system cannot be frozen with the others, a thread need not be.
+    // Looked at by this thread first: a process that waits for a file system cannot be frozen with the others; a thread need not be.
     let _ = fs::metadata(cwd.join(&program));
     let image = Image::new(start, &request.argv, &environment, &cwd, &program)
         .map_err(|error| lookup::refused(name, &error))?;

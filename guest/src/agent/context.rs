@@ -16,24 +16,24 @@ use crate::reply::Rejuvenated;
 
 /// What every operation can reach.
 pub struct Context {
-    /// A copy gets another environment.
+    /// Changed in a copy, which gets an environment of its own.
     config: Mutex<GuestConfig>,
     pub lifecycle: Lifecycle,
     pub gate: Gate,
-    /// What of the host's is shared.
+    /// The host's directories that this guest shares.
     pub shares: Vec<Share>,
     /// `/`, unless this is a test.
     pub root: PathBuf,
-    /// Of the last freeze: what a copy made during it writes.
+    /// Opened by the last freeze, for a copy that is made during it.
     identity_files: Mutex<Option<IdentityFiles>>,
     /// The main command, once it runs.
     main: Mutex<Option<MainCommand>>,
-    /// Held while it is being started: it cannot be started twice.
+    /// Held while the main command is being started: it cannot be started twice.
     pub main_start: tokio::sync::Mutex<()>,
     pub lazy: LazyPages,
-    /// What was renewed, in a copy.
+    /// In a copy: what was renewed.
     rejuvenated: Mutex<Option<Rejuvenated>>,
-    /// It is to go on when its stream ends.
+    /// The main command goes on when its stream ends.
     pub main_detached: AtomicBool,
     pub terminals: Terminals,
     secrets: Mutex<Secrets>,

@@ -22,7 +22,7 @@ where
     attend::attend(running, exchange, &AtomicBool::new(false), &mut Nowhere).await
 }
 
-/// Reads on so that the command never waits for a reader, for nobody.
+/// Drops the output of a command whose stream is lost: the command must not wait for a reader.
 struct Nowhere;
 
 impl attend::Output for Nowhere {

@@ -60,7 +60,7 @@ impl Gate {
         *self.0.borrow() == State::Restored
     }
 
-    /// Lets everybody through who waits.
+    /// Opens the gate for all operations that wait.
     pub fn open(&self) {
         self.0.send_replace(State::Open);
     }

@@ -63,7 +63,7 @@ impl IdentityFiles {
     }
 }
 
-/// In place and without a moment in between: whoever could read it is frozen, and it always has the same length.
+/// Writes in place. Readers are frozen meanwhile, and the line always has the same length.
 fn write(file: &io::Result<File>, line: &str) -> io::Result<()> {
     match file {
         Ok(file) => file.write_all_at(format!("{line}\n").as_bytes(), 0),

@@ -46,7 +46,7 @@ impl Lifecycle {
     /// Ends the machine: kills all commands, announces the end with `result` and waits (not for long) until it is `delivered`, brings
     /// the disk in order.
     pub async fn power_off(&self, output: Output, result: &impl Serialize, delivered: impl Future<Output = ()>) -> ! {
-        // Failures are not reported on the way down: the machine ends in any case, and whoever looks at the disk sees for himself.
+        // Failures are not reported: the machine ends in any case, and a disk that was not written out shows it.
         let _ = cgroup::kill_workload();
         let announced = async { tokio::join!(output.end(result), delivered) };
         let _ = tokio::time::timeout(ANNOUNCED_WITHIN, announced).await;

@@ -16,7 +16,7 @@ pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bi
 /// Where nothing says otherwise.
 const DEFAULT_ENV: [(&str, &str); 4] =
     [("PATH", DEFAULT_PATH), ("HOME", "/root"), ("TERM", "xterm"), ("LANG", "C.UTF-8")];
-/// What somebody who names no command gets: `$SHELL`, or the best there is, as after a login.
+/// The command of a terminal whose request names none: `$SHELL`, else bash, else sh, as after a login.
 pub fn login_shell(config: &GuestConfig, request: &Exec) -> Vec<String> {
     let environment = environment(config, request);
     let configured = environment.get("SHELL").copied().filter(|shell| !shell.is_empty());

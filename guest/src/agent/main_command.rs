@@ -39,7 +39,7 @@ where
     let command = Exec {
         argv: context.config().cmd.clone(),
         stdin: request.stdin && !request.detach,
-        // Whoever boots a machine with secrets has them for what it is to do.
+        // The secrets of a boot are meant for the main command, which has no request to name them.
         secrets: context.secrets().names(),
         ..Exec::default()
     };

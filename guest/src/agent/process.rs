@@ -56,7 +56,7 @@ fn unreaped() -> MutexGuard<'static, BTreeSet<i32>> {
 /// no signal is not an error.
 fn signal(pid: Pid, signal: i32) {
     let pid = pid.as_raw_pid();
-    // Held until it is sent: nobody reaps in between.
+    // Held until the signal is sent: the command cannot be reaped in between.
     let unreaped = unreaped();
     if unreaped.contains(&pid) {
         // SAFETY: plain numbers. The pid is of a child that has not been reaped, and it leads its group.
@@ -126,7 +126,7 @@ impl Drop for Process {
 
 /// Reaps a command that has ended.
 fn reap(pid: Pid, child: &Child) -> io::Result<WaitIdStatus> {
-    // Held while it is reaped: whoever wants to signal it does so before, or not at all.
+    // Held while it is reaped: a signal is sent before, or not at all.
     let mut unreaped = unreaped();
     let status = child.reap()?;
     unreaped.remove(&pid.as_raw_pid());

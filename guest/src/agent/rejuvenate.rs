@@ -45,14 +45,14 @@ pub fn renew(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, Erro
     let mut done = Rejuvenated { renewed: vec!["random", "clock"], kept: Vec::new(), clock_step_ms };
     done.note("hostname", identity.rename(&request.hostname));
     done.note("machine-id", identity.renew_machine_id(&request.machine_id));
-    // A machine that has run nothing before is a copy to nobody in it.
+    // No program has run in a machine made from a template: none can tell that it is a copy.
     if request.config.is_none() {
         done.note("generation", identity.renew_generation(&request.generation));
     }
     if let Some(mac) = request.mac {
         done.note("mac", network::set_hardware_address(mac));
     }
-    // They were given to the original; whoever wants them here gives them again.
+    // The secrets were given to the original; the host sends those of the copy again.
     context.secrets().forget();
     let begins = request.config.is_some();
     let mut config = context.config();

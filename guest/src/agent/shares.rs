@@ -66,7 +66,7 @@ fn holds(process: &Path, devices: &BTreeSet<u64>, own_namespace: &Path) -> Optio
     };
     let mut links: Vec<_> = ["cwd", "root", "exe"].map(|link| process.join(link)).into();
     for directory in ["fd", "map_files"] {
-        // Its own are none of a process without them, such as a kernel thread.
+        // Kernel threads have neither.
         let entries = fs::read_dir(process.join(directory)).into_iter().flatten();
         links.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));
     }
@@ -123,7 +123,7 @@ async fn mount(context: &Context) -> Result<(), Failed> {
     }
 }
 
-/// Tries again as long as the device is somebody else's. Any other failure is for good.
+/// Tries again while the device is busy. Any other failure is final.
 async fn while_busy<F: Future<Output = Result<(), Failed>>>(mut mount: impl FnMut() -> F) -> Result<(), Failed> {
     loop {
         match mount().await {

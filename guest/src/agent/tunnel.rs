@@ -39,7 +39,7 @@ where
             let (read, write) = connection.split();
             let carried = carry(exchange, read, write).await;
             if carried.is_err() {
-                // Whoever is served learns that this was no orderly end.
+                // The program in the guest sees a reset instead of an orderly end.
                 let _ = connection.set_zero_linger();
             }
             carried

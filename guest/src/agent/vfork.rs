@@ -33,9 +33,9 @@ impl Start {
     pub fn call_off(&self) {
         let pidfd = self.0.swap(Self::CALLED_OFF, Ordering::AcqRel);
         if pidfd > Self::NO_CHILD {
-            // SAFETY: whoever takes the number out owns the descriptor, which the child has put there.
+            // SAFETY: the child has put an open descriptor there, and taking its number out takes it over.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-            // One that has ended is what was wanted.
+            // A child that has ended already needs no signal.
             let _ = pidfd_send_signal(pidfd, Signal::KILL);
         }
     }
@@ -80,11 +80,11 @@ pub unsafe fn spawn(start: &Start, become_program: &dyn Fn() -> io::Error) -> io
         return Err(io::Error::last_os_error());
     }
     let is_wanted = task.began && start.ends(task.pidfd);
-    // Else who has called it off has the descriptor.
-    // SAFETY: the kernel has just made it, and nobody else has it (any more).
+    // Otherwise the descriptor belongs to the thread that has called the start off.
+    // SAFETY: the kernel has just made it, and nothing else owns it (any more).
     let pidfd = (is_wanted || !task.began).then(|| unsafe { OwnedFd::from_raw_fd(task.pidfd) });
     let (true, Some(pidfd), None) = (is_wanted, pidfd, &task.failed) else {
-        // It has ended or is being killed; nobody else waits for it.
+        // The child has ended or is being killed, and is reaped here only.
         // SAFETY: plain numbers, no status wanted.
         unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
         return Err(task.failed.unwrap_or_else(|| io::Error::from_raw_os_error(libc::ECANCELED)));

@@ -27,7 +27,7 @@ const BOOT_CONFIG: &str = "/machinen-boot.json";
 /// The only version of `/machinen-boot.json` there is.
 const BOOT_VERSION: u32 = 1;
 
-/// Makes the machine and starts `agent` in it. This process stays to bury what nobody else waits for.
+/// Makes the machine and starts `agent` in it. This process, pid 1, stays and reaps orphans.
 ///
 /// # Errors
 /// The first step that failed.

@@ -1,4 +1,4 @@
-//! Pid 1's life after the agent has started: bury what nobody else waits for.
+//! What pid 1 does after it has started the agent: it reaps orphans.
 
 use rustix::process::{WaitOptions, WaitStatus, wait};
 

@@ -16,7 +16,7 @@ const SYSTEM: &str = "/sys/fs/cgroup/system";
 pub const WORKLOAD: &str = "/sys/fs/cgroup/workload";
 
 /// Makes both groups and puts this process into `system`. No controller is turned on: freezing, killing and counting processes need
-/// none, and each costs every boot some milliseconds. Who wants limits turns on what they need.
+/// none, and each costs every boot some milliseconds. A program in the guest that wants limits turns on the controllers it needs.
 pub fn set_up() -> io::Result<()> {
     make_directory(SYSTEM, 0o755)?;
     make_directory(WORKLOAD, 0o755)?;
@@ -63,7 +63,7 @@ fn groups_in(group: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(groups)
 }
 
-/// `None` for a group that has been removed meanwhile: nobody is in it.
+/// `None` for a group that has been removed meanwhile: no process is in it.
 fn there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
     match found {
         Err(error) if error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
@@ -71,8 +71,8 @@ fn there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// Puts commands back that have moved themselves into the root group, as one does who is about to remove a group: that one can neither be
-/// frozen nor killed.
+/// Moves commands back that have moved themselves into the root group, as programs do that are about to remove their own: the root group
+/// can neither be frozen nor killed.
 fn gather_workload() -> io::Result<()> {
     for pid in fs::read_to_string(format!("{ROOT}/cgroup.procs"))?.lines() {
         // A kernel thread has no program; pid 1 is init.

@@ -14,7 +14,7 @@ use crate::config::Network;
 const LOOPBACK: &CStr = c"lo";
 const CARD: &CStr = c"eth0";
 const RESOLVER: &str = "/etc/resolv.conf";
-/// What serves the card speaks IPv4 only, and a card that says nothing by itself needs nobody who listens.
+/// gvproxy, which serves the card, speaks IPv4 only. Without IPv6 the card sends nothing by itself, so gvproxy starts only when needed.
 const NO_IPV6: &str = "/proc/sys/net/ipv6/conf/eth0/disable_ipv6";
 
 pub fn loopback_up() -> io::Result<()> {

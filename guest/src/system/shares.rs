@@ -46,7 +46,7 @@ fn mount_parts(shares: &[Share]) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Takes them away from under whoever holds files there: those get EIO from then on. For a machine whose host knows nothing of them.
+/// Unmounts them, also where processes hold files: those get EIO from then on. For a copy, whose host does not know the open files.
 pub fn abandon(shares: &[Share]) -> io::Result<()> {
     for Share { guest, .. } in shares {
         match rustix::mount::unmount(guest, UnmountFlags::FORCE | UnmountFlags::DETACH) {

@@ -17,7 +17,7 @@ impl Failed {
 }
 
 impl Failed {
-    /// Somebody else has it still.
+    /// Whether something still uses what the step needs.
     pub fn is_busy(&self) -> bool {
         self.error.kind() == io::ErrorKind::ResourceBusy
     }

@@ -28,7 +28,7 @@ impl Agent {
     /// Resolves when the guest has taken the request, is in the middle of it, or may yet end for another reason.
     ///
     /// # Errors
-    /// When there is nobody to ask, or the agent says no: waiting is pointless then.
+    /// When no guest is connected, or the agent refuses: waiting is pointless then.
     pub async fn power_off(self) -> io::Result<()> {
         self.ask(|| json!({"op": POWER_OFF})).await
     }
@@ -50,7 +50,7 @@ impl Agent {
             Agent::Channel(opener) => loop {
                 match opener.open_urgent(OPERATIONS).await {
                     Ok(stream) => return request(stream, &what()).await,
-                    // The session broke off: in the next one there is somebody to ask again.
+                    // The session broke off: the agent is asked again in the next one.
                     Err(error) if error.kind() == ErrorKind::ConnectionReset => tokio::task::yield_now().await,
                     // The guest is alive, and holds on to more streams than it may.
                     Err(error) if error.kind() == ErrorKind::ResourceBusy => return Ok(()),

@@ -76,7 +76,7 @@ async fn refuse(client: &mut UnixStream, error: &Error) -> io::Result<()> {
     answer(client, &json!({"ok": false, "code": error.code(), "message": error.to_string()})).await
 }
 
-/// Who makes the snapshot.
+/// The control client that makes the snapshot.
 struct Maker<'a> {
     client: &'a mut UnixStream,
     rest: Vec<u8>,
@@ -140,7 +140,7 @@ impl Maker<'_> {
         }
     }
 
-    /// Works on another thread, and stops working when nobody needs it any more.
+    /// Does `work` on another thread, and cancels it when the maker or the VM is gone.
     async fn work<T: Send + 'static>(
         &mut self,
         work: impl FnOnce(&AtomicBool) -> Result<T, Error> + Send + 'static,

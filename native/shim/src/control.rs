@@ -64,7 +64,7 @@ pub async fn serve(listener: UnixListener, state: Arc<State>) {
     let mut exited = state.exited.subscribe();
     loop {
         tokio::select! {
-            // Whoever got through before the socket was removed is served.
+            // Clients that connected before the socket was removed are served.
             biased;
             client = reserve.accept(&listener), if clients.len() < MAX_CLIENTS => {
                 clients.spawn(serve_client(client, Arc::clone(&state), Arc::clone(&staying)));
@@ -148,7 +148,7 @@ async fn exited(client: &mut UnixStream, state: &State) -> io::Result<()> {
     let gone = async {
         match watched {
             Ok(gone) => gone.await,
-            // Out of descriptors: one that leaves is noticed at the end only.
+            // Out of descriptors: a client that leaves is noticed only when the VM ends.
             Err(_) => std::future::pending().await,
         }
     };

@@ -12,11 +12,11 @@ use tokio::net::UnixStream;
 /// Longest message of a guest.
 const MAX_LINE: usize = 4096;
 
-/// Passes the call on to whoever waits for it; if nobody does, the guest gets the time from us.
+/// Passes the call on to the starter that listens for it. Where none does, the shim answers with the time.
 pub async fn answer(incoming: Incoming, listener: &Path, state: &State) -> io::Result<()> {
     let waiting = UnixStream::connect(listener).await;
     let mut stream = incoming.accept().await?;
-    // Before the starter hears of it: whoever it tells finds an entry that says the same.
+    // Before the starter hears of it: the entry must say so by then.
     state.ready();
     match waiting {
         Ok(socket) => proxy::run(socket, stream).await,

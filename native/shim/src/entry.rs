@@ -44,7 +44,7 @@ impl Entry {
         self.write()
     }
 
-    /// The VM is called so from now on, or no longer called anything. The pin is made by who asks, and goes with the entry.
+    /// Gives the VM this name from now on, or takes its name away. The client makes the pin; it is removed with the entry.
     pub fn named(&mut self, name: Option<&str>, pin: Option<PathBuf>) -> io::Result<()> {
         match name {
             Some(name) => self.fields.insert("name".into(), json!(name)),

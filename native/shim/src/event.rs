@@ -36,7 +36,7 @@ pub struct MainExit {
     pub signal: Option<i32>,
 }
 
-/// Who ended the VM: whoever asked first.
+/// What ended the VM: the first that asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reason {

@@ -65,7 +65,7 @@ pub async fn serve_lifecycle(listener: UnixListener, state: Arc<State>, mut over
     loop {
         tokio::select! {
             biased;
-            // One VM announces one end; whoever calls more often waits.
+            // A VM announces one end. Further calls wait.
             stream = vsock::next_client(&listener), if calls.len() < lifecycle::MAX_CALLS => {
                 let state = Arc::clone(&state);
                 calls.spawn(async move { lifecycle::record(stream, &state).await });

@@ -1,4 +1,4 @@
-//! What the guest reports of its end, and the output of a main command nobody is attached to.
+//! What the guest reports of its end, and the output of a detached main command.
 
 use crate::event::MainExit;
 use crate::frame;

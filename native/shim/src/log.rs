@@ -41,7 +41,7 @@ impl Extent {
     }
 }
 
-/// The log. Writing never fails and waits for nobody: what cannot be written is lost.
+/// The log. Writing never fails and never waits: what cannot be written is lost.
 pub struct Log {
     queue: Arc<Queue>,
     extent: Arc<watch::Sender<Extent>>,

@@ -66,7 +66,7 @@ fn create(size: u64) -> io::Result<File> {
     // Linux before 6.3 does not know the second.
     let file = File::from(memfd_create(MEMORY, never_executed).or_else(|_| memfd_create(MEMORY, flags))?);
     file.set_len(size)?;
-    // A VMM that a guest has taken over may write it, as it must, and not cut it short under whoever copies it.
+    // A VMM that its guest has taken over can write the memory, but cannot cut it short while the shim copies it.
     let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
     fcntl_add_seals(&file, seals)?;
     Ok(file)

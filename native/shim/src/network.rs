@@ -25,9 +25,9 @@ use tokio::time::{Instant, sleep};
 
 /// Where gvproxy finds the card; the listeners follow.
 const CARD_FD: i32 = 3;
-/// One that lived as long was of use: when it ends, another is started at once.
+/// A gvproxy that ran this long was of use: when it ends, another one is started at once.
 const USEFUL: Duration = Duration::from_secs(60);
-/// The first pause between one that was of no use and the next; each is twice the one before.
+/// The first pause after a gvproxy that was of no use; each further pause is twice the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 

@@ -1,6 +1,6 @@
-//! One operation of the agent whose data this process sends or takes, for a caller who handles everything else: stdin is the stream,
-//! both ways, and every frame that carries no data goes to stdout as it is. The caller judges those, and sees it when the last is missing:
-//! here a stream that breaks is no failure. The data never pass through the caller.
+//! One operation of the agent, whose data this process sends or takes. The caller handles everything else: stdin is the stream, both ways,
+//! and every frame that carries no data goes to stdout as it is. The caller judges those, and notices when the last is missing, so a stream
+//! that breaks is no failure here. The data never pass through the caller.
 
 use std::io::{self, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;

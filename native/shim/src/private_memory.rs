@@ -35,7 +35,7 @@ impl PrivateMemory {
     pub fn copy_own(&self, vmm: Identity, to: &File, known: &Known, cancel: &AtomicBool) -> io::Result<u64> {
         let open = |name| File::open(format!("/proc/{}/{name}", vmm.pid));
         let (maps, pagemap, memory) = (open("maps")?, open("pagemap")?, open("mem")?);
-        // What has been opened stays with its process: nobody who gets the number later can be taken for it.
+        // The open files stay with their process: another process that gets the pid later cannot be mistaken for it.
         if Identity::of(vmm.pid)? != vmm {
             return Err(Errno::SRCH.into());
         }

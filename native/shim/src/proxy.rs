@@ -31,7 +31,7 @@ pub async fn run(mut socket: UnixStream, stream: impl AsyncRead + AsyncWrite + U
     }
 }
 
-/// Copies to who may stop listening: the rest is dropped then.
+/// Copies until `from` ends. When `to` takes no more, the rest is dropped.
 async fn copy_while_heard(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
     let (mut buffer, mut heard) = (vec![0; BUFFER], true);
     loop {

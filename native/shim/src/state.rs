@@ -51,7 +51,7 @@ pub struct Started {
 /// What is known of the VM's end before it comes.
 #[derive(Clone, Copy, Default)]
 pub struct End {
-    /// Who asked first.
+    /// The first reason to end.
     pub reason: Option<Reason>,
     pub main: Option<MainExit>,
     pub orderly: bool,
@@ -91,7 +91,7 @@ impl State {
         *lock(&self.end)
     }
 
-    /// Somebody wants the VM to end. Only the first counts.
+    /// The VM is to end for this reason. Only the first counts.
     pub fn asked(&self, reason: Reason) {
         lock(&self.end).reason.get_or_insert(reason);
     }

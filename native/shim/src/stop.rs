@@ -1,4 +1,4 @@
-//! Who may want a VM to end, apart from itself: signals, the owner's end, control clients.
+//! What ends a VM from outside: signals, the end of the owner, control clients.
 
 use crate::event::Reason;
 use crate::owner;

@@ -24,7 +24,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 /// How long what a dead VMM has left in its sockets may take to get where it belongs.
 const REST: Duration = Duration::from_secs(2);
-/// Longer graces are cut: nobody waits for them, and instants have an end.
+/// Longer graces are cut to a day: an `Instant` cannot be moved without end.
 const MAX_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
 /// Descriptors for as many clients as there may be, two each.
 const DESCRIPTORS: u64 = 4096;
@@ -117,7 +117,7 @@ impl Vm {
                         continue;
                     }
                     self.state.asked(reason);
-                    // Whoever sends a second signal has lost patience.
+                    // A second signal kills at once.
                     if reason == Reason::Stop && deadline.is_some() { Ask::Kill } else { Ask::Stop(None) }
                 }
                 Some(ask) = self.asks.recv() => ask,
@@ -170,7 +170,7 @@ impl Vm {
         state.entry().remove();
         cleanup::run(plan);
         if let Some(path) = &plan.exit_record_path {
-            // The record also goes to everybody who waits; a missing directory is its owner's decision.
+            // Clients of `wait` get the record as well. Where its directory is missing, the owner has removed it.
             let _ = serde_json::to_vec(&exit).map_err(io::Error::from).and_then(|record| replace(path, &record));
         }
         let line = Event::Exited { exit: &exit }.line();

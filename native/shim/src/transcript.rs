@@ -1,4 +1,4 @@
-//! What somebody prints: the guest on its serial console, the VMM, a helper.
+//! What the guest prints on its serial console, and what the VMM and its helpers print.
 
 use crate::log::Log;
 use crate::tail::Tail;

@@ -14,7 +14,7 @@ pub const DIR: &str = "/var/lib/machinen/dump";
 pub const SHARED_MEMORY: &str = "/dev/shm";
 pub const SHARED_MEMORY_ARCHIVE: &str = "/var/lib/machinen/dump/shm.tar";
 
-/// Who has to do with what lies there, one at a time.
+/// Held by the operation that writes, reads or removes the images: one at a time.
 pub static IMAGES: Mutex<()> = Mutex::const_new(());
 
 /// Where the images of a tree lie, by its number.

@@ -147,7 +147,7 @@ impl Pipes {
     }
 }
 
-/// Watches over the restored: the main command as ever, the others without anybody who listens.
+/// Watches over the restored processes. The main command's output goes where it always does; that of the others is dropped.
 fn attend(context: &Arc<Context>, record: &Record, pipes: &mut Pipes) -> io::Result<()> {
     // End of file on a pipe is when theirs are gone.
     pipes.theirs.clear();
@@ -179,7 +179,7 @@ fn attend(context: &Arc<Context>, record: &Record, pipes: &mut Pipes) -> io::Res
     Ok(())
 }
 
-/// Reads on so that the command never waits for a reader, for nobody.
+/// Reads a pipe and drops what comes: the command must not wait for a reader.
 async fn drain(output: pipe::Receiver) {
     let mut buffer = vec![0; 4096];
     while output.readable().await.is_ok() {

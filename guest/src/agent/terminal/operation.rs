@@ -80,7 +80,7 @@ async fn start<R: AsyncRead + Unpin>(
     let (context, running) = (Arc::clone(context), Arc::clone(&session));
     tokio::spawn(async move {
         running.run().await;
-        // How a session ended is kept for who asks; of another command there is nobody left to ask.
+        // The end of a session is kept for the host to ask for; a command without a name ends with its client.
         if running.name.is_none() {
             context.terminals.remove(&running);
         }

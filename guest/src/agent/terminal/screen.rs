@@ -1,4 +1,4 @@
-//! What somebody who looks at a terminal would see, for somebody who comes later.
+//! What a terminal shows, kept for clients that attach later.
 
 use vt100::Parser;
 

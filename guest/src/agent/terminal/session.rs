@@ -1,4 +1,4 @@
-//! A command in a terminal of its own, whoever is there to look at it.
+//! A command in a terminal of its own, with or without a client that shows it.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -40,7 +40,7 @@ pub struct Session {
 }
 
 struct View {
-    /// Until the command has ended: then whoever else has it for a terminal has lost it.
+    /// `None` once the command has ended: other processes in this terminal have lost it then.
     pty: Option<Arc<Pty>>,
     size: Size,
     /// Of a session that can be joined.
@@ -240,7 +240,7 @@ fn kill_session(leader: Pid) -> io::Result<()> {
     Ok(())
 }
 
-/// Who looks at a session.
+/// A client of a session.
 pub struct Client {
     session: Arc<Session>,
     output: mpsc::Receiver<Bytes>,

@@ -11,7 +11,7 @@ use crate::reply::{Code, Done, ErrorReply, SessionInfo, SessionList};
 /// Sessions of one machine, those that have ended included.
 const MOST: usize = 64;
 
-/// Every terminal there is: of commands that run, and of sessions that have ended and whose end nobody has seen.
+/// Every terminal: those of running commands, and those of ended sessions whose end no client has seen yet.
 #[derive(Default)]
 pub struct Terminals {
     all: Mutex<Vec<Arc<Session>>>,
