@@ -15,32 +15,32 @@ pub struct GuestConfig {
     pub env: BTreeMap<String, String>,
     /// Working directory of every command that names none.
     pub cwd: Option<String>,
-    /// It is the image's own, and made when a command begins there and it is missing, as container runtimes do.
+    /// Whether `cwd` is the image's own. Then it is made if it is missing when a command starts there, as container runtimes do.
     #[serde(rename = "makeCwd")]
     pub make_cwd: bool,
-    /// `user[:group]`, names or numbers, of every command that names none; root otherwise.
+    /// `user[:group]`, names or numbers, for every command that names no user. Default root.
     pub user: Option<String>,
 }
 
-/// `/machinen-boot.json`: what this boot is.
+/// `/machinen-boot.json`: how this boot differs from others of the same image.
 #[derive(Clone, Debug, Deserialize)]
 pub struct BootConfig {
     pub version: u32,
     pub hostname: String,
     pub root: RootKind,
-    /// The disk holds processes that are to be brought back (the operation `revive`): until then nothing else runs.
+    /// Whether the disk holds dumped processes. Until the operation `revive` has restored them, no command runs.
     #[serde(default)]
     pub revive: bool,
-    /// Where the disks `mountlower` and `mountupper` go.
+    /// Where the overlay of the disks `mountlower` and `mountupper` is mounted.
     pub mount: Option<String>,
-    /// What of the host's is shared.
+    /// Directories of the host that are mounted live.
     #[serde(default)]
     pub shares: Vec<Share>,
-    /// Of the machine's one network card, if it has one.
+    /// The configuration of the machine's one network card, if it has one.
     pub network: Option<Network>,
 }
 
-/// What the card is given; `gvproxy/main.go` is its other end.
+/// The addresses of the network card. `gvproxy/main.go` is the other end of its network.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Network {
@@ -48,20 +48,20 @@ pub struct Network {
     pub prefix_length: u8,
     pub gateway: Ipv4Addr,
     pub nameserver: Ipv4Addr,
-    /// Bytes.
+    /// In bytes.
     pub mtu: u16,
 }
 
-/// A directory of the host's.
+/// A directory of the host that is mounted live.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Share {
-    /// Where it goes.
+    /// Where it is mounted.
     pub guest: String,
-    /// What the device calls it.
+    /// The mount tag of its 9p device.
     pub tag: String,
 }
 
-/// How the root filesystem is made of the disks.
+/// How the root file system is made of the disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RootKind {

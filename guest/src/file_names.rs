@@ -1,6 +1,6 @@
-//! Names of files in JSON. A name is any bytes, JSON is text. A byte that is not part of UTF-8 stands there as a surrogate that belongs to
-//! no pair, U+DC00 and the byte, as Python's `surrogateescape` has it. So every name has one text, that text has one name, and what the
-//! host was told it can ask for.
+//! Names of files in JSON. A name may be any bytes, but JSON is text. A byte that is not part of UTF-8 is written as an unpaired surrogate,
+//! U+DC00 plus the byte, as Python's `surrogateescape` does. So every name has exactly one text and every text one name, and the host can
+//! ask for every name that it was told.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -27,7 +27,7 @@ pub fn serialize<S: Serializer>(name: &impl AsRef<OsStr>, serializer: S) -> Resu
     RawValue::from_string(json).map_err(S::Error::custom)?.serialize(serializer)
 }
 
-/// The same for what may have no name.
+/// Serializes an optional name.
 pub fn serialize_some<S: Serializer>(name: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
     match name {
         Some(name) => serialize(name, serializer),
@@ -55,7 +55,7 @@ pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf
         }
     }
 
-    // As bytes: the text of a name need not be UTF-8.
+    // As bytes, because the text of a name need not be UTF-8.
     deserializer.deserialize_bytes(Text)
 }
 

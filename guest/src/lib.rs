@@ -1,5 +1,5 @@
-//! The guest side of machinen: one static binary that is pid 1 from the initramfs (`init`) and then the agent that serves the
-//! host's operations (`agent`); `system` is what both need of the machine. The wire formats are `docs/protocol.md`, sections 1, 3 and 4.
+//! The guest side of machinen: one static binary, which is pid 1 from the initramfs (`init`) and then the agent that serves the host's
+//! operations (`agent`). `system` has what both need of the machine. docs/protocol.md, sections 1, 3 and 4, describes the wire formats.
 //!
 //! This is a library only so that tests and the developer tool in `examples/` use the same frames as the agent.
 

@@ -7,7 +7,7 @@ use machinen_guest::init;
 use machinen_guest::system::console::give_up;
 use machinen_protocol::names::INIT;
 
-/// Comes back only where it is not pid 1.
+/// Returns only if it is not pid 1.
 fn main() -> ExitCode {
     // CRIU starts this program as its action script.
     if criu_hook::is_called() {

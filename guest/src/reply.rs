@@ -1,4 +1,4 @@
-//! What the agent answers: results of operations and errors.
+//! The agent's answers: results of operations, and errors.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ pub enum Code {
     Busy,
     #[serde(rename = "AGENT_SESSION_NOT_FOUND")]
     SessionNotFound,
-    /// Somebody else is attached to it.
+    /// Another client is attached to the session.
     #[serde(rename = "AGENT_SESSION_IN_USE")]
     SessionInUse,
     #[serde(rename = "AGENT_TIMEOUT")]
@@ -33,7 +33,7 @@ pub enum Code {
     ArgumentsTooLarge,
     #[serde(rename = "AGENT_NO_SPACE")]
     NoSpace,
-    /// Of inotify.
+    /// The limit of inotify's watches.
     #[serde(rename = "AGENT_WATCH_LIMIT")]
     WatchLimit,
     /// Processes hold files on shared directories.
@@ -41,19 +41,19 @@ pub enum Code {
     MountBusy,
     #[serde(rename = "AGENT_SECRET_UNKNOWN")]
     SecretUnknown,
-    /// CRIU, or what is known of it, refuses.
+    /// CRIU refuses, or is known to refuse.
     #[serde(rename = "AGENT_CRIU")]
     Criu,
     #[serde(rename = "AGENT_IO")]
     Io,
 }
 
-/// Payload of an `error` frame.
+/// The payload of an `error` frame.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorReply {
     pub code: Code,
     pub message: String,
-    /// Name of the error number behind it, e.g. `EACCES`.
+    /// The name of the error number behind it, e.g. `EACCES`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub errno: Option<String>,
 }
@@ -63,7 +63,7 @@ impl ErrorReply {
         Self { code, message: message.into(), errno: None }
     }
 
-    /// An operation on `subject` that the kernel refused.
+    /// The error of an operation on `subject` that the kernel refused.
     pub fn io(subject: impl AsRef<Path>, error: &io::Error) -> Self {
         let code = match errno::number(error) {
             Some(libc::ENOENT) => Code::NotFound,
@@ -74,7 +74,7 @@ impl ErrorReply {
     }
 }
 
-/// Payload of `started` for a command.
+/// The payload of `started` for a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Started {
     pub pid: u32,
@@ -90,7 +90,7 @@ pub enum Exit {
     Code(i32),
     Signal {
         signal: i32,
-        /// The kernel killed it, or something beside it, for want of memory.
+        /// Whether the kernel killed it, or another process meanwhile, for want of memory.
         oom_killed: bool,
     },
 }
@@ -115,7 +115,7 @@ impl Serialize for Exit {
     }
 }
 
-/// A session, as `sessions` tells of it.
+/// A session, as `sessions` reports it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SessionInfo {
@@ -126,7 +126,7 @@ pub struct SessionInfo {
     pub attached: bool,
     pub columns: u16,
     pub rows: u16,
-    /// How its command ended, if it has.
+    /// How its command ended; `None` while it runs.
     pub ended: Option<Exit>,
 }
 
@@ -191,22 +191,22 @@ pub struct Stats {
     pub disk_free_bytes: u64,
     /// Processes of commands the kernel killed for want of memory since boot.
     pub oom_kills: u64,
-    /// Pages (of 4 KiB) of restored processes that will be read when they are touched.
+    /// Pages (of 4 KiB) of restored processes that will be read only when they are touched.
     pub lazy_pages_pending: u64,
-    /// What was renewed in this machine, if it is a copy.
+    /// What was renewed in this machine; `None` if it is no copy.
     pub rejuvenation: Option<Rejuvenated>,
 }
 
-/// Payload of `started` for `dump`: the images are on the disk, and the disk stands still.
+/// The payload of `started` for `dump`: the images are on the disk, and the disk is frozen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Dumped {
-    /// For how long the commands have stood still.
+    /// How long the commands have stood still, in milliseconds.
     pub frozen_ms: u64,
     pub processes: usize,
 }
 
-/// Something a copy still has in common with what it was copied from.
+/// Something that a copy still has in common with its original.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Kept {
     pub what: &'static str,
@@ -219,6 +219,6 @@ pub struct Kept {
 pub struct Rejuvenated {
     pub renewed: Vec<&'static str>,
     pub kept: Vec<Kept>,
-    /// By how much the wall clock was moved.
+    /// By how many milliseconds the wall clock was moved.
     pub clock_step_ms: i64,
 }

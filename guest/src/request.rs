@@ -61,7 +61,7 @@ pub struct Exec {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Pty {
-    /// A login shell when it is empty.
+    /// Empty: a login shell.
     #[serde(default)]
     pub argv: Vec<String>,
     #[serde(default)]
@@ -73,9 +73,9 @@ pub struct Pty {
     pub secrets: Vec<String>,
     pub columns: u16,
     pub rows: u16,
-    /// It outlives the stream under this name; one that is there is joined.
+    /// The name of the session, which outlives the stream. If there is a session of this name, it is joined.
     pub session: Option<String>,
-    /// From whoever is attached to it.
+    /// Whether to take the session from a client that is attached.
     #[serde(default)]
     pub steal: bool,
 }
@@ -117,7 +117,7 @@ pub struct Read {
 pub struct Push {
     #[serde(deserialize_with = "file_names::deserialize")]
     pub path: PathBuf,
-    /// The path is that of one file, not of the directory that is unpacked into.
+    /// Whether the path is that of one file; otherwise it is the directory to unpack into.
     #[serde(default)]
     pub file: bool,
 }
@@ -136,7 +136,8 @@ pub struct Pull {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Image {
-    /// No entry is younger than this, in seconds since 1970: what a build touched does not tell when.
+    /// The latest modification time of an entry, in seconds since 1970; later ones are set to it. So files that a build wrote do not tell
+    /// when.
     pub newest: Option<u64>,
 }
 
@@ -180,7 +181,7 @@ pub struct Remove {
     pub recursive: bool,
 }
 
-/// A value that is overwritten when it is dropped, and shown nowhere.
+/// A value that is overwritten when it is dropped, and that is printed nowhere.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
 pub struct Secret(Zeroizing<String>);
 
@@ -202,7 +203,7 @@ impl std::fmt::Debug for Secret {
 pub struct Secrets {
     #[serde(default)]
     pub values: BTreeMap<String, Secret>,
-    /// Those there are go first.
+    /// Whether to forget the secrets that there are before.
     #[serde(default)]
     pub forget: bool,
 }
@@ -223,7 +224,7 @@ pub struct Clock {
 pub struct Freeze {
     #[serde(default)]
     pub sync: bool,
-    /// Files that are open on shared directories may be lost in a copy.
+    /// Whether files that are open on shared directories may be lost in a copy.
     #[serde(default)]
     pub lazy_umount: bool,
     pub timeout_ms: Option<u64>,
@@ -238,19 +239,19 @@ pub struct Rejuvenate {
     pub hostname: String,
     pub machine_id: String,
     pub generation: String,
-    /// Of the machine's network card, if it has one.
+    /// The address of the machine's network card, if it has one.
     #[serde(default, deserialize_with = "mac")]
     pub mac: Option<[u8; 6]>,
     #[serde(default)]
     pub env: BTreeMap<String, String>,
-    /// In place of what the machine was configured with: it is a copy of one that has run nothing, and begins here.
+    /// Replaces the machine's configuration. It is given for a copy of a machine that has run no command, which begins here.
     pub config: Option<GuestConfig>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Dump {
-    /// Established TCP connections are not kept.
+    /// Whether to close established TCP connections instead of saving them.
     #[serde(default)]
     pub tcp_close: bool,
     pub timeout_ms: Option<u64>,
@@ -258,7 +259,7 @@ pub struct Dump {
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Revive {
-    /// Memory is read when it is touched.
+    /// Whether to restore memory only when it is touched.
     #[serde(default)]
     pub lazy: bool,
     #[serde(flatten)]
@@ -270,13 +271,13 @@ pub struct Tunnel {
     pub to: Destination,
 }
 
-/// Something that listens in this guest.
+/// A listener in this guest.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Destination {
-    /// On the loopback interface.
+    /// A TCP port on the loopback interface.
     Port(u16),
-    /// A unix socket.
+    /// The path of a unix socket.
     Path(String),
 }
 
@@ -289,7 +290,7 @@ pub struct Watch {
     pub recursive: bool,
 }
 
-/// Longest host name Linux takes (`__NEW_UTS_LEN`).
+/// The longest host name that Linux takes (`__NEW_UTS_LEN`).
 const MAX_HOSTNAME: usize = 64;
 const MAX_SESSION_NAME: usize = 64;
 
@@ -317,7 +318,7 @@ impl Request {
             "mkdir" => Self::Mkdir(from_json(json)?),
             "rename" => Self::Rename(from_json(json)?),
             "remove" => Self::Remove(from_json(json)?),
-            // What is wrong with it is not told: the parser would quote the value.
+            // The error does not say what is wrong, because the parser would quote the value.
             "secrets" => Self::Secrets(from_json(json).or_else(|_| bad("the secrets are not names and texts"))?),
             "stats" => Self::Stats,
             "hostname" => Self::Hostname(from_json(json)?),
@@ -330,7 +331,7 @@ impl Request {
             "tunnel" => Self::Tunnel(from_json(json)?),
             "watch" => Self::Watch(from_json(json)?),
             POWER_OFF => Self::Poweroff,
-            // The name is the peer's: quoted, and not at any length.
+            // The name comes from the peer, so it is quoted and cut.
             other => {
                 let name: String = other.chars().take(64).collect();
                 return Err(ErrorReply::new(Code::OpUnknown, format!("unknown operation {name:?}")));
@@ -383,7 +384,7 @@ impl Request {
 }
 
 impl Exec {
-    /// Whether this can be a command at all.
+    /// Checks what can be checked before the command is looked up.
     pub fn check(&self) -> Result<(), ErrorReply> {
         if self.argv.first().is_none_or(String::is_empty) {
             return bad("argv needs a command");
@@ -481,7 +482,7 @@ fn check_hostname(hostname: &str) -> Result<(), ErrorReply> {
     Ok(())
 }
 
-/// As a VM's own name, without paths.
+/// The rules of VM names, without paths.
 fn check_session(name: &str) -> Result<(), ErrorReply> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     let begins = name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric() || byte == b'_');

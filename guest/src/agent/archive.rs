@@ -26,7 +26,7 @@ pub async fn save(directory: &'static str, file: &'static str) -> Result<(), Abo
     finished(packing).await
 }
 
-/// Unpacks such a file.
+/// Unpacks a file that `save` has made.
 pub async fn load(file: &'static str, directory: &'static str) -> Result<(), Abort> {
     let unpacking = spawn_blocking(move || {
         let target = Target::open(directory).map_err(|error| ErrorReply::io(directory, &error))?;
@@ -73,7 +73,7 @@ where
 {
     let packing = move |outgoing: &mut Outgoing| {
         let source = Source::filesystem("/", request.newest).map_err(|error| ErrorReply::io("/", &error))?;
-        // The name in its files is this machine's alone: the same build gives the same image.
+        // The files carry this machine's host name. The image gets `localhost` instead, so that the same build gives the same image.
         let unnamed = Names::open(Path::new("/")).rename(&host_name::current(), "localhost");
         unnamed.map_err(|error| ErrorReply::io("/etc/hostname, /etc/hosts", &error))?;
         send(source, outgoing)
@@ -97,7 +97,7 @@ impl From<Error> for ErrorReply {
 }
 
 async fn finished(thread: JoinHandle<Result<u64, ErrorReply>>) -> Result<(), Abort> {
-    // Only a panic could lose the result, and that ends the whole agent.
+    // Joining fails only after a panic, which ends the whole agent.
     thread.await.map_err(|error| Abort::io("archive", &error.into()))??;
     Ok(())
 }

@@ -18,11 +18,11 @@ use super::process::Running;
 use super::stream::{Abort, CHUNK, Chunk, FrameReader, FrameWriter};
 use crate::reply::{Exit, Started};
 
-/// Highest signal number there is.
+/// The highest signal number of Linux.
 const MAX_SIGNAL: u8 = 64;
 
-/// Says that `running` has started and connects it with the stream until it ends. In a copy, whose streams are lost, and once it
-/// `is_detached`, it goes on without input, and with its output going to `detached`.
+/// Tells the host that `running` has started and connects the command with the stream until it ends. In a copy, whose streams are lost, and
+/// once `is_detached` says so, the command goes on without input and its output goes to `detached`.
 pub async fn attend<R, W>(
     mut running: Running,
     exchange: &mut Exchange<R, W>,
@@ -51,7 +51,7 @@ where
             abort
         };
         let stream = Mutex::new(stream);
-        // Beside the reading: a host that takes no output is heard all the same.
+        // Runs beside the reading, so that a host that takes no output is heard all the same.
         let granted = async {
             // The reading side notices a lost stream.
             loop {
@@ -70,7 +70,7 @@ where
             () = &mut granted => Err(Abort::Gone),
         };
         if ended.is_ok() {
-            // A frame of credit that is half sent is sent whole: the end comes behind it.
+            // A frame of credit that is half sent is completed first, because the command's end is sent behind it.
             tokio::select! {
                 _ = stream.lock() => {}
                 () = granted => {}
@@ -99,8 +99,8 @@ impl Bond<'_> {
         self.is_detached.load(Ordering::Relaxed)
     }
 
-    /// Whether the command goes on though its stream is lost: because it was detached before, or because the whole session ended, as it
-    /// does in a copy.
+    /// Whether the command goes on although its stream is lost: because it was detached before, or because the whole session has ended, as
+    /// in a copy.
     fn is_outlived(&self, abort: &Abort) -> bool {
         matches!(abort, Abort::Gone) && (self.is_detached() || !self.session.is_connected())
     }
@@ -117,11 +117,11 @@ impl<W: AsyncWrite + Unpin> Output for FrameWriter<W> {
     }
 }
 
-/// The stream, as long as it is to be one's.
+/// Sends output to the stream until the stream is lost, and from then on to `detached`.
 struct Outlet<'a, W, D> {
     stream: &'a Mutex<&'a mut FrameWriter<W>>,
     bond: Bond<'a>,
-    /// From then on.
+    /// Takes the output once the stream is lost.
     detached: &'a mut D,
 }
 
@@ -137,7 +137,7 @@ impl<W: AsyncWrite + Unpin, D: Output> Output for Outlet<'_, W, D> {
     }
 }
 
-/// Sends both outputs until the command ends, and then what it has left in its pipes.
+/// Sends stdout and stderr until the command ends, and then what it has left in its pipes.
 pub async fn pump_until_end(running: &Running, output: &mut impl Output) -> Result<Exit, Abort> {
     let output = Mutex::new(output);
     let (ended, end) = watch::channel(false);
@@ -158,9 +158,10 @@ async fn pump(
     output: &Mutex<&mut impl Output>,
     mut end: watch::Receiver<bool>,
 ) -> Result<(), Abort> {
-    // Made when there is something to put in: most commands write nothing to one of the two.
+    // Allocated when there is output, because most commands write nothing to one of the two.
     let mut chunk = None;
-    // Once the command has ended: what was in the pipe then. Children that hold it may go on writing without end.
+    // How much was in the pipe when the command ended. Only that is read afterwards, because children that hold the pipe may write without
+    // end.
     let mut left = None;
     while left != Some(0) {
         if left.is_none() {
@@ -194,14 +195,14 @@ async fn pump(
 
 /// What a command reads from.
 pub trait Input {
-    /// Waits until it takes bytes, or is known to be broken.
+    /// Waits until the command takes bytes, or its input is known to be broken.
     async fn writable(&self);
     fn try_write(&self, bytes: &[u8]) -> io::Result<usize>;
 }
 
 impl Input for pipe::Sender {
     async fn writable(&self) {
-        // An error shows again when writing.
+        // An error is ignored here, because writing reports it again.
         let _ = Self::writable(self).await;
     }
 
@@ -227,8 +228,8 @@ impl Steered for Running {
     }
 }
 
-/// What a host may send before more credit: it never has to wait with a signal, or with the end of the stream, behind input that the
-/// command does not read.
+/// What a host may send before it gets more credit. So a signal, or the end of the stream, never waits behind input that the command does
+/// not read.
 #[derive(Default)]
 pub struct Credit {
     used: AtomicUsize,
@@ -236,17 +237,17 @@ pub struct Credit {
 }
 
 impl Credit {
-    /// Less than that is not worth a frame.
+    /// Credit below this is not sent yet: it is not worth a frame.
     const LEAST: usize = INPUT_WINDOW / 4;
 
-    /// The command has taken that much, or never will.
+    /// Counts bytes that the command has taken or will never take.
     fn used(&self, bytes: usize) {
         if self.used.fetch_add(bytes, Ordering::Relaxed) + bytes >= Self::LEAST {
             self.changed.notify_one();
         }
     }
 
-    /// Waits until there is something to grant: the payload of a `credit` frame.
+    /// Waits until there is credit to grant; returns the payload of a `credit` frame.
     pub async fn due(&self) -> [u8; 4] {
         while self.used.load(Ordering::Relaxed) < Self::LEAST {
             self.changed.notified().await;
@@ -259,9 +260,9 @@ impl Credit {
 struct Ahead<I> {
     stdin: Option<I>,
     pieces: VecDeque<Bytes>,
-    /// Of all pieces.
+    /// The total length of all pieces.
     bytes: usize,
-    /// No more will come.
+    /// The host has ended the input.
     finished: bool,
 }
 
@@ -282,7 +283,7 @@ impl<I: Input> Ahead<I> {
         Ok(())
     }
 
-    /// Gives the command what it takes; ends its input after the last of it.
+    /// Writes as much to the command as it takes, and closes its input after the last piece.
     fn feed(&mut self, credit: &Credit) {
         if let Some(stdin) = &self.stdin {
             while let Some(front) = self.pieces.front_mut() {
@@ -310,7 +311,7 @@ impl<I: Input> Ahead<I> {
         }
     }
 
-    /// Waits until the command takes bytes, or is known to take none.
+    /// Waits until the command takes bytes, or is known to take no more.
     async fn writable(&self) {
         if let Some(stdin) = &self.stdin {
             stdin.writable().await;
@@ -318,7 +319,7 @@ impl<I: Input> Ahead<I> {
     }
 }
 
-/// Does what the host's frames say until there are no more: passes input on, steers the command. Returns why it ended.
+/// Obeys the host's frames until there are no more: passes input on and steers the command. Returns why the frames ended.
 pub async fn obey<R: AsyncRead + Unpin>(
     input: &mut FrameReader<R>,
     stdin: Option<impl Input>,

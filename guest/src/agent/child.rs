@@ -20,7 +20,7 @@ impl Child {
         Ok(Self(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? }))
     }
 
-    /// Waits for its end and leaves it to be reaped.
+    /// Waits until the child has ended, without reaping it.
     pub async fn ended(&self) -> io::Result<()> {
         loop {
             let mut guard = self.0.readable().await?;
@@ -32,18 +32,18 @@ impl Child {
         }
     }
 
-    /// Waits for its end (not for that of what it started) and reaps it.
+    /// Waits until the child has ended (not for the processes it started) and reaps it.
     pub async fn wait(&self) -> io::Result<WaitIdStatus> {
         self.ended().await?;
         self.reap()
     }
 
-    /// Reaps it, once it has ended.
+    /// Reaps the child, which must have ended.
     pub fn reap(&self) -> io::Result<WaitIdStatus> {
         self.look(WaitIdOptions::empty())?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
     }
 
-    /// How it ended, if it has.
+    /// How the child ended, or `None` while it runs.
     fn look(&self, how: WaitIdOptions) -> io::Result<Option<WaitIdStatus>> {
         Ok(waitid(WaitId::PidFd(self.0.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG | how)?)
     }

@@ -7,7 +7,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 /// The guest's own time, in milliseconds since 1970.
 pub fn now_ms() -> u64 {
-    // A clock before 1970 is as wrong as one at it.
+    // A clock before 1970 is wrong anyhow, so it reads as 1970.
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
 }
 

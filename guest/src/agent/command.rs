@@ -30,7 +30,7 @@ pub async fn start<R: AsyncRead + Unpin>(
     start_by(spawn, context, request, input).await
 }
 
-/// The same, in a session of its own whose terminal is `terminal`.
+/// Starts the command as `start` does, in a session of its own with `terminal` as its controlling terminal.
 pub async fn start_in<R: AsyncRead + Unpin>(
     terminal: OwnedFd,
     context: &Context,

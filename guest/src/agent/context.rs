@@ -14,7 +14,7 @@ use super::terminal::table::Terminals;
 use crate::config::{GuestConfig, Share};
 use crate::reply::Rejuvenated;
 
-/// What every operation can reach.
+/// The state that every operation can reach.
 pub struct Context {
     /// Changed in a copy, which gets an environment of its own.
     config: Mutex<GuestConfig>,
@@ -26,7 +26,7 @@ pub struct Context {
     pub root: PathBuf,
     /// Opened by the last freeze, for a copy that is made during it.
     identity_files: Mutex<Option<IdentityFiles>>,
-    /// The main command, once it runs.
+    /// The main command, `None` until it runs.
     main: Mutex<Option<MainCommand>>,
     /// Held while the main command is being started: it cannot be started twice.
     pub main_start: tokio::sync::Mutex<()>,
@@ -40,7 +40,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// Of a guest in which nothing has been done yet.
+    /// The state of a guest in which no operation has run yet.
     pub fn new(config: GuestConfig, lifecycle: Lifecycle, gate: Gate, shares: Vec<Share>, root: PathBuf) -> Self {
         Self {
             config: Mutex::new(config),

@@ -1,4 +1,4 @@
-//! The operations on names: what is in a directory, making, moving and removing.
+//! The operations on names: list a directory, make one, move and remove.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
@@ -27,7 +27,7 @@ struct Line {
     stat: Stat,
 }
 
-/// Sends a line of JSON for everything in a directory, in no order. What vanishes meanwhile is left out.
+/// Sends a line of JSON for each entry of a directory, in no particular order. An entry that vanishes meanwhile is left out.
 pub async fn list<R, W>(request: request::List, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
 where
     R: AsyncRead + Unpin,
@@ -61,7 +61,7 @@ fn entries(path: &Path, outgoing: &mut Outgoing) -> Result<Archived, ErrorReply>
     Ok(Archived { entries })
 }
 
-/// Makes a directory; with `recursive` also those above it, and one that is there already is fine.
+/// Makes a directory. With `recursive` it also makes the directories above it, and a directory that exists already is no error.
 pub fn make(request: &request::Mkdir) -> Result<Done, ErrorReply> {
     let path = &request.path;
     let made = DirBuilder::new()
@@ -78,7 +78,7 @@ pub fn rename(request: &request::Rename) -> Result<Done, ErrorReply> {
     Ok(Done {})
 }
 
-/// Removes a file, a link or an empty directory; with `recursive` a directory with all that is in it, without following a link.
+/// Removes a file, a link or an empty directory; with `recursive` also a directory with all that is in it. Links are not followed.
 pub fn remove(request: &request::Remove) -> Result<Done, ErrorReply> {
     let path = &request.path;
     let failed = |error: io::Error| ErrorReply::io(path, &error);

@@ -1,4 +1,4 @@
-//! The disks that take writes: complete and clean for a copy, or for the end of the machine.
+//! The disks that take writes. They are made complete and clean before they are copied and before the machine ends.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -14,9 +14,9 @@ const TRIM: Opcode = opcode::read_write::<TrimRange>(b'X', 121);
 
 /// A directory of each filesystem that takes writes.
 pub struct Disks {
-    /// Of the root's.
+    /// A directory of the file system that takes the root's writes.
     writable: OwnedFd,
-    /// Of the copy of a host directory.
+    /// A directory of the file system that takes the writes to a copied host directory.
     mounted: Option<OwnedFd>,
 }
 
@@ -35,17 +35,17 @@ impl Disks {
         std::iter::once(&self.writable).chain(&self.mounted)
     }
 
-    /// Writes everything to the disks and lets nothing more get there: a copy of them is complete and clean.
+    /// Writes everything to the disks and holds up further writes, so that a copy of the disks is complete and clean.
     pub async fn freeze(&self) -> io::Result<()> {
         for disk in self.all() {
             let disk = disk.try_clone()?;
-            // On a thread: it takes as long as the disk does.
+            // On a thread, because the agent must not wait for a slow disk.
             tokio::task::spawn_blocking(move || freeze(&disk)).await.map_err(io::Error::other)??;
         }
         Ok(())
     }
 
-    /// Ends that. A disk that is not frozen stays as it is.
+    /// Lets writes go on. A disk that is not frozen stays as it is.
     pub fn thaw(&self) {
         for disk in self.all() {
             let _ = thaw(disk);
@@ -58,14 +58,14 @@ impl Disks {
         tokio::task::spawn_blocking(move || trim(&disk)).await.map_err(io::Error::other)?
     }
 
-    /// Leaves the root's disk as clean as an unmounted one, for the end of the machine. A failure shows in the disk, and nobody is left to
-    /// tell of it.
+    /// Leaves the root's disk as clean as an unmounted one, at the end of the machine. A failure is not reported, because nobody is left to
+    /// report it to; it shows in the disk.
     pub fn freeze_root(&self) {
         let _ = freeze(&self.writable);
     }
 }
 
-/// `struct fstrim_range` (linux/fs.h): all of it.
+/// `struct fstrim_range` (linux/fs.h); the default is the whole disk.
 #[repr(C)]
 struct TrimRange {
     start: u64,
@@ -74,7 +74,7 @@ struct TrimRange {
 }
 
 fn trim(disk: &OwnedFd) -> io::Result<()> {
-    // Blocks are free once the journal says so.
+    // Blocks of removed files are free only once the journal is written.
     rustix::fs::syncfs(disk)?;
     let mut range = TrimRange { start: 0, length: u64::MAX, shortest: 0 };
     // SAFETY: the kernel reads and writes this structure.

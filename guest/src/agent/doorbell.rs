@@ -1,4 +1,4 @@
-//! The doorbell: the guest's first words to its host, and the host's clock in return.
+//! The doorbell: the guest announces itself to its host, and the host answers with its clock.
 
 use std::io;
 
@@ -9,9 +9,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::clock;
 
-/// A clock nearer than this is left alone.
+/// A clock that differs by no more than this is not set.
 const TOLERANCE_MS: u64 = 2;
-/// Longest answer read; it holds one number.
+/// The longest answer that is read, in bytes. An answer holds one number.
 const MAX_ANSWER: u64 = 1024;
 
 #[derive(Deserialize)]
@@ -20,8 +20,7 @@ struct Answer {
     now_ms: u64,
 }
 
-/// Rings, does `meanwhile` while the host acts on it, and takes over the host's time. A host that does not listen has no doorbell,
-/// which is its own affair.
+/// Rings, runs `meanwhile` while the host acts on that, and sets the clock to the host's time. A host that does not listen is no error.
 pub async fn ring(opener: &Opener, meanwhile: impl FnOnce()) {
     let mut stream = match opener.open(DOORBELL).await {
         Ok(stream) => stream,
@@ -29,11 +28,11 @@ pub async fn ring(opener: &Opener, meanwhile: impl FnOnce()) {
     };
     let line = format!("{{\"version\":1,\"agent\":\"{}\"}}\n", env!("CARGO_PKG_VERSION"));
     let rung = stream.write_all(line.as_bytes()).await;
-    // The channel sends when its own task gets its turn.
+    // Gives the channel's own task the chance to send.
     tokio::task::yield_now().await;
     meanwhile();
     if rung.is_ok() {
-        // A wrong answer leaves the clock as it is.
+        // After a wrong answer the clock stays as it is.
         let _ = set_clock(&mut stream).await;
         let _ = stream.shutdown().await;
     }

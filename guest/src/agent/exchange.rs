@@ -4,7 +4,7 @@ use machinen_channel::Opener;
 
 use super::stream::{FrameReader, FrameWriter};
 
-/// What an operation has of its stream.
+/// The two halves of an operation's stream, and its session.
 pub struct Exchange<R, W> {
     pub input: FrameReader<R>,
     pub output: FrameWriter<W>,
@@ -13,7 +13,7 @@ pub struct Exchange<R, W> {
 }
 
 impl<R, W> Exchange<R, W> {
-    /// Whether the whole session has ended, and with it the stream: the host did not leave this operation, another host comes.
+    /// Whether the whole session has ended, and the stream with it. Then the host has not cancelled this operation; another host will come.
     pub fn session_is_over(&self) -> bool {
         !self.session.is_connected()
     }

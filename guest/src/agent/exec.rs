@@ -12,7 +12,7 @@ use super::{attend, command};
 use crate::reply::Exit;
 use crate::request::Exec;
 
-/// Runs a command to its end. When the stream ends before, its process group is killed.
+/// Runs a command to its end. If the stream ends earlier, the command's process group is killed.
 pub async fn exec<R, W>(context: &Context, request: Exec, exchange: &mut Exchange<R, W>) -> Result<Exit, Abort>
 where
     R: AsyncRead + Unpin,

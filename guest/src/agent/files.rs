@@ -1,4 +1,4 @@
-//! The operations on single files, each on a thread. A fifo without a peer is opened so that it fails instead of waiting for one.
+//! The operations on single files, each on a thread. Opening a fifo without a peer fails instead of waiting for the peer.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -17,7 +17,7 @@ use crate::request;
 /// Permission bits of `st_mode`.
 const PERMISSIONS: u32 = 0o7777;
 
-/// Writes a file from the stream. When that fails, a file that was not there before is removed again, unless it was appended to.
+/// Writes a file from the stream. After a failure a file that is new is removed again, unless it was appended to.
 pub async fn write<R, W>(request: request::Write, exchange: &mut Exchange<R, W>) -> Result<Transferred, Abort>
 where
     R: AsyncRead + Unpin,
@@ -48,7 +48,7 @@ fn take(request: &request::Write, mut incoming: Incoming) -> io::Result<Transfer
     };
     let written = written();
     if written.is_err() && created && !request.append {
-        // The failure itself is what gets reported.
+        // The failure of writing is reported, not one of removing.
         let _ = fs::remove_file(path);
     }
     written
@@ -60,7 +60,7 @@ fn open_for_writing(request: &request::Write) -> io::Result<(File, bool)> {
     options.write(true).append(request.append).custom_flags(libc::O_NONBLOCK);
     match options.clone().create_new(true).open(&request.path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            // `create` for a symbolic link whose target is missing.
+            // With `create`, because the path may be a symbolic link whose target is missing.
             Ok((options.create(true).truncate(!request.append).open(&request.path)?, false))
         }
         opened => Ok((opened?, true)),
@@ -105,7 +105,7 @@ fn give(request: &request::Read, outgoing: &mut Outgoing) -> io::Result<Transfer
     Ok(Transferred { bytes })
 }
 
-/// Describes what is at `path`; with `follow` what it leads to, if it is a symbolic link.
+/// Describes what is at `path`. With `follow`, a symbolic link stands for its target.
 pub fn stat(path: &Path, follow: bool) -> Result<Stat, ErrorReply> {
     let failed = |error: io::Error| ErrorReply::io(path, &error);
     let found = if follow { fs::metadata(path) } else { fs::symlink_metadata(path) }.map_err(failed)?;

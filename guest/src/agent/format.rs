@@ -1,13 +1,13 @@
-//! What kind of file a program is, to say why the kernel does not run it.
+//! Finds out what kind of file a program is, to say why the kernel does not run it.
 
 use std::fs::File;
 use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-/// The kernel looks no further for an interpreter's name (Linux, `BINPRM_BUF_SIZE`).
+/// How many bytes the kernel searches for an interpreter's name (Linux, `BINPRM_BUF_SIZE`).
 const HEAD: usize = 256;
-/// Program headers that are looked at.
+/// How many program headers are read at most.
 const MOST_SEGMENTS: usize = 64;
 const PT_INTERP: u32 = 3;
 
@@ -17,7 +17,7 @@ fn head(program: &Path) -> Option<Vec<u8>> {
     Some(head)
 }
 
-/// The program that a script or a dynamically linked program names to run it.
+/// The interpreter of a script, or the loader of a dynamically linked program.
 pub fn interpreter(program: &Path) -> Option<String> {
     let head = head(program)?;
     let name = match head.strip_prefix(b"#!") {
@@ -25,12 +25,12 @@ pub fn interpreter(program: &Path) -> Option<String> {
         None => loader(&head, &File::open(program).ok()?)?,
     };
     let name = String::from_utf8_lossy(&name).into_owned();
-    // A carriage return is the usual reason why a name that looks right is not: it is shown.
+    // A carriage return is kept and shown, because it is the usual reason why a name that looks right is wrong.
     let name = name.split([' ', '\t', '\0']).find(|word| !word.is_empty())?;
     Some(name.escape_debug().to_string())
 }
 
-/// The name in the segment for it of a 64-bit ELF file (elf(5)).
+/// The loader's name, from the segment PT_INTERP of a 64-bit ELF file (elf(5)).
 fn loader(head: &[u8], file: &File) -> Option<Vec<u8>> {
     if !head.starts_with(b"\x7fELF\x02\x01") {
         return None;
@@ -51,7 +51,7 @@ fn loader(head: &[u8], file: &File) -> Option<Vec<u8>> {
     })
 }
 
-/// What a file is that this machine cannot execute.
+/// Describes a file that this machine cannot execute.
 pub fn foreign(program: &Path) -> String {
     let Some(head) = head(program) else { return "it cannot be read".to_owned() };
     if !head.starts_with(b"\x7fELF") {

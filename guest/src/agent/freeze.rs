@@ -18,12 +18,12 @@ use crate::reply::{Code, Done, ErrorReply};
 use crate::request::Freeze;
 use crate::system::cgroup;
 
-/// How long the commands may take to stop, where the request does not say.
+/// How long the commands may take to stop if the request does not say.
 const TIMEOUT_MS: u64 = 5000;
 /// The longest a request may ask for.
 const MAX_TIMEOUT_MS: u64 = 60_000;
 
-/// Freezes the commands until the host says `eof` or leaves. When its whole session ends instead, nothing is thawed: the next host
+/// Freezes the commands until the host says `eof` or leaves. If the whole session ends instead, nothing is thawed, because the next host
 /// finds a copy.
 pub async fn freeze<R, W>(context: &Context, request: &Freeze, exchange: &mut Exchange<R, W>) -> Result<Done, Abort>
 where
@@ -31,7 +31,7 @@ where
     W: AsyncWrite + Unpin,
 {
     if request.sync {
-        // On a thread: the agent must not stand still for as long as a slow disk takes.
+        // On a thread, because the agent must not wait for a slow disk.
         let synced = tokio::task::spawn_blocking(rustix::fs::sync);
         tokio::select! {
             biased;
@@ -39,17 +39,17 @@ where
             _ = synced => {}
         }
     }
-    // Before anything stands still: in the original it takes its time as well.
+    // Prepared before anything stands still, because it takes time in the original too.
     *context.identity_files() = Some(IdentityFiles::prepare(&context.root));
     if !context.gate.hold() {
         return Err(ErrorReply::new(Code::Busy, "a freeze is held already").into());
     }
     let held = hold(context, request, exchange).await;
-    // From here to the open gate nothing may be awaited: a session must not end in between.
+    // Nothing may be awaited from here until the gate is open, because a session must not end in between.
     if exchange.session_is_over() {
         return Err(Abort::Gone);
     }
-    // The gate stays closed before commands that cannot be thawed.
+    // If the commands cannot be thawed, the gate stays closed.
     cgroup::thaw_workload().map_err(|error| Abort::io("thaw", &error))?;
     context.gate.open();
     held
@@ -61,10 +61,10 @@ where
     W: AsyncWrite + Unpin,
 {
     stop_commands(limit(request.timeout_ms), &mut exchange.input).await?;
-    // From now on no command changes them.
+    // Read now, because no command can change them any more.
     context.identity_files().iter_mut().for_each(IdentityFiles::read);
     if !request.lazy_umount && !context.shares.is_empty() {
-        // On a thread: the host may not answer for its directories.
+        // On a thread, because the host may not answer for its directories.
         let shares = context.shares.clone();
         tokio::select! {
             biased;
@@ -79,12 +79,12 @@ where
     }
 }
 
-/// How long the commands may take to stop.
+/// How long the commands may take to stop, from the request's `timeout_ms`.
 pub fn limit(timeout_ms: Option<u64>) -> Duration {
     Duration::from_millis(timeout_ms.unwrap_or(TIMEOUT_MS).min(MAX_TIMEOUT_MS))
 }
 
-/// Freezes the commands, as long as the host wants it.
+/// Freezes the commands. Gives up after `limit`, or when the host's stream is lost.
 pub async fn stop_commands<R: AsyncRead + Unpin>(limit: Duration, input: &mut FrameReader<R>) -> Result<(), Abort> {
     tokio::select! {
         biased;
@@ -116,7 +116,7 @@ async fn until_frozen(events: OwnedFd) -> io::Result<()> {
         if cgroup::is_frozen(&text[..n]) {
             return Ok(());
         }
-        // A change since the file was read.
+        // Waits until the file has changed since it was read.
         events.ready(Interest::PRIORITY).await?.clear_ready();
     }
 }

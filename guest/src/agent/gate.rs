@@ -1,18 +1,19 @@
-//! The gate operations wait at while the machine is being copied and, in a copy, until that has been made itself. A command started
-//! into the frozen control group would freeze before it is executed, and the agent waits for that: so they wait before they begin.
+//! The gate at which operations wait while the machine is being copied and, in a copy, until that has become a machine of its own. A
+//! command that is started into the frozen control group would freeze before its exec, for which the agent waits; so commands wait before
+//! they are started.
 
 use tokio::sync::watch;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Open,
-    /// A freeze is held.
+    /// A freeze holds the gate closed.
     Held,
-    /// The session of the freeze is over: this machine is a copy.
+    /// The session of the freeze has ended, so this machine is a copy.
     Restored,
 }
 
-/// Whether operations may begin.
+/// Says whether operations may begin.
 #[derive(Debug)]
 pub struct Gate(watch::Sender<State>);
 
@@ -21,18 +22,18 @@ impl Gate {
         Self(watch::Sender::new(State::Open))
     }
 
-    /// For a machine that is a copy from its start.
+    /// A gate for a machine that is a copy from its start.
     pub fn closed() -> Self {
         Self(watch::Sender::new(State::Restored))
     }
 
     /// Waits until the gate is open.
     pub async fn passed(&self) {
-        // It cannot fail: the sender is this gate's own.
+        // Waiting cannot fail, because the gate itself owns the sender.
         let _ = self.0.subscribe().wait_for(|state| *state == State::Open).await;
     }
 
-    /// Closes the gate. False: it was closed already.
+    /// Closes the gate. Returns false if it was closed already.
     #[must_use]
     pub fn hold(&self) -> bool {
         self.0.send_if_modified(|state| {
@@ -44,7 +45,7 @@ impl Gate {
         })
     }
 
-    /// To be told of every new session: a freeze that is still held belongs to an older one.
+    /// Must be called at every new session. A freeze that is still held then belongs to an older session, so the machine is a copy.
     pub fn new_session(&self) {
         self.0.send_if_modified(|state| {
             let held = *state == State::Held;
@@ -55,7 +56,7 @@ impl Gate {
         });
     }
 
-    /// Whether this machine is a copy that has not been made itself yet.
+    /// Whether this machine is a copy that has not been rejuvenated yet.
     pub fn is_restored(&self) -> bool {
         *self.0.borrow() == State::Restored
     }

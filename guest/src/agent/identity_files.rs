@@ -1,5 +1,6 @@
-//! The files that say who a machine is, opened while it is still the original: a copy only has to write them. In a copy the first step
-//! into every part of the kernel is slow (emulated, it is translated anew): looking these two files up there took 50 ms, writing takes 2.
+//! The files that identify a machine. They are opened while it is still the original, so that a copy only has to write them. In a copy the
+//! first use of every part of the kernel is slow (under TCG it is translated anew): looking up these files there took 50 ms, writing them
+//! takes 2 ms.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
@@ -11,14 +12,14 @@ use rustix::mount::MountFlags;
 
 use crate::system::host_name::{self, Names};
 
-/// What a program looks at to learn whether it has been copied; empty in a machine that is no copy.
+/// The file by which a program learns whether it has been copied. It is empty in a machine that is no copy.
 const GENERATION: &str = "generation";
 const GENERATION_DIR: &str = "run/machinen";
 const MACHINE_ID: &str = "etc/machine-id";
 
 const RANDOM: &str = "/dev/urandom";
 
-/// Files to be used in a copy, each with why it cannot be.
+/// The open files for a copy to write, or for each the error of opening it.
 #[derive(Debug)]
 pub struct IdentityFiles {
     random: io::Result<File>,
@@ -28,7 +29,7 @@ pub struct IdentityFiles {
 }
 
 impl IdentityFiles {
-    /// Opens what there is below `root`, `/` in a machine.
+    /// Opens the files below `root`, which is `/` in a machine.
     pub fn prepare(root: &Path) -> Self {
         IdentityFiles {
             random: File::open(RANDOM),
@@ -38,12 +39,12 @@ impl IdentityFiles {
         }
     }
 
-    /// Reads the files anew that a copy only changes in part: commands may have written them since they were opened.
+    /// Reads anew those files of which a copy changes only a part, because commands may have written them since they were opened.
     pub fn read(&mut self) {
         self.names.read();
     }
 
-    /// The kernel's generator.
+    /// The kernel's random generator.
     pub fn random(&self) -> io::Result<&File> {
         self.random.as_ref().map_err(again)
     }
@@ -71,29 +72,29 @@ fn write(file: &io::Result<File>, line: &str) -> io::Result<()> {
     }
 }
 
-/// The same error once more.
+/// A copy of the error.
 fn again(error: &io::Error) -> io::Error {
     error.raw_os_error().map_or_else(|| io::Error::new(error.kind(), error.to_string()), io::Error::from_raw_os_error)
 }
 
-/// In memory, not on a disk: writing there is quicker, and it is nothing to be kept.
+/// Makes the file in memory instead of on a disk, because writing is quicker there and the file need not be kept.
 fn open_generation(root: &Path) -> io::Result<File> {
     let dir = root.join(GENERATION_DIR);
     fs::create_dir_all(&dir)?;
     let path = dir.join(GENERATION);
-    // A test's root is no machine's: nothing is mounted there.
+    // Nothing is mounted in the root of a test.
     if root == Path::new("/") && !path.exists() {
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         rustix::mount::mount("tmpfs", &dir, "tmpfs", flags, c"mode=755,size=64k")?;
     }
     let file = OpenOptions::new().write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW).open(path)?;
     file.set_permissions(Permissions::from_mode(0o444))?;
-    // Its page is there when a copy writes. No more than time is lost without.
+    // Allocates the page now, so that a copy need not. A failure only costs time.
     let _ = rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, 64);
     Ok(file)
 }
 
-/// Only an image that has one gets another. Opening it for writing brings it into the machine's own layer.
+/// Opens the machine id for writing, which copies it to the machine's own layer. An image without one gets none.
 fn open_machine_id(root: &Path) -> io::Result<File> {
     let path = root.join(MACHINE_ID);
     if !fs::symlink_metadata(&path)?.is_file() {

@@ -16,14 +16,14 @@ use super::stream::{Abort, Chunk, FrameWriter};
 use crate::system::cgroup;
 use crate::system::console::reset;
 
-/// How long the announcement may take to reach the host. One that does not answer must not keep the machine alive.
+/// How long the announcement may take to reach the host. A host that does not answer must not keep the machine alive.
 const ANNOUNCED_WITHIN: Duration = Duration::from_secs(1);
-/// How long everything may take to be written; the machine's own disk is written by `FREEZE` in any case.
+/// How long `sync` may take. The machine's own disk is written by `FREEZE` in any case.
 const SYNCED_WITHIN: Duration = Duration::from_secs(10);
 /// The current session's opener, `None` before the first.
 pub type Sessions = watch::Receiver<Option<Opener>>;
 
-/// Knows how to end the machine.
+/// Ends the machine.
 pub struct Lifecycle {
     disks: Disks,
     sessions: Sessions,
@@ -38,36 +38,36 @@ impl Lifecycle {
         &self.disks
     }
 
-    /// A stream to the lifecycle port, opened when first used.
+    /// A stream to the lifecycle port, which is opened when it is first used.
     pub fn output(&self) -> Output {
         Output { sessions: self.sessions.clone(), stream: None, asked: false }
     }
 
-    /// Ends the machine: kills all commands, announces the end with `result` and waits (not for long) until it is `delivered`, brings
-    /// the disk in order.
+    /// Ends the machine: kills all commands, announces the end with `result`, waits a short time for `delivered`, and brings the disk in
+    /// order.
     pub async fn power_off(&self, output: Output, result: &impl Serialize, delivered: impl Future<Output = ()>) -> ! {
         // Failures are not reported: the machine ends in any case, and a disk that was not written out shows it.
         let _ = cgroup::kill_workload();
         let announced = async { tokio::join!(output.end(result), delivered) };
         let _ = tokio::time::timeout(ANNOUNCED_WITHIN, announced).await;
-        // On a thread: a file system whose server does not answer must not keep the machine alive.
+        // On a thread, because a file system whose server does not answer must not keep the machine alive.
         let _ = tokio::time::timeout(SYNCED_WITHIN, tokio::task::spawn_blocking(rustix::fs::sync)).await;
         self.disks.freeze_root();
         reset()
     }
 }
 
-/// Frames for the lifecycle port. A new host after a restore gets a new stream, which begins with the frame the old one did not
-/// take; between two hosts the frame waits. A host that refuses gets nothing.
+/// Sends frames to the lifecycle port. After a restore the new host gets a new stream, which begins with the frame that the old host did
+/// not take. Between two hosts a frame waits. A host that refuses the stream gets no frames.
 pub struct Output {
     sessions: Sessions,
     stream: Option<FrameWriter<Stream>>,
-    /// The current session has been tried.
+    /// Whether the current session's host has been asked for a stream.
     asked: bool,
 }
 
 impl Output {
-    /// The stream of the current session, if its host wants one.
+    /// The stream of the current session; `None` if its host refuses it.
     async fn stream(&mut self) -> Option<&mut FrameWriter<Stream>> {
         let up = |session: &Option<Opener>| session.as_ref().is_some_and(Opener::is_connected);
         while self.stream.is_none() {
@@ -82,7 +82,7 @@ impl Output {
         self.stream.as_mut()
     }
 
-    /// Sends the last frame and waits until the host has closed the stream, so that it is known to have arrived.
+    /// Sends the last frame and waits until the host has closed the stream, which confirms that the frame has arrived.
     async fn end(mut self, result: &impl Serialize) {
         let Some(stream) = self.stream().await else { return };
         if stream.send_json(Kind::End, result).await.is_err() {

@@ -1,4 +1,4 @@
-//! What a command needs before it is started: its environment, its working directory and the file of its program.
+//! Looks up what a command needs before it is started: its environment, its working directory and the file of its program.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,7 +13,7 @@ use crate::reply::{Code, ErrorReply};
 use crate::request::Exec;
 
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Where nothing says otherwise.
+/// Variables that apply unless the configuration or the request sets them.
 const DEFAULT_ENV: [(&str, &str); 4] =
     [("PATH", DEFAULT_PATH), ("HOME", "/root"), ("TERM", "xterm"), ("LANG", "C.UTF-8")];
 /// The command of a terminal whose request names none: `$SHELL`, else bash, else sh, as after a login.
@@ -30,16 +30,16 @@ pub fn path_of<'a>(environment: &BTreeMap<&'a str, &'a str>) -> &'a str {
     environment.get("PATH").copied().unwrap_or_default()
 }
 
-/// The command's variables: the request's, over the configuration's, over the defaults.
+/// The command's variables. The request's win over the configuration's, and these over the defaults.
 pub fn environment<'a>(config: &'a GuestConfig, request: &'a Exec) -> BTreeMap<&'a str, &'a str> {
     let configured = config.env.iter().chain(&request.env).map(|(key, value)| (key.as_str(), value.as_str()));
     DEFAULT_ENV.into_iter().chain(configured).collect()
 }
 
-/// The directory the command begins in. An image's own is made where it is missing.
+/// The directory in which the command starts. If the image's own working directory is missing, it is made.
 pub fn working_directory(config: &GuestConfig, request: &Exec) -> Result<PathBuf, ErrorReply> {
     let cwd = Path::new("/").join(request.cwd.as_deref().or(config.cwd.as_deref()).unwrap_or("/"));
-    // Looked at beforehand: from a failed start one cannot tell whether directory or program was missing.
+    // Checked beforehand, because a failed start does not tell whether directory or program was missing.
     let error = match fs::metadata(&cwd) {
         Err(error) if error.kind() == io::ErrorKind::NotFound && config.make_cwd && request.cwd.is_none() => {
             match fs::create_dir_all(&cwd) {
@@ -54,13 +54,13 @@ pub fn working_directory(config: &GuestConfig, request: &Exec) -> Result<PathBuf
     Err(cwd_refused(&cwd, &error))
 }
 
-/// The reply to a command whose working directory is none.
+/// The reply to a command whose working directory cannot be used.
 pub fn cwd_refused(cwd: &Path, error: &io::Error) -> ErrorReply {
     let message = format!("working directory {}: {error}", cwd.display());
     ErrorReply { code: Code::CwdInvalid, message, errno: errno::of(error) }
 }
 
-/// The file to execute, as a shell would look it up.
+/// Finds the file to execute, as a shell would.
 pub fn resolve(name: &str, path: &str, cwd: &Path) -> Result<PathBuf, ErrorReply> {
     if name.contains('/') {
         return Ok(PathBuf::from(name));
@@ -91,7 +91,7 @@ pub fn refused(name: &str, error: &io::Error) -> ErrorReply {
     ErrorReply { code, message: format!("{name}: {error}"), errno: errno::of(error) }
 }
 
-/// The same for a program that is there: what the kernel missed is not always the program itself.
+/// The reply to a command whose program exists but could not be executed. The file that the kernel missed may be the program's interpreter.
 pub fn refused_program(name: &str, program: &Path, error: &io::Error) -> ErrorReply {
     let mut reply = refused(name, error);
     let why = match error.raw_os_error() {

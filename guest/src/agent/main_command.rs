@@ -1,4 +1,4 @@
-//! The operation `main`: the command the VM exists for. Its end is the machine's.
+//! The operation `main`: runs the command the VM exists for. When the command ends, the machine ends.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -18,15 +18,15 @@ use super::{attend, command};
 use crate::reply::{Done, Exit, Started};
 use crate::request::{Exec, Main};
 
-/// The main command's end, and the machine's with it.
+/// The result of the main command, which ended, and where it is announced.
 pub struct Ended {
     pub exit: Exit,
-    /// Where the end is announced.
+    /// The lifecycle port's stream, on which the end is announced.
     pub announced: Output,
 }
 
-/// Runs the configured command; `None`: it was started detached. Once it has started nothing leads back but the end of the machine; a command
-/// that cannot be started is an error like any other, and the host decides what to do about it.
+/// Runs the configured command. `None`: the command was started detached. Once the command has started, only the end of the machine
+/// follows. A command that cannot be started is an ordinary error, and the host decides what follows.
 pub async fn run<R, W>(
     context: &Arc<Context>,
     request: Main,
@@ -61,15 +61,15 @@ where
         exchange.output.send_json(Kind::Started, &started).await?;
         return Ok(None);
     }
-    // In a copy nobody is attached to it any more.
+    // In a copy the host is no longer attached to the command.
     let mut announced = context.lifecycle.output();
     let exit = attend::attend(running, exchange, &context.main_detached, &mut announced).await;
-    // When that fails, it was killed because its stream ended or made no sense.
+    // An error means that the command was killed, because its stream ended or made no sense.
     let exit = exit.unwrap_or(Exit::Signal { signal: libc::SIGKILL, oom_killed: false });
     Ok(Some(Ended { exit, announced }))
 }
 
-/// From now on a main command with a stream goes on without it, as if it had been started detached.
+/// Lets a main command that has a stream go on without it, as if it had been started detached.
 pub fn detach(context: &Context) -> Result<Done, Abort> {
     if context.main().is_none() {
         return Err(Abort::bad("there is no main command"));
@@ -78,18 +78,18 @@ pub fn detach(context: &Context) -> Result<Done, Abort> {
     Ok(Done {})
 }
 
-/// By the inodes of its pipes a dump knows which are its.
+/// Describes the main command for a dump, which recognizes its pipes by their inodes.
 pub fn described(running: &Running) -> io::Result<MainCommand> {
     let inode = |pipe: BorrowedFd<'_>| Ok::<_, io::Error>(rustix::fs::fstat(pipe)?.st_ino);
     let (stdout, stderr) = (inode(running.stdout.as_fd())?, inode(running.stderr.as_fd())?);
     Ok(MainCommand { pid: running.process.pid.as_raw_pid(), stdout, stderr })
 }
 
-/// Watches over a main command that nobody is attached to.
+/// Attends to a main command that no host is attached to.
 pub async fn attend_detached(context: Arc<Context>, running: Running) {
     let mut output = context.lifecycle.output();
     let exit = attend::pump_until_end(&running, &mut output).await;
-    // Only reading a pipe or waiting can have failed; then it is as lost as a killed one.
+    // Only reading a pipe or waiting can fail here; the command then counts as killed.
     let exit = exit.unwrap_or(Exit::Signal { signal: libc::SIGKILL, oom_killed: false });
     context.lifecycle.power_off(output, &exit, async {}).await
 }

@@ -1,5 +1,5 @@
-//! The agent: serves the host's operations over the channel, one stream each. Single-threaded but for what may wait for a file system,
-//! which has threads (`threads`).
+//! The agent: serves the host's operations over the channel, each on its own stream. It is single-threaded, except that operations that may
+//! wait for a file system run on threads (`threads`).
 
 mod archive;
 mod attend;

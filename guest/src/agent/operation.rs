@@ -1,4 +1,4 @@
-//! One stream: its request, the operation, the last frame.
+//! Serves one stream: reads the request, runs the operation, sends the last frame.
 
 use std::sync::Arc;
 
@@ -26,7 +26,7 @@ pub async fn serve<S: AsyncRead + AsyncWrite>(context: &Arc<Context>, session: O
     let mut exchange = Exchange { input, output, session };
     let done = run(context, &mut exchange).await;
     let output = &mut exchange.output;
-    // The stream is all there is to report a failure to, so a failure to send is not reported.
+    // A failure to send the last frame is not reported, because the stream is the only way to report.
     let _ = match done {
         Ok(Outcome::Done(result)) => output.send_json(Kind::End, &result).await,
         Ok(Outcome::Last(result, announced)) => {
@@ -42,9 +42,9 @@ pub async fn serve<S: AsyncRead + AsyncWrite>(context: &Arc<Context>, session: O
 
 /// How an operation ends.
 enum Outcome {
-    /// With this result.
+    /// Ends with this result.
     Done(Box<RawValue>),
-    /// With this result, and the machine with it, which is announced there.
+    /// Ends with this result, and the machine ends too, which is announced on this output.
     Last(Box<RawValue>, lifecycle::Output),
 }
 
@@ -66,7 +66,7 @@ where
             () = context.gate.passed() => {}
             () = exchange.input.lost() => return Err(Abort::Gone),
         }
-        // An operation the old host still wanted is not one of the copy.
+        // An operation that the old host asked for is not run in the copy.
         if exchange.session_is_over() {
             return Err(Abort::Gone);
         }
@@ -115,7 +115,8 @@ where
     Ok(Outcome::Done(result))
 }
 
-/// All wait but what opens the gate, looks on, sets the clock before the gate opens, or ends.
+/// Whether a request waits at the gate. Requests pass that open the gate, only read, set the clock before the gate opens, or end the
+/// machine.
 fn waits_at_gate(request: &Request) -> bool {
     !matches!(
         request,
@@ -129,7 +130,7 @@ fn waits_at_gate(request: &Request) -> bool {
     )
 }
 
-/// Results are plain structures of numbers and strings, which always have a JSON form.
+/// The JSON of a result. It cannot fail, because results are plain structures of numbers and strings.
 fn json(result: &impl serde::Serialize) -> Box<RawValue> {
     to_raw_value(result).unwrap_or_else(|_| RawValue::NULL.to_owned())
 }

@@ -1,8 +1,8 @@
 //! The guest's end of the channel: the character device of a virtio-serial port.
 //!
-//! Such a device is no socket. While no host is connected a read returns 0 (not end of file) and poll says hang-up. Tokio keeps a
-//! hang-up for good and would call the device readable for ever, so it must not see one: each direction has an epoll instance of
-//! its own around the device, and tokio watches that instance, which is merely readable whenever something happened.
+//! Such a device is no socket. While no host is connected, a read returns 0 (which is not end of file) and poll reports a hang-up. Tokio
+//! remembers a hang-up and would call the device readable for ever, so tokio must not see it. Each direction therefore has an epoll
+//! instance of its own around the device, and tokio watches that instance, which merely becomes readable whenever something happened.
 
 use std::fs;
 use std::io;
@@ -20,9 +20,9 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
 const PORT_NAME: &str = "machinen.channel";
 const PORTS: &str = "/sys/class/virtio-ports";
-/// The kernel learns a port's name from the VMM in the background; on a loaded host that takes a moment.
+/// How long to wait for the port. The kernel learns a port's name from the VMM in the background, which takes a moment on a loaded host.
 const APPEARS_WITHIN: Duration = Duration::from_secs(10);
-/// The kernel's own messages, not those of udev.
+/// The netlink group of the kernel's own messages (udev's are in another).
 const KERNEL_EVENTS: u32 = 1;
 
 /// The open port.
@@ -38,7 +38,7 @@ pub async fn open() -> io::Result<Port> {
         return Port::open(&device);
     }
     let appears = async {
-        // Listens before it looks again: nothing is missed in between.
+        // Listens before looking again, so that no change in between is missed.
         let changes = Changes::listen()?;
         loop {
             if let Some(device) = find()? {
@@ -70,7 +70,7 @@ fn find_named() -> io::Result<Option<String>> {
     Ok(None)
 }
 
-/// Changes of the kernel's devices: a port that has got its name is one.
+/// Events of the kernel's devices. A port that gets its name causes one.
 struct Changes(AsyncFd<OwnedFd>);
 
 impl Changes {
@@ -82,12 +82,12 @@ impl Changes {
         Ok(Self(unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? }))
     }
 
-    /// Waits for one, and takes those that have come since.
+    /// Waits for an event, and takes all that have come since.
     async fn next(&self) -> io::Result<()> {
         let mut ready = self.0.readable().await?;
         loop {
             match recv(self.0.get_ref(), &mut [0; 1][..], RecvFlags::TRUNC) {
-                // Some were lost: the caller looks for the port whatever an event said.
+                // Lost events do not matter, because the caller looks for the port whatever an event said.
                 Ok(_) | Err(Errno::NOBUFS | Errno::INTR) => {}
                 Err(Errno::AGAIN) => break,
                 Err(errno) => return Err(errno.into()),
@@ -111,7 +111,7 @@ impl AsyncRead for Port {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             match rustix::io::read(&self.device, buf.initialize_unfilled()) {
-                // 0: no host. It will be an event when one connects.
+                // 0 means that no host is connected; an event comes when one connects.
                 Ok(0) | Err(Errno::AGAIN) => ready!(self.reads.poll_next(cx))?,
                 Ok(n) => {
                     buf.advance(n);
@@ -144,7 +144,7 @@ impl AsyncWrite for Port {
     }
 }
 
-/// Changes of one device in one direction.
+/// Events of the device in one direction.
 struct Events(AsyncFd<OwnedFd>);
 
 impl Events {
@@ -156,11 +156,12 @@ impl Events {
         Ok(Self(watched))
     }
 
-    /// Waits until something has happened since the last time. Edges: the caller must have tried first.
+    /// Waits until something has happened since the last call. Events are edge-triggered, so the caller must have tried to read or write
+    /// first.
     fn poll_next(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut guard = ready!(self.0.poll_read_ready(cx))?;
         let mut event = [epoll::Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }];
-        // Takes the edge off the instance, so that it is unreadable until the next.
+        // Consumes the event, so that the instance is not readable until the next one.
         epoll::wait(self.0.as_fd(), event.as_mut_slice(), Some(&rustix::event::Timespec::default()))?;
         guard.clear_ready();
         Poll::Ready(Ok(()))

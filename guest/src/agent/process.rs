@@ -1,4 +1,4 @@
-//! A command's process: its start, and the handles by which it is watched and ended.
+//! A command's process: how it is started, watched and ended.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -25,15 +25,16 @@ use crate::system::after_doorbell::COMMAND_FILES;
 use crate::system::open_once::open_once;
 use crate::system::{cgroup, oom};
 
-/// What a command may leave in a pipe before it waits for the agent; more means fewer, larger frames.
+/// How much a command may write to a pipe before it waits for the agent. A larger pipe means fewer, larger frames.
 const PIPE_BYTES: usize = 256 * 1024;
 
-/// A command that was started: its pid, and so its process group, are its own until `wait` returns. Dropped before that, it is killed.
+/// A command that was started. Its pid, and so its process group, belongs to it until `wait` returns. If it is dropped before, the command
+/// is killed.
 pub struct Process {
     pub pid: Pid,
     child: Arc<Child>,
     oom_kills: u64,
-    /// Once it has been reaped.
+    /// How the command ended, once it has been reaped.
     exit: OnceLock<Exit>,
 }
 
@@ -45,15 +46,15 @@ pub struct Running {
     pub stderr: pipe::Receiver,
 }
 
-/// Commands that have not been reaped, by pid: only these may be killed by pid, for another process cannot have theirs yet.
+/// The pids of commands that have not been reaped. Only these may be signalled by pid, because no other process can have their pids yet.
 static UNREAPED: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
 
 fn unreaped() -> MutexGuard<'static, BTreeSet<i32>> {
     UNREAPED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Sends a signal to a command's process group. A command that has been reaped gets none: its number may be another's. A number that is
-/// no signal is not an error.
+/// Sends a signal to a command's process group. A command that has been reaped gets none, because its pid may belong to another process. A
+/// number that is no signal is not an error.
 fn signal(pid: Pid, signal: i32) {
     let pid = pid.as_raw_pid();
     // Held until the signal is sent: the command cannot be reaped in between.
@@ -78,12 +79,12 @@ impl Process {
         Self { pid, child: Arc::new(child), oom_kills, exit: OnceLock::new() }
     }
 
-    /// Waits until it has ended, and lets its pid be its own still.
+    /// Waits until the command has ended, without reaping it: its pid remains its own.
     pub async fn ended(&self) -> io::Result<()> {
         self.child.ended().await
     }
 
-    /// Waits for the command itself (not for what it started) and reaps it. Says the same again when asked again.
+    /// Waits for the command itself (not for what it started) and reaps it. Another call returns the same result.
     pub async fn wait(&self) -> io::Result<Exit> {
         if let Some(exit) = self.exit.get() {
             return Ok(*exit);
@@ -97,17 +98,17 @@ impl Process {
         Ok(*self.exit.get_or_init(|| exit))
     }
 
-    /// Whether anything has been killed for want of memory since it began.
+    /// Whether the kernel has killed any process for want of memory since the command began.
     fn saw_oom_kill(&self) -> io::Result<bool> {
         Ok(oom::kills()? > self.oom_kills)
     }
 
-    /// Whether its pid may be another's.
+    /// Whether the command has been reaped, so that its pid may belong to another process.
     pub fn is_reaped(&self) -> bool {
         self.exit.get().is_some()
     }
 
-    /// Sends a signal to the process group. One that has no member left, or a number that is no signal, is not an error.
+    /// Sends a signal to the process group. A group without members, or a number that is no signal, is not an error.
     pub fn signal(&self, signal: i32) {
         self::signal(self.pid, signal);
     }
@@ -133,18 +134,18 @@ fn reap(pid: Pid, child: &Child) -> io::Result<WaitIdStatus> {
     Ok(status)
 }
 
-/// What a command has for its standard files.
+/// A command's stdin, stdout and stderr.
 #[derive(Clone, Copy)]
 pub enum Stdio<'a> {
     Pipes([BorrowedFd<'a>; 3]),
-    /// For all three, and as the terminal it is controlled from.
+    /// A terminal for all three, which becomes the command's controlling terminal.
     Terminal(BorrowedFd<'a>),
 }
 
 pub fn spawn_with_pipes(image: &Image, user: Option<&User>, with_stdin: bool) -> io::Result<Running> {
     let (stdout, child_stdout) = pipe_with(PipeFlags::CLOEXEC)?;
     let (stderr, child_stderr) = pipe_with(PipeFlags::CLOEXEC)?;
-    // Refused when the user's share of pipe memory is used up; the default size does too.
+    // The kernel refuses this when the user's share of pipe memory is used up. The default size works too.
     let _ = rustix::pipe::fcntl_setpipe_size(&stdout, PIPE_BYTES);
     let (child_stdin, stdin) = if with_stdin {
         let (child_stdin, stdin) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -158,7 +159,7 @@ pub fn spawn_with_pipes(image: &Image, user: Option<&User>, with_stdin: bool) ->
         }
     }
     let process = spawn(image, user, Stdio::Pipes([child_stdin.as_fd(), child_stdout.as_fd(), child_stderr.as_fd()]))?;
-    // End of file is when the command's ends are gone.
+    // Closes the command's ends here, so that their end is seen as end of file.
     drop((child_stdin, child_stdout, child_stderr));
     let (stdout, stderr) = (pipe::Receiver::from_owned_fd(stdout)?, pipe::Receiver::from_owned_fd(stderr)?);
     Ok(Running { process, stdin, stdout, stderr })
@@ -172,29 +173,29 @@ pub fn spawn(image: &Image, user: Option<&User>, stdio: Stdio<'_>) -> io::Result
     Ok(Process::new(spawned.pid, Child::by_pidfd(spawned.pidfd)?, oom_kills))
 }
 
-/// Writing "0" here moves the writer into the commands' control group.
+/// `cgroup.procs` of the commands' control group. Writing "0" to it moves the writer into the group.
 pub fn workload() -> io::Result<&'static File> {
     static WORKLOAD: OnceLock<File> = OnceLock::new();
     open_once(&WORKLOAD, || OpenOptions::new().write(true).open(format!("{}/cgroup.procs", cgroup::WORKLOAD)))
 }
 
-/// All that the child needs, laid out before it is made: it may not allocate.
+/// Everything the child needs, laid out before it is made, because the child may not allocate.
 pub struct Image {
     start: Arc<Start>,
     program: CString,
     cwd: CString,
-    /// Owner of what `argv` and `envp` point to.
+    /// Owns the strings that `argv` and `envp` point to.
     strings: Vec<CString>,
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
-    /// How far the child has come, which runs in the same memory.
+    /// How far the child has come. The child runs in the same memory until it executes its program.
     step: AtomicU8,
 }
 
 impl Image {
-    /// It goes to its working directory.
+    /// The child changes to its working directory.
     pub const ENTERS: u8 = 1;
-    /// It executes its program.
+    /// The child executes its program.
     pub const EXECUTES: u8 = 2;
 
     pub fn new(
@@ -221,12 +222,12 @@ impl Image {
         })
     }
 
-    /// How far the child has come, once it has failed.
+    /// The step at which the child has failed.
     pub fn step(&self) -> u8 {
         self.step.load(Ordering::Relaxed)
     }
 
-    /// Turns the child into the command; comes back only when that fails.
+    /// Turns the child into the command. Returns only if that fails.
     fn become_command(&self, workload: &File, user: Option<&User>, stdio: Stdio<'_>) -> io::Error {
         let Err(error) = self.try_become(workload, user, stdio);
         error
@@ -258,14 +259,14 @@ impl Image {
     }
 }
 
-/// It may hold secrets.
+/// Overwrites the strings, because they may hold secrets.
 impl Drop for Image {
     fn drop(&mut self) {
         self.strings.zeroize();
     }
 }
 
-/// With room for the NUL at its end, so that no copy is left behind when that is added.
+/// `KEY=VALUE` with room for the NUL at its end, so that adding it does not leave a copy of the value in freed memory.
 fn variable(key: &str, value: &str) -> Vec<u8> {
     let mut variable = Vec::with_capacity(key.len() + value.len() + 2);
     variable.extend_from_slice(key.as_bytes());

@@ -1,4 +1,4 @@
-//! The operation `rejuvenate`: makes a copy a machine of its own. What must not be the same twice comes first.
+//! The operation `rejuvenate`: makes a copy a machine of its own. It renews first what must not be the same in two machines.
 
 use std::fs::File;
 use std::io;
@@ -12,13 +12,13 @@ use crate::reply::{Code, ErrorReply, Kept, Rejuvenated};
 use crate::request::Rejuvenate;
 use crate::system::{cgroup, network};
 
-/// `RNDADDENTROPY`: mixes bytes into the kernel's pool and counts them as entropy.
+/// `RNDADDENTROPY`: mixes bytes into the kernel's pool and counts them as entropy (random(4)).
 const ADD_ENTROPY: Opcode = opcode::write::<[i32; 2]>(b'R', 3);
-/// `RNDRESEEDCRNG`: makes the generator take a new key from the pool now, and every process's own generator with it.
+/// `RNDRESEEDCRNG`: makes the kernel's generator take a new key from the pool at once, and every process's own generator (vDSO) with it.
 const RESEED: Opcode = opcode::none(b'R', 7);
 
-/// Renews what identifies the machine, then thaws its commands and opens the gate. Without new randomness and the right time it
-/// stays frozen.
+/// Renews what identifies the machine, then thaws its commands and opens the gate. If randomness or the clock cannot be renewed, the
+/// machine stays frozen.
 pub async fn rejuvenate(context: &Arc<Context>, request: Rejuvenate) -> Result<Rejuvenated, ErrorReply> {
     if !context.gate.is_restored() {
         return Err(ErrorReply::new(Code::BadRequest, "this machine is not a copy that waits to be made itself"));
@@ -66,7 +66,7 @@ pub fn renew(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, Erro
 }
 
 impl Rejuvenated {
-    /// Something that was kept for the time being.
+    /// Records whether `what` has been renewed, which was kept so far.
     pub fn settle(&mut self, what: &'static str, renewed: io::Result<()>) {
         self.kept.retain(|kept| kept.what != what);
         self.note(what, renewed);

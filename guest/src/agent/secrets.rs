@@ -1,6 +1,6 @@
-//! Secrets: values that commands get in their environment when they name them. They are kept in memory alone, overwritten when they are
-//! forgotten, and no copy of the machine has them. What has passed through the channel on their way here may lie in freed memory
-//! until that is used again.
+//! Secrets: values that commands get in their environment when they name them. They are kept only in memory and overwritten when they are
+//! forgotten, and no copy of the machine has them. Freed buffers of the channel through which they came may still hold them until that
+//! memory is used again.
 
 use std::collections::BTreeMap;
 
@@ -9,24 +9,24 @@ use serde::Serialize;
 use crate::reply::{Code, ErrorReply};
 use crate::request::{self, Secret};
 
-/// Names and values together: what commands can be given at all, and then some.
+/// The limit of all names and values together, more than a command's environment can take.
 const MAX_BYTES: usize = 1 << 20;
 
-/// What the host has entrusted to this guest.
+/// The secrets that the host has given to this guest.
 #[derive(Default)]
 pub struct Secrets(BTreeMap<String, Secret>);
 
 /// Result of `secrets`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Entrusted {
-    /// How many there are now.
+    /// How many secrets there are now.
     stored: usize,
-    /// Names that no variable can have.
+    /// Names that were skipped, because no variable can have them.
     skipped: Vec<String>,
 }
 
 impl Secrets {
-    /// Takes secrets in; with `forget`, in place of those there are.
+    /// Stores secrets. With `forget`, those that there are go first.
     pub fn take(&mut self, request: request::Secrets) -> Result<Entrusted, ErrorReply> {
         if request.forget {
             self.forget();
@@ -48,7 +48,7 @@ impl Secrets {
         self.0.clear();
     }
 
-    /// As variables: those with these names.
+    /// The secrets with these names, as variables.
     pub fn named(&self, names: &[String]) -> Result<Vec<(String, Secret)>, ErrorReply> {
         let named = names.iter().map(|name| {
             let unknown = || ErrorReply::new(Code::SecretUnknown, format!("this guest has no secret {name:?}"));
@@ -63,7 +63,7 @@ impl Secrets {
     }
 }
 
-/// What a shell can have as a variable.
+/// Whether a shell can have a variable of this name.
 fn is_name(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
     name.bytes().all(plain) && name.bytes().next().is_some_and(|first| !first.is_ascii_digit())

@@ -20,7 +20,7 @@ use crate::system::guest::Guest;
 use crate::system::phases::Phases;
 use crate::system::step::{Failed, Step};
 
-/// Serves until the machine is reset. Comes back only when it cannot serve at all.
+/// Serves until the machine is reset. Returns only if it cannot serve at all.
 pub fn run(guest: Guest) -> Result<Infallible, Failed> {
     keep_heap();
     runtime().step("runtime")?.block_on(serve(guest))
@@ -30,13 +30,13 @@ fn runtime() -> io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(threads::MOST).build()
 }
 
-/// What is free below the top of the heap stays the agent's, up to this much.
+/// How many free bytes at the top of the heap are kept instead of given back to the kernel.
 const KEPT_HEAP: libc::c_int = 4 << 20;
 
-/// Lets the buffers of a stream come from the heap and stay in it, instead of being mapped and given back each time.
+/// Makes the allocator take a stream's buffers from the heap and keep them there, instead of mapping and unmapping them each time.
 fn keep_heap() {
     for option in [libc::M_TRIM_THRESHOLD, libc::M_MMAP_THRESHOLD] {
-        // SAFETY: sets a number of the allocator's.
+        // SAFETY: sets a parameter of the allocator.
         unsafe { libc::mallopt(option, KEPT_HEAP) };
     }
 }
@@ -52,7 +52,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
     let context = Arc::new(Context::new(guest.config, lifecycle, gate, shares, "/".into()));
     let mut unfinished = Some((guest.boot, guest.phases));
     machinen_channel::serve_guest(port, |opener, incoming| {
-        // Before anything of the session can ask.
+        // Called before any stream of the session can ask the gate.
         context.gate.new_session();
         sessions.send_replace(Some(opener.clone()));
         let first = unfinished.take();
@@ -69,7 +69,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
     Err(Failed::new("channel", io::ErrorKind::UnexpectedEof.into()))
 }
 
-/// Tells the host that this guest is there, and makes the rest of it.
+/// Tells the host that this guest is there, and completes the boot meanwhile.
 async fn complete(opener: &Opener, boot: &BootConfig, mut phases: Phases) {
     phases.mark("session");
     doorbell::ring(opener, || {
@@ -89,7 +89,7 @@ pub async fn serve_session(context: Arc<Context>, session: Opener, mut incoming:
             if request.port != OPERATIONS {
                 return request.refuse();
             }
-            // An opener that is gone already wants nothing.
+            // A stream whose opener has gone is dropped.
             if let Ok(stream) = request.accept().await {
                 operation::serve(&context, session, stream).await;
             }

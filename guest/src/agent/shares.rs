@@ -1,5 +1,5 @@
-//! Shared directories across a snapshot. The host of a copy knows nothing of the files that were open on its original's: so nobody may
-//! hold one when a machine is saved, unless that was asked for, and a copy mounts them anew.
+//! Shared directories (live mounts) across a snapshot. The host of a copy knows nothing of the files that the original had open there. So
+//! no process may hold such a file when a machine is saved, unless the request allows it, and a copy mounts the directories anew.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -16,14 +16,15 @@ use crate::reply::{Code, ErrorReply};
 use crate::system::shares;
 use crate::system::step::Failed;
 
-/// What `rejuvenate` calls them.
+/// The name of the shares in the answer of `rejuvenate`.
 pub const WHAT: &str = "shares";
-/// How many are named.
+/// How many holders an error names.
 const NAMED: usize = 8;
-/// The kernel has no event for the last file of a dead mount being closed; until then the device takes no other mount.
+/// How often a mount is tried again. The kernel has no event for the closing of the last file of a dead mount, and until then the device
+/// takes no other mount.
 const AGAIN: Duration = Duration::from_millis(250);
 
-/// Refuses when a process holds a file on one of the shares. The commands must stand still.
+/// Fails if a process holds a file on one of the shares. The commands must be frozen.
 pub fn refuse_holders(shares: &[Share]) -> Result<(), ErrorReply> {
     let devices: BTreeSet<u64> =
         shares.iter().filter_map(|share| Some(fs::metadata(&share.guest).ok()?.dev())).collect();
@@ -39,7 +40,7 @@ pub fn refuse_holders(shares: &[Share]) -> Result<(), ErrorReply> {
     Err(ErrorReply::new(Code::MountBusy, message))
 }
 
-/// Processes with something on one of the devices: `PID (NAME) PATH`.
+/// The processes that hold a file on one of the devices, as `PID (NAME) PATH`.
 fn holders(devices: &BTreeSet<u64>) -> io::Result<Vec<String>> {
     let own_namespace = fs::read_link("/proc/self/ns/mnt")?;
     let mut held = Vec::new();
@@ -49,7 +50,7 @@ fn holders(devices: &BTreeSet<u64>) -> io::Result<Vec<String>> {
         else {
             continue;
         };
-        // One that ends meanwhile holds nothing.
+        // A process that ends meanwhile holds nothing.
         let Some(at) = holds(&process, devices, &own_namespace) else { continue };
         let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
         let name = if pid == std::process::id() { "the guest's agent" } else { name.trim_end() };
@@ -58,7 +59,7 @@ fn holders(devices: &BTreeSet<u64>) -> io::Result<Vec<String>> {
     Ok(held)
 }
 
-/// The first path on one of the devices that a process holds.
+/// The first path on one of the devices that the process holds.
 fn holds(process: &Path, devices: &BTreeSet<u64>, own_namespace: &Path) -> Option<String> {
     let on_device = |link: &Path| {
         let found = fs::metadata(link).ok()?;
@@ -73,7 +74,7 @@ fn holds(process: &Path, devices: &BTreeSet<u64>, own_namespace: &Path) -> Optio
     links.iter().find_map(|link| on_device(link)).or_else(|| mounted_elsewhere(process, devices, own_namespace))
 }
 
-/// A mount namespace of its own has the shares, too.
+/// A process in a mount namespace of its own holds the shares that are mounted there.
 fn mounted_elsewhere(process: &Path, devices: &BTreeSet<u64>, own_namespace: &Path) -> Option<String> {
     if fs::read_link(process.join("ns/mnt")).ok()? == own_namespace {
         return None;
@@ -90,7 +91,8 @@ fn mount_on(line: &str, devices: &BTreeSet<u64>) -> Option<String> {
     devices.contains(&device).then(|| fields.nth(1).unwrap_or_default().to_owned())
 }
 
-/// Mounts them anew in a copy. `Some`: somebody holds files of the original's, and they come once those are closed.
+/// Mounts the shares anew in a copy. `Some`: processes hold files of the original's mounts, and the shares are mounted once those files are
+/// closed.
 pub async fn renew(context: &Arc<Context>) -> Result<Option<String>, ErrorReply> {
     if context.shares.is_empty() {
         return Ok(None);
@@ -114,7 +116,7 @@ pub async fn renew(context: &Arc<Context>) -> Result<Option<String>, ErrorReply>
     }
 }
 
-/// On a thread: the host's file system answers, or does not.
+/// Mounts on a thread, because the host's file system may not answer.
 async fn mount(context: &Context) -> Result<(), Failed> {
     let shares = context.shares.clone();
     match blocking(move || shares::mount(&shares)).await {

@@ -9,7 +9,7 @@ use super::context::Context;
 use crate::reply::{ErrorReply, Memory, Stats};
 use crate::system::{cgroup, oom};
 
-/// Figures of the whole guest, now.
+/// The current figures of the whole guest.
 pub fn stats(context: &Context) -> Result<Stats, ErrorReply> {
     read(context).map_err(|error| ErrorReply::io("stats", &error))
 }

@@ -13,17 +13,17 @@ use crate::reply::{Code, ErrorReply};
 
 /// Free space made for each read from the stream.
 const READ_SIZE: usize = 64 * 1024;
-/// Payload of the frames that carry bulk data.
+/// Bytes of payload in the frames that carry bulk data.
 pub const CHUNK: usize = 64 * 1024;
-/// How much a host may send to an operation that waits: more than all the input it has credit for from the start.
+/// How many bytes a host may send to an operation that waits. It is more than all the input it has credit for from the start.
 const MAX_WAITING: usize = 2 * INPUT_WINDOW;
 
 /// Why an operation ends without a result.
 #[derive(Debug)]
 pub enum Abort {
-    /// Tell the host.
+    /// The host is told this.
     Reply(ErrorReply),
-    /// The host has gone: there is nobody to tell.
+    /// The host has gone, so nobody is told.
     Gone,
 }
 
@@ -60,7 +60,7 @@ pub struct FrameReader<R> {
 /// Writing half.
 pub struct FrameWriter<W> {
     stream: W,
-    /// A frame was begun and not finished, because its sender was dropped meanwhile: nothing can follow it.
+    /// A frame was begun and not finished, because its future was dropped: no other frame can follow.
     torn: bool,
 }
 
@@ -96,13 +96,14 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// Overwrites what has been read and used up, the frames that `next` gave out and that are no longer held among it.
     pub fn wipe(&mut self) {
         let spare = self.buffer.capacity() - self.buffer.len();
-        // More room than is left: the part before what is still to be read comes back, if nobody has it any more.
+        // Asking for more room than is left makes the buffer reclaim the part before the unread bytes, if no frame holds it any more.
         if self.buffer.try_reclaim(spare + 1) {
             self.buffer.spare_capacity_mut().zeroize();
         }
     }
 
-    /// Waits until the stream ends, keeping what the host sends meanwhile for `next`. Behind too much of that no end is noticed.
+    /// Waits until the stream ends, and keeps what the host sends meanwhile for `next`. After `MAX_WAITING` bytes it reads no further, so
+    /// it does not notice the end.
     pub async fn lost(&mut self) {
         while self.buffer.len() < MAX_WAITING {
             self.buffer.reserve(READ_SIZE);
@@ -160,16 +161,16 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         self.send_frame(kind, &mut chunk.0[..HEADER + length]).await
     }
 
-    /// Sends a payload that stands behind room for its header.
+    /// Sends a frame whose payload stands in `frame` behind room for the header.
     pub async fn send_frame(&mut self, kind: Kind, frame: &mut [u8]) -> Result<(), Abort> {
         let header = frame::header(kind, frame.len() - HEADER)?;
         frame[..HEADER].copy_from_slice(&header);
         self.write(frame).await
     }
 
-    /// Says that no more frames follow.
+    /// Closes this side of the stream: no more frames follow.
     pub async fn finish(&mut self) {
-        // A host that is gone needs no goodbye.
+        // A failure means that the host has gone.
         let _ = self.stream.shutdown().await;
     }
 }
@@ -182,7 +183,7 @@ impl Chunk {
         Self(vec![0; HEADER + CHUNK])
     }
 
-    /// Where the payload goes.
+    /// The space for the payload.
     pub fn payload(&mut self) -> &mut [u8] {
         &mut self.0[HEADER..]
     }

@@ -1,6 +1,7 @@
-//! The agent behind a channel in memory: what waits at the gate, and what the next host finds. Commands need a guest and are left out.
+//! Tests of the agent behind a channel in memory: which requests wait at the gate, and what the next host finds. Commands need a guest and
+//! are left out.
 
-// Clippy exempts test functions only, not what they call.
+// Clippy exempts test functions, but not the functions they call.
 #![allow(clippy::unwrap_used)]
 
 use std::fs::File;
@@ -31,7 +32,7 @@ fn machine() -> Machine {
     let (hosts, mut replaced) = mpsc::channel::<DuplexStream>(1);
     tokio::spawn(async move {
         let mut host = replaced.recv().await.unwrap();
-        // What is under way between the two is lost, as in a snapshot.
+        // Bytes between the two ends are lost, as in a snapshot.
         while let Some(next) = tokio::select! {
             _ = tokio::io::copy_bidirectional(&mut guest, &mut host) => None,
             next = replaced.recv() => next,
@@ -69,7 +70,7 @@ async fn ask(host: &Opener, request: Value) -> Stream {
     stream
 }
 
-/// The last frame of a stream, `None` when it ends without.
+/// The last frame of a stream, or `None` if the stream ends without one.
 async fn answer(mut stream: Stream) -> Option<(Kind, Value)> {
     let mut received = BytesMut::new();
     while !matches!(stream.read_buf(&mut received).await, Ok(0) | Err(_)) {}
@@ -105,7 +106,7 @@ async fn an_operation_waits_at_the_gate_with_what_was_sent_to_it() {
     let mut waiting = ask(&host, write(&path)).await;
     waiting.write_all(&frame::encode(Kind::Data, b"abc").unwrap()).await.unwrap();
     waiting.write_all(&frame::encode(Kind::Eof, b"").unwrap()).await.unwrap();
-    // Answered while the other waits, and after it was received.
+    // The answer shows that the other request, which waits, has been received.
     let (kind, _) = answer(ask(&host, json!({"op": "freeze"})).await).await.unwrap();
     assert_eq!((kind, path.exists()), (Kind::Error, false));
     machine.context.gate.open();
@@ -145,7 +146,7 @@ async fn what_waited_for_the_last_host_is_not_done_for_the_next() {
     let path = directory.path().join("file");
     assert!(machine.context.gate.hold());
     let waiting = ask(&host, write(&path)).await;
-    // More than an operation that waits takes in, so that it does not see its stream end.
+    // More than a waiting operation takes in, so that it does not see the end of its stream.
     let mut flooding = ask(&host, write(&path)).await;
     let flood = frame::encode(Kind::Data, &[0; 1 << 20]).unwrap();
     for _ in 0..2 {

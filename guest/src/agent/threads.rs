@@ -1,6 +1,6 @@
-//! Threads for work that may wait for a file system whose server does not answer (FUSE, 9p): the agent itself goes on meanwhile. A thread
-//! that waits in the kernel cannot be ended. So each kind of work has a number of threads that are its own, and an operation whose
-//! stream ends leaves its thread behind, which counts until the kernel lets it go.
+//! Threads for work that may wait for a file system whose server does not answer (FUSE, 9p), so that the agent itself goes on. A thread
+//! that waits in the kernel cannot be ended. So each kind of work has its own number of threads. An operation whose stream ends leaves its
+//! thread behind, and the thread counts until the kernel lets it go.
 
 use std::io::{self, Read};
 use std::time::Duration;
@@ -15,15 +15,15 @@ use super::exchange::Exchange;
 use super::stream::{Abort, FrameReader};
 use crate::reply::{Code, Done, ErrorReply};
 
-/// Threads of a kind of which an operation needs one for a moment.
+/// The number of threads of a kind that an operation needs only for a moment.
 const EACH: usize = 64;
-/// Threads for what must not wait for any of these kinds: freezing, writing everything out, the end of the machine.
+/// The number of threads for work that must not wait for any of these kinds: freezing, syncing, and the end of the machine.
 const RESERVE: usize = 64;
-/// All there can be.
+/// The highest number of threads in all.
 pub const MOST: usize = 3 * EACH + machinen_channel::MAX_STREAMS + RESERVE;
-/// How long an operation waits for a thread. Threads that all take longer wait for something that may never come.
+/// How long an operation waits for a thread. If no thread is free by then, all may be stuck for ever.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Pieces under way between stream and thread.
+/// How many pieces may be under way between stream and thread.
 const PIECES: usize = 4;
 
 /// One kind of work, and its threads that are free.
@@ -33,13 +33,13 @@ pub struct Threads {
     free: Semaphore,
 }
 
-/// They look a command up and start it.
+/// For looking up and starting commands.
 pub static COMMANDS: Threads = Threads::new("commands that are being started", EACH);
-/// They work on single files and names.
+/// For single files and names.
 pub static FILES: Threads = Threads::new("operations on files", EACH);
-/// They pack and unpack trees.
+/// For packing and unpacking trees.
 pub static ARCHIVES: Threads = Threads::new("copies of trees", EACH);
-/// They last as long as the stream does.
+/// For watches, each of which keeps its thread as long as its stream lasts.
 pub static WATCHES: Threads = Threads::new("watches", machinen_channel::MAX_STREAMS);
 
 impl Threads {
@@ -47,7 +47,7 @@ impl Threads {
         Self { work, number, free: Semaphore::const_new(number) }
     }
 
-    /// Begins `work` as soon as there is a thread for it. It goes on when the handle is dropped; its result is dropped then.
+    /// Begins `work` as soon as a thread is free. Dropping the handle does not stop the work, but drops its result.
     pub async fn start<T: Send + 'static>(
         &'static self,
         work: impl FnOnce() -> T + Send + 'static,
@@ -62,7 +62,7 @@ impl Threads {
         }))
     }
 
-    /// Does `work`, unless the stream that `input` comes from ends before it is done.
+    /// Does `work`. Gives up waiting for it when the stream that `input` comes from ends.
     pub async fn run<R, T>(
         &'static self,
         input: &mut FrameReader<R>,
@@ -80,7 +80,7 @@ impl Threads {
         }
     }
 
-    /// Keeps all of them from work: waits until none has any, as long as `input`'s stream and `limit` allow.
+    /// Takes all threads of this kind: waits until none is at work, at most for `limit` and as long as `input`'s stream lasts.
     pub async fn rest<R: AsyncRead + Unpin>(
         &'static self,
         limit: Duration,
@@ -100,7 +100,7 @@ impl Threads {
         }
     }
 
-    /// Sends what `work` makes.
+    /// Sends the pieces that `work` makes to the host.
     pub async fn send<R, W, T>(
         &'static self,
         exchange: &mut Exchange<R, W>,
@@ -121,7 +121,7 @@ impl Threads {
                     None => output.send_json(Kind::Started, &Done {}).await?,
                     Some(mut piece) => {
                         output.send_frame(Kind::Data, &mut piece).await?;
-                        // None is missed: then the thread makes another.
+                        // A buffer that is not given back is no loss, because the thread makes another.
                         let _ = used.try_send(piece);
                     }
                 }
@@ -134,7 +134,7 @@ impl Threads {
         Ok(made)
     }
 
-    /// Gives `work` what the host sends.
+    /// Gives the data that the host sends to `work`.
     pub async fn receive<R, W, T>(
         &'static self,
         exchange: &mut Exchange<R, W>,
@@ -163,7 +163,7 @@ impl Threads {
             output.send_json(Kind::Started, &Done {}).await?;
             tokio::select! {
                 biased;
-                // It has failed, and says below why: at once, not when the host has sent everything.
+                // The work has failed. Ends at once instead of when the host has sent everything; the error follows below.
                 () = pieces.closed() => Ok(()),
                 fed = feed(input, &pieces) => fed,
             }
@@ -203,7 +203,7 @@ pub async fn finished<T>(thread: JoinHandle<T>) -> Result<T, Abort> {
     thread.await.map_err(|error| Abort::io("thread", &error.into()))
 }
 
-/// Runs on a thread what may wait for a file system whose server does not answer (9p, FUSE): the agent goes on meanwhile.
+/// Runs `work` on a thread, because it may wait for a file system whose server does not answer (9p, FUSE).
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ErrorReply> {
     // Only a panic could lose the result, and that ends the whole agent.
     spawn_blocking(work).await.map_err(|error| ErrorReply::io("thread", &error.into()))
@@ -211,44 +211,44 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
 
 /// A thread's way to the stream.
 pub struct Outgoing {
-    /// `None`: nothing failed up to here, and data will follow.
+    /// `None` says that opening has succeeded and data will follow.
     pieces: mpsc::Sender<Option<Vec<u8>>>,
     spare: mpsc::Receiver<Vec<u8>>,
 }
 
 impl Outgoing {
-    /// To be called before anything is sent.
+    /// Must be called before anything is sent.
     pub fn opened(&self) -> io::Result<()> {
         self.pieces.blocking_send(None).map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 
-    /// Sends a payload that stands behind room for its header, and returns a buffer to fill next, whatever is in it.
+    /// Sends a payload that stands behind room for its header. Returns a buffer to fill next, whose content is arbitrary.
     pub fn hand_on(&mut self, piece: Vec<u8>) -> io::Result<Vec<u8>> {
         self.pieces.blocking_send(Some(piece)).map_err(|_| io::ErrorKind::BrokenPipe)?;
         Ok(self.spare.try_recv().unwrap_or_default())
     }
 }
 
-/// The stream's data, as a thread reads them.
+/// A thread's way to read the stream's data.
 pub struct Incoming {
     opened: Option<oneshot::Sender<()>>,
-    /// `None`: all has come.
+    /// `None` says that all data have come.
     pieces: mpsc::Receiver<Option<Bytes>>,
     is_over: bool,
-    /// What `read` has left of one.
+    /// The part of a piece that `read` has not returned yet.
     rest: Bytes,
 }
 
 impl Incoming {
-    /// Lets the data come.
+    /// Says that opening has succeeded, so that the host sends its data.
     pub fn opened(&mut self) {
         if let Some(opened) = self.opened.take() {
-            // A host that is gone is noticed by the next read.
+            // If the host has gone, the next read fails.
             let _ = opened.send(());
         }
     }
 
-    /// Waits for the next piece; after the last there is `None`. Fails when the stream ends before its data do.
+    /// Waits for the next piece; `None` after the last. Fails if the stream ends before the data do.
     pub fn piece(&mut self) -> io::Result<Option<Bytes>> {
         if self.is_over {
             return Ok(None);

@@ -1,5 +1,5 @@
-//! The operation `tunnel`: a connection to something that listens in this guest, carried by the stream. No network is involved: it goes by
-//! the loopback interface, or to a unix socket.
+//! The operation `tunnel`: carries a connection to a listener in this guest over the stream. The connection goes by the loopback interface
+//! or to a unix socket, so the guest needs no network.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -17,7 +17,7 @@ use super::threads::FILES;
 use crate::reply::{Done, ErrorReply};
 use crate::request::{Destination, Tunnel};
 
-/// Result of `tunnel`: what was carried.
+/// The result of `tunnel`: the bytes carried in each direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Carried {
@@ -25,7 +25,7 @@ pub struct Carried {
     from_guest: u64,
 }
 
-/// Connects and carries bytes until both sides have said that no more come.
+/// Connects, and carries bytes until both sides have ended their direction.
 pub async fn tunnel<R, W>(request: Tunnel, exchange: &mut Exchange<R, W>) -> Result<Carried, Abort>
 where
     R: AsyncRead + Unpin,
@@ -34,7 +34,7 @@ where
     match request.to {
         Destination::Port(port) => {
             let mut connection = connect(port).await.map_err(|error| Abort::io(format!("port {port}"), &error))?;
-            // Not being able to is no reason to refuse.
+            // The tunnel works without it too.
             let _ = connection.set_nodelay(true);
             let (read, write) = connection.split();
             let carried = carry(exchange, read, write).await;
@@ -46,7 +46,7 @@ where
         }
         Destination::Path(path) => {
             let connecting = move || {
-                // It connects at once or not at all; looking the path up may take longer.
+                // Connecting to a unix socket does not wait, but looking its path up may.
                 let connected = Handle::current().block_on(UnixStream::connect(&path));
                 connected.map_err(|error| ErrorReply::io(&path, &error))
             };
@@ -57,7 +57,7 @@ where
     }
 }
 
-/// Programs that listen on `localhost` may have got either address for it.
+/// Tries both addresses of `localhost`, because a program that listens there may have either.
 async fn connect(port: u16) -> io::Result<TcpStream> {
     let loopback: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
     match TcpStream::connect((loopback[0], port)).await {
@@ -83,13 +83,13 @@ where
     let inwards = async {
         let bytes = carry_inwards(input, write).await?;
         finished.send_replace(Some(bytes));
-        // The host stays until it is answered: its end before that is a failure, also when there is nothing to say to it.
+        // The host stays until it is answered. If its stream ends before, that is a failure, even if there is nothing to answer.
         input.closed().await;
         Err(Abort::Gone)
     };
     let outwards = async {
         let from_guest = carry_outwards(read, output).await?;
-        // The sender outlives this.
+        // Waiting cannot fail, because the sender outlives it.
         let to_guest = to_guest.wait_for(Option::is_some).await.map_err(|_| Abort::Gone)?.unwrap_or(0);
         Ok(Carried { to_guest, from_guest })
     };
@@ -109,7 +109,7 @@ async fn carry_inwards(
         bytes += piece.len() as u64;
     }
     match connection.shutdown().await {
-        // The peer has gone entirely: it wanted no more, and what it said is still to be read.
+        // The peer has closed both directions. What it sent before is still to be read.
         Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(bytes),
         done => done.map(|()| bytes).map_err(|error| broken(&error)),
     }

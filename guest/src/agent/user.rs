@@ -1,5 +1,5 @@
-//! Who a command runs as: `user[:group]`, by name or number, looked up in the image's own /etc/passwd and /etc/group the way other container
-//! runtimes do.
+//! The user that a command runs as: `user[:group]`, by name or number. Both are looked up in the image's own /etc/passwd and /etc/group, as
+//! other container runtimes do.
 
 use std::fs;
 use std::io;
@@ -10,9 +10,9 @@ use rustix::fs::{Gid, Uid};
 
 use crate::reply::{Code, ErrorReply};
 
-/// Larger files are not looked through.
+/// The largest file that is searched, in bytes.
 const MAX_FILE: u64 = 16 << 20;
-/// `NGROUPS_MAX`.
+/// `NGROUPS_MAX` of Linux.
 const MAX_GROUPS: usize = 65_536;
 
 /// A resolved user.
@@ -21,7 +21,7 @@ pub struct User {
     uid: Uid,
     gid: Gid,
     groups: Vec<Gid>,
-    /// For commands that are not told another.
+    /// The default of HOME.
     pub home: String,
 }
 
@@ -48,7 +48,7 @@ impl User {
                 None => group.parse().ok().filter(|gid| *gid != u32::MAX).ok_or_else(|| unknown("group", group))?,
             },
         };
-        // A group that is named is all there is; otherwise those the user is a member of count too.
+        // If the request names a group, that is the only one. Otherwise the user's supplementary groups are added.
         let mut groups = vec![Gid::from_raw(gid)];
         if let (Some(account), None) = (&account, group) {
             let member = parsed().filter(|group| group.members.split(',').any(|name| name == account.name));
@@ -60,12 +60,12 @@ impl User {
         Ok(Self { uid: Uid::from_raw(uid), gid: Gid::from_raw(gid), groups, home: home.to_owned() })
     }
 
-    /// Makes a pipe its own, so that the command can open `/dev/stdout` by name.
+    /// Makes this user the owner of a pipe, so that the command can open `/dev/stdout` by name.
     pub fn own(&self, pipe: impl AsFd) -> rustix::io::Result<()> {
         rustix::fs::fchown(pipe, Some(self.uid), Some(self.gid))
     }
 
-    /// The calling thread becomes this user for good. Allocates nothing.
+    /// Makes the calling thread this user for good. Allocates nothing.
     pub fn assume(&self) -> rustix::io::Result<()> {
         rustix::thread::set_thread_groups(&self.groups)?;
         rustix::thread::set_thread_res_gid(self.gid, self.gid, self.gid)?;
@@ -107,7 +107,7 @@ impl<'a> Group<'a> {
     }
 }
 
-/// An image need not have the file.
+/// Reads the file; an image without it counts as having an empty one.
 fn read(path: &Path) -> Result<String, ErrorReply> {
     let failed = |error: &io::Error| ErrorReply::io(path, error);
     match fs::metadata(path) {

@@ -1,5 +1,6 @@
-//! A child that runs in the agent's memory until it executes a program, as after vfork(2). A fork copies page tables, and both sides then
-//! copy the pages they touch; in a guest that has just been restored under emulation all of that is code to be translated first.
+//! Starts a child that runs in the agent's memory until it executes a program, as after vfork(2). A fork would copy page tables, and both
+//! sides would then copy the pages they touch; in a guest that has just been restored under TCG all of that code would have to be
+//! translated first.
 
 use std::ffi::c_void;
 use std::io;
@@ -9,7 +10,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::process::{Pid, Signal, pidfd_send_signal};
 
-/// Enough for a few system calls.
+/// The size of the child's stack in bytes, enough for a few system calls.
 const STACK: usize = 16 * 1024;
 
 #[repr(align(16))]
@@ -21,7 +22,7 @@ pub struct Spawned {
     pub pidfd: OwnedFd,
 }
 
-/// A start that may be called off while it is under way: the child may wait for a file system.
+/// A start that can be called off while it is under way, because the child may wait for a file system.
 #[derive(Default)]
 pub struct Start(AtomicI32);
 
@@ -29,7 +30,7 @@ impl Start {
     const NO_CHILD: i32 = 0;
     const CALLED_OFF: i32 = -1;
 
-    /// There is no child after this, unless it has executed its program already.
+    /// Calls the start off: kills the child, unless it has executed its program already.
     pub fn call_off(&self) {
         let pidfd = self.0.swap(Self::CALLED_OFF, Ordering::AcqRel);
         if pidfd > Self::NO_CHILD {
@@ -40,12 +41,12 @@ impl Start {
         }
     }
 
-    /// For the child: lets it be killed. False: it is not wanted any more.
+    /// Called by the child: makes it possible to kill the child. Returns false if the start has been called off.
     fn begins(&self, pidfd: RawFd) -> bool {
         self.0.compare_exchange(Self::NO_CHILD, pidfd, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    /// Whether the child is its starter's alone again: nobody has called it off since it began.
+    /// Called by the starter when the child has executed or failed. Returns false if the start has been called off since the child began.
     fn ends(&self, pidfd: RawFd) -> bool {
         self.0.compare_exchange(pidfd, Self::NO_CHILD, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
@@ -55,16 +56,16 @@ struct Task<'a> {
     become_program: &'a dyn Fn() -> io::Error,
     start: &'a Start,
     pidfd: RawFd,
-    /// `start` has the descriptor.
+    /// Whether `start` has the descriptor.
     began: bool,
     failed: Option<io::Error>,
 }
 
-/// Starts a child, and returns when it has executed a program, with the default signal handling, or has failed to.
+/// Starts a child with the default signal handling. Returns when the child has executed a program or has failed to.
 ///
 /// # Safety
-/// `become_program` runs in the child while this thread stands still, in the same memory: it must execute, or return why it could not,
-/// and do nothing to memory that would be wrong in the agent: allocate, lock, panic.
+/// `become_program` runs in the child, in the agent's memory, while this thread stands still. It must execute a program or return why it
+/// could not, and must do nothing to memory that would be wrong in the agent: no allocation, no lock, no panic.
 pub unsafe fn spawn(start: &Start, become_program: &dyn Fn() -> io::Error) -> io::Result<Spawned> {
     let mut task = Task { become_program, start, pidfd: -1, began: false, failed: None };
     let mut stack = Stack(MaybeUninit::uninit());
@@ -105,7 +106,8 @@ extern "C" fn run(task: *mut c_void) -> libc::c_int {
     127
 }
 
-/// A program begins with what its parent ignores and blocks; ours ignores SIGPIPE, as every Rust program.
+/// Resets the signals: a program inherits which signals its parent ignores and blocks, and the agent ignores SIGPIPE, like every Rust
+/// program.
 fn default_signals() -> io::Result<()> {
     // SAFETY: both structures are plain data, for which zeros are the default action and the empty set.
     unsafe {

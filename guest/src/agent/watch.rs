@@ -1,9 +1,9 @@
-//! The operation `watch`: what changes below a directory, by inotify(7). It looks through directories, which blocks, so it has a thread of
+//! The operation `watch`: reports changes below a directory, by inotify(7). It reads directories, which may block, so it has a thread of
 //! its own.
 //!
-//! Watches belong to inodes and are made by path, and events tell what was: when one is read, its directory may be somewhere else, and
-//! another in its place. Every event that says where a directory is leads to a look at that place, so that once all have been read
-//! every directory is watched and known by the path it has.
+//! A watch is made by path and belongs to an inode, and an event tells of the past: when it is read, its directory may have moved, and
+//! another may be in its place. So every event that says where a directory is makes the thread look at that place. Once all events have
+//! been read, every directory is watched and known by its present path.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
@@ -34,9 +34,10 @@ use crate::file_names;
 use crate::reply::{Code, Done, ErrorReply};
 use crate::request::Watch;
 
-/// Events read at a time, in bytes. What is not read waits in the kernel, which keeps so many and then says that it lost some.
+/// How many bytes of events are read at a time. Unread events wait in the kernel, which keeps a limited number and reports when it has lost
+/// some.
 const BUFFER: usize = 16 * 1024;
-/// How long after the one half of a rename the other is waited for. The kernel makes both in one system call, one after the other.
+/// How long to wait for the second half of a rename. The kernel makes both in one system call, one after the other.
 const OTHER_HALF: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 const WATCHED: WatchFlags = WatchFlags::CREATE
     .union(WatchFlags::CLOSE_WRITE)
@@ -47,7 +48,7 @@ const WATCHED: WatchFlags = WatchFlags::CREATE
     .union(WatchFlags::DONT_FOLLOW)
     .union(WatchFlags::EXCL_UNLINK);
 
-/// Sends changes until the directory is no longer there.
+/// Sends changes until the directory is gone.
 pub async fn watch<R, W>(request: Watch, exchange: &mut Exchange<R, W>) -> Result<Done, Abort>
 where
     R: AsyncRead + Unpin,
@@ -57,7 +58,7 @@ where
     let tree = WATCHES.run(input, move || Tree::open(&request)).await??;
     output.send_json(Kind::Started, &Done {}).await?;
     let (pieces, mut leaving) = mpsc::channel(1);
-    // Its end wakes the thread when this is dropped.
+    // Dropping this end of the pipe wakes the thread.
     let (gone, _wanted) = pipe_with(PipeFlags::CLOEXEC).map_err(|errno| Abort::io("watch", &errno.into()))?;
     let watching = WATCHES.start(move || tree.follow(&gone, &mut Lines { pieces, piece: Vec::new() })).await?;
     let carrying = async {
@@ -75,7 +76,7 @@ where
     Ok(Done {})
 }
 
-/// A line of JSON. Paths are below the watched directory.
+/// A line of JSON. Paths are relative to the watched directory.
 #[derive(Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 enum Change<'a> {
@@ -83,7 +84,7 @@ enum Change<'a> {
         #[serde(serialize_with = "file_names::serialize")]
         path: &'a Path,
     },
-    /// Closed by somebody who could write to it, or its attributes changed.
+    /// A process that could write to it has closed it, or its attributes have changed.
     Modified {
         #[serde(serialize_with = "file_names::serialize")]
         path: &'a Path,
@@ -102,7 +103,7 @@ enum Change<'a> {
     Lost,
 }
 
-/// Lines on their way to the stream, one piece of them at a time.
+/// Collects lines and sends them to the stream in pieces.
 struct Lines {
     pieces: mpsc::Sender<Vec<u8>>,
     piece: Vec<u8>,
@@ -123,14 +124,14 @@ impl Lines {
     }
 }
 
-/// What was moved away, and may turn up again.
+/// The first half of a rename, whose second half may follow.
 struct Moving {
     cookie: u32,
     from: PathBuf,
     is_directory: bool,
 }
 
-/// Directories by their watch and by their path below the root; neither is two's.
+/// The watched directories, by their watch and by their path below the root. Both keys are unique.
 #[derive(Default)]
 struct Directories {
     paths: HashMap<i32, PathBuf>,
@@ -138,7 +139,7 @@ struct Directories {
 }
 
 impl Directories {
-    /// Returns the watch of what had this path until now.
+    /// Returns the watch of the directory that had this path until now.
     fn insert(&mut self, watch: i32, path: PathBuf) -> Option<i32> {
         self.remove(watch);
         let other = self.watches.insert(path.clone(), watch);
@@ -151,7 +152,7 @@ impl Directories {
         self.paths.remove(&watch).map(|path| self.watches.remove(&path));
     }
 
-    /// The directory that has this path, and all below it.
+    /// Removes and returns the directory with this path and all below it.
     fn take(&mut self, path: &Path) -> Vec<(i32, PathBuf)> {
         let from = self.watches.range::<Path, _>((Bound::Included(path), Bound::Unbounded));
         let below = from.take_while(|(below, _)| below.starts_with(path));
@@ -167,7 +168,7 @@ struct Tree {
     inotify: Arc<OwnedFd>,
     root: PathBuf,
     recursive: bool,
-    /// The root's watch. There are events for as long as it is among the others.
+    /// The root's watch. Events come as long as it is among `directories`.
     top: i32,
     directories: Directories,
     moving: Option<Moving>,
@@ -186,14 +187,14 @@ impl Tree {
         Ok(tree)
     }
 
-    /// The watch of what is there, which it may have already.
+    /// Watches the directory at this path. Returns its watch, which it may have had already.
     fn add(&self, directory: &Path) -> io::Result<i32> {
         let is_root = directory.as_os_str().is_empty();
         let flags = if is_root { WATCHED | WatchFlags::MOVE_SELF } else { WATCHED };
         Ok(inotify::add_watch(&self.inotify, self.root.join(directory), flags)?)
     }
 
-    /// What had the path until now is there no more: an event says so, or is about to.
+    /// Records where a directory is. Another directory that had this path is no longer there, as another event says or will say.
     fn place(&mut self, watch: i32, path: PathBuf) {
         if let Some(other) = self.directories.insert(watch, path) {
             self.unwatch(other);
@@ -201,11 +202,12 @@ impl Tree {
     }
 
     fn unwatch(&self, watch: i32) {
-        // One that is gone already is fine.
+        // A watch that is gone already is no error.
         let _ = inotify::remove_watch(&self.inotify, watch);
     }
 
-    /// Watches a directory and those below it. With `lines`, what is in those that were not known by their path is new to the host.
+    /// Watches a directory and those below it. With `lines`, the content of directories that were not known by their path is reported as
+    /// new.
     fn enter(&mut self, directory: PathBuf, mut lines: Option<&mut Lines>) -> Result<(), Abort> {
         let mut unseen = vec![directory];
         while let Some(directory) = unseen.pop() {
@@ -234,14 +236,15 @@ impl Tree {
         Ok(())
     }
 
-    /// A directory above the root may have another name now. Then nothing below it can be found any more.
+    /// Checks that the root can still be reached by its path: a directory above it may have been renamed, and then nothing below it can be
+    /// found.
     fn check_root(&mut self) {
         if self.add(Path::new("")).ok() != Some(self.top) {
             self.directories.remove(self.top);
         }
     }
 
-    /// Tells of changes until the root, or the host, is gone.
+    /// Reports changes until the root or the host is gone.
     fn follow(mut self, gone: &OwnedFd, lines: &mut Lines) -> Result<(), Abort> {
         let failed = |errno: Errno| Abort::io("inotify", &errno.into());
         let inotify = Arc::clone(&self.inotify);
@@ -277,10 +280,10 @@ impl Tree {
         if events.contains(ReadFlags::QUEUE_OVERFLOW) {
             return self.look_again(lines);
         }
-        // Events of a directory that was moved out may still have been on their way.
+        // Events of a directory that was moved out of the tree may still arrive; they are dropped.
         let Some(directory) = self.directories.paths.get(&event.wd()) else { return Ok(()) };
         let Some(name) = event.file_name() else {
-            // Only the root is told of its own move.
+            // Only the root's watch asks for events of its own move.
             if events.intersects(ReadFlags::IGNORED | ReadFlags::MOVE_SELF) {
                 self.directories.remove(event.wd());
             }
@@ -298,7 +301,8 @@ impl Tree {
             }
             self.leave(&moving.from, is_directory, lines)?;
         }
-        // The kernel makes both halves of a rename while nobody else changes names in its directories. One rename at a time is waited for.
+        // While the kernel makes the two halves of a rename, no other names change in the two directories. So at most one rename is waited
+        // for at a time.
         let of_names = ReadFlags::CREATE | ReadFlags::DELETE | ReadFlags::MOVED_FROM | ReadFlags::MOVED_TO;
         if events.intersects(of_names)
             && self
@@ -323,7 +327,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Whether the directory that is there now, if one still is, is the one that was known where this came from.
+    /// Whether the directory at `to`, if there is one, is the one that was known by the path it was moved from.
     fn is_the_same(&self, moving: &Moving, to: &Path) -> bool {
         !(moving.is_directory && self.recursive)
             || self.add(to).map_or(true, |watch| self.directories.paths.get(&watch) == Some(&moving.from))
@@ -340,12 +344,12 @@ impl Tree {
         self.enter(to, Some(lines))
     }
 
-    /// What was moved away has left the tree.
+    /// Reports that what was moved away has left the tree, because no second half has come.
     fn settle(&mut self, lines: &mut Lines) -> Result<(), Abort> {
         self.moving.take().map_or(Ok(()), |moving| self.leave(&moving.from, moving.is_directory, lines))
     }
 
-    /// What had this path is gone, with everything below it.
+    /// Reports that what had this path is gone, with everything below it.
     fn leave(&mut self, from: &Path, is_directory: bool, lines: &mut Lines) -> Result<(), Abort> {
         if is_directory {
             for (watch, _) in self.directories.take(from) {
@@ -355,7 +359,8 @@ impl Tree {
         lines.push(&Change::Removed { path: from })
     }
 
-    /// After events were lost directories may be anywhere. The host is told last: it finds what it looks for being watched.
+    /// Watches the whole tree anew, because after lost events directories may be anywhere. The host is told last, so that what it then
+    /// looks at is watched.
     fn look_again(&mut self, lines: &mut Lines) -> Result<(), Abort> {
         self.settle(lines)?;
         let before = mem::take(&mut self.directories);
@@ -367,7 +372,7 @@ impl Tree {
     }
 }
 
-/// `None`: what was there vanished, which is an event of its own.
+/// `None`: the path has vanished, of which there is an event.
 fn unless_gone<T>(path: &Path, found: io::Result<T>) -> Result<Option<T>, Abort> {
     match found {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
@@ -375,7 +380,7 @@ fn unless_gone<T>(path: &Path, found: io::Result<T>) -> Result<Option<T>, Abort>
     }
 }
 
-/// Whether another filesystem, or another part of one, is mounted there.
+/// Whether a file system is mounted at this directory.
 fn is_mount(directory: &Path) -> bool {
     statx(CWD, directory, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::TYPE)
         .is_ok_and(|found| found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
@@ -402,7 +407,7 @@ mod tests {
 
     use super::*;
 
-    /// A directory, and what a host is told of it.
+    /// A watched directory and the changes that are reported to the host.
     struct Watched {
         directory: TempDir,
         pieces: mpsc::Receiver<Vec<u8>>,
@@ -426,7 +431,7 @@ mod tests {
             self.directory.path().join(path)
         }
 
-        /// All that has been told, up to the creation of this file.
+        /// All changes reported up to the creation of this file.
         fn until(&mut self, marker: &str) -> Vec<Value> {
             fs::write(self.at(marker), "").unwrap();
             let last = created(marker);
@@ -461,7 +466,7 @@ mod tests {
         json!({"kind": "moved", "from": from, "path": path})
     }
 
-    /// Everything below, by its path.
+    /// The paths of everything below `directory`.
     fn found(directory: &Path, below: &Path, all: &mut BTreeSet<PathBuf>) {
         for entry in fs::read_dir(directory.join(below)).unwrap() {
             let entry = entry.unwrap();
@@ -473,7 +478,7 @@ mod tests {
         }
     }
 
-    /// What somebody who was told all this takes the tree for.
+    /// Applies the reported changes, so that `all` is the tree as a host would know it.
     fn apply(all: &mut BTreeSet<PathBuf>, changes: &[Value]) {
         let take = |all: &mut BTreeSet<PathBuf>, from: &Path| {
             let (taken, rest) = mem::take(all).into_iter().partition::<BTreeSet<_>, _>(|path| path.starts_with(from));
@@ -560,14 +565,14 @@ mod tests {
                         random ^= random << 17;
                         random % n
                     };
-                    // Fewer events in all than the kernel keeps.
+                    // So few that the kernel keeps all their events.
                     for _ in 0..1200 {
                         let place = |depth: u64, choose: &mut dyn FnMut(u64) -> u64| {
                             (0..=depth).fold(root.clone(), |path, _| path.join(format!("d{}", choose(3))))
                         };
                         let depth = choose(4);
                         let path = place(depth, &mut choose);
-                        // Many of these cannot be done, which is fine.
+                        // Many of these operations fail, which does not matter.
                         let _ = match choose(6) {
                             0 | 1 => fs::create_dir_all(path),
                             2 | 3 => fs::write(path.join("file"), ""),
@@ -584,14 +589,14 @@ mod tests {
             turn += 1;
             apply(&mut all, &watched.until(&format!("m{turn}")));
         }
-        // What was done before this is all told by then.
+        // The marker comes last, so every change before it has been reported.
         apply(&mut all, &watched.until("end"));
         let mut there = BTreeSet::new();
         found(watched.directory.path(), Path::new(""), &mut there);
         there.retain(|path| path.starts_with("d0") || path.starts_with("d1") || path.starts_with("d2"));
         all.retain(|path| path.starts_with("d0") || path.starts_with("d1") || path.starts_with("d2"));
         assert_eq!(all, there);
-        // And every directory is watched.
+        // Every directory must be watched.
         for path in there.iter().filter(|path| !path.ends_with("file")) {
             watched.until(path.join("last").to_str().unwrap());
         }
@@ -607,7 +612,7 @@ mod tests {
         }
         fs::create_dir_all(watched.at("new/deep")).unwrap();
         fs::rename(watched.at("old"), watched.at("new/old")).unwrap();
-        // Nobody has read until now.
+        // Reading begins only here.
         let lost = json!({"kind": "lost"});
         while !watched.told.contains(&lost) {
             let piece = watched.pieces.blocking_recv().unwrap();

@@ -57,7 +57,7 @@ pub fn boot(agent: impl FnOnce(Guest) -> Result<Infallible, Failed>) -> Result<I
                 Err(failed) => give_up(&failed),
             }
         }
-        // The child has what it needs of `writable`; pid 1 keeps no descriptor but the console.
+        // Closes `writable`, because the child has its own copy and pid 1 keeps no descriptor but the console.
         pid => {
             drop((writable, mounted));
             root::free(initramfs)?;

@@ -1,5 +1,5 @@
-//! What a command needs and the doorbell does not. Runs in the agent, after it has told the host that it is there and before it
-//! takes the first operation, so that the host's own work on the news overlaps with it.
+//! Prepares what commands need but the doorbell does not. It runs in the agent, after the doorbell and before the first operation, so that
+//! the host acts on the doorbell meanwhile.
 
 use std::ffi::CStr;
 use std::path::Path;
@@ -31,15 +31,15 @@ const LINKS: [(&str, &str); 4] = [
     ("/proc/self/fd/2", "/dev/stderr"),
 ];
 
-/// Open files of the agent: a few for each stream.
+/// The agent's limit of open files: it needs a few for each stream.
 const AGENT_FILES: Rlimit = Rlimit { current: Some(524_288), maximum: Some(524_288) };
-/// Open files of a command: the old limit for programs that use select(), and the right to raise it.
+/// A command's limit of open files: the old limit, for programs that use select(), and the right to raise it.
 pub const COMMAND_FILES: Rlimit = Rlimit { current: Some(1024), maximum: Some(524_288) };
 
-/// Pids of commands lie above it, so that a machine that brings back processes has theirs free: its own are below.
+/// Commands get pids above this. The machine's own processes have pids below, so a machine that restores processes has their pids free.
 const RESERVED_PIDS: &str = "1000";
 
-/// Completes the guest. With `revive` it is for processes that have their pids already.
+/// Completes the guest. With `revive` pids are not reserved, because restored processes have theirs already.
 pub fn complete(boot: &BootConfig, phases: &mut Phases) -> Result<(), Failed> {
     for (kind, at, options) in MOUNTS {
         make_directory(at, 0o755).step(at)?;
@@ -50,7 +50,7 @@ pub fn complete(boot: &BootConfig, phases: &mut Phases) -> Result<(), Failed> {
     for (target, link) in LINKS {
         rustix::fs::symlink(target, link).step(link)?;
     }
-    // A link of the image that leads nowhere stays as it is: programs that need a /tmp say so.
+    // A dangling link of the image stays as it is; programs that need /tmp report it.
     if Path::new("/tmp").symlink_metadata().is_err() {
         make_directory("/tmp", 0o1777).step("/tmp")?;
         // mkdir's mode is cut by the umask.
@@ -59,11 +59,11 @@ pub fn complete(boot: &BootConfig, phases: &mut Phases) -> Result<(), Failed> {
     phases.mark("files");
     cgroup::set_up().step("cgroups")?;
     phases.mark("cgroups");
-    // The agent is the last to go when memory runs out: without it the host cannot even see why.
+    // The kernel must not kill the agent when memory runs out, because without the agent the host cannot see why.
     fs::write("/proc/self/oom_score_adj", "-1000").step("oom_score_adj")?;
     rustix::process::setrlimit(Resource::Nofile, AGENT_FILES).step("open files")?;
     host_name::set(&boot.hostname).step("hostname")?;
-    // A disk that is the caller's own may have its own idea. An image whose files cannot be written runs without.
+    // A root disk of the caller's keeps its own host name. An image whose files cannot be written runs without.
     if let Err(error) = host_name::write(Path::new("/"), &boot.hostname, boot.root == RootKind::Disk) {
         console::say(&format!("/etc/hostname, /etc/hosts: {error}"));
     }
@@ -73,14 +73,14 @@ pub fn complete(boot: &BootConfig, phases: &mut Phases) -> Result<(), Failed> {
     }
     network::loopback_up().step("loopback")?;
     if let Some(network) = &boot.network {
-        // A disk that is the caller's own may have its own idea.
+        // A root disk of the caller's keeps its own resolver configuration.
         network::set_up(network, boot.root == RootKind::Disk)?;
         phases.mark("network");
     }
     Ok(())
 }
 
-/// Lets commands to come have pids of their own range.
+/// Makes commands that are started from now on get pids above the reserved ones.
 pub fn reserve_pids() -> io::Result<()> {
     fs::write("/proc/sys/kernel/ns_last_pid", RESERVED_PIDS)
 }

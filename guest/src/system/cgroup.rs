@@ -1,5 +1,5 @@
-//! Two control groups: the agent's own and the commands', so that commands can be frozen, killed, counted and limited as one. What a
-//! command moves into groups of its own making beside them, as container engines do, is the commands' too.
+//! Two control groups, the agent's and the commands', so that commands can be frozen, killed, counted and limited together. Groups that
+//! commands make beside them and move into, as container engines do, count as the commands' too.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -10,9 +10,9 @@ use std::sync::{Mutex, PoisonError};
 use super::root::make_directory;
 
 const ROOT: &str = "/sys/fs/cgroup";
-/// The agent.
+/// The agent's group.
 const SYSTEM: &str = "/sys/fs/cgroup/system";
-/// Every command.
+/// The commands' group.
 pub const WORKLOAD: &str = "/sys/fs/cgroup/workload";
 
 /// Makes both groups and puts this process into `system`. No controller is turned on: freezing, killing and counting processes need
@@ -29,7 +29,7 @@ pub fn processes() -> io::Result<u64> {
     Ok(pids.lines().count() as u64)
 }
 
-/// Pids of all commands, those in groups they made themselves included.
+/// The pids of all commands, also of those in groups they made themselves.
 pub fn workload_pids() -> io::Result<Vec<i32>> {
     let mut pids = Vec::new();
     let mut groups = workload_groups()?;
@@ -47,7 +47,7 @@ pub fn is_below_workload(group: &str) -> bool {
     below.is_some_and(|below| below.is_empty() || below.starts_with('/'))
 }
 
-/// The topmost groups of the commands: their own, and those they made beside it.
+/// The topmost groups of the commands: `workload`, and the groups they made beside it.
 fn workload_groups() -> io::Result<Vec<PathBuf>> {
     Ok(groups_in(Path::new(ROOT))?.into_iter().filter(|group| group != Path::new(SYSTEM)).collect())
 }
@@ -80,7 +80,7 @@ fn gather_workload() -> io::Result<()> {
             continue;
         }
         match fs::write(format!("{WORKLOAD}/cgroup.procs"), pid) {
-            // It has ended meanwhile.
+            // The process has ended meanwhile.
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
             moved => moved?,
         }
@@ -88,11 +88,11 @@ fn gather_workload() -> io::Result<()> {
     Ok(())
 }
 
-/// The `cgroup.freeze` of each frozen group. Open from the freeze on: see `open_once`.
+/// The `cgroup.freeze` of each frozen group. These files stay open from the freeze on: see `open_once`.
 static FROZEN: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
-/// Begins to freeze every command. Returns what each group says of itself (`is_frozen`); a change is an exceptional condition (`POLLPRI`) of
-/// the file.
+/// Begins to freeze every command. Returns the `cgroup.events` of each group, whose content `is_frozen` reads. A change is an exceptional
+/// condition (`POLLPRI`) of the file.
 pub fn freeze_workload() -> io::Result<Vec<File>> {
     gather_workload()?;
     let mut frozen = FROZEN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -108,7 +108,7 @@ pub fn freeze_workload() -> io::Result<Vec<File>> {
     Ok(events)
 }
 
-/// Lets the commands run again. A group that cannot be thawed does not keep the others still; it is tried again by the next thaw.
+/// Thaws the commands. A group that cannot be thawed does not keep the others frozen; the next thaw tries it again.
 pub fn thaw_workload() -> io::Result<()> {
     let mut frozen = FROZEN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut failed = Ok(());
@@ -122,7 +122,7 @@ pub fn thaw_workload() -> io::Result<()> {
     failed
 }
 
-/// Whether that content says that all of the group are frozen.
+/// Whether the content of `cgroup.events` says that the whole group is frozen.
 pub fn is_frozen(events: &[u8]) -> bool {
     events.split(|byte| *byte == b'\n').any(|line| line == b"frozen 1")
 }

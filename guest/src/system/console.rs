@@ -1,4 +1,4 @@
-//! The kernel's console: the last resort for messages. Nothing is printed in normal operation, a serial character is slow.
+//! The kernel's console, the last resort for messages. Nothing is printed in normal operation, because a serial console is slow.
 
 use std::io::{self, Write};
 
@@ -7,8 +7,8 @@ use rustix::fs::{Mode, OFlags};
 
 use super::step::Failed;
 
-/// Points descriptors 0, 1 and 2 at the console of the new root. The ones the kernel gave belong to the initramfs; one of those in
-/// any process makes every CRIU dump of it fail ("Can't lookup mount").
+/// Points descriptors 0, 1 and 2 at the console of the new root. The kernel's own belong to the initramfs, and one of those in any process
+/// makes every CRIU dump of it fail ("Can't lookup mount").
 pub fn reopen() -> io::Result<()> {
     let console = rustix::fs::open("/dev/console", OFlags::RDWR | OFlags::NOCTTY, Mode::empty())?;
     rustix::stdio::dup2_stdin(&console)?;
@@ -18,16 +18,16 @@ pub fn reopen() -> io::Result<()> {
     Ok(())
 }
 
-/// Writes one line, in init's name, and waits until it has left the machine.
+/// Writes one line with init's name, and waits until it has left the machine.
 pub fn say(message: &str) {
-    // Opened afresh: when a boot step failed, descriptor 2 may be anything.
+    // Opened anew, because descriptor 2 may be anything when a boot step has failed.
     let Ok(mut console) = std::fs::OpenOptions::new().write(true).open("/dev/console") else { return };
-    // Nothing can be done about a console that does not take the message.
+    // If the console does not take the message, nothing else can report it.
     let _ = console.write_all(format!("{INIT}{message}\n").as_bytes());
     let _ = rustix::termios::tcdrain(&console);
 }
 
-/// Says why this guest cannot go on, and resets it.
+/// Prints why this guest cannot go on, and resets the machine.
 pub fn give_up(failed: &Failed) -> ! {
     say(&failed.to_string());
     reset()
@@ -35,7 +35,7 @@ pub fn give_up(failed: &Failed) -> ! {
 
 /// Restarts the machine, which ends the VM: the VMM runs with reboots off, and a guest without ACPI has no other way out.
 pub fn reset() -> ! {
-    // It returns only where the caller may not do it, and then there is nothing better than to end.
+    // It returns only if the caller may not reset the machine; then this process ends.
     let _ = rustix::system::reboot(rustix::system::RebootCommand::Restart);
     std::process::exit(1)
 }

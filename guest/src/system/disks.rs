@@ -1,4 +1,4 @@
-//! Disks by virtio serial, never by letter: which of them are attached differs from boot to boot.
+//! Finds disks by virtio serial, never by letter, because which disks are attached differs from boot to boot.
 
 use std::{fs, io};
 
@@ -11,21 +11,21 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Its device node.
+    /// The path of its device node.
     pub fn node(&self) -> String {
         format!("/dev/{}", self.name)
     }
 
-    /// Its size.
+    /// Its size in bytes.
     pub fn bytes(&self) -> io::Result<u64> {
         let sectors = fs::read_to_string(format!("/sys/block/{}/size", self.name))?;
         let sectors: u64 = sectors.trim_end().parse().map_err(io::Error::other)?;
-        // The kernel counts in 512 bytes whatever the device's own sector size.
+        // The kernel counts in units of 512 bytes, whatever the device's own sector size.
         Ok(sectors * 512)
     }
 }
 
-/// The disks with these serials. Reads no more serials than it needs: each is a round trip to the VMM.
+/// The disks with these serials. Reads no more serials than needed, because each costs a round trip to the VMM.
 pub fn find<const N: usize>(serials: [&str; N]) -> Result<[Disk; N], Failed> {
     let mut found = [const { None }; N];
     for letter in 'a'..='z' {

@@ -1,4 +1,4 @@
-//! An ext4 filesystem grows to the size of its disk: the host enlarges the (sparse) file before the boot, and nothing else.
+//! Grows an ext4 file system to the size of its disk. Before the boot the host only enlarges the (sparse) file.
 
 use std::fs::File;
 use std::io;
@@ -23,7 +23,7 @@ struct Size {
     block_bytes: u64,
 }
 
-/// Grows the filesystem mounted at `mount` to fill `disk`. Where the sizes match this reads one block the mount has read already.
+/// Grows the file system mounted at `mount` to fill `disk`. If the sizes match, this reads only one block, which mounting has read already.
 pub fn to_disk(mount: impl AsFd, disk: &Disk) -> io::Result<()> {
     let mut superblock = [0; 1024];
     File::open(disk.node())?.read_exact_at(&mut superblock, SUPERBLOCK_OFFSET)?;
@@ -44,7 +44,7 @@ fn parse(superblock: &[u8; 1024]) -> Option<Size> {
         return None;
     }
     let high = if word(0x60) & INCOMPAT_64BIT == 0 { 0 } else { word(0x150) };
-    // Beyond 64 KiB blocks it is no ext4, and shifting by it would overflow.
+    // An ext4 has blocks of at most 64 KiB; larger values would overflow the shift.
     let block_bytes = 1024_u64.checked_shl(word(0x18)).filter(|_| word(0x18) <= 6)?;
     Some(Size { blocks: u64::from(high) << 32 | u64::from(word(0x4)), block_bytes })
 }

@@ -8,12 +8,12 @@ use std::path::Path;
 
 const HOSTNAME: &str = "etc/hostname";
 const HOSTS: &str = "etc/hosts";
-/// The address of the machine's own name, as Debian has it: it is there without a network, too.
+/// The address of the machine's own name, as in Debian. It exists without a network too.
 const OWN_ADDRESS: &str = "127.0.1.1";
-/// What every machine has, each with the line for a file without it.
+/// The names that every machine's /etc/hosts has, each with the line that is added if it is missing.
 const LOCALHOST: [(&str, &str); 2] =
     [("127.0.0.1", "127.0.0.1\tlocalhost\n"), ("::1", "::1\tlocalhost ip6-localhost ip6-loopback\n")];
-/// Larger files are left alone.
+/// Files larger than this, in bytes, are left as they are.
 const MAX_FILE: u64 = 1 << 20;
 
 /// The kernel's host name.
@@ -21,7 +21,7 @@ pub fn current() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
-/// Gives a running machine another name, in its files as well.
+/// Gives a running machine another name, in the kernel and in its files.
 pub fn rename(hostname: &str, files: &Names) -> io::Result<()> {
     let old = current();
     set(hostname)?;
@@ -34,11 +34,11 @@ pub fn set(hostname: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes both files below `root`. What an image says of other hosts stays. With `keep` a file that is there stays as it is.
+/// Writes both files below `root`, and keeps what they say of other hosts. With `keep`, a file that exists stays as it is.
 pub fn write(root: &Path, name: &str, keep: bool) -> io::Result<()> {
     let hosts = root.join(HOSTS);
     fs::create_dir_all(root.join("etc"))?;
-    // Of the machine this root was copied from, or of the one the image was made in.
+    // The name of the machine from which this root was copied, or in which the image was made.
     let old = read(&root.join(HOSTNAME))?;
     if old.is_none() || !keep {
         replace(&root.join(HOSTNAME), &format!("{name}\n"))?;
@@ -53,7 +53,7 @@ pub fn write(root: &Path, name: &str, keep: bool) -> io::Result<()> {
     }
 }
 
-/// The text of a file that is a regular one, `None` if there is nothing. A link leads to what another program keeps.
+/// The text of a regular file, or `None` if there is no file. A link is refused, because another program keeps its target.
 fn read(path: &Path) -> io::Result<Option<String>> {
     match fs::symlink_metadata(path) {
         Ok(found) if found.is_file() && found.len() <= MAX_FILE => Ok(Some(fs::read_to_string(path)?)),
@@ -78,7 +78,7 @@ fn set_text(file: &File, text: &str) -> io::Result<()> {
     file.set_len(text.len() as u64)
 }
 
-/// Both files, open, with what they hold: a copy of the machine only has to write them.
+/// Both files, opened and read, so that a copy of the machine only has to write them.
 #[derive(Debug)]
 pub struct Names {
     hostname: Option<Opened>,
@@ -86,7 +86,7 @@ pub struct Names {
 }
 
 impl Names {
-    /// Opens what there is below `root` and reads it.
+    /// Opens and reads the files that exist below `root`.
     pub fn open(root: &Path) -> Self {
         let mut names = Self { hostname: Opened::at(&root.join(HOSTNAME)), hosts: Opened::at(&root.join(HOSTS)) };
         names.read();
@@ -100,14 +100,14 @@ impl Names {
         }
     }
 
-    /// The machine that was called `old` is called `new`. A file that calls it otherwise, or is not there, is somebody else's affair.
+    /// Changes the machine's name from `old` to `new`. A file that has another name, or does not exist, is left as it is.
     pub fn rename(&self, old: &str, new: &str) -> io::Result<()> {
         edit(self.hostname.as_ref(), |text| if text.trim() == old { format!("{new}\n") } else { text.to_owned() })?;
         edit(self.hosts.as_ref(), |text| renamed(text, old, new))
     }
 }
 
-/// A file and its text when it was last read; `None` where it is too long or no UTF-8.
+/// A file and its text when it was last read; the text is `None` if it is too long or not UTF-8.
 #[derive(Debug)]
 struct Opened {
     file: File,
@@ -137,7 +137,7 @@ fn edit(opened: Option<&Opened>, change: impl FnOnce(&str) -> String) -> io::Res
         return Ok(());
     }
     file.write_all_at(new.as_bytes(), 0)?;
-    // Only where it is needed: the kernel's way to change a length is a long one.
+    // Only if needed, because changing a file's length takes the kernel long.
     if new.len() < text.len() { file.set_len(new.len() as u64) } else { Ok(()) }
 }
 
@@ -147,7 +147,7 @@ fn entry(line: &str) -> Option<(&str, impl Iterator<Item = &str>)> {
     Some((fields.next()?, fields))
 }
 
-/// The same file for a machine with another name: the line of its own address that has the old one has the new one.
+/// The text of hosts(5) with `new` in place of `old` in the line of the machine's own address.
 fn renamed(text: &str, old: &str, new: &str) -> String {
     let own = |line: &str| {
         entry(line).is_some_and(|(address, mut names)| address == OWN_ADDRESS && names.any(|name| name == old))
@@ -159,7 +159,7 @@ fn own_line(name: &str) -> String {
     format!("{OWN_ADDRESS}\t{name}\n")
 }
 
-/// The same file with lines for `localhost` and for `name`, if there are none.
+/// The text of hosts(5), with lines for `localhost` and for `name` added if they are missing.
 fn complete(text: &str, name: &str) -> String {
     let knows = |address: Option<&str>, wanted: &str| {
         text.lines().filter_map(entry).any(|(found, mut names)| {

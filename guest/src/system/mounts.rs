@@ -1,4 +1,4 @@
-//! What of the host's is mounted below /mnt. Done before the host hears of this guest: a mount that fails is a boot that fails.
+//! Mounts copies of host directories below /mnt. This is done before the doorbell, so a mount that fails is a boot that fails.
 
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
@@ -9,12 +9,12 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use super::step::{Failed, Step};
 use super::{disks, root};
 
-/// Where the layers are mounted for as long as it takes to join them: on a filesystem that is memory.
+/// The places, on a file system in memory, where the layers are mounted until the overlay is made of them.
 const LOWER: &str = "/dev/machinen-lower";
 const UPPER: &str = "/dev/machinen-upper";
 
-/// Mounts the copy of a host directory: a squashfs image below, a writable layer above. Returns a descriptor of the filesystem that
-/// takes the writes, which no path leads to any more.
+/// Mounts the copy of a host directory: a squashfs image below and a writable layer above. Returns a descriptor of the file system that
+/// takes the writes, to which no path leads any more.
 pub fn mount_copy(at: &str) -> Result<OwnedFd, Failed> {
     let [lower, upper] = disks::find(["mountlower", "mountupper"])?;
     root::mount(&lower.node(), LOWER, "squashfs", MountFlags::RDONLY, None)?;
@@ -23,7 +23,7 @@ pub fn mount_copy(at: &str) -> Result<OwnedFd, Failed> {
     for directory in [&changes, &work] {
         root::make_directory(directory, 0o755).step(directory.clone())?;
     }
-    // What is seen at the top is the upper's directory, so it is made like the one it lies over.
+    // The overlay's top shows the attributes of the upper's directory, so they are copied from the lower's.
     copy_attributes(LOWER, &changes).step(changes.clone())?;
     let options = format!("lowerdir={LOWER},upperdir={changes},workdir={work},{}", root::OVERLAY_FEATURES);
     let options = CString::new(options).map_err(io::Error::from).step("mount")?;
@@ -36,7 +36,7 @@ pub fn mount_copy(at: &str) -> Result<OwnedFd, Failed> {
     Ok(writable)
 }
 
-/// Makes what something is to be mounted on.
+/// Makes the directory to mount on.
 pub fn make_mount_point(at: &str) -> Result<(), Failed> {
     fs::create_dir_all(at).step(at.to_owned())
 }

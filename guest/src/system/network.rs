@@ -21,7 +21,7 @@ pub fn loopback_up() -> io::Result<()> {
     Device::open(LOOPBACK)?.up()
 }
 
-/// Gives the card its address, and the machine its default route and resolver. With `keep_resolver` one that is there stays.
+/// Sets the card's address and the machine's default route and resolver. With `keep_resolver`, an existing resolver configuration stays.
 pub fn set_up(network: &Network, keep_resolver: bool) -> Result<(), Failed> {
     let card = Device::open(CARD).step("network")?;
     // A kernel without IPv6 has no such file.
@@ -45,7 +45,7 @@ pub fn set_hardware_address(address: [u8; 6]) -> io::Result<()> {
     Device::open(CARD)?.set(libc::SIOCSIFHWADDR, |request| request.ifr_ifru.ifru_hwaddr = hardware)
 }
 
-/// Replaces whatever is there (often a link to what a resolver of the image's own would make).
+/// Replaces the file, which often is a link to a file that a resolver of the image would make.
 fn set_resolver(file: &Path, nameserver: Ipv4Addr, keep: bool) -> io::Result<()> {
     if keep && fs::metadata(file).is_ok_and(|metadata| metadata.len() > 0) {
         return Ok(());
@@ -60,7 +60,7 @@ fn set_resolver(file: &Path, nameserver: Ipv4Addr, keep: bool) -> io::Result<()>
     fs::write(file, format!("nameserver {nameserver}\n"))
 }
 
-/// A network device, and a socket to ask about it.
+/// A network device, and a socket for its ioctls.
 struct Device {
     socket: OwnedFd,
     name: &'static CStr,

@@ -1,4 +1,4 @@
-//! The kernel's count of what it killed for want of memory.
+//! The kernel's count of the processes it killed for want of memory.
 
 use std::fs::File;
 use std::io;

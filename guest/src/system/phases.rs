@@ -1,4 +1,5 @@
-//! Where the boot time goes. Marks cost a clock reading each and are shown only when the kernel command line asks for it.
+//! Measures where the boot time goes. A mark costs one reading of the clock; the marks are printed only if the kernel command line asks for
+//! it.
 
 use std::fmt::Write;
 use std::fs;
@@ -21,12 +22,12 @@ impl Phases {
         phases
     }
 
-    /// The phase called `name` ends here.
+    /// Marks the end of the phase `name`.
     pub fn mark(&mut self, name: &'static str) {
         self.0.push((name, clock_gettime(ClockId::Monotonic)));
     }
 
-    /// One line with all of them in milliseconds, if asked for. Needs /proc.
+    /// Prints one line with all phases in milliseconds, if asked for. Needs /proc.
     pub fn print_if_asked(&self) {
         let asked =
             fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.split_whitespace().any(|w| w == DEBUG_OPTION));

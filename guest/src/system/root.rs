@@ -19,17 +19,18 @@ const BASE: &str = "/base";
 const UPPER: &str = "/upper";
 const NEW_ROOT: &str = "/new-root";
 
-/// `index` and `nfs_export` give files the handles CRIU needs to bring inotify watches back. The upper remembers them: they cannot
-/// be changed for an upper that has been used.
+/// The options `index` and `nfs_export` give files the handles that CRIU needs to restore inotify watches. They cannot be changed for an
+/// upper that has been used, because the upper records them.
 const OVERLAY_OPTIONS: &CStr = c"lowerdir=/base,upperdir=/upper/upper,workdir=/upper/work,index=on,nfs_export=on";
-/// The same for any other overlay.
+/// The same options for any other overlay.
 pub const OVERLAY_FEATURES: &str = "index=on,nfs_export=on";
 
-/// No thread that writes zeros over inode tables (in a sparse file they are zeros) and reads bitmaps ahead of need, in every machine in its
-/// first seconds and again in every copy that was made before it had come to its end (ext4(5); the kernel's `ext4_lazyinit_thread`).
+/// Turns off the thread that writes zeros over inode tables (in a sparse file they are zeros already) and the reading ahead of bitmaps.
+/// Both would run in the first seconds of every machine, and again in every copy of one in which they had not finished (ext4(5); the
+/// kernel's `ext4_lazyinit_thread`).
 const WRITABLE_OPTIONS: &CStr = c"noinit_itable,no_prefetch_block_bitmaps";
 
-/// /dev and /sys: the disks are found through them. They move into the new root later, /proc is mounted only there.
+/// Mounts /dev and /sys, through which the disks are found. They move into the new root later; /proc is mounted only there.
 pub fn mount_kernel_filesystems() -> Result<(), Failed> {
     for (kind, at) in [("devtmpfs", "/dev"), ("sysfs", "/sys")] {
         mount(kind, at, kind, MountFlags::empty(), None)?;
@@ -37,8 +38,8 @@ pub fn mount_kernel_filesystems() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Mounts the root at `NEW_ROOT`. Returns a descriptor of the filesystem that takes the writes, which no path leads to any more in
-/// the case of an overlay: power-off freezes it through this, and `stats` measures it.
+/// Mounts the root at `NEW_ROOT`. Returns a descriptor of the file system that takes the writes. With an overlay no path leads to it any
+/// more; power-off freezes it through the descriptor, and `stats` measures it.
 pub fn mount_root(kind: RootKind, phases: &mut Phases) -> Result<OwnedFd, Failed> {
     match kind {
         RootKind::Disk => {
@@ -51,7 +52,7 @@ pub fn mount_root(kind: RootKind, phases: &mut Phases) -> Result<OwnedFd, Failed
         RootKind::Overlay => {
             let [base, upper] = disks::find(["root", "upper"])?;
             phases.mark("disks");
-            // noload: a read-only base has no journal to replay, and many VMs share it.
+            // With noload, because a read-only base has no journal to replay, and many VMs share it.
             mount(&base.node(), BASE, "ext4", MountFlags::RDONLY, Some(c"noload"))?;
             phases.mark("base");
             let writable = mount_writable(&upper, UPPER)?;
@@ -84,11 +85,11 @@ pub fn switch() -> Result<OwnedFd, Failed> {
     Ok(initramfs)
 }
 
-/// Deletes what the initramfs holds: it is memory. The program itself stays in memory as long as it runs. Nothing waits for this, so
-/// it is done while there is nothing else to do.
+/// Deletes the files of the initramfs, to free their memory. The running program itself stays in memory. Nothing waits for this, so it is
+/// done while there is nothing else to do.
 pub fn free(initramfs: OwnedFd) -> Result<(), Failed> {
     set_scheduling(libc::SCHED_IDLE).step("initramfs")?;
-    // The kernel does not look again by itself before the next tick.
+    // Otherwise the kernel would not look again before the next tick.
     rustix::thread::sched_yield();
     rustix::process::fchdir(&initramfs).step("initramfs")?;
     let device = rustix::fs::fstat(initramfs).step("initramfs")?.st_dev;
@@ -97,7 +98,7 @@ pub fn free(initramfs: OwnedFd) -> Result<(), Failed> {
     set_scheduling(libc::SCHED_OTHER).step("initramfs")
 }
 
-/// Mounts an ext4 disk and lets it grow to its size. Returns its root.
+/// Mounts an ext4 disk and grows the file system to the disk's size. Returns its root.
 pub fn mount_writable(disk: &Disk, at: &str) -> Result<OwnedFd, Failed> {
     mount(&disk.node(), at, "ext4", MountFlags::empty(), Some(WRITABLE_OPTIONS))?;
     let writable = open_directory(at).step(at.to_owned())?;

@@ -29,7 +29,7 @@ impl fmt::Display for Failed {
     }
 }
 
-/// Names the step whose result this is.
+/// Adds the step's name to a result.
 pub trait Step<T> {
     fn step(self, step: impl Into<Cow<'static, str>>) -> Result<T, Failed>;
 }

@@ -1,12 +1,12 @@
-//! An archive on its way out, a chunk at a time. The contents of files are read straight into the chunk that leaves next, for every copy
-//! less is felt: in an emulated machine, one costs as much as the disk does.
+//! Writes an archive in chunks. The contents of files are read straight into the chunk that leaves next, because every copy counts: in an
+//! emulated machine a copy costs as much as the disk does.
 
 use std::io::{self, Write};
 
-/// Longest chunk, without the room for its head. A peer is woken once for each.
+/// The longest chunk in bytes, without the room for its head. A peer wakes up once for each.
 const CHUNK: usize = 256 * 1024;
 
-/// Takes a chunk and returns a buffer to fill next, whatever is in it.
+/// Takes a chunk and returns a buffer to fill next, whose content is arbitrary.
 type HandOn<'a> = Box<dyn FnMut(Vec<u8>) -> io::Result<Vec<u8>> + 'a>;
 
 /// Cuts what is written to it into chunks.
@@ -18,15 +18,15 @@ pub struct ChunkWriter<'a> {
 }
 
 impl<'a> ChunkWriter<'a> {
-    /// `hand_on` gets every chunk, none of them empty, behind `head` bytes that are its own to fill.
+    /// Passes every chunk to `hand_on`. No chunk is empty, and each stands behind `head` bytes, which `hand_on` may fill.
     pub fn new(head: usize, hand_on: impl FnMut(Vec<u8>) -> io::Result<Vec<u8>> + 'a) -> Self {
         Self { buffer: vec![0; head + CHUNK], head, filled: head, hand_on: Box::new(hand_on) }
     }
 
-    /// Room for more, never empty; what is put there counts after `advance`.
+    /// Returns room for more bytes, which is never empty. Bytes put there count after `advance`.
     ///
     /// # Errors
-    /// Those of `hand_on`, which a full buffer goes to.
+    /// Those of `hand_on`, to which a full buffer goes.
     pub fn spare(&mut self) -> io::Result<&mut [u8]> {
         if self.filled == self.buffer.len() {
             self.flush()?;
@@ -34,7 +34,7 @@ impl<'a> ChunkWriter<'a> {
         Ok(&mut self.buffer[self.filled..])
     }
 
-    /// So many bytes have been put into `spare`.
+    /// Counts `length` bytes that were put into `spare`.
     pub fn advance(&mut self, length: usize) {
         self.filled = self.buffer.len().min(self.filled + length);
     }
@@ -58,7 +58,7 @@ impl Write for ChunkWriter<'_> {
                 Ok(next) => (next, Ok(())),
                 Err(error) => (Vec::new(), Err(error)),
             };
-            // Also when nobody takes it: an archive's builder writes its end when it is dropped.
+            // The buffer is replaced even after an error, because an archive's builder writes its end when it is dropped.
             self.buffer = next;
             self.buffer.resize(self.head + CHUNK, 0);
             return handed_on;

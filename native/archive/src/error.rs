@@ -6,7 +6,7 @@ use std::io;
 /// Why a tree could not be packed or unpacked.
 #[derive(Debug)]
 pub enum Error {
-    /// The archive is none, or asks for what it must not.
+    /// The data are no archive, or ask for something that is not allowed.
     Refused(String),
     /// The kernel refused something about `path`.
     Io { path: String, error: io::Error },
@@ -23,8 +23,7 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// The number at the root of an I/O error, which libraries wrap to say what they were about; `None` when it did not come from the
-/// kernel.
+/// The error number at the root of an I/O error, which libraries wrap to add context. `None` if the error did not come from the kernel.
 pub fn errno(error: &io::Error) -> Option<i32> {
     let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = next {
@@ -36,7 +35,7 @@ pub fn errno(error: &io::Error) -> Option<i32> {
     None
 }
 
-/// An archive that is none.
+/// The error for data that are no archive.
 pub(crate) fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }

@@ -1,5 +1,4 @@
-//! Trees as tar, out of one machine and into another: the guest agent at one end, the host at the other. Neither trusts what the other
-//! sends.
+//! Packs and unpacks trees as tar. The guest agent is at one end and the host at the other, and neither trusts what the other sends.
 
 #![warn(clippy::missing_errors_doc)]
 

@@ -1,5 +1,5 @@
-//! From a tree to an archive. The tree may change meanwhile: what vanishes is left out, what grows is cut at the size it had, and a file that
-//! becomes shorter is packed a second time under the same name, which replaces the first.
+//! Packs a tree into an archive. The tree may change meanwhile. What vanishes is left out, a file that grows is cut at the size it had, and
+//! a file that becomes shorter is packed a second time under the same name, which replaces the first.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsStr};
@@ -18,22 +18,24 @@ use crate::error::Error;
 use crate::sparse::{self, Parts};
 use crate::times;
 
-/// Filesystems the kernel makes up: their files have no end or no meaning elsewhere. Magic numbers of proc, sysfs, cgroup2 and devpts.
+/// File systems that the kernel generates: their files have no end, or no meaning elsewhere. Magic numbers of proc, sysfs, cgroup2 and
+/// devpts.
 const MADE_UP: [u64; 4] = [0x9fa0, 0x6265_6572, 0x6367_7270, 0x1cd1];
 
-/// Of a tar.
+/// The size of a tar's block in bytes.
 const BLOCK: u64 = 512;
-/// An attribute, or the list of their names, has no more (XATTR_SIZE_MAX and XATTR_LIST_MAX, linux/limits.h).
+/// The longest attribute, and the longest list of their names, in bytes (XATTR_SIZE_MAX and XATTR_LIST_MAX, linux/limits.h).
 const ATTRIBUTE: usize = 64 * 1024;
-/// A file that says it is shorter is read to its end before its header is written: the files of /proc and /sys do not know their size.
+/// A file whose stated size is below this is read to its end before its header is written, because files of /proc and /sys do not know
+/// their size.
 const FIRST: usize = 64 * 1024;
-/// Longest file whose size only a read can tell: it is held in memory.
+/// The longest file, in bytes, whose size only a read can tell; it is held in memory.
 const MAX_UNKNOWN: u64 = 16 << 20;
 const CHANGES: &str = "it keeps changing while it is copied";
-/// How often a name is looked at, or a file is read, before changes to it are an error.
+/// How often a name is looked up, or a file read, before a change to it counts as an error.
 const TRIES: usize = 5;
 
-/// What is to be packed.
+/// The tree or file to be packed.
 pub struct Source {
     path: PathBuf,
     held: Held,
@@ -42,21 +44,21 @@ pub struct Source {
     name: Option<PathBuf>,
 }
 
-/// Of a filesystem that is packed as a whole.
+/// Options of a file system that is packed as a whole.
 struct Whole {
-    /// Directories on another device are something mounted there: their content is not of this filesystem.
+    /// Directories on another device are mount points, whose content is not of this file system.
     device: u64,
     newest: Option<u64>,
 }
 
-/// Where the host put its configuration into an image; the one to come has its own.
+/// The host's configuration in an image. It is left out, because the image to come gets its own.
 const CONFIG: &str = "machinen-config.json";
 
 impl Source {
-    /// Looks at `path`; with `follow` at what it leads to, if it is a symbolic link.
+    /// Opens the source at `path`. With `follow`, a symbolic link stands for its target.
     ///
     /// # Errors
-    /// When nothing is there, or it cannot be looked at; `InvalidInput` when a pattern of `excludes` holds a NUL byte.
+    /// When nothing is there, or it cannot be opened; `InvalidInput` when a pattern of `excludes` holds a NUL byte.
     pub fn open(path: impl AsRef<Path>, excludes: &[String], follow: bool) -> io::Result<Self> {
         let path = path.as_ref().to_owned();
         let excludes = excludes.iter().map(|pattern| CString::new(pattern.as_str())).collect::<Result<_, _>>()?;
@@ -64,13 +66,13 @@ impl Source {
         Ok(Self { path, held, excludes, whole: None, name: None })
     }
 
-    /// What a single file is called in the archive, if not as it is.
+    /// Sets the name of a single file in the archive, in place of its own.
     pub fn named(self, name: &str) -> Self {
         Self { name: Some(name.into()), ..self }
     }
 
-    /// The filesystem mounted at `path`, with everything a file has: also extended attributes, and with them capabilities and ACLs. Entries
-    /// are no younger than `newest`, in seconds since 1970.
+    /// The file system mounted at `path`, with everything a file has, also extended attributes (with them capabilities and ACLs).
+    /// Modification times later than `newest`, in seconds since 1970, are set to it.
     ///
     /// # Errors
     /// Those of [`Source::open`].
@@ -80,11 +82,11 @@ impl Source {
         Ok(Self { whole, ..source })
     }
 
-    /// Writes the archive. Returns the number of its entries. What vanishes meanwhile is left out.
+    /// Writes the archive. Returns the number of its entries.
     ///
     /// # Errors
-    /// `Io` with the path of the first file that cannot be read, or keeps changing while it is read; with the source's own path when `writer`
-    /// takes no more.
+    /// `Io` with the path of the first file that cannot be read, or keeps changing while it is read; with the source's own path when
+    /// `writer` takes no more.
     pub fn pack(&self, writer: ChunkWriter) -> Result<u64, Error> {
         let failed = |path: &Path, error: io::Error| Error::Io { path: path.to_string_lossy().into_owned(), error };
         let whole = self.whole.as_ref();
@@ -117,7 +119,7 @@ impl Source {
         Ok(archive.entries)
     }
 
-    /// Appends what is there; returns what is in it, if it is a directory that is entered.
+    /// Appends an entry. For a directory that is entered, returns the names in it.
     fn add(&self, archive: &mut Archive, directories: &mut Directories, relative: &Path) -> io::Result<Vec<PathBuf>> {
         let (parent, name) = (relative.parent().unwrap_or(Path::new("")), relative.file_name().unwrap_or_default());
         let held = Held::look(directories.open(parent)?, name, false)?;
@@ -133,7 +135,7 @@ impl Source {
         }
     }
 
-    /// What is in a directory and not excluded, last name first.
+    /// The names in a directory that are not excluded, in descending order.
     fn children(&self, directory: BorrowedFd, relative: &Path) -> io::Result<Vec<PathBuf>> {
         let mut children = Vec::new();
         for entry in Dir::read_from(directory)? {
@@ -172,9 +174,9 @@ fn made_up(directory: impl AsFd) -> bool {
     rustix::fs::fstatfs(directory).is_ok_and(|found| MADE_UP.contains(&found.f_type.cast_unsigned()))
 }
 
-/// What a name stood for when it was looked at, held open: whatever happens to the name later, all that is packed is of this one.
+/// A file, held open since its name was looked up. Whatever happens to the name later, all that is packed is of this file.
 struct Held {
-    /// A regular file can be read; anything else is only held (O_PATH), for opening a device or a fifo can have effects.
+    /// Open for reading if it is a regular file; otherwise only held (O_PATH), because opening a device or a fifo can have effects.
     fd: OwnedFd,
     stat: Stat,
 }
@@ -186,12 +188,12 @@ impl Held {
         for _ in 0..TRIES {
             let seen = rustix::fs::statat(parent, name, at)?;
             let access = match kind(&seen) {
-                // Should it be a fifo by now, this does not wait for a writer.
+                // With NONBLOCK, which does not wait for a writer if the name is a fifo by now.
                 FileType::RegularFile => OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY,
                 _ => OFlags::PATH,
             };
             let fd = match rustix::fs::openat(parent, name, access | open | OFlags::CLOEXEC, Mode::empty()) {
-                // It is a link or a socket by now.
+                // The name is a link or a socket by now.
                 Err(Errno::LOOP | Errno::NXIO) => continue,
                 fd => fd?,
             };
@@ -212,10 +214,10 @@ fn kind(stat: &Stat) -> FileType {
     FileType::from_raw_mode(stat.st_mode)
 }
 
-/// Directories below one that is held. The kernel follows no symbolic link on the way to them.
+/// Directories below one that is held. The kernel follows no symbolic link on the way to them (openat2).
 struct Directories {
     root: OwnedFd,
-    /// The one that was asked for last: its files come next.
+    /// The directory that was opened last, because its files come next.
     last: Option<(PathBuf, OwnedFd)>,
 }
 
@@ -235,7 +237,7 @@ impl Directories {
             None => {
                 let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
                 match rustix::fs::openat2(&self.root, relative, DIRECTORY, Mode::empty(), resolve) {
-                    // Something else has its name, or a name above it.
+                    // Something else has taken its name, or a name above it.
                     Err(Errno::LOOP | Errno::NOTDIR) => return Err(Errno::NOENT.into()),
                     fd => fd?,
                 }
@@ -248,25 +250,26 @@ impl Directories {
 struct Archive<'a, 'p> {
     builder: Builder<ChunkWriter<'p>>,
     entries: u64,
-    /// Where files with several names were put: their other names become hard links to that.
+    /// The first entry of each file with several names; its other names become hard links to that entry.
     links: HashMap<(u64, u64), PathBuf>,
     whole: Option<&'a Whole>,
-    /// For extended attributes.
+    /// A buffer for extended attributes.
     buffer: Vec<u8>,
-    /// For the beginning of a file.
+    /// A buffer for the beginning of a file.
     first: Vec<u8>,
 }
 
-/// Extended headers of an entry.
+/// The extended headers of an entry.
 type Records = Vec<(String, Vec<u8>)>;
 
 impl Archive<'_, '_> {
-    /// Nothing of an entry is written before everything has been asked that can fail: a header left behind would describe the next one.
+    /// Appends an entry. Everything that can fail is done before the first header is written, because a header left behind would describe
+    /// the next entry.
     fn append(&mut self, held: &Held, name: &Path) -> io::Result<()> {
         let Held { fd, stat } = held;
         let identity = (stat.st_dev, stat.st_ino);
         match kind(stat) {
-            // Nothing but the process that made it can use it.
+            // A socket is useless without the process that made it.
             FileType::Socket => return Ok(()),
             FileType::RegularFile => {
                 if let Some(first) = self.links.get(&identity) {
@@ -304,7 +307,7 @@ impl Archive<'_, '_> {
         Ok(())
     }
 
-    /// The header of what has no content, with the extended ones before it written.
+    /// Writes the extended headers of an entry without content, and returns its header.
     fn begin(&mut self, held: &Held, entry_type: EntryType) -> io::Result<Header> {
         let records = self.records(&held.fd, &held.stat)?;
         write_records(&mut self.builder, &records)?;
@@ -326,7 +329,8 @@ impl Archive<'_, '_> {
         newest.map_or(stat.st_mtime, |newest| stat.st_mtime.min(newest))
     }
 
-    /// What a plain header has no room for. An image is in whole seconds, so that the same tree gives the same bytes.
+    /// The extended headers for what a plain header has no room for. An image has whole seconds, so that the same tree gives the same
+    /// bytes.
     fn records(&mut self, fd: impl AsFd, stat: &Stat) -> io::Result<Records> {
         let (mut records, nanoseconds) = match self.whole {
             Some(_) => (attributes(fd, &mut self.buffer)?, 0),
@@ -354,14 +358,14 @@ impl Archive<'_, '_> {
         Err(io::Error::other(CHANGES))
     }
 
-    /// Appends a file that has this size. Returns how many zeros its entry ends with because a read gave less.
+    /// Appends a file of this size. Returns with how many zeros its entry was filled up because the file had become shorter.
     fn append_content(&mut self, mut file: &File, name: &Path, stat: &Stat) -> io::Result<u64> {
         let size = stat.st_size.unsigned_abs();
         let mut records = self.records(file, stat)?;
-        // Fewer blocks than it is long: it may have holes. Images are read by others, who may not know that form.
+        // A file with fewer blocks than its length may have holes. Images are read by other programs, which may not know the sparse form.
         if self.whole.is_none() && stat.st_blocks.unsigned_abs() < size / BLOCK {
             let parts = sparse::parts(file, size)?;
-            // The search has moved it.
+            // Searching for data has moved the file's position.
             file.rewind()?;
             if !sparse::is_solid(&parts, size) {
                 let (map, data) = (sparse::write_map(&parts), parts.iter().map(|part| part.length).sum::<u64>());
@@ -372,7 +376,7 @@ impl Archive<'_, '_> {
                     (sparse::SIZE.into(), size.to_string().into_bytes()),
                 ]);
                 let stored = map.len() as u64 + data;
-                // What other programs read of the extended headers depends on the format of this one.
+                // A ustar header, because other programs read the extended headers only before this format.
                 let header = self.described(Header::new_ustar(), stat, EntryType::Regular);
                 return self.write_entry(
                     &records,
@@ -393,7 +397,7 @@ impl Archive<'_, '_> {
         missing
     }
 
-    /// Appends what a read gives, whatever the kernel tells of the file's size.
+    /// Appends what can be read, whatever size the kernel states.
     fn append_read(
         &mut self,
         file: &File,
@@ -418,8 +422,8 @@ impl Archive<'_, '_> {
         self.write_entry(records, header, name, all.len() as u64, all.as_slice())
     }
 
-    /// Writes headers and `size` bytes of content; returns how many of them are zeros because the content was shorter. The builder's own
-    /// way reads 8 KiB at a time, and in an emulated machine it is the number of system calls that counts.
+    /// Writes headers and `size` bytes of content. Returns how many of them are zeros because the content was shorter. The builder's own
+    /// method reads 8 KiB at a time, and in an emulated machine the number of system calls decides the speed.
     fn write_entry(
         &mut self,
         records: &Records,
@@ -451,7 +455,7 @@ impl Archive<'_, '_> {
     }
 }
 
-/// Fills the buffer, unless the file ends before.
+/// Fills the buffer, as far as the file goes.
 fn fill(mut file: &File, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -469,9 +473,10 @@ fn write_records(builder: &mut Builder<ChunkWriter>, records: &Records) -> io::R
     if records.is_empty() { Ok(()) } else { builder.append_pax_extensions(texts) }
 }
 
-/// The extended attributes of what is held, the way GNU tar and libarchive write them, in order. A filesystem that has none of them has none.
+/// The extended attributes of the file, as GNU tar and libarchive write them, in order. A file system without extended attributes gives
+/// none.
 fn attributes(held: impl AsFd, buffer: &mut [u8]) -> io::Result<Records> {
-    // The one way that leads to a link or a device that is held without being open.
+    // The only path that leads to a link or a device that is held without being open.
     let path = format!("/proc/self/fd/{}", held.as_fd().as_raw_fd());
     let length = match rustix::fs::listxattr(&path, &mut *buffer) {
         Err(Errno::OPNOTSUPP) => 0,
@@ -483,7 +488,7 @@ fn attributes(held: impl AsFd, buffer: &mut [u8]) -> io::Result<Records> {
     for name in names.split_inclusive(|byte| *byte == 0).filter_map(|name| CStr::from_bytes_with_nul(name).ok()) {
         let Ok(key) = name.to_str() else { continue };
         match rustix::fs::getxattr(&path, name, &mut *buffer) {
-            // Removed meanwhile.
+            // The attribute was removed meanwhile.
             Err(Errno::NODATA) => {}
             length => found.push((format!("SCHILY.xattr.{key}"), buffer[..length?].to_vec())),
         }

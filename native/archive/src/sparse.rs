@@ -1,5 +1,5 @@
-//! Files with holes, in the form GNU tar calls PAX 1.0: extended headers with the real name and size, and a map of the parts there are as
-//! the first blocks of the entry's data, followed by the parts.
+//! Files with holes, in the form that GNU tar calls PAX 1.0: extended headers with the real name and size, then in the entry's data a map
+//! of the parts that hold data, then the parts.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -18,7 +18,8 @@ pub struct Part {
 }
 
 const BLOCK: usize = 512;
-/// So many parts make a map of less than a MiB, which is what a reader takes; of a file with more, small holes travel as zeros.
+/// The most parts of a file. Their map stays below 1 MiB, which is what the reader accepts. In a file with more parts, small holes are sent
+/// as zeros.
 const MAX_PARTS: usize = 20_000;
 const MAX_MAP: usize = 1 << 20;
 
@@ -27,7 +28,7 @@ pub const MINOR: &str = "GNU.sparse.minor";
 pub const NAME: &str = "GNU.sparse.name";
 pub const SIZE: &str = "GNU.sparse.realsize";
 
-/// Where a file of this size has data. It may change meanwhile: then it is a little more or less.
+/// The parts of a file of this size that hold data. If the file changes meanwhile, they are a little more or less.
 pub fn parts(file: &File, size: u64) -> io::Result<Vec<Part>> {
     let mut parts: Vec<Part> = Vec::new();
     let mut smallest_hole = 1;
@@ -51,14 +52,14 @@ pub fn parts(file: &File, size: u64) -> io::Result<Vec<Part>> {
         }
         at = end;
     }
-    // By convention the end of a hole at the end is marked.
+    // By convention an empty part marks the end of a hole at the file's end.
     if parts.last().is_none_or(|last| last.offset + last.length < size) {
         parts.push(Part { offset: size, length: 0 });
     }
     Ok(parts)
 }
 
-/// Whether there is no hole.
+/// Whether the file has no hole.
 pub fn is_solid(parts: &[Part], size: u64) -> bool {
     matches!(parts, [Part { offset: 0, length }] if *length == size)
 }
@@ -72,7 +73,7 @@ fn add(parts: &mut Vec<Part>, next: Part, smallest_hole: u64) {
     }
 }
 
-/// The map as it stands before the parts.
+/// The map that stands before the parts.
 pub fn write_map(parts: &[Part]) -> Vec<u8> {
     let mut map = format!("{}\n", parts.len());
     for Part { offset, length } in parts {
@@ -84,8 +85,8 @@ pub fn write_map(parts: &[Part]) -> Vec<u8> {
     map
 }
 
-/// Reads a map off `source`. The parts are in order, apart, within `size`, and as long together as `left` is after the map, given how
-/// long it is with it.
+/// Reads a map from `source`. `left` is the length of map and parts together. The parts that are returned are in order, do not overlap, lie
+/// within `size`, and are together as long as what `left` leaves after the map.
 pub fn read_map(source: &mut impl Read, mut left: u64, size: u64) -> io::Result<Vec<Part>> {
     let (mut map, mut at) = (Vec::new(), 0);
     let mut number = || loop {
@@ -116,11 +117,11 @@ pub fn read_map(source: &mut impl Read, mut left: u64, size: u64) -> io::Result<
     if data == left { Ok(parts) } else { Err(invalid("a map of other parts than there are")) }
 }
 
-/// The parts of a file one after the other, up to where it has become shorter.
+/// Reads the parts of a file one after the other, until a part that has become shorter.
 pub struct Parts<'a> {
     file: &'a File,
     parts: &'a [Part],
-    /// Of the first of them.
+    /// How many bytes of the first part have been read.
     done: u64,
 }
 
@@ -189,7 +190,7 @@ mod tests {
         assert!(read_map(&mut "9\n".repeat(1 << 20).as_bytes(), u64::MAX, u64::MAX).is_err());
     }
 
-    /// Whatever is read as a map makes sense, and takes no more memory than a map may.
+    /// Whatever is accepted as a map makes sense, and takes no more memory than a map may.
     #[test]
     fn no_text_makes_a_map_that_leads_out_of_the_file() {
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;

@@ -1,4 +1,4 @@
-//! Packer and unpacker together, and streams that never end or end too soon.
+//! Tests of packer and unpacker together, and of streams that never end or end too soon.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -150,7 +150,7 @@ fn other_programs_read_holes_too() {
     assert_eq!(fs::read(to.path().join("sparse")).unwrap(), fs::read(from.path().join("sparse")).unwrap());
 }
 
-/// One file that pretends to have holes.
+/// An archive of one file whose headers claim holes.
 fn pretending(size: &str, map: &str) -> Vec<u8> {
     let mut builder = Builder::new(Vec::new());
     builder
@@ -261,7 +261,7 @@ fn a_file_is_what_a_read_gives_whatever_its_size_is_said_to_be() {
         Target::file(to.path().join("copy")).unwrap().unpack(bytes.as_slice()).unwrap();
         assert!(fs::read(to.path().join("copy")).unwrap() == content, "{file}");
     }
-    // What is larger than its beginning, and says that it is empty.
+    // A file that says it is empty and is larger than the beginning that is read.
     assert!(fs::read("/proc/kallsyms").unwrap().len() > 1 << 20);
 }
 
@@ -330,7 +330,7 @@ fn a_link_is_itself_or_what_it_leads_to() {
     }
 }
 
-/// While a directory is packed, somebody keeps changing it for a link to another.
+/// While a directory is packed, another thread keeps exchanging it with a link to another directory.
 #[test]
 fn a_swapped_link_leads_nowhere_else() {
     let (from, secret) = (TempDir::new().unwrap(), TempDir::new().unwrap());
@@ -369,7 +369,7 @@ fn a_swapped_link_leads_nowhere_else() {
     assert!(packed.iter().all(|(_, bytes)| !holds(bytes, b"secret\0")));
 }
 
-/// A name that vanishes between two looks leaves nothing behind that would describe the next entry.
+/// A name that vanishes between two look-ups leaves nothing behind that would describe the next entry.
 #[test]
 fn what_vanishes_gives_nothing_to_the_next() {
     let from = TempDir::new().unwrap();
@@ -445,7 +445,7 @@ fn a_file_has_its_name_only_when_it_is_whole() {
     assert_eq!(fs::read(to.path().join("file")).unwrap().len(), 100_000);
 }
 
-/// Of an archive no bigger than this.
+/// The disk space, in bytes, of everything below `directory`.
 fn disk_use(directory: &Path) -> u64 {
     let below = |entry: fs::DirEntry| {
         let found = entry.path().symlink_metadata().unwrap();
@@ -477,7 +477,7 @@ fn the_old_form_of_holes_is_refused() {
     assert_eq!(fs::read_dir(to.path()).unwrap().count(), 0);
 }
 
-/// The same numbers every time.
+/// A generator that gives the same numbers every time.
 struct Numbers(u64);
 
 impl Numbers {
@@ -489,7 +489,7 @@ impl Numbers {
     }
 }
 
-/// Damages an archive, and puts the checksums of its headers right again half of the time, so that the damage is looked at.
+/// Damages an archive. In half of the cases it corrects the headers' checksums afterwards, so that the damage itself is met.
 fn damaged(bytes: &[u8], numbers: &mut Numbers) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     for _ in 0..=numbers.below(6) {

@@ -1,20 +1,19 @@
-//! Times as an archive carries them: whole seconds in a header, and for what a header cannot hold a decimal number in an extended one
-//! (POSIX pax, `mtime`).
+//! Times in archives: whole seconds in a header, and what a header cannot hold as a decimal number in an extended one (POSIX pax, `mtime`).
 
 use rustix::fs::Timespec;
 
 pub const KEY: &str = "mtime";
 
-/// Most that eleven octal digits hold.
+/// The largest number of eleven octal digits.
 const MAX_HEADER: i64 = 0o777_7777_7777;
 const NANOSECONDS: u32 = 1_000_000_000;
 
-/// The nearest second that a header holds.
+/// The nearest second that a header can hold.
 pub fn header_seconds(seconds: i64) -> u64 {
     seconds.clamp(0, MAX_HEADER).unsigned_abs()
 }
 
-/// A time before 1970 counts backwards, while the kernel's nanoseconds always count forwards.
+/// The decimal text of a time. A time before 1970 counts backwards in it, while the kernel's nanoseconds always count forwards.
 pub fn write(seconds: i64, nanoseconds: u64) -> String {
     match (seconds, nanoseconds) {
         (_, 0) => seconds.to_string(),
@@ -23,7 +22,7 @@ pub fn write(seconds: i64, nanoseconds: u64) -> String {
     }
 }
 
-/// `None`: this is no time. Digits beyond nanoseconds are dropped.
+/// Parses the decimal text of a time; `None` if it is no time. Digits beyond nanoseconds are dropped.
 pub fn read(text: &str) -> Option<Timespec> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
     let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());

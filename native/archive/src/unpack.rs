@@ -1,5 +1,5 @@
-//! From an archive to a tree. The archive is not trusted: no name in it, and no symbolic link it makes or meets, leads out of the
-//! target. The kernel itself sees to that (`openat2`), so nothing depends on who looks at what first.
+//! Unpacks an archive into a tree. The archive is not trusted: no name in it, and no symbolic link that it makes or meets, leads out of the
+//! target. The kernel enforces that (`openat2`), so no race can get round it.
 
 use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
@@ -18,10 +18,10 @@ use crate::error::{Error, errno, invalid};
 use crate::sparse::{self, Part};
 use crate::times;
 
-/// Written at once: in an emulated machine it is the number of system calls that counts.
+/// How many bytes are written at once. In an emulated machine the number of system calls decides the speed.
 const CHUNK: usize = 256 * 1024;
 
-/// What the headers of one entry may take: long names and extended attributes are read into memory as a whole.
+/// The limit of the headers of one entry in bytes, because long names and extended attributes are read into memory as a whole.
 const MAX_HEADERS: u64 = 1 << 20;
 
 /// The directory that is unpacked into, or one file in it.
@@ -29,7 +29,7 @@ pub struct Target {
     root: OwnedFd,
     resolve: ResolveFlags,
     keeps_owners: bool,
-    /// Of the one file.
+    /// The name, if the target is one file.
     name: Option<OsString>,
 }
 
@@ -42,14 +42,14 @@ impl Target {
         let path = path.as_ref();
         fs::create_dir_all(path)?;
         let root = rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        // Nothing leads out of the root directory, so absolute symbolic links are as good as others there.
+        // Nothing leads out of the root directory, so absolute symbolic links are allowed there.
         let whole = path.components().eq([Component::RootDir]);
         let confined = if whole { ResolveFlags::IN_ROOT } else { ResolveFlags::BENEATH };
         Ok(Self { root, resolve: confined | ResolveFlags::NO_MAGICLINKS, keeps_owners: true, name: None })
     }
 
-    /// One file, link or fifo by this path, whatever it is called in the archive. A symbolic link that is there stands for what it leads
-    /// to; a file is replaced.
+    /// The target for one file, link or fifo, which gets this path whatever its name in the archive. A symbolic link that is there stands
+    /// for its target; a file is replaced.
     ///
     /// # Errors
     /// When its directory cannot be made or opened, or a directory, device, fifo or socket is there.
@@ -71,12 +71,12 @@ impl Target {
         Ok(Self { name: Some(name.to_owned()), ..target })
     }
 
-    /// Everything belongs to the caller: nothing has a set-id bit that would hand out the caller's rights, and devices are not made.
+    /// Gives everything to the caller: set-id bits, which would pass on the caller's rights, are removed, and devices are not made.
     pub fn for_caller(self) -> Self {
         Self { keeps_owners: false, ..self }
     }
 
-    /// Unpacks everything and reads to the end. Returns the number of entries. What is unpacked before a failure stays.
+    /// Unpacks the archive and reads `source` to its end. Returns the number of entries. What was unpacked before a failure stays.
     ///
     /// # Errors
     /// `Refused` when the archive is malformed or cannot be read, leads out of the target, or has no entry where one file is wanted. `Io`
@@ -102,7 +102,7 @@ impl Target {
             };
             directories.leave(&name);
             self.add(&mut entry, &name, &mut directories, &mut buffer).map_err(|error| failed(&shown, error))?;
-            // Whatever of its data has not been used: only headers may be left to the next turn.
+            // Reads the rest of the entry's data, so that the next turn begins with a header.
             io::copy(&mut entry, &mut io::sink()).map_err(|error| malformed(&error))?;
             count += 1;
         }
@@ -133,12 +133,12 @@ impl Target {
             }
         }
         let Some(last) = name.file_name() else {
-            // The target itself: how it looks is not the archive's business.
+            // The target itself keeps its attributes, whatever the archive says.
             return if kind.is_dir() { Ok(()) } else { Err(io::ErrorKind::IsADirectory.into()) };
         };
         if kind.is_dir() {
             let directory = self.make_directory(name)?;
-            // Until everything in it has been made.
+            // Only the owner is set here; mode and time are set when everything in the directory has been made.
             attributes.set_owner(&directory)?;
             rustix::fs::fchmod(&directory, attributes.mode | Mode::RWXU)?;
             directories.open.push((name.to_owned(), attributes));
@@ -147,7 +147,7 @@ impl Target {
         let parent = self.make_directory(name.parent().unwrap_or(Path::new("")))?;
         let parent = parent.as_fd();
         match kind {
-            // The older form of GNU tar, which nobody sends: 512 bytes of it stand for any number of zeros.
+            // The older form of GNU tar is refused, because nobody sends it and 512 bytes of it can stand for any number of zeros.
             EntryType::GNUSparse => return Err(invalid("a file with holes in another form than PAX 1.0")),
             EntryType::Regular | EntryType::Continuous => {
                 let draft = Draft::begin(parent)?;
@@ -200,7 +200,8 @@ impl Target {
         rustix::fs::openat2(&self.root, name, flags, Mode::empty(), self.resolve)
     }
 
-    /// Opens a directory below the target, making what is missing on the way. Not by recursion: names are as deep as the peer likes.
+    /// Opens a directory below the target, and makes missing ones on the way. It does not recurse, because the peer decides how deep names
+    /// are.
     fn make_directory(&self, name: &Path) -> rustix::io::Result<OwnedFd> {
         match self.open_directory(name) {
             Err(Errno::NOENT) => {}
@@ -222,18 +223,18 @@ impl Target {
     }
 }
 
-/// Directories get their mode and time when everything in them has been made. One path from the root at a time: an archive that comes back to
-/// a directory later moves its time, and a hostile one fills no memory.
+/// Sets mode and time of directories when everything in them has been made. Only the directories on one path from the root are remembered,
+/// so a hostile archive fills no memory; an archive that comes back to a directory later changes its time.
 struct Directories<'a> {
     target: &'a Target,
     open: Vec<(PathBuf, Attributes)>,
 }
 
 impl Directories<'_> {
-    /// The next entry is `name`: finishes the directories it is not in.
+    /// Finishes the directories in which the next entry, `name`, is not.
     fn leave(&mut self, name: &Path) {
         while let Some((directory, attributes)) = self.open.pop_if(|(directory, _)| !is_below(name, directory)) {
-            // What has been renamed since by someone else has neither to set.
+            // A directory that another process has renamed since is left as it is.
             if let Ok(directory) = self.target.open_directory(&directory) {
                 let _ = rustix::fs::fchmod(&directory, attributes.mode);
                 let _ = rustix::fs::futimens(directory, &attributes.times);
@@ -267,7 +268,7 @@ impl Attributes {
         })
     }
 
-    /// Owner first: changing it takes set-id bits away.
+    /// Sets the owner first, because changing it clears set-id bits.
     fn set_on(&self, file: impl AsFd) -> rustix::io::Result<()> {
         self.set_owner(&file)?;
         rustix::fs::fchmod(&file, self.mode)
@@ -288,7 +289,8 @@ impl Attributes {
         self.check_time(&rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?)
     }
 
-    /// A filesystem gives a file the nearest time that it can hold, and does not say so. FAT counts in steps of two seconds.
+    /// Checks the time that the file got, because a file system silently stores the nearest time it can hold. FAT counts in steps of two
+    /// seconds.
     fn check_time(&self, found: &Stat) -> rustix::io::Result<()> {
         let difference = found.st_mtime.abs_diff(self.times.last_modification.tv_sec);
         if difference <= 2 { Ok(()) } else { Err(Errno::OVERFLOW) }
@@ -307,8 +309,8 @@ fn time(entry: &mut Entry<impl Read>) -> io::Result<Timespec> {
     Ok(Timespec { tv_sec: seconds, tv_nsec: 0 })
 }
 
-/// A file that gets its name when it is whole. Until then it has none, so that nothing is left of it even when this process is killed; where the
-/// filesystem has no such files, it has a name of its own, which goes with the draft.
+/// A file that gets its name only when it is whole. Until then it has no name, so that nothing of it is left even if this process is
+/// killed. On a file system without such files it has a temporary name, which is removed with the draft.
 struct Draft<'a> {
     parent: BorrowedFd<'a>,
     file: OwnedFd,
@@ -334,7 +336,7 @@ impl<'a> Draft<'a> {
         }
     }
 
-    /// Replaces what has the name: writing into an old file would change its other names too.
+    /// Gives the draft its name and replaces what has that name. Writing into an old file would change its other names too.
     fn place(mut self, last: &OsStr) -> rustix::io::Result<()> {
         if let Some(name) = &self.name {
             rustix::fs::renameat(self.parent, name, self.parent, last)?;
@@ -358,7 +360,7 @@ impl<'a> Draft<'a> {
 impl Drop for Draft<'_> {
     fn drop(&mut self) {
         if let Some(name) = &self.name {
-            // What failed before is what gets reported.
+            // The earlier failure is reported, not one of this removal.
             let _ = rustix::fs::unlinkat(self.parent, name, AtFlags::empty());
         }
     }
@@ -375,7 +377,7 @@ fn node(entry: &Entry<impl Read>) -> io::Result<(FileType, u64)> {
     Ok((kind, rustix::fs::makedev(major, minor)))
 }
 
-/// A new file replaces an old one, it does not write into it: the old one may have other names.
+/// Removes the old file of this name. It is not written into, because it may have other names.
 fn remove(parent: BorrowedFd, name: &Path) -> rustix::io::Result<()> {
     match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
         Err(Errno::NOENT) => Ok(()),
@@ -383,7 +385,7 @@ fn remove(parent: BorrowedFd, name: &Path) -> rustix::io::Result<()> {
     }
 }
 
-/// Of a file with holes: its real size. The name it has beside that is the entry's own.
+/// The real size of a file with holes. The real name in the headers is ignored in favour of the entry's own.
 fn sparse_size(entry: &mut Entry<impl Read>) -> io::Result<Option<u64>> {
     let Some(extensions) = entry.pax_extensions()? else { return Ok(None) };
     let (mut form, mut size) = ([None, None], None);
@@ -404,7 +406,7 @@ fn sparse_size(entry: &mut Entry<impl Read>) -> io::Result<Option<u64>> {
     }
 }
 
-/// Writes what there is of a file with holes.
+/// Writes the parts of a file with holes.
 fn copy_parts(entry: &mut Entry<impl Read>, file: &OwnedFd, size: u64, buffer: &mut [u8]) -> io::Result<()> {
     let left = entry.size();
     let parts = sparse::read_map(entry, left, size)?;
@@ -443,7 +445,7 @@ fn copy(entry: &mut Entry<impl Read>, file: &OwnedFd, buffer: &mut [u8]) -> io::
     if copied == entry.size() { Ok(()) } else { Err(invalid("the archive ends within it")) }
 }
 
-/// The path without `.`; an error where it could lead out of the target.
+/// The path without `.` components. Fails if it could lead out of the target.
 fn inside(path: &Path) -> io::Result<PathBuf> {
     let mut inside = PathBuf::new();
     for component in path.components() {
@@ -456,22 +458,22 @@ fn inside(path: &Path) -> io::Result<PathBuf> {
     Ok(inside)
 }
 
-/// The bytes are no archive.
+/// The error for bytes that are no archive.
 fn malformed(error: &io::Error) -> Error {
     Error::Refused(error.to_string())
 }
 
-/// One entry could not be unpacked: the kernel's reason, or the archive's fault.
+/// The error of an entry that could not be unpacked: the kernel's reason, or what is wrong with the archive.
 fn failed(name: &str, error: io::Error) -> Error {
     match errno(&error) {
-        // How the kernel says that a symbolic link leads out of the target.
+        // The kernel's error for a symbolic link that leads out of the target.
         Some(libc::EXDEV) => Error::Refused(format!("{name:?}: leads out of the target")),
         Some(_) => Error::Io { path: name.to_owned(), error },
         None => Error::Refused(format!("{name:?}: {error}")),
     }
 }
 
-/// Ends with an error once what is left has been read.
+/// A reader that fails after `left` bytes.
 struct Limited<R> {
     source: R,
     left: Rc<Cell<u64>>,

@@ -54,7 +54,7 @@ fn restores_modes_times_and_links() {
         (EntryType::Symlink, "absolute", "/etc/passwd"),
         (EntryType::Fifo, "fifo", ""),
     ]);
-    // Twice: what is there is replaced.
+    // Unpacks twice: the second time replaces what is there.
     for _ in 0..2 {
         assert_eq!(unpack(&bytes, &target).unwrap(), 5);
     }

@@ -1,4 +1,4 @@
-//! Frames as bytes. Pure functions: what they are fed and when is the business of `link.rs` and `mux.rs`.
+//! Encodes and decodes frames. These are pure functions; `link.rs` and `mux.rs` decide when they are called.
 
 /// Identifies one session; random, chosen by the host.
 pub(crate) type Epoch = [u8; 16];
@@ -15,13 +15,13 @@ const FINISH: u8 = 6;
 const RESET: u8 = 7;
 const VERSION: u8 = 3;
 const END: u8 = 0x5a;
-/// Begins nothing: sent by a guest that dropped a session.
+/// The byte that a guest sends when it has dropped a session. No frame begins with it.
 pub(crate) const NO_FRAME: u8 = 0xff;
-/// Kind and u32 length.
+/// Bytes before the body: the kind and a u32 length.
 pub(crate) const HEAD: usize = 5;
-/// Version and epoch.
+/// The body of a hello: version and epoch.
 const HELLO_BODY: u8 = 17;
-/// A whole hello, head and end byte included.
+/// The length of a whole hello, with head and end byte.
 pub(crate) const HELLO_LEN: usize = HEAD + HELLO_BODY as usize + 1;
 /// Longest body.
 const MAX_BODY: usize = 65_536;
@@ -29,7 +29,7 @@ const MAX_BODY: usize = 65_536;
 const ID: usize = 4;
 /// Longest payload of one data frame.
 pub(crate) const MAX_DATA: usize = MAX_BODY - ID;
-/// What a data frame is longer than its payload.
+/// The bytes of a data frame besides its payload.
 pub(crate) const DATA_OVERHEAD: usize = HEAD + ID + 1;
 /// Longest frame: what a receiver must be able to hold, because nothing is delivered before the end byte was seen.
 pub(crate) const MAX_FRAME: usize = HEAD + MAX_BODY + 1;
@@ -39,7 +39,7 @@ pub(crate) const TAKEOVER_PADS: usize = 65_544;
 /// Why a stream is reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
-    /// Its user dropped it.
+    /// The stream's user has dropped it.
     Dropped = 0,
     /// Nobody listens at the port.
     Refused = 1,
@@ -54,9 +54,9 @@ pub(crate) enum Frame {
     Open { id: Id, port: u32, urgent: bool },
     /// The stream was accepted.
     Accept { id: Id },
-    /// Bytes of the stream: so many, from `HEAD + 4` on.
+    /// `length` bytes of the stream, from `HEAD + 4` on.
     Data { id: Id, length: usize },
-    /// So many bytes more may be sent.
+    /// The receiver of this frame may send so many more bytes.
     Credit { id: Id, bytes: u32 },
     /// The sender of this sends no more data.
     Finish { id: Id },
@@ -64,7 +64,7 @@ pub(crate) enum Frame {
     Reset { id: Id, reason: Reason },
 }
 
-/// What stands at the start of a buffer.
+/// What is found at the start of a buffer.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Found {
     /// So many pad bytes.
@@ -96,7 +96,7 @@ pub(crate) fn decode(buf: &[u8]) -> Found {
             };
             let Some(length) = number(&buf[1..]) else { return Found::Incomplete };
             let length = length as usize;
-            // Before anything is kept of it.
+            // The length is checked before anything is kept of the frame.
             if !lengths.contains(&length) {
                 return Found::Invalid;
             }
@@ -169,11 +169,11 @@ fn hello(buf: &[u8]) -> Found {
 pub(crate) enum Search {
     /// A hello that starts at this offset.
     Found(usize, Epoch),
-    /// None; so many leading bytes cannot be part of one and may be dropped.
+    /// There is no hello; so many leading bytes cannot be part of one and may be dropped.
     Skip(usize),
 }
 
-/// Looks for a valid hello anywhere in `buf`: how an end that lost its place finds the next session.
+/// Looks for a valid hello anywhere in `buf`. An end that has lost its place finds the next session that way.
 pub(crate) fn find_hello(buf: &[u8]) -> Search {
     let mut at = 0;
     while let Some(next) = buf[at..].iter().position(|&b| b == HELLO) {
@@ -203,7 +203,7 @@ pub(crate) fn put(out: &mut impl Extend<u8>, frame: Frame) {
             out.extend([u8::from(urgent)]);
         }
         Frame::Accept { id } => put_head(out, ACCEPT, ID, id),
-        // Without its payload it would be torn: `output.rs` puts both.
+        // A data frame without its payload would be torn; `output.rs` writes both.
         Frame::Data { .. } => return,
         Frame::Credit { id, bytes } => {
             put_head(out, CREDIT, ID + 4, id);
@@ -230,7 +230,7 @@ pub(crate) fn put_end(out: &mut impl Extend<u8>) {
 
 /// The four bytes at offset 1 of a data frame whose payload has this length.
 pub(crate) fn data_length(length: usize) -> [u8; 4] {
-    // At most MAX_DATA: it fits.
+    // The length is at most MAX_DATA, so it fits.
     u32::try_from(ID + length).unwrap_or(u32::MAX).to_be_bytes()
 }
 
@@ -245,7 +245,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Everything a receiver in sync gets from `bytes` that arrive in the given pieces: frames with their data, and hellos in between.
+    /// What a receiver in sync gets from `bytes` that arrive in the given pieces: frames with their data, and hellos in between.
     fn receive<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<(Frame, Vec<u8>)>, Vec<Epoch>) {
         let (mut buf, mut frames, mut epochs, mut synced) = (Vec::new(), Vec::new(), Vec::new(), true);
         for piece in pieces {

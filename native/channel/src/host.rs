@@ -15,7 +15,7 @@ pub struct HostSession<F> {
     pub opener: Opener,
     /// Streams the guest wants to open, of all sessions.
     pub incoming: mpsc::Receiver<Incoming>,
-    /// Does the work; to be spawned. Ends when the port does, and takes everything else with it.
+    /// Does the work and must be spawned. It ends when the port does, and all streams end with it.
     pub driver: F,
 }
 

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 
 /// Room for a whole frame plus the next one's beginning, so that a sender of full frames is read with few calls.
 const INPUT: usize = 2 * frame::MAX_FRAME;
-/// Reads from the port before others get their turn.
+/// How many reads from the port are made before other tasks get their turn.
 const TURN: usize = 16;
 
 /// Why a session ended.
@@ -26,14 +26,14 @@ pub(crate) enum End {
     Port(Option<io::Error>),
 }
 
-/// Outlives sessions.
+/// The port and its buffers, which outlive sessions.
 pub(crate) struct Link<T> {
     port: T,
     input: Box<[u8]>,
     /// Unread part of `input`.
     start: usize,
     end: usize,
-    /// What is to be sent between sessions, and how much of it has left.
+    /// Bytes that are to be sent between sessions, and how many of them have been sent.
     output: Vec<u8>,
     sent: usize,
 }
@@ -43,9 +43,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
         Link { port, input: vec![0; INPUT].into(), start: 0, end: 0, output: Vec::new(), sent: 0 }
     }
 
-    /// Forgets what the last session left to send and begins one with `hello` after so many `pads`.
+    /// Drops what the last session left unsent, and begins a session with `hello` after so many `pads`.
     ///
-    /// A frame that was half sent stays half sent: the peer is looking for the hello, not for frames.
+    /// A frame that was half sent stays half sent, because the peer looks for the hello, not for frames.
     pub(crate) fn begin(&mut self, epoch: &Epoch, pads: usize) {
         self.sent = 0;
         self.output.clear();
@@ -53,7 +53,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
         frame::put_hello(&mut self.output, epoch);
     }
 
-    /// Tells the host, which cannot know otherwise, that the session is over which left `unsent`: a byte that begins no frame puts it
+    /// Tells the host, which cannot know otherwise, that the session which left `unsent` is over. A byte that begins no frame puts the host
     /// out of sync.
     pub(crate) fn complain(&mut self, unsent: Vec<u8>) {
         self.sent = 0;
@@ -61,13 +61,13 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
         self.output.push(frame::NO_FRAME);
     }
 
-    /// What is left to send, for the session to begin with.
+    /// Takes what is still unsent, with which the session begins.
     pub(crate) fn take_output(&mut self) -> Vec<u8> {
         self.output.drain(..std::mem::take(&mut self.sent));
         std::mem::take(&mut self.output)
     }
 
-    /// Reads up to and including a hello (`wanted`, or any), sending what is to be sent meanwhile. `None`: end of file.
+    /// Reads up to and including a hello (`wanted`, or any), and sends pending output meanwhile. `None`: end of file.
     pub(crate) fn poll_hello(
         &mut self,
         cx: &mut Context<'_>,
@@ -93,7 +93,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
         }
     }
 
-    /// Sends what belongs to no session.
+    /// Sends the bytes that belong to no session.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.sent < self.output.len() {
             match ready!(Pin::new(&mut self.port).poll_write(cx, &self.output[self.sent..]))? {
@@ -104,7 +104,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
         Pin::new(&mut self.port).poll_flush(cx)
     }
 
-    /// Reads more from the port behind what is there. 0: end of file.
+    /// Reads more bytes from the port and appends them to the input. 0: end of file.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
@@ -144,8 +144,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
         Poll::Pending
     }
 
-    /// Hands on every whole frame that is there. Nothing of a frame is handed on before its end byte was seen: a torn one is completed
-    /// by the next host's pads, and those must not be taken for data.
+    /// Hands on every whole frame of the input. Nothing of a frame is handed on before its end byte was seen, because the next host's pads
+    /// complete a torn frame and must not be taken for data.
     fn take_frames(&mut self, session: &Arc<Session>, incoming: &mpsc::Sender<Incoming>) -> Result<(), End> {
         let mut asked = Vec::new();
         let ended = {
@@ -154,7 +154,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
                 match frame::decode(&self.input[self.start..self.end]) {
                     Found::Pads(n) => self.start += n,
                     Found::Frame(frame, length) => {
-                        // Of a data frame, what is behind the stream's id.
+                        // The payload of a data frame, which is behind the stream's id.
                         let data = self.input.get(self.start + HEAD + 4..self.start + length - 1).unwrap_or_default();
                         let taken = mux.take(frame, data);
                         self.start += length;
@@ -176,13 +176,13 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
             }
         };
         for asked in asked {
-            // It holds as many as a session may have. Where nobody takes them any more, dropping one refuses the stream.
+            // The queue holds as many streams as a session may have. If its receiver is gone, dropping the stream refuses it.
             let _ = incoming.try_send(Incoming::new(session, &asked));
         }
         ended
     }
 
-    /// Sends what the session has to send.
+    /// Sends the session's output.
     fn poll_send_frames(&mut self, cx: &mut Context<'_>, mux: &mut Mux) -> Poll<io::Result<()>> {
         loop {
             mux.put_due();

@@ -17,18 +17,18 @@ use std::io::{self, ErrorKind};
 use std::task::{Context, Poll, Waker};
 use tokio::io::ReadBuf;
 
-/// Unsent bytes of one stream from which it waits: it takes its turn with others that send.
+/// A stream with so many unsent bytes waits, to let other streams send.
 const SHARE: usize = 128 * 1024;
-/// Unsent bytes from which all data waits.
+/// With so many unsent bytes in all, data of every stream waits.
 const BACKLOG: usize = 1024 * 1024;
-/// Room above that for frames that carry no data.
+/// Room above `BACKLOG` for frames that carry no data.
 const CONTROL: usize = 64 * 1024;
-/// Streams of either opener above its limit, for what must get through: the end of the machine.
+/// How many streams either end may open above its limit, for what must get through: the end of the machine.
 const RESERVE: usize = 8;
-/// Refusals an honest opener can be waiting for.
+/// The most refusals that an honest opener can be waiting for.
 const REFUSALS: usize = MAX_STREAMS + RESERVE;
 
-/// Which end this is.
+/// Says which end this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     Host,
@@ -47,7 +47,7 @@ impl Side {
         }
     }
 
-    /// Streams it may have open.
+    /// How many streams this end may have open.
     pub(crate) fn limit(self, urgent: bool) -> usize {
         let limit = match self {
             Side::Host => MAX_STREAMS,
@@ -57,11 +57,11 @@ impl Side {
     }
 }
 
-/// The peer did what no peer of ours does.
+/// The peer has broken the protocol.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Violation;
 
-/// How far a stream's opening is.
+/// The progress of a stream's opening.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Opening {
     /// The peer does not know of it yet.
@@ -75,27 +75,27 @@ enum Opening {
 struct Slot {
     opening: Opening,
     received: VecDeque<u8>,
-    /// What the peer may send.
+    /// How many bytes the peer may send.
     window: usize,
-    /// What was read, and is not granted to the peer again yet. With `window` and `received` it always makes `size`.
+    /// Bytes that were read and have not been granted to the peer again. With `window` and `received` they always add up to `size`.
     consumed: usize,
     /// `WINDOW`, or `LARGE_WINDOW`.
     size: usize,
-    /// What we may send.
+    /// How many bytes we may send.
     credit: usize,
-    /// What of it is in the output.
+    /// How many of the stream's bytes are in the output.
     unsent: usize,
-    /// The peer sends no more.
+    /// The peer has ended its data.
     finished: bool,
-    /// We send no more.
+    /// We have ended our data.
     shut: bool,
-    /// The peer has forgotten it.
+    /// The peer has reset the stream.
     reset: Option<Reason>,
-    /// Our user has, and the peer is to be told.
+    /// Our user has dropped the stream, and the peer is to be told.
     left: Option<Reason>,
-    /// It is in `Mux::due`.
+    /// Whether the stream is in `Mux::due`.
     due: bool,
-    /// It is in `Mux::waiting`.
+    /// Whether the stream is in `Mux::waiting`.
     waiting: bool,
     reader: Option<Waker>,
     writer: Option<Waker>,
@@ -148,9 +148,9 @@ pub(crate) struct Mux {
     side: Side,
     over: bool,
     slots: HashMap<Id, Slot>,
-    /// How many of them we opened.
+    /// How many of the streams we have opened.
     ours: usize,
-    /// How many of them have a large window.
+    /// How many of the streams have a large window.
     large: usize,
     next: Id,
     pub(crate) output: Output,
@@ -189,7 +189,7 @@ impl Mux {
         self.over
     }
 
-    /// Ends the session: streams are read to what has arrived, then fail.
+    /// Ends the session. What has arrived can still be read; then streams fail.
     pub(crate) fn end(&mut self) -> Output {
         self.over = true;
         for slot in self.slots.values_mut() {
@@ -199,14 +199,14 @@ impl Mux {
         std::mem::take(&mut self.output)
     }
 
-    /// Memory held for the peer's sake.
+    /// How many bytes of memory are held for the peer.
     pub(crate) fn held(&self) -> usize {
         let received: usize = self.slots.values().map(|slot| slot.received.capacity()).sum();
         let queued = self.due.capacity() + self.refusals.capacity() + self.waiting.capacity();
         received + self.output.held() + queued * size_of::<Id>() + self.slots.capacity() * size_of::<Slot>()
     }
 
-    /// To be woken when there is more to send.
+    /// Sets the task that is woken when there is more to send.
     pub(crate) fn set_driver(&mut self, cx: &Context<'_>) {
         if self.driver.as_ref().is_none_or(|driver| !driver.will_wake(cx.waker())) {
             self.driver = Some(cx.waker().clone());
@@ -220,7 +220,7 @@ impl Mux {
     }
 
     fn slot(&mut self, id: Id) -> io::Result<&mut Slot> {
-        // It exists until its user leaves.
+        // A stream's slot exists until its user leaves.
         self.slots.get_mut(&id).ok_or_else(reset)
     }
 
@@ -245,7 +245,7 @@ impl Mux {
         }
     }
 
-    /// Waits until `unsent` bytes are not reached by the output.
+    /// Waits until fewer than `unsent` bytes are in the output.
     fn poll_room(&mut self, id: Id, unsent: usize, cx: &Context<'_>) -> Poll<()> {
         if self.output.len() < unsent {
             return Poll::Ready(());
@@ -259,7 +259,7 @@ impl Mux {
         Poll::Pending
     }
 
-    /// Puts a frame of a stream of ours, once there is room.
+    /// Puts a frame of one of our streams into the output, once there is room.
     fn poll_put(&mut self, frame: Frame, id: Id, cx: &Context<'_>) -> Poll<()> {
         std::task::ready!(self.poll_room(id, BACKLOG + CONTROL, cx));
         self.output.put(frame);
@@ -268,7 +268,7 @@ impl Mux {
     }
 }
 
-/// What users of streams do.
+/// The operations of the streams' users.
 impl Mux {
     /// Takes a place for a new stream, of which the peer does not know yet.
     pub(crate) fn place(&mut self, urgent: bool) -> io::Result<Id> {
@@ -278,7 +278,7 @@ impl Mux {
         if self.ours >= self.side.limit(urgent) {
             return Err(ErrorKind::ResourceBusy.into());
         }
-        // After two thousand million streams it begins anew.
+        // The numbers begin anew after two thousand million streams, so one may be in use.
         while self.slots.contains_key(&self.next) {
             self.next = self.next.wrapping_add(2);
         }
@@ -289,7 +289,7 @@ impl Mux {
         Ok(id)
     }
 
-    /// Asks the peer to open it.
+    /// Asks the peer to open the stream.
     pub(crate) fn poll_ask(&mut self, id: Id, port: u32, urgent: bool, cx: &Context<'_>) -> Poll<io::Result<()>> {
         if self.over {
             return Poll::Ready(Err(reset()));
@@ -299,7 +299,7 @@ impl Mux {
         Poll::Ready(Ok(()))
     }
 
-    /// Waits for the answer.
+    /// Waits for the peer's answer.
     pub(crate) fn poll_answer(&mut self, id: Id, cx: &Context<'_>) -> Poll<io::Result<()>> {
         let over = self.over;
         let slot = self.slot(id)?;
@@ -317,7 +317,7 @@ impl Mux {
         }
     }
 
-    /// Accepts a stream of the peer's.
+    /// Accepts a stream that the peer has opened.
     pub(crate) fn poll_accept(&mut self, id: Id, cx: &Context<'_>) -> Poll<io::Result<()>> {
         let over = self.over;
         if over || self.slot(id)?.reset.is_some() {
@@ -341,7 +341,7 @@ impl Mux {
             if over || slot.reset.is_some() {
                 return Poll::Ready(Err(reset()));
             }
-            // Its user has caught up: an idle stream holds nothing.
+            // The user has read everything, so the buffer is freed: an idle stream holds no memory.
             slot.received = VecDeque::new();
             slot.reader = Some(cx.waker().clone());
             return Poll::Pending;
@@ -383,7 +383,7 @@ impl Mux {
         Poll::Ready(Ok(n))
     }
 
-    /// Sends no more data.
+    /// Ends the data of our side.
     pub(crate) fn poll_shut(&mut self, id: Id, cx: &Context<'_>) -> Poll<io::Result<()>> {
         let over = self.over;
         let slot = self.slot(id)?;
@@ -398,7 +398,7 @@ impl Mux {
         Poll::Ready(Ok(()))
     }
 
-    /// Its user is gone. The peer is told, unless both have said that they are done.
+    /// Records that the user is gone. The peer is told, unless both sides have ended their data.
     pub(crate) fn leave(&mut self, id: Id, reason: Reason) {
         let Some(slot) = self.slots.get_mut(&id) else { return };
         let done = slot.shut && slot.finished;
@@ -415,9 +415,9 @@ impl Mux {
     }
 }
 
-/// What the peer does, and what it is sent.
+/// The operations of the link: frames from the peer and to the peer.
 impl Mux {
-    /// Takes a frame; `data` is that of a data frame.
+    /// Handles a frame of the peer; `data` is the payload of a data frame.
     pub(crate) fn take(&mut self, frame: Frame, data: &[u8]) -> Result<Option<Asked>, Violation> {
         if let Frame::Open { id, port, urgent } = frame {
             return self.asked(id, port, urgent);
@@ -429,9 +429,9 @@ impl Mux {
         | Frame::Finish { id }
         | Frame::Reset { id, .. }) = frame;
         let ours = self.side.opened(id);
-        // Of a stream that this end has forgotten there may be frames under way.
+        // Frames of a stream that this end has forgotten may still be under way.
         let Some(slot) = self.slots.get_mut(&id) else { return Ok(None) };
-        // On a stream of ours the peer's answer comes before anything else. On its own it may send before our answer.
+        // On our own stream the peer must answer before it sends anything else. On its own stream it may send before our answer.
         let open = slot.reset.is_none() && (!ours || slot.opening == Opening::Accepted);
         match frame {
             Frame::Open { .. } => {}
@@ -451,7 +451,7 @@ impl Mux {
                     slot.consumed += data.len();
                 } else {
                     if slot.received.capacity() < slot.received.len() + data.len() {
-                        // To the next power of two, which a window is: never more than that.
+                        // Rounded up to a power of two. A window is one, so the buffer never exceeds it.
                         let wanted = (slot.received.len() + data.len()).next_power_of_two();
                         slot.received.reserve_exact(wanted - slot.received.len());
                     }
@@ -505,7 +505,7 @@ impl Mux {
         Ok(None)
     }
 
-    /// Puts what is due, as far as there is room.
+    /// Puts credits and resets that are due into the output, as far as there is room.
     pub(crate) fn put_due(&mut self) {
         while self.output.len() < BACKLOG + CONTROL {
             if let Some(id) = self.refusals.pop_front() {
@@ -529,18 +529,18 @@ impl Mux {
             return;
         }
         let mut bytes = std::mem::take(&mut slot.consumed);
-        // A reader that has kept up with half a window waits for the peer from now on, which waits for credit.
+        // A reader that has kept up with half a window would wait for the peer, which waits for credit; so it gets a large window.
         if slot.received.is_empty() && slot.size == WINDOW && self.large < MAX_LARGE {
             self.large += 1;
             slot.size = LARGE_WINDOW;
             bytes += LARGE_WINDOW - WINDOW;
         }
         slot.window += bytes;
-        // At most a large window.
+        // The credit is at most a large window, so it fits.
         self.output.put(Frame::Credit { id, bytes: u32::try_from(bytes).unwrap_or(u32::MAX) });
     }
 
-    /// So many bytes of the output have left.
+    /// Records that `n` bytes of the output have been sent.
     pub(crate) fn left(&mut self, n: usize) {
         let slots = &mut self.slots;
         self.output.left(n, |id, bytes| {
@@ -551,7 +551,7 @@ impl Mux {
                 }
             }
         });
-        // Not at every byte: each of them tries again.
+        // Waiting streams are woken only when there is ample room, because each of them tries again.
         if self.output.len() < BACKLOG / 2 {
             for id in std::mem::take(&mut self.waiting) {
                 if let Some(slot) = self.slots.get_mut(&id) {
@@ -569,10 +569,10 @@ mod tests {
     use proptest::prelude::*;
 
     const STREAMS: usize = MAX_STREAMS + MAX_GUEST_STREAMS + 2 * RESERVE;
-    /// What the output may take: its limit and a frame, in a buffer that doubles, with a record for every frame of data.
+    /// The memory that the output may take: its limit and a frame, in a buffer that doubles, with a record for every data frame.
     const OUTPUT: usize = 8 << 20;
 
-    /// What can happen to a host's session: the peer says something, its users do something, or some of its output leaves.
+    /// An event of a host's session: the peer says something, a user does something, or some output leaves.
     #[derive(Clone, Debug)]
     enum Event {
         Says(Frame),
@@ -586,7 +586,7 @@ mod tests {
     }
 
     fn event() -> impl Strategy<Value = Event> {
-        // Few streams, so that much happens to each.
+        // Only a few streams, so that much happens to each.
         let id = 0u32..24;
         let reason = prop_oneof![Just(Reason::Dropped), Just(Reason::Refused), Just(Reason::Busy)];
         let size = prop_oneof![1usize..50, 1usize..MAX_DATA];
@@ -611,7 +611,7 @@ mod tests {
         ]
     }
 
-    /// Does it, as far as a user could: only with streams it holds.
+    /// Applies the event, as far as a user could: only to streams that the user holds.
     fn happen(mux: &mut Mux, event: &Event, cx: &Context<'_>) -> Result<(), Violation> {
         let held = |mux: &Mux, id: &Id| mux.slots.get(id).is_some_and(|slot| slot.left.is_none());
         let open = |mux: &Mux, id: &Id| held(mux, id) && mux.slots[id].opening == Opening::Accepted;
@@ -645,13 +645,13 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens in whatever order: every account is in order, and nothing is above its limit.
+        /// After any events in any order the accounts agree and no limit is exceeded.
         #[test]
         fn accounts_are_kept(events in prop::collection::vec(event(), 1..400)) {
             let cx = Context::from_waker(Waker::noop());
             let mut mux = Mux::new(Side::Host, Vec::new());
             for event in events {
-                // What ends a session with a peer is left out, to go on.
+                // A violation, which would end the session, is ignored to go on.
                 let _ = happen(&mut mux, &event, &cx);
                 for (id, slot) in &mux.slots {
                     prop_assert_eq!(slot.window + slot.received.len() + slot.consumed, slot.size, "{} after {:?}", id, event);

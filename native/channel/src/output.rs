@@ -1,35 +1,35 @@
-//! What an end has to send: whole frames in order, and which stream each of their bytes is of.
+//! The bytes that an end has to send: whole frames in order, with the stream that each byte belongs to.
 
 use crate::frame::{self, DATA_OVERHEAD, Frame, HEAD, Id, MAX_DATA};
 use std::collections::VecDeque;
 
-/// What an idle session may keep allocated for the next burst.
+/// How many bytes an idle session keeps allocated for the next burst.
 const KEEP: usize = 256 * 1024;
 
-/// Bytes that have not left yet.
+/// The bytes that have not been sent yet.
 #[derive(Debug, Default)]
 pub(crate) struct Output {
     bytes: VecDeque<u8>,
-    /// How many left before those.
+    /// How many bytes were sent before those.
     sent: u64,
-    /// The data frames among them, oldest first.
+    /// The data frames among the unsent bytes, oldest first.
     data: VecDeque<Data>,
-    /// The last of `data` is the last frame, and may grow: its length and its end byte are not written.
+    /// Whether the last of `data` is the last frame and may still grow: its length and its end byte are not written yet.
     growing: bool,
 }
 
 #[derive(Debug)]
 struct Data {
     id: Id,
-    /// Counted from the session's first byte.
+    /// The position of its end, counted from the session's first byte.
     end: u64,
     payload: usize,
-    /// What was not there before and has left together with it.
+    /// How many bytes the frame has added to the output: payload and overhead.
     bytes: usize,
 }
 
 impl Output {
-    /// Begins with bytes that are no frames.
+    /// An output that begins with `first`, bytes that are no frames.
     pub(crate) fn new(first: Vec<u8>) -> Self {
         Output { bytes: first.into(), ..Output::default() }
     }
@@ -38,7 +38,7 @@ impl Output {
         self.bytes.len()
     }
 
-    /// Memory held.
+    /// How many bytes of memory are held.
     pub(crate) fn held(&self) -> usize {
         self.bytes.capacity() + self.data.capacity() * size_of::<Data>()
     }
@@ -49,7 +49,7 @@ impl Output {
         frame::put(&mut self.bytes, frame);
     }
 
-    /// Appends data frames, filling the last frame first if it is this stream's. Returns by how much there is more to send.
+    /// Appends data frames, and fills up the last frame first if it is this stream's. Returns how many bytes the output has grown by.
     pub(crate) fn put_data(&mut self, id: Id, mut payload: &[u8]) -> usize {
         let mut more = payload.len();
         while !payload.is_empty() {
@@ -73,7 +73,7 @@ impl Output {
         more
     }
 
-    /// Completes the last frame: only then may its bytes leave.
+    /// Completes the last frame. Only then may its bytes be sent.
     pub(crate) fn complete(&mut self) {
         if !std::mem::take(&mut self.growing) {
             return;
@@ -87,13 +87,13 @@ impl Output {
         last.end = self.sent + self.bytes.len() as u64;
     }
 
-    /// The next bytes to leave.
+    /// The next bytes to send.
     pub(crate) fn front(&mut self) -> &[u8] {
         self.complete();
         self.bytes.as_slices().0
     }
 
-    /// So many have left. Calls `freed` with each stream of which a frame has left, and the frame's length.
+    /// Records that `n` bytes have been sent. Calls `freed` for each data frame that has been sent whole, with its stream and its length.
     pub(crate) fn left(&mut self, n: usize, mut freed: impl FnMut(Id, usize)) {
         self.bytes.drain(..n);
         self.sent += n as u64;
@@ -109,7 +109,7 @@ impl Output {
         }
     }
 
-    /// Everything, as bytes.
+    /// All unsent bytes.
     pub(crate) fn into_bytes(mut self) -> Vec<u8> {
         self.complete();
         self.bytes.into()
@@ -123,7 +123,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Whatever is put in whatever pieces, and however it leaves: the frames carry it in order, and every stream gets back all it took.
+        /// However data is put and sent, the frames carry it in order, and every stream gets back all the room it took.
         #[test]
         fn frames_come_out_as_they_went_in(
             puts in prop::collection::vec((0u32..3, 0usize..100_000, any::<bool>()), 1..30),

@@ -1,4 +1,4 @@
-//! What users of the channel hold: what opens and accepts streams, and what they read and write.
+//! The types that users of the channel hold: to open and accept streams, and to read and write them.
 
 use crate::frame::{Id, Reason};
 use crate::mux::{Asked, Mux, Side};
@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::sync::watch;
 
-/// One session, shared by its streams, its openers and what carries its frames.
+/// One session, shared by its streams, its openers and the link.
 #[derive(Debug)]
 pub(crate) struct Session(Mutex<Mux>);
 
@@ -64,17 +64,17 @@ impl Opener {
         self.start(port, &[], false).await
     }
 
-    /// The same, with `first` on its way behind the request: nobody waits for a round trip. Who refuses the stream does not read it. It
-    /// has to fit into [`crate::WINDOW`]: an answer is not heard before all of it has left.
+    /// Opens a stream as [`Opener::open`] does, and sends `first` right behind the request, which saves a round trip. If the stream is
+    /// refused, `first` is not read. It must fit into [`crate::WINDOW`], because the answer is awaited only after all of it has been sent.
     ///
     /// # Errors
-    /// `ConnectionRefused` when the other end does not want it, `ResourceBusy` at the limit of streams, `ConnectionReset` when
-    /// the session ended meanwhile, `BrokenPipe` when there will not be another.
+    /// `ConnectionRefused` when the other end does not want the stream, `ResourceBusy` at the limit of streams, `ConnectionReset` when the
+    /// session ended meanwhile, `BrokenPipe` when there will not be another session.
     pub async fn open_with(&self, port: u32, first: &[u8]) -> io::Result<Stream> {
         self.start(port, first, false).await
     }
 
-    /// As [`Opener::open`], for what must get through when all other streams are taken: the end of the machine.
+    /// Opens a stream as [`Opener::open`] does, also when all other streams are taken. It is meant for the end of the machine.
     ///
     /// # Errors
     /// Those of [`Opener::open_with`].
@@ -89,18 +89,18 @@ impl Opener {
         let mut stream = Stream { session, id };
         poll_fn(|cx| stream.session.lock().poll_ask(id, port, urgent, cx)).await?;
         let written = stream.write_all(first).await;
-        // A stream that was refused meanwhile cannot be written: why is what the caller wants to know.
+        // Writing to a stream that was refused meanwhile fails; the answer tells the caller why.
         poll_fn(|cx| stream.session.lock().poll_answer(id, cx)).await?;
         written.map(|()| stream)
     }
 }
 
-/// A stream the other end wants to open. Dropped undecided it is refused.
+/// A stream that the other end wants to open. If it is dropped before it was accepted, the stream is refused.
 #[derive(Debug)]
 pub struct Incoming {
-    /// The port it is for.
+    /// The port that the other end asked for.
     pub port: u32,
-    /// `None` once it is decided.
+    /// `None` once the stream has been accepted or refused.
     stream: Option<Stream>,
 }
 
@@ -109,7 +109,7 @@ impl Incoming {
         Incoming { port: asked.port, stream: Some(Stream { session: Arc::clone(session), id: asked.id }) }
     }
 
-    /// Accepts it.
+    /// Accepts the stream.
     ///
     /// # Errors
     /// When the opener or the session is gone.
@@ -156,7 +156,7 @@ impl AsyncWrite for Stream {
         self.session.lock().poll_write(self.id, buf, cx)
     }
 
-    /// Nothing to do: what was written is on its way.
+    /// Nothing to do, because the link sends what was written.
     fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }

@@ -1,4 +1,4 @@
-//! Names of error numbers: machines tell each other of errors by them.
+//! Names of error numbers, by which machines tell each other of errors.
 
 macro_rules! names {
     ($($name:ident)*) => {

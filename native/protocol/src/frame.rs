@@ -1,5 +1,5 @@
-//! Frames of one operation's stream: `u8 type, u32 length, payload`. Pure: no I/O here, so every split and every hostile length is
-//! tested without a guest.
+//! Frames of one operation's stream: `u8 type, u32 length, payload`. There is no I/O here, so that every split and every hostile length can
+//! be tested without a guest.
 
 use bytes::{Buf, Bytes, BytesMut};
 
@@ -12,7 +12,7 @@ pub const INPUT_WINDOW: usize = 1 << 20;
 /// Largest payload of a request: `argv` and `env` may hold what `execve` accepts, JSON-escaped.
 pub const MAX_REQUEST: usize = 4 << 20;
 
-/// What a frame is.
+/// The kind of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
@@ -75,7 +75,7 @@ pub struct Frame {
     pub payload: Bytes,
 }
 
-/// Why received bytes are not a frame. The stream cannot be read any further.
+/// Why received bytes are not a frame. The stream cannot be read any further after this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameError {
     UnknownKind { kind: u8 },
@@ -97,11 +97,11 @@ impl std::fmt::Display for FrameError {
 
 impl std::error::Error for FrameError {}
 
-/// Takes the first frame off `buffer`, or says that it needs more bytes (`None`). A wrong header is reported as soon as it is
-/// there, before anything is buffered for it.
+/// Takes the first frame off `buffer`, or returns `None` if it needs more bytes. A wrong header is reported as soon as it is there, before
+/// anything is buffered for it.
 ///
 /// # Errors
-/// What is wrong with the header. The stream cannot be read any further.
+/// What is wrong with the header. The stream cannot be read any further after this.
 pub fn decode(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
     let Some(header) = buffer.first_chunk::<HEADER>() else { return Ok(None) };
     let [kind, length @ ..] = *header;

@@ -1,5 +1,5 @@
-//! What host and guest say to each other over the streams of the channel (docs/protocol.md, sections 2 and 3), defined once for shim and
-//! agent. `test/golden/agent-frames.json` holds it, and TypeScript's side, to the same bytes.
+//! The messages between host and guest over the streams of the channel (docs/protocol.md, sections 2 and 3), defined once for shim and
+//! agent. `test/golden/agent-frames.json` holds this crate and the TypeScript side to the same bytes.
 
 #![warn(clippy::missing_errors_doc)]
 

@@ -1,6 +1,6 @@
 //! Names that both ends know.
 
-/// Begins every line that init, or the agent where init left off, says on the console: the shim tells by it why a guest ended.
+/// The beginning of every line that init, or the agent in its place, prints on the console. By it the shim finds out why a guest ended.
 pub const INIT: &str = "machinen-init: ";
 
 /// The operations that the shim itself asks for.

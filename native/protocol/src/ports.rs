@@ -1,8 +1,8 @@
 //! Ports of the channel.
 
-/// The agent serves operations there.
+/// The port on which the agent serves operations.
 pub const OPERATIONS: u32 = 1978;
-/// The guest calls the host there once its agent can serve.
+/// The host's port that the guest calls once its agent can serve.
 pub const DOORBELL: u32 = 1979;
-/// The guest tells the shim there how it ends, and what its detached main command prints.
+/// The shim's port to which the guest reports how it ends, and sends the output of its detached main command.
 pub const LIFECYCLE: u32 = 1980;

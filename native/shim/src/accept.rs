@@ -1,4 +1,4 @@
-//! Taking clients, also when the process has no descriptor left for one.
+//! Accepts clients, also when the process has no descriptor left.
 
 use rustix::io::Errno;
 use std::fs::File;
@@ -7,13 +7,13 @@ use std::time::Duration;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::sleep;
 
-/// Descriptors kept back, each of which lets one more client in.
+/// How many descriptors are kept back. Each lets one more client in.
 const RESERVE: usize = 8;
-/// How long to wait where nothing else helps: the listener stays readable, so that accepting again at once would spin, and no event says
-/// that some part of the process has closed a descriptor.
+/// How long to wait if nothing else helps. The listener stays readable, so accepting again at once would spin, and no event reports that
+/// the process has closed a descriptor.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Descriptors for clients that must get through when everything else has taken all there are: the control socket's.
+/// Descriptors for the control socket's clients, which must get through even when everything else has used up the rest.
 pub struct Reserve(Vec<File>);
 
 impl Reserve {
@@ -23,7 +23,7 @@ impl Reserve {
         reserve
     }
 
-    /// To be called whenever descriptors may have become free.
+    /// Must be called whenever descriptors may have become free.
     pub fn refill(&mut self) {
         while self.0.len() < RESERVE
             && let Ok(file) = File::open("/dev/null")
@@ -41,7 +41,7 @@ impl Reserve {
                     return client;
                 }
                 Err(error) if !(out_of_descriptors(&error) && self.0.pop().is_some()) => sleep(PAUSE).await,
-                // One has just been closed: nothing else of this thread comes in between.
+                // A reserved descriptor has just been closed, and nothing else runs on this thread in between.
                 Err(_) => {}
             }
         }

@@ -1,4 +1,4 @@
-//! What the shim itself asks of the guest's agent: to power off, and to set the clock.
+//! The shim's own requests to the guest's agent: to power off, and to set the clock.
 
 use crate::{frame, line};
 use machinen_channel::Opener;
@@ -12,20 +12,20 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-/// `OK 4294967295`.
+/// The length of the longest greeting, `OK 4294967295`.
 const MAX_GREETING: usize = 13;
 
-/// The way to the agent.
+/// The connection to the agent.
 #[derive(Clone)]
 pub enum Agent {
-    /// Over our channel.
+    /// Through the shim's channel.
     Channel(Opener),
-    /// Over the socket of a VMM that brings its own.
+    /// Through the socket of a VMM that serves vsock itself.
     Socket(PathBuf),
 }
 
 impl Agent {
-    /// Resolves when the guest has taken the request, is in the middle of it, or may yet end for another reason.
+    /// Asks the guest to power off. Resolves when the guest has taken the request, is busy with it, or may still end for another reason.
     ///
     /// # Errors
     /// When no guest is connected, or the agent refuses: waiting is pointless then.
@@ -33,17 +33,18 @@ impl Agent {
         self.ask(|| json!({"op": POWER_OFF})).await
     }
 
-    /// Gives the guest the host's time: a machine's clock stands still with it. Resolves when the guest has set it.
+    /// Sets the guest's clock to the host's time, because a machine's clock stands still with the machine. Resolves when the guest has set
+    /// it.
     ///
     /// # Errors
     /// As `power_off`.
     pub async fn set_clock(self) -> io::Result<()> {
-        // A host before 1970 has no time worth giving.
+        // A host's clock before 1970 counts as 1970.
         let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_millis());
         self.ask(|| json!({"op": CLOCK, "nowMs": u64::try_from(now()).unwrap_or(u64::MAX)})).await
     }
 
-    /// Asks for `what`, which is made when there is a stream to send it on.
+    /// Sends the request `what`, which is made only when there is a stream to send it on.
     async fn ask(self, what: impl Fn() -> Value) -> io::Result<()> {
         match self {
             Agent::Channel(opener) if !opener.is_connected() => Err(ErrorKind::NotConnected.into()),
@@ -52,7 +53,7 @@ impl Agent {
                     Ok(stream) => return request(stream, &what()).await,
                     // The session broke off: the agent is asked again in the next one.
                     Err(error) if error.kind() == ErrorKind::ConnectionReset => tokio::task::yield_now().await,
-                    // The guest is alive, and holds on to more streams than it may.
+                    // The guest is alive and holds all its streams.
                     Err(error) if error.kind() == ErrorKind::ResourceBusy => return Ok(()),
                     Err(error) => return Err(error),
                 }
@@ -70,7 +71,7 @@ impl Agent {
     }
 }
 
-/// The stream stays open until the guest ends it: one that is closed early cancels what was asked for.
+/// Sends the request and keeps the stream open until the guest ends it, because closing it early would cancel the operation.
 async fn request(mut stream: impl AsyncRead + AsyncWrite + Unpin, what: &Value) -> io::Result<()> {
     stream.write_all(&frame::request(what.to_string().as_bytes())).await?;
     stream.flush().await?;

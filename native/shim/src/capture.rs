@@ -1,4 +1,4 @@
-//! Copies what a stopped VM consists of, and undoes a snapshot whose maker is gone (docs/protocol.md, section 5).
+//! Copies memory and disks of a stopped VM, and undoes a snapshot whose maker is gone (docs/protocol.md, section 5).
 
 use crate::error::Error;
 use crate::files;
@@ -22,7 +22,7 @@ use tokio::net::UnixStream;
 
 #[derive(Deserialize)]
 pub struct Request {
-    /// Where the copy of the memory goes.
+    /// The path of the memory's copy.
     memory: Option<PathBuf>,
     files: Vec<FileCopy>,
     undo: Undo,
@@ -41,7 +41,7 @@ impl Request {
         if !copied.chain(&self.memory).chain(&self.undo.socket).all(|path| path.is_absolute()) {
             return Err("paths must be absolute");
         }
-        // What is removed recursively must be meant.
+        // Paths that are removed recursively must be absolute, without `..`, and not the root.
         if !self.undo.remove.iter().all(|path| removable(path)) {
             return Err("undo.remove must be absolute paths without dots");
         }
@@ -52,9 +52,9 @@ impl Request {
     }
 }
 
-/// Has the conversation, of which only its end is left: the copies, or nothing.
+/// Serves a capture. Afterwards either all copies exist or none.
 pub async fn serve(client: &mut UnixStream, rest: Vec<u8>, request: Request, state: &Arc<State>) -> io::Result<()> {
-    // Neither a request that makes no sense nor one too many may undo anything: the VM may be stopped for another one.
+    // A request that makes no sense, or a second capture, undoes nothing, because the VM may be stopped for another capture.
     if let Err(what) = request.check() {
         return refuse(client, &Error::errno(what, Errno::INVAL)).await;
     }
@@ -64,7 +64,7 @@ pub async fn serve(client: &mut UnixStream, rest: Vec<u8>, request: Request, sta
     let Request { memory, files, undo } = request;
     let mut maker = Maker { client, rest, state };
     if let Err(error) = maker.converse(memory, files).await {
-        // It may be gone.
+        // The maker may be gone.
         let _ = refuse(client, &error).await;
         undo.run(state.agent.clone()).await;
     }
@@ -126,7 +126,7 @@ impl Maker<'_> {
         answer(self.client, value).await.map_err(|error| Error::io("answer", error))
     }
 
-    /// Waits for the maker's next step, for as long as there is a VM.
+    /// Waits for the maker's next step. Fails when the VM ends.
     async fn step(&mut self, expected: Step) -> Result<(), Error> {
         let line = tokio::select! {
             line = line::next(self.client, &mut self.rest, MAX_LINE) => line,
@@ -155,7 +155,7 @@ impl Maker<'_> {
             () = self.state.over() => {}
         }
         cancel.store(true, Ordering::Relaxed);
-        // What it still makes must be there before it is removed.
+        // Waits for the thread, so that it makes no file after the copies were removed.
         let _ = working.await;
         Err(Error::errno("copying", Errno::CANCELED))
     }

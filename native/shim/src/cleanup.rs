@@ -1,9 +1,10 @@
-//! What is left of a VM on the host, and its removal.
+//! Removes what is left of a VM on the host.
 
 use crate::plan::Plan;
 use std::path::Path;
 
-/// Removes everything the plan names, the VM's directory last. What is gone already, or cannot be removed, does not keep the rest.
+/// Removes everything that the plan names, the VM's directory last. A file that is gone already, or cannot be removed, does not keep the
+/// others.
 pub fn run(plan: &Plan) {
     for path in &plan.cleanup {
         remove(path);
@@ -18,7 +19,7 @@ pub fn run(plan: &Plan) {
 
 /// Removes a file, or a directory with everything in it.
 pub fn remove(path: &Path) {
-    // Not followed: a link is removed, not what it points to.
+    // Symbolic links are not followed: the link is removed, not its target.
     let is_dir = path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir());
     let _ = if is_dir { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
 }

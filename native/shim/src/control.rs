@@ -1,4 +1,4 @@
-//! The control socket: one request a connection, a JSON line. Only a capture is a conversation.
+//! The control socket: each connection carries one request, a JSON line. Only `capture` takes further lines.
 
 use crate::accept::Reserve;
 use crate::capture;
@@ -20,9 +20,9 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-/// Further clients wait.
+/// The most clients that are served at once; further ones wait.
 const MAX_CLIENTS: usize = 128;
-/// Of them, those that may stay for as long as they like (`wait`, `logs`, `capture`); the rest is for those that want something done.
+/// The most clients that may stay for long (`wait`, `logs`, `capture`). The rest is for requests that are answered at once.
 const MAX_STAYING: usize = 96;
 const BUFFER: usize = 64 * 1024;
 
@@ -56,7 +56,7 @@ enum Source {
     Output,
 }
 
-/// Serves clients until the VM has ended, and those that wait for that until they know.
+/// Serves clients until the VM has ended, and those that wait for its end until they have been told.
 pub async fn serve(listener: UnixListener, state: Arc<State>) {
     let mut clients = JoinSet::new();
     let mut reserve = Reserve::new();
@@ -133,10 +133,10 @@ async fn serve_client(mut client: UnixStream, state: Arc<State>, staying: Arc<Se
     }
 }
 
-/// Asks for the VM's end, on behalf of a client that may not stay to see it.
+/// Asks the supervisor to end the VM, for a client that may not stay to see it.
 async fn end(client: &mut UnixStream, state: &State, reason: Reason, ask: Ask) -> io::Result<()> {
     state.asked(reason);
-    // The supervisor has stopped listening when the VM has ended, which is what was asked for.
+    // Sending fails only when the VM has ended, which is what was asked for.
     let _ = state.asks.send(ask).await;
     answer(client, &json!({"ok": true})).await?;
     exited(client, state).await
@@ -159,8 +159,8 @@ async fn exited(client: &mut UnixStream, state: &State) -> io::Result<()> {
     client.write_all(event.as_deref().unwrap_or_default().as_bytes()).await
 }
 
-/// Sends a log from its beginning, or from so many bytes before its end, to where it ends now, or to where it ends with the VM.
-/// A client that is slower than two rotations misses what was rotated away.
+/// Sends a log from its beginning, or from `tail` bytes before its end, to its present end; with `follow`, to its end with the VM. A client
+/// that is slower than two rotations misses what was rotated away.
 async fn send_log(client: &mut UnixStream, log: &Log, follow: bool, tail: Option<u64>) -> io::Result<()> {
     let mut news = log.subscribe();
     let mut extent = news.borrow_and_update().clone();
@@ -197,7 +197,7 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::Value;
 
-    /// Values of every kind, also where a request has others.
+    /// Generates JSON values of every kind in every place.
     fn values() -> impl Strategy<Value = Value> {
         let names = prop::sample::select(vec![
             "op",
@@ -238,11 +238,11 @@ mod tests {
     }
 
     proptest! {
-        /// What is no request is told so, and what is one says what it is.
+        /// Nothing panics, and only known operations are taken for requests.
         #[test]
         fn nothing_panics_and_only_operations_are_requests(value in values()) {
             let read = serde_json::from_slice::<Request>(value.to_string().as_bytes());
-            // An array is taken for the fields in their order, the operation first.
+            // Serde takes an array for the fields in their order, of which the operation is the first.
             let operation = value.get("op").or(value.get(0));
             prop_assert!(read.is_err() || operation.is_some_and(Value::is_string));
         }

@@ -1,4 +1,4 @@
-//! What a file contains, however much of it is holes.
+//! The digest of a file's content, which does not depend on where its holes are.
 
 use crate::files;
 use serde::Serialize;
@@ -13,14 +13,14 @@ use std::process::ExitCode;
 
 const BLOCK: u64 = 4096;
 static ZEROS: [u8; 4096] = [0; 4096];
-/// Read at once; a multiple of the block.
+/// How many bytes are read at once; a multiple of the block.
 const BUFFER: u64 = 1 << 20;
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Digest {
     size_bytes: u64,
-    /// Length of the blocks that are not all zero.
+    /// The bytes of all blocks that are not all zero.
     data_bytes: u64,
     sha256: String,
 }
@@ -46,7 +46,7 @@ fn digest(path: &Path) -> io::Result<Digest> {
     let mut hash = Sha256::new();
     let (mut at, mut data) = (0, 0);
     while let Some((start, end)) = files::next_data(&file, at, size)? {
-        // Data need not begin and end with our blocks.
+        // A range of data need not begin and end at the blocks' borders.
         let start = (start - start % BLOCK).max(at);
         at = end.next_multiple_of(BLOCK).min(size);
         data += add(&mut hash, &file, start, at)?;
@@ -60,7 +60,7 @@ fn digest(path: &Path) -> io::Result<Digest> {
     Ok(Digest { size_bytes: size, data_bytes: data, sha256 })
 }
 
-/// Adds the blocks from `at` to `end` that are not all zero, and counts their bytes.
+/// Adds the blocks from `at` to `end` that are not all zero to the hash. Returns their bytes.
 fn add(hash: &mut Sha256, file: &File, mut at: u64, end: u64) -> io::Result<u64> {
     let mut data = 0;
     let mut buffer = vec![0; usize::try_from((end - at).min(BUFFER)).map_err(io::Error::other)?];
@@ -84,7 +84,7 @@ fn add(hash: &mut Sha256, file: &File, mut at: u64, end: u64) -> io::Result<u64>
 mod tests {
     use super::*;
 
-    /// As docs/protocol.md says it.
+    /// The digest as docs/protocol.md defines it, computed the simple way.
     fn naive(content: &[u8]) -> Digest {
         let (mut counted, mut data) = (Vec::new(), 0);
         for (n, block) in content.chunks(4096).enumerate() {
@@ -122,7 +122,7 @@ mod tests {
                 content[usize::try_from(at).unwrap()] = 7;
             }
             assert_eq!(digest(&path).unwrap(), naive(&content), "{size}");
-            // Zeros that are written down are no other than holes.
+            // Written zeros and holes give the same digest.
             std::fs::write(&path, &content).unwrap();
             assert_eq!(digest(&path).unwrap(), naive(&content), "{size}");
         }

@@ -1,4 +1,4 @@
-//! The guest rings when its agent can serve.
+//! The doorbell: the guest calls when its agent can serve.
 
 use crate::state::State;
 use crate::{line, proxy};
@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
-/// Longest message of a guest.
+/// The longest message of a guest, in bytes.
 const MAX_LINE: usize = 4096;
 
 /// Passes the call on to the starter that listens for it. Where none does, the shim answers with the time.

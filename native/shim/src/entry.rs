@@ -6,11 +6,11 @@ use serde_json::{Map, Value, json};
 use std::io;
 use std::path::PathBuf;
 
-/// The starter's record, completed. Readers see it whole: it is replaced by rename.
+/// The starter's record, which the shim completes. It is replaced by rename, so that readers see it whole.
 pub struct Entry {
     path: PathBuf,
     fields: Map<String, Value>,
-    /// The name's pin, when the VM was named while it ran.
+    /// The pin file of a name that the VM got while it ran.
     pin: Option<PathBuf>,
     removed: bool,
 }
@@ -20,7 +20,7 @@ impl Entry {
         Entry { path, fields, pin: None, removed: false }
     }
 
-    /// From now on shim and VMM answer for it. A guest that was running before is `running` at once: it does not ring again.
+    /// Adds shim and VMM to the entry. A guest that was running before is `running` at once, because it does not ring again.
     pub fn started(&mut self, shim: Identity, vmm: Identity, running: bool) -> io::Result<()> {
         self.fields.insert("shim".into(), json!(shim));
         self.fields.insert("vmm".into(), json!(vmm));
@@ -32,13 +32,13 @@ impl Entry {
         self.write()
     }
 
-    /// The guest can be talked to.
+    /// Records that the agent can serve.
     pub fn running(&mut self) -> io::Result<()> {
         self.fields.insert("state".into(), json!("running"));
         self.write()
     }
 
-    /// The VM no longer ends with its starter.
+    /// Records that the VM no longer ends with its starter.
     pub fn detached(&mut self) -> io::Result<()> {
         self.fields.insert("detached".into(), json!(true));
         self.write()
@@ -54,10 +54,10 @@ impl Entry {
         self.write()
     }
 
-    /// Removes it for good: later changes are not written any more.
+    /// Removes the entry for good: later changes are not written any more.
     pub fn remove(&mut self) {
         self.removed = true;
-        // A name that somebody else got first is theirs.
+        // The pin is removed only if it is still this VM's.
         if let Some(pin) = self.pin.take()
             && std::fs::read_to_string(&pin).is_ok_and(|id| self.fields.get("id").is_some_and(|own| own == id.trim()))
         {

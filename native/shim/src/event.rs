@@ -1,4 +1,4 @@
-//! What the shim tells its owner and its control clients, one JSON object a line.
+//! The events that the shim sends to its owner and its control clients, one JSON object a line.
 
 use crate::failed::Failed;
 use crate::identity::Identity;
@@ -15,7 +15,7 @@ pub enum Event<'a> {
 impl Event<'_> {
     /// The event as a line.
     pub fn line(&self) -> String {
-        // Serializing to memory fails only for maps with keys that are no strings: there are none.
+        // Serializing to memory fails only for maps whose keys are no strings, and there are none.
         let mut line = serde_json::to_string(self).unwrap_or_default();
         line.push('\n');
         line
@@ -53,7 +53,7 @@ pub enum Reason {
 pub struct ExitRecord {
     pub vmm: ProcessExit,
     pub main: Option<MainExit>,
-    /// The guest announced its power-off.
+    /// Whether the guest announced its power-off.
     pub orderly: bool,
     pub reason: Reason,
     pub console_tail: String,

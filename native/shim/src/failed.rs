@@ -1,4 +1,4 @@
-//! What the starter is told of a VM that was not started.
+//! The report to the starter of a VM that was not started.
 
 use crate::error::Error;
 use serde::Serialize;
@@ -23,13 +23,13 @@ pub struct Failed {
     step: Step,
     /// Name of the errno.
     code: String,
-    /// What the step was busy with: a path, or the host's socket of a forwarded port.
+    /// The subject of the failed call: a path, or the host's socket of a forwarded port.
     subject: String,
     message: String,
 }
 
 impl Failed {
-    /// `step` failed by the error it is given.
+    /// Makes the report of an error at `step`.
     pub fn at(step: Step) -> impl Fn(Error) -> Failed {
         move |error| {
             let (code, message) = (error.code(), error.to_string());
@@ -41,7 +41,7 @@ impl Failed {
         }
     }
 
-    /// The system refused something about `subject`.
+    /// The report of a system call about `subject` that was refused at `step`.
     pub fn io(step: Step, subject: impl Display, error: io::Error) -> Self {
         Failed::at(step)(Error::io(subject, error))
     }

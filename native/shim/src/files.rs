@@ -1,4 +1,4 @@
-//! The VM's own copies of files: holes stay holes, and where the filesystem can share blocks it does.
+//! Makes the VM's own copies of files. Holes stay holes, and blocks are shared where the file system can do that.
 
 use crate::error::Error;
 use crate::plan::FileCopy;
@@ -10,14 +10,14 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Copied in one call, after which `cancel` is looked at.
+/// How many bytes are copied in one call; `cancel` is checked after each.
 const STEP: u64 = 64 << 20;
 const BUFFER: usize = 256 * 1024;
 
-/// Makes all copies, and counts the bytes written. On failure none is left.
+/// Makes all copies. Returns the number of bytes written. After a failure no copy is left.
 ///
 /// # Errors
-/// Also `ECANCELED`, when `cancel` was set meanwhile.
+/// The first one; `ECANCELED` when `cancel` was set meanwhile.
 pub fn copy_all(copies: &[FileCopy], cancel: &AtomicBool) -> Result<u64, Error> {
     let mut bytes = 0;
     for (done, plan) in copies.iter().enumerate() {
@@ -36,7 +36,7 @@ pub fn copy_all(copies: &[FileCopy], cancel: &AtomicBool) -> Result<u64, Error> 
 
 /// Opens a regular file for reading.
 pub fn open(path: &Path) -> io::Result<File> {
-    // Not blocking: a fifo would wait for a writer.
+    // With NONBLOCK, because opening a fifo would otherwise wait for a writer.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(ErrorKind::InvalidInput, "not a regular file"));
@@ -44,7 +44,7 @@ pub fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Makes a file that was not there.
+/// Makes a file that must not exist yet.
 pub fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
 }
@@ -59,7 +59,7 @@ fn copy(plan: &FileCopy, cancel: &AtomicBool) -> io::Result<u64> {
     copied
 }
 
-/// Copies what is data, extends the copy to `size`, and counts the bytes written.
+/// Copies the data and extends the copy to `size`. Returns the number of bytes written.
 pub fn copy_content(from: &File, to: &File, size: u64, cancel: &AtomicBool) -> io::Result<u64> {
     let length = from.metadata()?.len();
     let (mut at, mut bytes) = (0, 0);
@@ -71,7 +71,7 @@ pub fn copy_content(from: &File, to: &File, size: u64, cancel: &AtomicBool) -> i
     Ok(bytes)
 }
 
-/// The first range of data at or behind `at`.
+/// The first range of data at or after `at`.
 pub fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<(u64, u64)>> {
     if at >= length {
         return Ok(None);
@@ -95,7 +95,7 @@ fn copy_range(from: &File, to: &File, start: u64, end: u64, cancel: &AtomicBool)
         }
         let copied = if in_kernel {
             match copy_in_kernel(from, to, at, (end - at).min(STEP)) {
-                // Filesystems that cannot, pairs of filesystems that cannot, kernels that will not.
+                // The file system, the pair of file systems or the kernel cannot do this.
                 Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::PERM) | Ok(0) => {
                     in_kernel = false;
                     continue;
@@ -107,7 +107,7 @@ fn copy_range(from: &File, to: &File, start: u64, end: u64, cancel: &AtomicBool)
             copy_by_hand(from, to, at, end - at, &mut buffer)?
         };
         if copied == 0 {
-            // It was cut meanwhile: what is missing becomes a hole.
+            // The file became shorter meanwhile; the missing part becomes a hole.
             break;
         }
         at += copied;

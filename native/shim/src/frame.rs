@@ -1,13 +1,13 @@
-//! Frames of the agent's protocol as the shim meets them: it looks at their heads, and passes payloads on or drops them.
+//! Frames of the agent's protocol. The shim reads only their heads, and passes payloads on or drops them.
 
 use machinen_protocol::frame::{HEADER, Kind, MAX_PAYLOAD};
 use std::io::{self, ErrorKind};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// What comes next.
+/// The head of a frame.
 #[derive(Clone, Copy)]
 pub struct Head {
-    /// As on the wire, where a guest may send any.
+    /// The number on the wire; a guest may send any.
     number: u8,
     pub length: u32,
 }
@@ -31,7 +31,7 @@ impl Head {
         Kind::from_wire(self.number)
     }
 
-    /// Whether the payload is no longer than a guest's may be.
+    /// Whether the payload's length is allowed.
     pub fn fits(self) -> bool {
         self.length as usize <= MAX_PAYLOAD
     }
@@ -50,7 +50,7 @@ pub async fn head(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Head
     if head.fits() { Ok(Some(head)) } else { Err(ErrorKind::InvalidData.into()) }
 }
 
-/// A request; short ones only, their length fits.
+/// A request frame. Its payload must be short, so that its length fits.
 pub fn request(payload: &[u8]) -> Vec<u8> {
     let head = Head::new(Kind::Request, u32::try_from(payload.len()).unwrap_or(u32::MAX));
     [&head.to_bytes()[..], payload].concat()
@@ -62,7 +62,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Whatever a guest sends is a head, an end or an error, and never longer than there is room for.
+        /// Any bytes of a guest give a head, the end or an error, and never a longer payload than is allowed.
         #[test]
         fn no_bytes_make_more_than_a_head(bytes in prop::collection::vec(any::<u8>(), 0..12)) {
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();

@@ -1,4 +1,4 @@
-//! Guest to host: what a guest reaches when it dials a port of its host.
+//! Guest to host: serves the streams that a guest opens to ports of its host.
 
 use crate::state::State;
 use crate::{doorbell, lifecycle, proxy, vsock};
@@ -11,23 +11,23 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
-/// Calls served at once, those of earlier sessions among them.
+/// The most calls that are served at once, with those of earlier sessions.
 const MAX_CALLS: usize = 2 * machinen_channel::MAX_GUEST_STREAMS;
 
-/// Where a listener for a port of the host is to be found.
+/// The path of the socket that stands for a port of the host.
 pub fn socket(vsock_path: &Path, port: u32) -> PathBuf {
     let mut path = vsock_path.as_os_str().to_owned();
     path.push(format!("_{port}"));
     path.into()
 }
 
-/// Serves what the guest opens, until the channel ends and everything that came over it is dealt with.
+/// Serves the guest's streams until the channel has ended and all of them are done.
 pub async fn serve(mut arrivals: mpsc::Receiver<Incoming>, vsock_path: PathBuf, state: Arc<State>) {
     let mut calls = JoinSet::new();
     let lifecycle = Arc::new(Semaphore::new(lifecycle::MAX_CALLS));
     while let Some(incoming) = arrivals.recv().await {
         while calls.try_join_next().is_some() {}
-        // A session has fewer; those of one that has ended may be stuck in a socket that nobody reads.
+        // One session has fewer. Calls of an earlier session may be stuck in a socket that nobody reads.
         if calls.len() >= MAX_CALLS {
             incoming.refuse();
             continue;
@@ -38,7 +38,7 @@ pub async fn serve(mut arrivals: mpsc::Receiver<Incoming>, vsock_path: PathBuf, 
     while calls.join_next().await.is_some() {}
 }
 
-/// A call that fails has ended for the guest as well; there is nobody else to tell.
+/// Serves one call. A failure ends the call for the guest too, so nobody else is told.
 async fn call(incoming: Incoming, listener: PathBuf, state: Arc<State>, lifecycle: Arc<Semaphore>) -> io::Result<()> {
     match incoming.port {
         ports::LIFECYCLE => match lifecycle.try_acquire() {
@@ -59,7 +59,7 @@ async fn call(incoming: Incoming, listener: PathBuf, state: Arc<State>, lifecycl
     }
 }
 
-/// The lifecycle port of a VMM that brings the guest's calls to sockets itself.
+/// Serves the lifecycle port of a VMM that passes the guest's calls to sockets itself.
 pub async fn serve_lifecycle(listener: UnixListener, state: Arc<State>, mut over: watch::Receiver<bool>) {
     let mut calls = JoinSet::new();
     loop {

@@ -1,4 +1,4 @@
-//! A process that cannot be mistaken for another: pids are reused, so the start time goes with it.
+//! The identity of a process: its pid and its start time, because pids are reused.
 
 use serde::Serialize;
 use std::io;
@@ -7,12 +7,12 @@ use std::io;
 #[serde(rename_all = "camelCase")]
 pub struct Identity {
     pub pid: u32,
-    /// Clock ticks since the host's boot.
+    /// In clock ticks since the host's boot.
     start_time: u64,
 }
 
 impl Identity {
-    /// The identity of a process that exists; the caller sees to it that it is not reaped meanwhile.
+    /// The identity of a process that exists. The caller must keep it from being reaped meanwhile.
     pub fn of(pid: u32) -> io::Result<Self> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
         let start_time = start_time(&stat).ok_or_else(|| io::Error::other("unreadable /proc/<pid>/stat"))?;

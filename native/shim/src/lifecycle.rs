@@ -8,20 +8,20 @@ use serde::Deserialize;
 use std::io::{self, ErrorKind};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// Streams served at once. A guest announces one end, and has one main command whose output it sends.
+/// The most streams that are served at once. A guest announces one end, and has one main command whose output it sends.
 pub const MAX_CALLS: usize = 8;
 const BUFFER: usize = 16 * 1024;
 /// Longest payload of an `end` frame, which is held in memory.
 const MAX_END: u32 = 4 * 1024;
 
-/// An `end` frame; empty when the guest powers off without a main command.
+/// The payload of an `end` frame; empty if the guest powers off without a main command.
 #[derive(Deserialize)]
 struct Announcement {
     code: Option<i32>,
     signal: Option<i32>,
 }
 
-/// Records frames until the end, which is confirmed by closing the stream.
+/// Records frames until the `end` frame, and confirms that by closing the stream.
 pub async fn record(mut stream: impl AsyncRead + AsyncWrite + Unpin, state: &State) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     while let Some(head) = frame::head(&mut stream).await? {
@@ -29,7 +29,7 @@ pub async fn record(mut stream: impl AsyncRead + AsyncWrite + Unpin, state: &Sta
         match head.kind() {
             Some(Kind::Stdout | Kind::Stderr) => {
                 while let n @ 1.. = payload.read(&mut buffer).await? {
-                    // A disk that is slow slows the command down.
+                    // A slow disk slows the command down.
                     state.output.write_all(&buffer[..n]).await;
                 }
             }

@@ -1,4 +1,4 @@
-//! The lines of a connection, from a peer that may send anything, or nothing.
+//! Reads lines of a connection whose peer may send anything, or nothing.
 
 use serde_json::Value;
 use std::io::{self, ErrorKind};
@@ -9,10 +9,10 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 pub const MAX_LINE: usize = 64 * 1024;
 /// How long a peer may take for its first line.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Read at once: the line, and most often all that is said behind it.
+/// How many bytes are read at once: usually the line and all that follows it.
 const BUFFER: usize = 16 * 1024;
 
-/// A line without its end, and what came behind it.
+/// A line without its newline, and the bytes that came behind it.
 #[derive(Debug)]
 pub struct Line {
     pub text: Vec<u8>,
@@ -29,18 +29,18 @@ pub async fn read(from: &mut (impl AsyncRead + Unpin), max: usize) -> io::Result
     Ok(Line { text, rest })
 }
 
-/// Reads the next line that is not longer than `max`, and forgets those before it that are.
+/// Reads the next line that is not longer than `max`. Longer lines are dropped.
 ///
 /// # Errors
-/// As `next`, but for the length.
+/// As `next`, except that no line is too long.
 pub async fn next_short(from: &mut (impl AsyncRead + Unpin), rest: &mut Vec<u8>, max: usize) -> io::Result<Vec<u8>> {
     let mut is_tail = false;
     loop {
         match next(from, rest, max).await {
-            // The end of one whose beginning was forgotten.
+            // The rest of a line whose beginning was dropped.
             Ok(_) if is_tail => is_tail = false,
             Err(error) if error.kind() == ErrorKind::InvalidData => {
-                // What came behind its end, where that has come, is kept.
+                // Bytes behind the end of the dropped line are kept.
                 let known = rest.iter().position(|&byte| byte == b'\n').map_or(rest.len(), |at| at + 1);
                 is_tail = rest[..known].last() != Some(&b'\n');
                 rest.drain(..known);
@@ -50,10 +50,10 @@ pub async fn next_short(from: &mut (impl AsyncRead + Unpin), rest: &mut Vec<u8>,
     }
 }
 
-/// Reads the next line, however long it takes to come. `rest` is what came behind the line before.
+/// Reads the next line, without a time limit. `rest` holds the bytes that came behind the line before.
 ///
 /// # Errors
-/// As `read`, but for the time.
+/// As `read`, except `TimedOut`.
 pub async fn next(from: &mut (impl AsyncRead + Unpin), rest: &mut Vec<u8>, max: usize) -> io::Result<Vec<u8>> {
     let mut known = 0;
     loop {
@@ -98,7 +98,7 @@ mod tests {
     }
 
     proptest! {
-        /// However the bytes come, the short lines are those a split finds.
+        /// In whatever pieces the bytes come, the short lines are found that a split finds.
         #[test]
         fn short_lines_are_found(text in "[ab\n]{0,200}", max in 0usize..8, piece in 1usize..20) {
             let lines: Vec<_> = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')).collect();

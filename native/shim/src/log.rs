@@ -1,7 +1,7 @@
-//! A log in a file of limited size, read by others while it is written.
+//! A log in a file of limited size, which others read while it is written.
 //!
-//! A thread of the log's own writes the file: a disk that stalls must not stall the shim, which serves everything else of the VM from one
-//! thread. What waits for the disk is bounded; what does not fit is dropped, and the log says how much.
+//! A thread of its own writes the file, because a disk that stalls must not stall the shim, which serves everything else of the VM from one
+//! thread. The bytes that wait for the disk are bounded; bytes that do not fit are dropped, and the log says how many.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -10,26 +10,26 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, watch};
 
-/// Bytes that may wait for the disk.
+/// How many bytes may wait for the disk.
 const WAITING: usize = 1 << 20;
 
-/// What of the log can be read. Positions count bytes since its beginning, also across rotations.
+/// The part of the log that can be read. Positions count bytes since the log's beginning, also across rotations.
 #[derive(Clone, Debug, Default)]
 pub struct Extent {
-    /// Where the file before the current one begins; equal to `start` without one.
+    /// Where the previous file begins; equal to `start` if there is none.
     pub oldest: u64,
     /// Where the current file begins.
     pub start: u64,
     pub end: u64,
-    /// Nothing will follow.
+    /// No more bytes will follow.
     pub closed: bool,
-    /// Kept open, so that a reader finds what it was told of, whatever is rotated meanwhile.
+    /// The previous file, kept open so that a reader finds what it was told of, whatever is rotated meanwhile.
     previous: Option<Arc<File>>,
     current: Option<Arc<File>>,
 }
 
 impl Extent {
-    /// Reads at a position that lies in it.
+    /// Reads at a position within the extent.
     pub fn read(&self, at: u64, buffer: &mut [u8]) -> io::Result<usize> {
         let (file, at, length) = if at >= self.start {
             (&self.current, at - self.start, self.end - at)
@@ -48,10 +48,10 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens it and starts its thread.
+    /// Opens the log and starts its thread.
     ///
     /// # Errors
-    /// When there is no thread to be had. A file that cannot be made is tried again with each piece.
+    /// When no thread can be started. A file that cannot be made is tried again with each write.
     pub fn new(path: PathBuf, max: u64) -> io::Result<Self> {
         let (queue, extent) = (Arc::<Queue>::default(), Arc::<watch::Sender<Extent>>::default());
         let files = Files { current: create(&path).ok(), previous: None, path, max: max.max(1) };
@@ -60,15 +60,15 @@ impl Log {
         Ok(Log { queue, extent })
     }
 
-    /// Appends; at `max` bytes the file becomes `<path>.1`, of which there is one.
+    /// Appends bytes. At `max` bytes the file is renamed to `<path>.1`, replacing the one before.
     pub fn write(&self, bytes: &[u8]) {
         self.queue.push(bytes);
     }
 
-    /// Appends, and waits for room first: for a writer that can be held back. Nothing of it is dropped.
+    /// Appends bytes, and waits for room first. Nothing is dropped. It is for a writer that can be held back.
     pub async fn write_all(&self, bytes: &[u8]) {
         loop {
-            // Made before the look, so that room made after it is not missed.
+            // Registered before the check, so that room that is made after it is not missed.
             let room = self.queue.room.notified();
             if self.queue.push_whole(bytes) {
                 return;
@@ -77,19 +77,19 @@ impl Log {
         }
     }
 
-    /// Nothing will follow. The extent says `closed` once all of it is written.
+    /// Closes the log. The extent says `closed` once everything is written.
     pub fn close(&self) {
         self.queue.close();
     }
 
-    /// For readers: what there is, and a wake-up when there is more.
+    /// For readers: the extent, and a wake-up when it grows.
     pub fn subscribe(&self) -> watch::Receiver<Extent> {
         self.extent.subscribe()
     }
 
-    /// Resolves when a closed log is written and nobody reads it any more.
+    /// Resolves when a closed log is written and no reader is left.
     pub async fn finished(&self) {
-        // The sender is ours.
+        // Waiting cannot fail, because the log itself owns the sender.
         let _ = self.extent.subscribe().wait_for(|extent| extent.closed).await;
         self.extent.closed().await;
     }
@@ -101,7 +101,7 @@ impl Drop for Log {
     }
 }
 
-/// What waits for the disk.
+/// The bytes that wait for the disk.
 #[derive(Default)]
 struct Queue {
     state: Mutex<Waiting>,
@@ -112,7 +112,7 @@ struct Queue {
 #[derive(Default)]
 struct Waiting {
     bytes: Vec<u8>,
-    /// Bytes that came after these and did not fit.
+    /// How many bytes came after these and did not fit.
     dropped: u64,
     closed: bool,
 }
@@ -124,7 +124,7 @@ impl Queue {
 
     fn push(&self, bytes: &[u8]) {
         let mut waiting = self.lock();
-        // Once something was dropped, so is what comes after it: the note about it stands where the gap is.
+        // After a drop everything else is dropped too, so that the note about it stands where the gap is.
         let room = if waiting.dropped > 0 { 0 } else { WAITING - waiting.bytes.len() };
         let (kept, lost) = bytes.split_at(room.min(bytes.len()));
         waiting.bytes.extend_from_slice(kept);
@@ -132,7 +132,7 @@ impl Queue {
         self.changed.notify_one();
     }
 
-    /// Whether there was room for all of it, or it is more than there ever is.
+    /// Appends the bytes if all of them fit, or if nothing waits and they are more than ever fit. Returns whether it did.
     fn push_whole(&self, bytes: &[u8]) -> bool {
         let mut waiting = self.lock();
         let fits = waiting.dropped == 0 && waiting.bytes.len() + bytes.len() <= WAITING.max(bytes.len());
@@ -148,7 +148,7 @@ impl Queue {
         self.changed.notify_one();
     }
 
-    /// Waits for something to write, and exchanges it for `empty`. `None`: nothing will follow.
+    /// Waits for bytes to write, and exchanges them for `empty`. `None`: no more will follow.
     fn take(&self, empty: Vec<u8>) -> Option<(Vec<u8>, u64)> {
         let waits = |waiting: &mut Waiting| waiting.bytes.is_empty() && waiting.dropped == 0 && !waiting.closed;
         let mut waiting = self.changed.wait_while(self.lock(), waits).unwrap_or_else(PoisonError::into_inner);
@@ -187,7 +187,7 @@ struct Files {
 }
 
 impl Files {
-    /// Writes as much as the disk takes.
+    /// Writes the bytes, as far as the disk takes them.
     fn write(&mut self, mut bytes: &[u8], extent: &mut Extent) {
         while !bytes.is_empty() {
             let room = self.max.saturating_sub(extent.end - extent.start);
@@ -253,7 +253,7 @@ mod tests {
         let before = write(b"789abc");
         assert_eq!(read_all(&before), b"0123456789abc");
         assert_eq!(read_all(&write(b"defghijklmnopqrstuvwxyz")), b"klmnopqrstuvwxyz");
-        // A reader that was told of it before finds the same as then.
+        // A reader that got the extent earlier still finds the same bytes.
         assert_eq!(read_all(&before), b"0123456789abc");
     }
 
@@ -309,7 +309,7 @@ mod tests {
             log.write(&[b'x'; 65_536]);
         }
         log.close();
-        // All that waited is there once the disk goes on.
+        // Everything that waited is written once the disk goes on.
         let mut reader = OpenOptions::new().read(true).open(&path).unwrap();
         let read = std::thread::spawn(move || {
             let mut text = Vec::new();

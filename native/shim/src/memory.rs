@@ -1,4 +1,4 @@
-//! The guest's memory, where it is a file.
+//! The guest's memory, if it is a file.
 
 use crate::error::Error;
 use crate::identity::Identity;
@@ -11,14 +11,14 @@ use std::fs::File;
 use std::io;
 use std::sync::atomic::AtomicBool;
 
-/// What the kernel calls it.
+/// The name of the memfd in `/proc`.
 const MEMORY: &CStr = c"machinen-memory";
 
-/// Kept open for as long as the VM lives, to be captured.
+/// The memory's file, kept open as long as the VM lives, to be captured.
 pub enum Memory {
-    /// What the guest writes is in the file.
+    /// The guest writes to the file.
     Shared(File),
-    /// What the guest writes is the VMM's alone.
+    /// The VMM maps the file privately, so the guest's writes are in the VMM's own pages.
     Private(PrivateMemory),
 }
 
@@ -34,14 +34,14 @@ impl Memory {
         }
     }
 
-    /// What the VMM inherits.
+    /// The file that the VMM inherits.
     pub fn file(&self) -> &File {
         match self {
             Memory::Shared(file) | Memory::Private(PrivateMemory { base: file }) => file,
         }
     }
 
-    /// Copies all there is while the guest runs on, and remembers what that was.
+    /// Copies all memory while the guest runs on. Returns what the copy holds.
     pub fn copy_ahead(&self, vmm: Identity, to: &File, cancel: &AtomicBool) -> io::Result<Known> {
         let known = Known::new(self.file().metadata()?.len())?;
         if let Memory::Private(memory) = self {
@@ -51,7 +51,8 @@ impl Memory {
         Ok(known)
     }
 
-    /// Copies what is not `known` to be there already, and counts the bytes written. Complete when the guest stands still.
+    /// Copies the pages that the copy is not `known` to hold. Returns the number of bytes written. The copy is complete if the guest stands
+    /// still.
     pub fn update(&self, vmm: Identity, to: &File, known: &Known, cancel: &AtomicBool) -> io::Result<u64> {
         match self {
             Memory::Shared(memory) => copy_shared(memory, to, known, cancel),
@@ -63,7 +64,7 @@ impl Memory {
 fn create(size: u64) -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let never_executed = flags | MemfdFlags::NOEXEC_SEAL;
-    // Linux before 6.3 does not know the second.
+    // Linux before 6.3 does not know MFD_NOEXEC_SEAL.
     let file = File::from(memfd_create(MEMORY, never_executed).or_else(|_| memfd_create(MEMORY, flags))?);
     file.set_len(size)?;
     // A VMM that its guest has taken over can write the memory, but cannot cut it short while the shim copies it.
@@ -72,7 +73,7 @@ fn create(size: u64) -> io::Result<File> {
     Ok(file)
 }
 
-/// Memory the guest never touched is a hole.
+/// Copies a memory file whose holes are pages the guest never touched.
 fn copy_shared(memory: &File, to: &File, known: &Known, cancel: &AtomicBool) -> io::Result<u64> {
     let length = memory.metadata()?.len();
     let mut at = 0;

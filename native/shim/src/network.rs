@@ -1,7 +1,7 @@
 //! The guest's network: forwarded ports of the host, and gvproxy, which serves the guest's card.
 //!
-//! gvproxy is started when it is first needed (the guest sends a frame, a client comes to a forwarded port) and started again when it
-//! ends: a VM that uses no network costs none. What outlives it is here: the listeners, and the VMM's end of the card.
+//! gvproxy is started when it is first needed (the guest sends a frame, or a client comes to a forwarded port) and started again when it
+//! ends, so a VM that uses no network costs no process. The shim holds what outlives gvproxy: the listeners, and the VMM's end of the card.
 
 use crate::error::Error;
 use crate::event::ProcessExit;
@@ -23,7 +23,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep};
 
-/// Where gvproxy finds the card; the listeners follow.
+/// The descriptor of the card in gvproxy; those of the listeners follow.
 const CARD_FD: i32 = 3;
 /// A gvproxy that ran this long was of use: when it ends, another one is started at once.
 const USEFUL: Duration = Duration::from_secs(60);
@@ -34,12 +34,12 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// How long to wait before gvproxy is started again.
 #[derive(Default)]
 struct Pauses {
-    /// How many in a row have been of no use.
+    /// How many in a row were not useful.
     failures: u32,
 }
 
 impl Pauses {
-    /// After one that lived for `lived`; `None`: it could not be started. The first one that ends is replaced at once.
+    /// The pause after a gvproxy that lived for `lived`, or could not be started (`None`). After the first one there is none.
     fn next(&mut self, lived: Option<Duration>) -> Duration {
         if lived.is_some_and(|lived| lived >= USEFUL) {
             self.failures = 0;
@@ -53,11 +53,11 @@ impl Pauses {
     }
 }
 
-/// Forwarded ports, bound.
+/// The listeners of the forwarded ports.
 pub struct Forwards(Vec<(TcpListener, u16)>);
 
 impl Forwards {
-    /// Binds all of them or none. From now on clients wait instead of being refused.
+    /// Binds all ports or none. From then on clients wait instead of being refused.
     pub fn bind(network: &plan::Network) -> Result<Self, Error> {
         let bind = |Forward { host, guest_port }: &Forward| {
             let listener = TcpListener::bind(host).and_then(|listener| {
@@ -70,11 +70,11 @@ impl Forwards {
     }
 }
 
-/// The other end of the guest's card: a socket the VMM listens on, and takes one client of after the other.
+/// The other end of the guest's card: a socket on which the VMM listens, and on which it serves one client after the other.
 pub struct Card(PathBuf);
 
 impl Card {
-    /// The listener is the VMM's.
+    /// Makes the socket. The listener is for the VMM.
     pub fn listen(dir: &Path) -> io::Result<(Self, UnixListener)> {
         let path = dir.join("net.sock");
         let listener = UnixListener::bind(&path)?;
@@ -82,7 +82,7 @@ impl Card {
     }
 }
 
-/// Serves the network until the VM is over; nothing of it runs after that.
+/// Serves the network until the VM is over. Then no gvproxy is left.
 pub async fn serve(plan: plan::Network, card: Card, forwards: Forwards, state: Arc<State>) {
     let say = |what: &str| state.console.log.write(format!("machinen: {what}\n").as_bytes());
     let mut pauses = Pauses::default();
@@ -98,7 +98,7 @@ pub async fn serve(plan: plan::Network, card: Card, forwards: Forwards, state: A
         };
         let started = match connection {
             Ok(connection) => start(&plan, connection, &forwards, &state),
-            // The VMM has left its end of the card; most often because it has ended, which `state` will say.
+            // The VMM has closed its end of the card, usually because it has ended, which `state` will say.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 tokio::select! {
                     () = state.over() => return,
@@ -139,10 +139,10 @@ pub async fn serve(plan: plan::Network, card: Card, forwards: Forwards, state: A
     }
 }
 
-/// Closes what comes to the listeners, for so long: it would wait for somebody who may never come.
+/// Closes connections to the listeners for the length of the pause, because they might wait for ever.
 async fn turn_away(forwards: &Forwards, pause: Duration) {
     let closing = async {
-        // Out of descriptors a client waits after all.
+        // Without a free descriptor clients wait nevertheless.
         while any_client(forwards).await.is_ok() && forwards.0.iter().all(|(listener, _)| close_clients(listener)) {}
         std::future::pending().await
     };
@@ -152,7 +152,7 @@ async fn turn_away(forwards: &Forwards, pause: Duration) {
     }
 }
 
-/// Whether all that were there are closed.
+/// Closes all clients that wait. Returns false if that failed.
 fn close_clients(listener: &TcpListener) -> bool {
     loop {
         match listener.accept() {
@@ -169,7 +169,7 @@ fn how(ended: ProcessExit) -> String {
     }
 }
 
-/// Resolves when the guest has sent something, or a client has come. Fails with `UnexpectedEof` when the VMM has left.
+/// Resolves when the guest has sent something, or a client has come. Fails with `UnexpectedEof` when the VMM has closed its end.
 async fn until_needed(connection: &UnixStream, forwards: &Forwards) -> io::Result<()> {
     let sent = async {
         loop {
@@ -189,9 +189,9 @@ async fn until_needed(connection: &UnixStream, forwards: &Forwards) -> io::Resul
     }
 }
 
-/// Resolves when a client waits at one of the listeners, which is not accepted.
+/// Resolves when a client waits at one of the listeners. The client is not accepted.
 async fn any_client(Forwards(forwards): &Forwards) -> io::Result<()> {
-    // Registered anew each time: whether one waits *now* is the question.
+    // Registered anew each time, to learn whether a client waits now.
     let listeners = forwards
         .iter()
         // SAFETY: a borrowed descriptor is the same open one for as long as the borrow lives.

@@ -15,10 +15,10 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 use crate::error::Error;
 use crate::frame::{self, Head};
 
-/// Read from the stream at once.
+/// How many bytes are read from the stream at once.
 const BUFFER: usize = 256 * 1024;
 
-/// Begins the operation and sends what `pack` writes, each chunk as a frame.
+/// Begins the operation and sends the chunks that `pack` writes, each as a frame.
 pub fn send(
     request: &str,
     pack: impl FnOnce(ChunkWriter) -> Result<u64, machinen_archive::Error>,
@@ -27,7 +27,7 @@ pub fn send(
     let Ok(mut answers) = stream.try_clone() else { return Ok(()) };
     let listening = thread::spawn(move || {
         let _ = relay(&mut answers);
-        // The guest has said its last word. It may have refused half-way: then the next chunk finds no stream, and no more files are read.
+        // The guest has sent its last frame. If it refused half-way, the next chunk fails, and no more files are read.
         let _ = answers.shutdown(Shutdown::Both);
     });
     let mut refused = false;
@@ -46,7 +46,7 @@ pub fn send(
     Ok(())
 }
 
-/// Begins the operation and gives `unpack` its data to read, up to so many bytes.
+/// Begins the operation and gives its data to `unpack`, up to `limit` bytes.
 pub fn receive(
     request: &str,
     limit: u64,
@@ -58,7 +58,7 @@ pub fn receive(
     let mut data = data.into_inner();
     match data.end {
         Some(End::TooLarge) => return Err(Error::TooLarge(limit)),
-        // The guest has given up, or is gone: the caller knows why.
+        // The guest has failed or is gone; the caller knows why.
         Some(End::Frame(Some(Kind::Error))) => return Ok(()),
         Some(End::Frame(Some(Kind::Eof))) | None => unpacked?,
         Some(End::Frame(_)) => {
@@ -72,19 +72,19 @@ pub fn receive(
     Ok(())
 }
 
-/// Sends the request and passes the answer on. `None`: it was another than `started`, or none.
+/// Sends the request and passes the answer on. `None`: the answer was not `started`, or there was none.
 fn begin(request: &str) -> io::Result<Option<UnixStream>> {
-    // Should the caller be gone already, what is passed on finds no reader.
+    // If the caller is gone already, the write below fails.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let mut stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-    // Node left the socket non-blocking; the copies here need it blocking.
+    // Node leaves the socket non-blocking, but the copies here need it blocking.
     stream.set_nonblocking(false)?;
     stream.write_all(&frame::request(request.as_bytes()))?;
     let answer = relay(&mut stream)?.and_then(Head::kind);
     Ok((answer == Some(Kind::Started)).then_some(stream))
 }
 
-/// Passes a frame on and says what it is. `None`: the stream has ended, or what came is no frame.
+/// Passes a frame on and returns its head. `None`: the stream has ended, or the bytes are no frame.
 fn relay(stream: &mut UnixStream) -> io::Result<Option<Head>> {
     match read_head(stream)? {
         Some(head) => Ok(pass_on(stream, head)?.then_some(head)),
@@ -92,7 +92,7 @@ fn relay(stream: &mut UnixStream) -> io::Result<Option<Head>> {
     }
 }
 
-/// The head of the frame that comes. `None`: the stream has ended.
+/// Reads the head of the next frame. `None`: the stream has ended.
 fn read_head(stream: &mut UnixStream) -> io::Result<Option<Head>> {
     let mut head = [0; HEADER];
     match stream.read_exact(&mut head) {
@@ -104,7 +104,7 @@ fn read_head(stream: &mut UnixStream) -> io::Result<Option<Head>> {
     }
 }
 
-/// Passes on a frame whose head has been read. One that is too long is passed on without its payload, and nothing after it: `false`.
+/// Passes on a frame whose head has been read. Of a frame that is too long only the head is passed on, and nothing after it: returns false.
 fn pass_on(stream: &mut UnixStream, head: Head) -> io::Result<bool> {
     let mut caller = io::stdout().lock();
     caller.write_all(&head.to_bytes())?;
@@ -115,26 +115,26 @@ fn pass_on(stream: &mut UnixStream, head: Head) -> io::Result<bool> {
     Ok(head.fits())
 }
 
-/// Data as they come from the guest, up to the first frame that is none of them.
+/// Reads the guest's data, up to the first frame of another kind.
 struct Receiving {
     stream: UnixStream,
-    /// Of the frame that is being read.
+    /// The unread bytes of the present frame.
     left: u32,
     /// How many bytes may still come.
     allowed: u64,
     end: Option<End>,
 }
 
-/// What came instead of more data.
+/// Why no more data come.
 #[derive(Clone, Copy)]
 enum End {
-    /// A frame of this kind, if there is such a kind.
+    /// A frame of another kind; `None` if the protocol has no such kind.
     Frame(Option<Kind>),
-    /// More than the caller takes.
+    /// The guest has sent more than the caller takes.
     TooLarge,
 }
 
-/// The stream broke off, or what came is no frame: as if the guest had failed.
+/// The stream broke off, or the bytes are no frame: this counts as an error of the guest.
 const BROKEN: End = End::Frame(Some(Kind::Error));
 
 impl Read for Receiving {

@@ -1,31 +1,31 @@
-//! The starter, as seen from here: a pipe that ends with it, and a reader of events that may be gone.
+//! The owner, which has started the shim: a pipe that ends with it, and a reader of events that may be gone.
 
 use std::io::{Read, Write};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
-/// How long an owner that does not read may hold up our end.
+/// How long an owner that does not read may delay the shim's end.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
-/// Resolves when the owner's pipe ends. A thread, because stdin may be anything, also what cannot be polled.
+/// Resolves when the owner's pipe ends. A thread reads it, because stdin may be anything, also something that cannot be polled.
 pub fn lost() -> oneshot::Receiver<()> {
     let (gone, lost) = oneshot::channel();
     std::thread::spawn(move || {
         let mut stdin = std::io::stdin().lock();
         while matches!(stdin.read(&mut [0; 256]), Ok(1..)) {}
-        // Nobody waits for it any more: the VM has ended.
+        // Nobody waits any more if the VM has ended.
         let _ = gone.send(());
     });
     lost
 }
 
-/// Tells the owner. An owner that is gone is no error.
+/// Sends an event to the owner. An owner that is gone is no error.
 pub fn tell(line: &str) {
     let mut stdout = std::io::stdout().lock();
     let _ = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush());
 }
 
-/// Tells the owner what does not fit into a pipe, and waits for it to read, but not forever.
+/// Sends the owner a line that may not fit into a pipe, and waits for the owner to read it, at most `LAST_WORDS`.
 pub async fn tell_last(line: String) {
     let (done, told) = oneshot::channel();
     std::thread::spawn(move || {

@@ -1,4 +1,4 @@
-//! The plan: everything a VM consists of on the host, decided by the starter (`src/machine/ShimPlan.ts`).
+//! The plan: everything that a VM consists of on the host, as the starter has decided it (`src/machine/ShimPlan.ts`).
 
 use crate::error::Error;
 use serde::Deserialize;
@@ -9,11 +9,11 @@ use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::{Component, Path, PathBuf};
 
-/// Longest plan read.
+/// The longest plan that is read, in bytes.
 const MAX_LINE: u64 = 4 << 20;
-/// Descriptors a VMM may be promised: not the standard ones, and below every usual limit.
+/// The descriptor numbers that a plan may use: not the standard ones, and below every usual limit.
 const FDS: std::ops::RangeInclusive<RawFd> = 3..=255;
-/// Each is a descriptor of the process that serves them.
+/// The most forwarded ports. Each takes a descriptor of gvproxy.
 const MAX_FORWARDS: usize = 128;
 
 #[derive(Debug, Deserialize)]
@@ -47,11 +47,11 @@ pub struct Plan {
 pub struct FileCopy {
     pub from: PathBuf,
     pub to: PathBuf,
-    /// Extended with a hole to so many bytes.
+    /// The size to which the copy is extended with a hole, in bytes.
     pub size: Option<u64>,
 }
 
-/// Directories of the host's, as the VMM is to see them: below `root`, each under its name.
+/// Directories of the host that the VMM sees below `root`, each under its name.
 #[derive(Debug, Deserialize)]
 pub struct Shares {
     pub root: PathBuf,
@@ -77,7 +77,7 @@ pub struct Command {
 pub struct Channel {
     pub fd: RawFd,
     pub vsock_path: PathBuf,
-    /// The guest was running before.
+    /// Whether the guest was running before.
     pub resume: bool,
 }
 
@@ -86,11 +86,11 @@ pub struct Channel {
 pub struct Console {
     pub fd: RawFd,
     pub log_path: PathBuf,
-    /// Size at which the log is rotated; the output's log as well.
+    /// The size in bytes at which this log and the output's log are rotated.
     pub max_bytes: u64,
 }
 
-/// The guest's memory, where it is a file, and under which number the VMM finds it.
+/// The guest's memory, if it is a file, and its descriptor number in the VMM.
 #[derive(Debug, Deserialize)]
 #[serde(untagged, rename_all_fields = "camelCase")]
 pub enum Memory {
@@ -98,7 +98,7 @@ pub enum Memory {
         fd: RawFd,
         size_bytes: u64,
     },
-    /// What the VMM maps privately, and nobody ever writes.
+    /// A file that the VMM maps privately and nobody ever writes to.
     File {
         fd: RawFd,
         from: PathBuf,
@@ -113,26 +113,26 @@ impl Memory {
     }
 }
 
-/// A file the VMM finds open for reading.
+/// A file that is open for reading in the VMM.
 #[derive(Debug, Deserialize)]
 pub struct Inherit {
     pub fd: RawFd,
     pub path: PathBuf,
 }
 
-/// The guest's network card, and who serves it.
+/// The guest's network card, and the program that serves it.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Network {
-    /// Under which number the VMM finds the listener of the card's other end.
+    /// The number in the VMM of the listener of the card's other end.
     pub fd: RawFd,
-    /// What serves it, started when it is needed (gvproxy/main.go).
+    /// The program that serves the card, started when it is needed (gvproxy/main.go).
     pub gvproxy: Command,
     #[serde(default)]
     pub forwards: Vec<Forward>,
 }
 
-/// Clients of this address of the host are clients of the guest's port.
+/// A forwarded port: clients of this host address are connected to the guest's port.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Forward {
@@ -141,7 +141,7 @@ pub struct Forward {
 }
 
 impl Plan {
-    /// Reads the plan's line. `None`: the starter changed its mind (or died) before it had sent it all.
+    /// Reads the plan's line. `None`: the starter has closed the pipe, or died, before it had sent all of it.
     pub fn read(input: impl BufRead) -> Result<Option<Self>, Error> {
         let failed = |error: io::Error| Error::io("unusable plan", error);
         let mut line = Vec::new();
@@ -178,14 +178,14 @@ impl Plan {
                 return Err("shares must have absolute paths and plain names");
             }
         }
-        // What is removed recursively must be meant.
+        // Paths that are removed recursively must be absolute, without `..`, and not the root.
         if !std::iter::once(&self.dir).chain(&self.cleanup).all(|path| removable(path)) {
             return Err("dir and cleanup must be absolute paths without dots");
         }
         Ok(())
     }
 
-    /// The numbers under which the VMM finds what it inherits.
+    /// The numbers of all descriptors that the VMM inherits.
     fn fds(&self) -> impl Iterator<Item = RawFd> {
         std::iter::once(self.console.fd)
             .chain(self.channel.as_ref().map(|channel| channel.fd))
@@ -194,13 +194,13 @@ impl Plan {
             .chain(self.inherit.iter().map(|inherit| inherit.fd))
     }
 
-    /// Where the sockets of the guest's ports are.
+    /// The path of the socket for the guest's ports.
     pub fn vsock_path(&self) -> PathBuf {
         self.channel.as_ref().map_or_else(|| self.dir.join("vsock.sock"), |channel| channel.vsock_path.clone())
     }
 }
 
-/// Whether a path is meant, when it is to be removed with everything below it.
+/// Whether a path is absolute, without `..` and not the root, so that it may be removed with everything below it.
 pub fn removable(path: &Path) -> bool {
     path.is_absolute()
         && path.file_name().is_some()

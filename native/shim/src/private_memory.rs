@@ -1,4 +1,5 @@
-//! Memory that a VMM has mapped privately: a file nobody writes, and the pages over it that the VMM has made its own (proc(5)).
+//! Copies memory that a VMM has mapped privately: a file that nobody writes to, and over it the pages that the VMM has made its own
+//! (proc(5)).
 
 use crate::files;
 use crate::identity::Identity;
@@ -13,11 +14,11 @@ use std::ptr;
 use std::sync::atomic::AtomicBool;
 
 const PAGE: u64 = 4096;
-/// Entries of pagemap read at once: those of 32 MiB.
+/// How many entries of pagemap are read at once: those of 32 MiB.
 const ENTRIES: u64 = 8192;
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
-/// Of a file, or shared: not the process's own.
+/// The bit of a page that belongs to a file or is shared, and so is not the process's own.
 const FOREIGN: u64 = 1 << 61;
 
 pub struct PrivateMemory {
@@ -25,13 +26,13 @@ pub struct PrivateMemory {
 }
 
 impl PrivateMemory {
-    /// Copies what never changes, whatever the VMM does meanwhile.
+    /// Copies the file, which never changes, whatever the VMM does meanwhile.
     pub fn copy_base(&self, to: &File, cancel: &AtomicBool) -> io::Result<()> {
         files::copy_content(&self.base, to, 0, cancel).map(drop)
     }
 
-    /// Copies the pages `vmm` has made its own over a copy of the base, zeros included, unless they are `known` to be there, and counts
-    /// the bytes.
+    /// Copies the pages that `vmm` has made its own, zeros included, over a copy of the base, unless they are `known` to be there. Returns
+    /// the number of bytes.
     pub fn copy_own(&self, vmm: Identity, to: &File, known: &Known, cancel: &AtomicBool) -> io::Result<u64> {
         let open = |name| File::open(format!("/proc/{}/{name}", vmm.pid));
         let (maps, pagemap, memory) = (open("maps")?, open("pagemap")?, open("mem")?);
@@ -58,7 +59,7 @@ struct Mapping {
     end: u64,
     private: bool,
     offset: u64,
-    /// Device and inode.
+    /// The device and inode of the mapped file.
     file: (String, String),
 }
 
@@ -77,8 +78,8 @@ impl Mapping {
     }
 }
 
-/// Device and inode of a file as they are written in maps. Found by mapping it ourselves: on some filesystems (btrfs, overlayfs)
-/// stat(2) tells others.
+/// The device and inode of a file as maps shows them. They are found by mapping the file, because stat(2) shows others on some file systems
+/// (btrfs, overlayfs).
 fn name_in_maps(file: &File) -> io::Result<(String, String)> {
     let length = 1;
     // SAFETY: a new mapping at an address of the kernel's choice; it is never accessed.
@@ -91,19 +92,19 @@ fn name_in_maps(file: &File) -> io::Result<(String, String)> {
     mapping.map(|mapping| mapping.file).ok_or_else(|| ErrorKind::NotFound.into())
 }
 
-/// Runs of a mapping's pages that are the process's own.
+/// Iterates over the runs of a mapping's pages that are the process's own.
 struct OwnPages<'a> {
     pagemap: &'a File,
     mapping: &'a Mapping,
-    /// Where to look on.
+    /// The address at which the search goes on.
     at: u64,
     found: std::vec::IntoIter<Run>,
     find: Find,
 }
 
-/// Addresses, from the first to the one behind the last.
+/// A range of addresses.
 type Run = std::ops::Range<u64>;
-/// Finds runs in a range, and says where it has stopped looking.
+/// Finds runs in a range. Also returns the address at which it has stopped.
 type Find = fn(&File, Run) -> io::Result<(Vec<Run>, u64)>;
 
 impl<'a> OwnPages<'a> {
@@ -121,14 +122,14 @@ impl<'a> OwnPages<'a> {
                 return Ok(None);
             }
             let (found, at) = match (self.find)(self.pagemap, self.at..self.mapping.end) {
-                // Linux before 6.7 cannot.
+                // Linux before 6.7 has no PAGEMAP_SCAN.
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::NOTTY) => {
                     self.find = read_entries;
                     continue;
                 }
                 found => found?,
             };
-            // The process has ended when there is no more to look at.
+            // A search that does not advance means that the process has ended.
             self.at = if at > self.at { at } else { return Err(Errno::SRCH.into()) };
             self.found = found.into_iter();
         }
@@ -148,7 +149,7 @@ fn read_entries(pagemap: &File, within: Run) -> io::Result<(Vec<Run>, u64)> {
     let end = within.end.min(within.start + ENTRIES * PAGE);
     let count = usize::try_from((end - within.start) / PAGE).map_err(io::Error::other)?;
     let mut bytes = vec![0; count * size_of::<u64>()];
-    // It ends early when the process has.
+    // The file is shorter when the process has ended.
     pagemap.read_exact_at(&mut bytes, within.start / PAGE * size_of::<u64>() as u64)?;
     let mut runs: Vec<Run> = Vec::new();
     for (entry, page) in bytes.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry)).zip(0..) {
@@ -163,7 +164,7 @@ fn read_entries(pagemap: &File, within: Run) -> io::Result<(Vec<Run>, u64)> {
     Ok((runs, end))
 }
 
-/// Has the kernel look (PAGEMAP_SCAN, ioctl(2) of `/proc/<pid>/pagemap` since Linux 6.7).
+/// Lets the kernel search (PAGEMAP_SCAN, ioctl(2) of `/proc/<pid>/pagemap` since Linux 6.7).
 fn scan(pagemap: &File, within: Run) -> io::Result<(Vec<Run>, u64)> {
     /// `struct page_region` of linux/fs.h.
     #[repr(C)]
@@ -203,7 +204,7 @@ fn scan(pagemap: &File, within: Run) -> io::Result<(Vec<Run>, u64)> {
         end: within.end,
         regions: regions.as_mut_ptr().expose_provenance() as u64,
         region_count: regions.len() as u64,
-        // Not of a file, and present or swapped; all of one kind, so that neighbours are one region.
+        // Pages that are not of a file, and are present or swapped. They are reported as one category, so that neighbours form one region.
         category_inverted: IS_FILE,
         category_mask: IS_FILE,
         category_anyof_mask: IS_PRESENT | IS_SWAPPED,
@@ -222,7 +223,7 @@ mod tests {
 
     fn runs(pagemap: &File, mapping: &Mapping, find: Find) -> io::Result<Vec<Range>> {
         let all = OwnPages { find, ..OwnPages::new(pagemap, mapping) };
-        // They may be cut anywhere.
+        // Runs may be cut anywhere, so neighbours are joined.
         let mut joined: Vec<Range> = Vec::new();
         for run in all {
             let run = run?;
@@ -236,7 +237,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(20))]
-        /// Both ways find what was written, and nothing else: not what was only read, and not what was never touched.
+        /// Both methods find exactly the pages that were written, not those only read or never touched.
         #[test]
         fn own_pages_are_those_written_to(mut written in prop::collection::vec(any::<bool>(), 1..20_000), read in 0usize..20_000) {
             written.extend([false, true, false]);

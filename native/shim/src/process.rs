@@ -1,4 +1,4 @@
-//! The VMM, and helpers beside it: processes that do not outlive the shim.
+//! The VMM and helper processes, which do not outlive the shim.
 
 use crate::event::ProcessExit;
 use crate::identity::Identity;
@@ -21,30 +21,31 @@ use tokio::process::Child;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-/// Leads its own process group; dies with the shim, however that ends.
+/// A process that leads its own process group and dies with the shim, however that ends.
 pub struct Process {
     child: Child,
-    /// Reads what it prints.
+    /// The task that reads its output.
     printed: JoinHandle<()>,
     pub identity: Identity,
 }
 
-/// What neither the shim nor anything it starts ever needs. A core would hold the guest's memory, its secrets included.
+/// Gives up what neither the shim nor its processes ever need: new privileges, and core dumps, which would hold the guest's memory with its
+/// secrets.
 pub fn restrict() {
-    // Both exist on every kernel that runs the rest; what they forbid is not relied on anywhere.
+    // Both exist on every kernel that runs the rest, and nothing relies on them.
     let _ = rustix::thread::set_no_new_privs(true);
     let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
 }
 
-/// What the process finds open, and under which number.
+/// A descriptor that the process inherits, and its number there.
 pub struct Inherited {
     pub fd: RawFd,
     pub what: OwnedFd,
 }
 
 impl Process {
-    /// Starts it; what it prints goes to `prints`, whose size is limited: a guest may make its VMM print without end. To be called on the
-    /// main thread: the kernel kills the child when the *thread* ends that started it.
+    /// Starts the process. Its output goes to `prints`, whose size is limited, because a guest may make its VMM print without end. Must be
+    /// called on the main thread, because the kernel kills the child when the thread that started it ends.
     pub fn spawn(
         command: &Command,
         prints: &Arc<Transcript>,
@@ -70,7 +71,7 @@ impl Process {
         // SAFETY: after fork only async-signal-safe calls are made, and nothing is allocated: an io::Error of an errno is a number.
         unsafe { process.pre_exec(move || in_child(shim, &moves, view.as_ref())) };
         let mut child = process.spawn()?;
-        // It holds our ends of the pipe and of everything placed.
+        // Closes the shim's copies of the pipe and of the inherited descriptors.
         drop((process, placed));
         let pid = child.id().ok_or(io::ErrorKind::NotFound)?;
         match Identity::of(pid) {
@@ -80,30 +81,30 @@ impl Process {
                 Ok(Process { child, printed, identity })
             }
             Err(error) => {
-                // It has just been started: killing it cannot fail for a reason that matters here.
+                // Killing a process that has just been started cannot fail for a reason that matters here.
                 let _ = child.start_kill();
                 Err(error)
             }
         }
     }
 
-    /// Kills its process group, unless it has ended.
+    /// Kills the process group, unless the process has ended.
     pub fn kill(&self) {
         if let Some(pid) = self.child.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
-            // It is not reaped yet, so the number is still its own.
+            // The process has not been reaped, so its pid is still its own.
             let _ = kill_process_group(pid, Signal::KILL);
         }
     }
 
-    /// Waits until all it has printed is read: not for ever, for a process it left behind may hold the pipe open.
+    /// Waits until all its output is read, at most for `at_most`, because a process it has left behind may hold the pipe open.
     pub async fn silence(&mut self, at_most: Duration) {
         let _ = timeout(at_most, &mut self.printed).await;
         self.printed.abort();
     }
 
-    /// Waits for its end. May be cancelled and called again.
+    /// Waits for the process's end. May be cancelled and called again.
     pub async fn wait(&mut self) -> ProcessExit {
-        // Only a foreign waitpid could take the status away: nothing is known then.
+        // Only a waitpid elsewhere could take the status away; then nothing is known of it.
         self.child.wait().await.map_or_else(
             |_| ProcessExit::default(),
             |status| ProcessExit { code: status.code(), signal: status.signal() },
@@ -111,8 +112,8 @@ impl Process {
     }
 }
 
-/// Descriptors on their way to the child. Their numbers lie above all targets, and every target is taken: otherwise moving the first
-/// could overwrite the second, or the pipe through which the standard library reports that exec failed.
+/// Descriptors for the child. Their numbers are above all targets, and every target is taken. Otherwise moving one could overwrite another,
+/// or the pipe through which the standard library reports that exec failed.
 struct Placed {
     fds: Vec<(OwnedFd, RawFd)>,
     _fillers: Vec<File>,
@@ -136,14 +137,14 @@ impl Placed {
     }
 }
 
-/// Between fork and exec.
+/// Runs between fork and exec.
 fn in_child(shim: Pid, moves: &[(RawFd, RawFd)], view: Option<&View>) -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
-    // A shim that died before the line above would have left us alone in the world.
+    // If the shim died before the line above, the death signal never comes.
     if getppid() != Some(shim) {
         return Err(Errno::SRCH.into());
     }
-    // Descriptors the shim itself inherited are none of its business.
+    // The child must not get descriptors that the shim itself has inherited.
     // SAFETY: sets a flag on descriptors of this process only.
     if unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) } == -1 {
         return Err(io::Error::last_os_error());

@@ -1,4 +1,4 @@
-//! Bytes between a socket on the host and a stream to the guest.
+//! Carries bytes between a socket on the host and a stream to the guest.
 
 use crate::peer_closed::peer_closed;
 use std::io;
@@ -8,9 +8,9 @@ use tokio::net::UnixStream;
 
 const BUFFER: usize = 64 * 1024;
 
-/// Copies both ways until both have ended; each end is passed on by itself. When the socket breaks or its peer is gone, the guest's side
-/// is dropped, so that the guest learns it. A guest that takes no more may have said why: a peer that is still sending must not find
-/// its socket broken before it has read that, so what it sends is taken and dropped.
+/// Copies in both directions until both have ended; each end is passed on separately. When the socket breaks or its peer is gone, the
+/// guest's side is dropped, so that the guest learns it. A guest that takes no more may have sent the reason. So that a peer which is still
+/// sending can read it before its socket breaks, the rest of what the peer sends is read and dropped.
 pub async fn run(mut socket: UnixStream, stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
     let gone = peer_closed(&socket)?;
     let (mut from_socket, mut to_socket) = socket.split();
@@ -24,7 +24,7 @@ pub async fn run(mut socket: UnixStream, stream: impl AsyncRead + AsyncWrite + U
             return to_guest.await;
         }
     }
-    // Everything the peer sent is on its way; from here on it matters whether anybody is left to hear the answer.
+    // Everything the peer sent is under way. From here on it matters whether the peer is still there to read the answer.
     tokio::select! {
         received = to_host => received,
         () = gone => Ok(()),

@@ -1,4 +1,4 @@
-//! The host's end of copies to and from a guest: trees of this host as tar, in the data frames of a stream.
+//! The host's end of copies to and from a guest: trees of this host as tar in the data frames of a stream.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -8,10 +8,10 @@ use machinen_archive::{Error as ArchiveError, Source, Target};
 use crate::error::Error;
 use crate::operation;
 
-/// The exit code of a copy that the guest made larger than the caller takes.
+/// The exit code when a guest sends more than the caller takes.
 const TOO_LARGE: u8 = 3;
 
-/// `push <request> <follow|link> <path> <name> <exclude>...`: a directory's contents, or a file by that name, sent to a guest.
+/// `push <request> <follow|link> <path> <name> <exclude>...`: sends a directory's contents, or a file under the name `<name>`, to a guest.
 pub fn push(arguments: &[OsString]) -> ExitCode {
     let [request, links, path, name, excludes @ ..] = arguments else { return report(Err(usage())) };
     report(texts(excludes).and_then(|excludes| {
@@ -22,8 +22,8 @@ pub fn push(arguments: &[OsString]) -> ExitCode {
     }))
 }
 
-/// `pull <request> <directory|file> <path> <limit>`: unpacks what a guest sends, up to so many bytes, into a directory or as one file. It is not
-/// trusted, and belongs to the caller.
+/// `pull <request> <directory|file> <path> <limit>`: unpacks what a guest sends, up to `<limit>` bytes, into a directory or as one file.
+/// The archive is not trusted, and all files belong to the caller.
 pub fn pull(arguments: &[OsString]) -> ExitCode {
     let [request, kind, path, limit] = arguments else { return report(Err(usage())) };
     report(text(request).and_then(|request| {

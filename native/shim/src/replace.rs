@@ -1,11 +1,11 @@
-//! Small files that others read at any time: they see the old one or the new one.
+//! Replaces small files that others may read at any time: they see the old or the new content.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// Writes a file beside `path` and renames it. Not synced: it need not outlive the host's boot.
+/// Writes a file beside `path` and renames it. It is not synced, because it need not outlive the host's boot.
 pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let temporary = temporary(path);
     let written = OpenOptions::new()
@@ -22,7 +22,7 @@ pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     written
 }
 
-/// The file beside it; one that is killed while it writes leaves it.
+/// The path of the file beside it. A process that is killed while it writes leaves this file.
 pub fn temporary(path: &Path) -> PathBuf {
     let mut path = path.as_os_str().to_owned();
     path.push(".tmp");

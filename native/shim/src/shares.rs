@@ -1,5 +1,5 @@
-//! The host's directories a VMM serves to its guest: joined below one directory, in a mount namespace of the VMM's own. The kernel sees to
-//! what is read-only, no device node in them works, and nothing of it is left when the VMM is gone.
+//! The host's directories that a VMM serves to its guest. They are joined below one directory in a mount namespace of the VMM's own. The
+//! kernel enforces what is read-only and that no device node in them works, and nothing is left when the VMM is gone.
 
 use crate::error::Error;
 use crate::plan::Shares;
@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
-/// What a process is to see at one place.
+/// The directories that a process sees below `root`.
 pub struct View {
     root: CString,
     parts: Vec<Part>,
@@ -27,17 +27,17 @@ struct Part {
 }
 
 impl View {
-    /// Makes the places.
+    /// Makes the directories to mount on.
     ///
     /// # Errors
-    /// The first place or source that is not there, or is no directory.
+    /// The first target or source that is missing or no directory.
     pub fn prepare(shares: &Shares) -> Result<Self, Error> {
         let mut parts = Vec::new();
         let mut directory = DirBuilder::new();
         directory.mode(0o700).recursive(true);
         for part in &shares.parts {
             let to = shares.root.join(&part.name);
-            // Tells of what is not there, or is no directory, while there are still words for it.
+            // Opened here to report a source that is missing or no directory, because the child cannot report it.
             open(&part.path).map_err(|error| Error::io(part.path.display(), error.into()))?;
             directory.create(&to).map_err(|error| Error::io(to.display(), error))?;
             parts.push(Part { from: text(&part.path)?, to: text(&to)?, read_only: part.read_only });
@@ -45,20 +45,22 @@ impl View {
         Ok(Self { root: text(&shares.root)?, parts })
     }
 
-    /// To be called between fork and exec: makes system calls and nothing else.
+    /// Must be called between fork and exec; makes system calls and nothing else.
     pub fn enter(&self) -> io::Result<()> {
-        // A guest's root is not to leave device nodes in the host's directories. What is not in the bounding set is lost at exec.
+        // A guest's root must not make device nodes in the host's directories. A capability that is not in the bounding set is lost at
+        // exec.
         remove_capability_from_bounding_set(CapabilitySet::MKNOD)?;
         // SAFETY: unsharing descriptors would be unsafe, which this does not.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
-        // Nothing of ours reaches the host. What the host unmounts beside the parts goes here as well, or its disks would stay busy.
+        // Mounts made here do not reach the host. What the host unmounts elsewhere is unmounted here too, because its disks would stay busy
+        // otherwise.
         mount_change(c"/", MountPropagationFlags::REC | MountPropagationFlags::DOWNSTREAM)?;
-        // Of its own, so that it can be read-only: the guest has no business beside the parts.
+        // A mount of its own, so that it can be read-only: the guest may not write beside the parts.
         mount_bind(&self.root, &self.root)?;
         for part in &self.parts {
             mount_bind_recursive(&part.from, &part.to)?;
-            // What the host mounts later would appear here with flags of its own: writable, with devices. Before the flags are set, so
-            // that nothing comes in between.
+            // Otherwise a later mount of the host would appear here with its own flags, writable and with devices. Done before the flags
+            // are set, so that no mount comes in between.
             mount_change(&part.to, MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
             restrict(&part.to, part.read_only, true)?;
         }
@@ -74,7 +76,7 @@ fn text(path: &Path) -> Result<CString, Error> {
     CString::new(path.as_os_str().as_bytes()).map_err(|error| Error::io(path.display(), error.into()))
 }
 
-/// `mount_setattr(2)`, which unlike a remount reaches the mounts below.
+/// Restricts a mount by `mount_setattr(2)`, which unlike a remount also reaches the mounts below.
 fn restrict(at: &CStr, read_only: bool, recursive: bool) -> io::Result<()> {
     let only = if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
     let attributes = libc::mount_attr {

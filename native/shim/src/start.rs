@@ -31,12 +31,12 @@ pub struct Vm {
     pub state: Arc<State>,
     pub asks: mpsc::Receiver<Ask>,
     pub console: JoinHandle<()>,
-    /// What deals with the guest's streams. Ends by itself once the VM is over.
+    /// The tasks that serve the guest's streams. They end once the VM is over.
     pub channel: JoinSet<()>,
     pub control: JoinHandle<()>,
 }
 
-/// Starts the VM, and tells the starter. On failure the VMM is gone; files are the caller's to remove.
+/// Starts the VM and tells the starter. After a failure the VMM is gone; the caller removes the files.
 pub async fn start(plan: &Plan, forwards: Option<Forwards>) -> Result<Vm, Failed> {
     let files = open_files(plan)?;
     let listeners = listen(plan)?;
@@ -48,7 +48,7 @@ pub async fn start(plan: &Plan, forwards: Option<Forwards>) -> Result<Vm, Failed
     Ok(vm)
 }
 
-/// What the VMM finds open.
+/// The files that the VMM inherits.
 struct Files {
     memory: Option<Arc<Memory>>,
     inherited: Vec<Inherited>,
@@ -69,13 +69,13 @@ fn open_files(plan: &Plan) -> Result<Files, Failed> {
     Ok(Files { memory, inherited })
 }
 
-/// What others connect to.
+/// The sockets that others connect to.
 struct Listeners {
     control: UnixListener,
     vsock: UnixListener,
 }
 
-/// Step 2: listens. The sockets are there before the VMM is: a client that is early waits.
+/// Step 2: listens. The sockets exist before the VMM does, so an early client waits.
 fn listen(plan: &Plan) -> Result<Listeners, Failed> {
     let bind = |path: &Path| UnixListener::bind(path).map_err(|error| registry_failed(path, error));
     let control = bind(&plan.control_path)?;
@@ -86,7 +86,7 @@ fn listen(plan: &Plan) -> Result<Listeners, Failed> {
     Ok(Listeners { control, vsock })
 }
 
-/// The shim's ends of what the VMM has the others of.
+/// The shim's ends of the pairs whose other ends the VMM has.
 struct Ends<'a> {
     console: tokio::net::UnixStream,
     /// The channel's port, and whether the guest was running before.
@@ -94,7 +94,7 @@ struct Ends<'a> {
     network: Option<(&'a plan::Network, Card, Forwards)>,
 }
 
-/// Where what is printed goes.
+/// The logs of what is printed.
 struct Prints {
     vmm: Arc<Transcript>,
     console: Transcript,
@@ -137,7 +137,7 @@ fn spawn(
     Ok((vmm, Ends { console, port, network }, prints))
 }
 
-/// Step 4: completes the entry, and says who the shim is. A VM that is not in the registry must not run.
+/// Step 4: adds shim and VMM to the entry. A VM that is not in the registry must not run.
 async fn enter(plan: &Plan, vmm: &mut Process) -> Result<(Entry, Identity), Failed> {
     let mut entry = Entry::new(plan.entry_path.clone(), plan.entry.clone());
     let entered = Identity::of(std::process::id())
@@ -183,7 +183,7 @@ fn serve(
     match session {
         Some(session) => {
             let driver = session.driver;
-            // It ends with the VMM's end of the pair.
+            // The driver ends when the VMM closes its end of the pair.
             channel.spawn(async move { drop(driver.await) });
             channel.spawn(guest_ports::serve(session.incoming, plan.vsock_path(), Arc::clone(&state)));
             channel.spawn(vsock::serve(listeners.vsock, session.opener, is_over));
@@ -214,7 +214,7 @@ fn vmm_failed(plan: &Plan) -> impl Fn(io::Error) -> Failed {
     |error| Failed::io(Step::Vmm, &plan.vmm.argv[0], error)
 }
 
-/// A socketpair: ours, for the runtime, and the VMM's.
+/// A socketpair: the shim's end, for the runtime, and the VMM's.
 fn pair() -> io::Result<(tokio::net::UnixStream, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     ours.set_nonblocking(true)?;

@@ -1,4 +1,4 @@
-//! What everything that serves one VM shares.
+//! The state that all tasks of one VM share.
 
 use crate::agent::Agent;
 use crate::entry::Entry;
@@ -16,19 +16,19 @@ use tokio::sync::{Semaphore, mpsc, watch};
 pub struct State {
     pub since: Instant,
     pub console: Transcript,
-    /// What the VMM and its helpers print.
+    /// The output of the VMM and its helpers.
     pub vmm_prints: Arc<Transcript>,
     pub output: Log,
-    /// To the supervisor.
+    /// Requests to the supervisor.
     pub asks: mpsc::Sender<Ask>,
-    /// Becomes true when the VMM has ended.
+    /// True once the VMM has ended.
     pub over: watch::Sender<bool>,
     /// The `exited` event, once nothing is left of the VM.
     pub exited: watch::Sender<Option<Arc<str>>>,
     pub vmm: Identity,
     pub agent: Agent,
     pub memory: Option<Arc<Memory>>,
-    /// Held by the one capture there may be, until nothing is left to undo.
+    /// Held by the only capture, until nothing of it is left to undo.
     pub capturing: Semaphore,
     detached: AtomicBool,
     ready: AtomicBool,
@@ -36,7 +36,7 @@ pub struct State {
     end: Mutex<End>,
 }
 
-/// What a VM is when it has been started.
+/// The parts of a VM that has been started.
 pub struct Started {
     pub entry: Entry,
     pub vmm: Identity,
@@ -44,11 +44,11 @@ pub struct Started {
     pub vmm_prints: Arc<Transcript>,
     pub memory: Option<Arc<Memory>>,
     pub detached: bool,
-    /// The guest was running before.
+    /// Whether the guest was running before.
     pub ready: bool,
 }
 
-/// What is known of the VM's end before it comes.
+/// What is known of the VM's end in advance.
 #[derive(Clone, Copy, Default)]
 pub struct End {
     /// The first reason to end.
@@ -96,7 +96,7 @@ impl State {
         lock(&self.end).reason.get_or_insert(reason);
     }
 
-    /// The guest announces that it powers off, and what became of its main command. Only the first result counts.
+    /// Records that the guest powers off, and its main command's result. Only the first result counts.
     pub fn announced(&self, main: Option<MainExit>) {
         let mut end = lock(&self.end);
         end.orderly = true;
@@ -110,11 +110,11 @@ impl State {
 
     /// Resolves when the VMM has ended.
     pub async fn over(&self) {
-        // The sender is ours.
+        // Waiting cannot fail, because the state itself owns the sender.
         let _ = self.over.subscribe().wait_for(|over| *over).await;
     }
 
-    /// The guest can be talked to. An entry that cannot be written goes on saying that the VM boots.
+    /// Records that the agent can serve. If the entry cannot be written, it goes on saying that the VM boots.
     pub fn ready(&self) {
         if !self.ready.swap(true, Ordering::Relaxed) {
             let _ = self.entry().running();
@@ -125,7 +125,7 @@ impl State {
         self.detached.load(Ordering::Relaxed)
     }
 
-    /// The owner's end no longer matters.
+    /// Detaches the VM: the owner's end no longer matters.
     pub fn detach(&self) {
         if !self.detached.swap(true, Ordering::Relaxed) {
             let _ = self.entry().detached();

@@ -7,19 +7,19 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
-/// What is wanted.
+/// A request to end the VM.
 #[derive(Clone, Copy, Debug)]
 pub enum Ask {
-    /// In order, within the plan's grace or another.
+    /// Power it off in order, within the plan's grace or another.
     Stop(Option<Duration>),
     Kill,
 }
 
-/// Signals and the owner's pipe.
+/// Watches signals and the owner's pipe.
 pub struct Stops {
     terminate: Signal,
     interrupt: Signal,
-    /// Caught and forgotten. Not ignored: the VMM would inherit that.
+    /// Caught and dropped. It is not set to ignore, because the VMM would inherit that.
     _hang_up: Signal,
     owner: Option<oneshot::Receiver<()>>,
 }

@@ -22,16 +22,16 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
-/// How long what a dead VMM has left in its sockets may take to get where it belongs.
+/// How long bytes that a dead VMM has left in its sockets may take to arrive.
 const REST: Duration = Duration::from_secs(2);
 /// Longer graces are cut to a day: an `Instant` cannot be moved without end.
 const MAX_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
-/// Descriptors for as many clients as there may be, two each.
+/// The limit of descriptors: two for each possible client.
 const DESCRIPTORS: u64 = 4096;
 
 /// Reads the plan and carries it out.
 pub fn main() -> ExitCode {
-    // Everything the shim makes is its user's alone.
+    // Only the user may read what the shim makes.
     umask(Mode::RWXG | Mode::RWXO);
     let plan = match Plan::read(io::stdin().lock()).map_err(Failed::at(Step::Plan)) {
         Ok(Some(plan)) => plan,
@@ -40,7 +40,7 @@ pub fn main() -> ExitCode {
     };
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let wanted = maximum.map_or(DESCRIPTORS, |maximum| DESCRIPTORS.min(maximum));
-    // Fewer descriptors mean fewer clients.
+    // If that fails, fewer clients can be served.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: current.map(|current| current.max(wanted)), maximum });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let ended = match runtime {
@@ -61,10 +61,10 @@ fn report(failed: &Failed) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// From the plan to the end. On failure the VMM is gone; files are the caller's to remove.
+/// Runs the VM from the plan to its end. After a failure the VMM is gone; the caller removes the files.
 async fn run(plan: &Plan) -> Result<(), Failed> {
     let mut stops = Stops::new().map_err(|error| Failed::io(Step::Plan, "signals", error))?;
-    // Cheap to find out, and what others may have: before anything is copied.
+    // Done before anything is copied, because it is cheap, and another program may have a port.
     let forwards = plan.network.as_ref().map(Forwards::bind).transpose().map_err(Failed::at(Step::Network))?;
     make_files(plan, &mut stops).await?;
     let mut vm = start(plan, forwards).await?;
@@ -73,7 +73,7 @@ async fn run(plan: &Plan) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Copies on another thread, and stops copying when the VM is no longer wanted.
+/// Copies files on another thread, and stops when the VM is no longer wanted.
 async fn make_files(plan: &Plan, stops: &mut Stops) -> Result<(), Failed> {
     let cancel = Arc::new(AtomicBool::new(false));
     let (copies, cancelled) = (plan.files.clone(), Arc::clone(&cancel));
@@ -97,12 +97,12 @@ async fn make_files(plan: &Plan, stops: &mut Stops) -> Result<(), Failed> {
 }
 
 impl Vm {
-    /// Waits for the VMM's end, and brings it about when it is wanted.
+    /// Waits for the VMM's end, and ends it when that is asked for.
     async fn until_exit(&mut self, plan: &Plan, stops: &mut Stops) -> ProcessExit {
         let grace = Duration::from_millis(plan.grace_ms);
-        // When it is killed, once it was asked to end.
+        // When the VMM is killed, once it was asked to end.
         let mut deadline: Option<Instant> = None;
-        // Whether the guest could be asked.
+        // The tasks that ask the guest; they return whether it could be asked.
         let mut asking = JoinSet::new();
         loop {
             let ask = tokio::select! {
@@ -138,9 +138,9 @@ impl Vm {
         }
     }
 
-    /// Sees to it that nothing is left, and says how it ended.
+    /// Removes everything and reports how the VM ended.
     async fn finish(mut self, plan: &Plan, vmm: ProcessExit) {
-        // Helpers the VMM may have started would hold its sockets open.
+        // Kills helpers that the VMM may have started, because they would hold its sockets open.
         self.state.over.send_replace(true);
         let console = timeout(REST, &mut self.console);
         let _ = tokio::join!(console, self.vmm.silence(REST));
@@ -150,7 +150,7 @@ impl Vm {
         self.channel.shutdown().await;
         self.asks.close();
         let state = self.state;
-        // A capture learns it too, and is undone before anybody hears that nothing is left; another one cannot begin any more.
+        // A capture is undone before anybody hears that nothing is left. No other can begin any more.
         let _last = state.capturing.acquire().await;
         let logs = [&state.console.log, &state.output, &state.vmm_prints.log];
         logs.iter().for_each(|log| log.close());
@@ -180,8 +180,8 @@ impl Vm {
     }
 }
 
-/// Whether the guest's kernel was told to power off or to reboot, past our agent (`poweroff -f`): it says so last. A panic ends without it,
-/// and our init, which reboots a guest that it has given up, says why before.
+/// Whether the guest's kernel was told to power off or reboot without our agent (`poweroff -f`): the kernel prints that last. A panic
+/// prints no such line, and our init prints the reason before it reboots a guest that it has given up.
 fn says_power_off(console: &str) -> bool {
     console.lines().last().is_some_and(|line| line.contains("] reboot: ")) && !console.contains(names::INIT)
 }

@@ -1,6 +1,6 @@
 //! The end of a text.
 
-/// Bytes kept.
+/// How many bytes are kept.
 const LENGTH: usize = 8 * 1024;
 
 /// The last bytes of what was pushed.
@@ -10,7 +10,7 @@ pub struct Tail(Vec<u8>);
 impl Tail {
     pub fn push(&mut self, bytes: &[u8]) {
         self.0.extend_from_slice(&bytes[bytes.len().saturating_sub(LENGTH)..]);
-        // Not at every push: moving the rest costs more than keeping it for a while.
+        // Not cut at every push, because moving the rest costs more than keeping it for a while.
         if self.0.len() > 2 * LENGTH {
             self.0.drain(..self.0.len() - LENGTH);
         }

@@ -5,7 +5,7 @@ use crate::tail::Tail;
 use std::sync::{Mutex, PoisonError};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// A log of it, and its last bytes.
+/// A log of the output, and its last bytes.
 pub struct Transcript {
     pub log: Log,
     tail: Mutex<Tail>,
@@ -16,7 +16,7 @@ impl Transcript {
         Transcript { log, tail: Mutex::default() }
     }
 
-    /// Reads to the end, whatever becomes of what is read: a console that is not read stops the guest.
+    /// Reads to the end, even if nothing can be recorded, because a guest stops when its console is not read.
     pub async fn drain(&self, mut from: impl AsyncRead + Unpin) {
         let mut buffer = vec![0; 16 * 1024];
         while let Ok(n @ 1..) = from.read(&mut buffer).await {

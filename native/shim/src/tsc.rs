@@ -1,11 +1,11 @@
-//! The rate of the time stamp counter. A guest under TCG reads the host's counter; told its rate, it need not measure it itself.
+//! Measures the rate of the time stamp counter. A guest under TCG reads the host's counter, and need not measure the rate if it is told.
 
 use rustix::time::{ClockId, clock_gettime};
 use std::time::Duration;
 
-/// Long enough that the error of the two readings is some parts in a million.
+/// The time between the two readings. It makes the error some parts in a million.
 const BASE: Duration = Duration::from_millis(100);
-/// Readings taken at each end, of which the one least disturbed counts.
+/// How many readings are taken at each end. The one that was disturbed least counts.
 const READINGS: usize = 32;
 
 /// One reading of both clocks.
@@ -20,12 +20,12 @@ fn tsc() -> u64 {
 }
 
 fn monotonic_raw() -> i64 {
-    // The clock exists since Linux 2.6.28.
+    // This cannot fail, because the clock exists since Linux 2.6.28.
     let now = clock_gettime(ClockId::MonotonicRaw);
     now.tv_sec * 1_000_000_000 + now.tv_nsec
 }
 
-/// The reading during which least time passed: the others were interrupted.
+/// The reading that took the least time; the others were interrupted.
 fn read() -> Reading {
     let mut best = (u64::MAX, Reading { tsc: 0, nanoseconds: 0 });
     for _ in 0..READINGS {

@@ -1,4 +1,4 @@
-//! What remains to be done when the maker of a snapshot is gone.
+//! Undoes a snapshot whose maker is gone.
 
 use crate::agent::Agent;
 use crate::cleanup;
@@ -12,7 +12,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// How long the VMM has for all lines, and the guest for its clock.
+/// The time limit for all lines to the VMM, and for setting the guest's clock.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Deserialize)]
@@ -23,13 +23,13 @@ pub struct Undo {
 }
 
 impl Undo {
-    /// Lines first: a VM may be standing still. Once they have let it go on, the guest is given the time that it has missed, as its maker
-    /// would have done.
+    /// Sends the lines first, because the VM may be standing still. Once the VM goes on, the guest's clock is set, as the maker would have
+    /// done.
     pub async fn run(self, agent: Agent) {
         if let Some(socket) = &self.socket
             && !self.lines.is_empty()
         {
-            // A VMM that has ended, or does not answer, needs no more; a guest that does not answer keeps the time it has.
+            // A VMM that has ended or does not answer gets nothing more. A guest that does not answer keeps its clock.
             if let Ok(Ok(())) = timeout(PATIENCE, say(socket, &self.lines)).await {
                 let _ = timeout(PATIENCE, agent.set_clock()).await;
             }
@@ -39,22 +39,21 @@ impl Undo {
     }
 }
 
-/// Sends each line after the answer to the one before, the first one after the peer's greeting, and leaves after the last answer: a
-/// VMM may drop what it has not yet dealt with when its client leaves.
+/// Sends each line after the answer to the previous one, the first after the peer's greeting. Leaves only after the last answer, because a
+/// VMM may drop unhandled commands when its client leaves.
 async fn say(socket: &Path, lines: &[String]) -> io::Result<()> {
     let mut peer = UnixStream::connect(socket).await?;
     let mut rest = Vec::new();
     line::next(&mut peer, &mut rest, MAX_LINE).await?;
     for line in lines {
         peer.write_all(format!("{line}\n").as_bytes()).await?;
-        // What the client before has asked may be answered at any length; what is asked here is not.
+        // Answers to the previous client's commands may be of any length, and are skipped; those to the lines here are short.
         while !is_answer(&line::next_short(&mut peer, &mut rest, MAX_LINE).await?, line) {}
     }
     Ok(())
 }
 
-/// Whether it answers what was said: by the `id` of both, and not something QMP says without being asked. What a client that is gone has
-/// asked may be answered to the next one.
+/// Whether `answer` belongs to the line `to`, by the `id` of both. It may also be an event of QMP, or the answer to a client that is gone.
 fn is_answer(answer: &[u8], to: &str) -> bool {
     let id = serde_json::from_str::<Value>(to).ok().and_then(|line| line.get("id").cloned());
     serde_json::from_slice::<Value>(answer)

@@ -10,15 +10,15 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// Connections served at once; the channel has no more streams for them either.
+/// The most connections that are served at once; the channel has no more streams either.
 const MAX_CLIENTS: usize = machinen_channel::MAX_STREAMS;
-/// How long to wait when a client cannot be accepted, as for want of a descriptor: the listener stays readable, and no event says that
-/// some part of the process has closed one.
+/// How long to wait when a client cannot be accepted, e.g. for want of a descriptor. The listener stays readable, and no event reports that
+/// a descriptor has been closed.
 const PAUSE: Duration = Duration::from_millis(100);
-/// `CONNECT 4294967295`.
+/// The length of the longest line, `CONNECT 4294967295`.
 const MAX_LINE: usize = 18;
 
-/// Serves clients until the VM is `over`, then until all connections have got what was still on its way to them.
+/// Serves clients until the VM is `over`, and then until every connection has got what was still under way to it.
 pub async fn serve(listener: UnixListener, opener: Opener, mut over: watch::Receiver<bool>) {
     let mut clients = JoinSet::new();
     loop {
@@ -34,7 +34,7 @@ pub async fn serve(listener: UnixListener, opener: Opener, mut over: watch::Rece
     while clients.join_next().await.is_some() {}
 }
 
-/// The next client, however long one cannot be accepted.
+/// Accepts the next client, and waits as long as that is not possible.
 pub async fn next_client(listener: &UnixListener) -> UnixStream {
     loop {
         match listener.accept().await {
@@ -44,14 +44,14 @@ pub async fn next_client(listener: &UnixListener) -> UnixStream {
     }
 }
 
-/// A client that breaks the rules, or asks for what is refused, is told by the end of its connection.
+/// Serves one client. If it breaks the rules, or asks for something that is refused, its connection is closed.
 async fn serve_client(mut client: UnixStream, opener: Opener) -> io::Result<()> {
     let line = line::read(&mut client, MAX_LINE).await?;
     let port = port(&line.text).ok_or(ErrorKind::InvalidData)?;
     let gone = peer_closed(&client)?;
     let stream = tokio::select! {
         stream = opener.open_with(port, &line.rest) => stream?,
-        // A guest that boots may keep us waiting for longer than the client waits.
+        // The client may leave while a guest that boots keeps it waiting.
         () = gone => return Ok(()),
     };
     client.write_all(format!("OK {port}\n").as_bytes()).await?;

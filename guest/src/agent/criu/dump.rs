@@ -1,4 +1,4 @@
-//! The operation `dump`: every process to files, held until the host has copied the disk they lie on.
+//! The operation `dump`: saves every process to files, and keeps all still until the host has copied the disk that holds the files.
 
 use std::fs;
 use std::io;
@@ -21,12 +21,13 @@ use crate::reply::{Code, Done, Dumped, ErrorReply};
 use crate::request::Dump;
 use crate::system::cgroup;
 
-/// The content of files that have no name any more goes into the images, up to this.
+/// The largest deleted file whose content CRIU puts into the images.
 const LARGEST_GHOST: &str = "1G";
-/// After this long CRIU hangs. Before it is waited for, whatever the host's limit: in the middle it has code of its own in the processes.
+/// A CRIU that runs this long is taken to hang. It is not killed earlier, whatever limit the host asked for, because in the middle of a
+/// dump CRIU's own code runs inside the processes.
 const HANGS: Duration = Duration::from_secs(600);
 
-/// Dumps the commands and keeps them and the disk still until the host says `eof` or leaves. The processes go on in any case.
+/// Dumps the commands, and keeps them and the disk still until the host says `eof` or leaves. The processes go on in either case.
 pub async fn dump<R, W>(context: &Arc<Context>, request: &Dump, exchange: &mut Exchange<R, W>) -> Result<Done, Abort>
 where
     R: AsyncRead + Unpin,
@@ -50,12 +51,12 @@ where
     }
     let held = hold(context, request, &criu, exchange).await;
     context.lifecycle.disks().thaw();
-    // The gate stays closed before commands that cannot be thawed.
+    // If the commands cannot be thawed, the gate stays closed.
     cgroup::thaw_workload().map_err(|error| Abort::io("thaw", &error))?;
     context.gate.open();
     let context = Arc::clone(context);
     tokio::spawn(async move {
-        // What cannot be removed takes space and does no harm: the next dump tries again.
+        // Images that cannot be removed only take space; the next dump tries again.
         let _ = remove_images(context.lifecycle.disks()).await;
         drop(images);
     });
@@ -73,11 +74,12 @@ where
     W: AsyncWrite + Unpin,
 {
     let began = Instant::now();
-    // The gate is closed: there will be no more. What is being started is neither the agent any more nor a command yet.
+    // Waits for commands that are just being started: such a process is neither the agent any more nor a command yet. The gate is closed,
+    // so no others follow.
     let _none_starts = COMMANDS.rest(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
     context.terminals.refuse_open()?;
     let frozen = vfork::stop_commands(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
-    // Freezing takes a moment; dumping takes as long as there is memory.
+    // Freezing takes a moment; the time of a dump grows with the memory in use.
     let limit = request.timeout_ms.map_or(HANGS, Duration::from_millis).min(HANGS);
     let (trees, pipes) = process_trees::read()?;
     for (n, tree) in trees.iter().enumerate() {
@@ -100,7 +102,7 @@ where
     }
 }
 
-/// CRIU stops the processes in its own way meanwhile and leaves them as they were, frozen.
+/// Runs CRIU, which stops the processes in its own way and afterwards leaves them frozen, as they were.
 async fn save(criu: &Criu, tree: &Tree, directory: &str, tcp_close: bool, limit: Duration) -> Result<(), Abort> {
     fs::create_dir(directory).map_err(|error| Abort::io(directory, &error))?;
     let mut run = criu.action("dump", directory);

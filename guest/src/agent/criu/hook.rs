@@ -1,4 +1,4 @@
-//! What CRIU calls between dumping and letting the processes go: this program itself, as its action script.
+//! CRIU's action script, which is this program itself. CRIU calls it after dumping and before it lets the processes go.
 
 use std::env;
 use std::fs;
@@ -11,17 +11,17 @@ use super::images;
 const ACTION: &str = "CRTOOLS_SCRIPT_ACTION";
 const IMAGES: &str = "CRTOOLS_IMAGE_DIR";
 
-/// Where the `n`th name CRIU made is kept, beside the images.
+/// The name, in the images' directory, under which the `n`th file is kept that CRIU gave a temporary name.
 pub fn kept(n: usize) -> String {
     format!("remap.{n}")
 }
 
-/// Whether it was CRIU that started this program.
+/// Whether CRIU has started this program.
 pub fn is_called() -> bool {
     env::var_os(ACTION).is_some()
 }
 
-/// Keeps the files CRIU is about to remove the names of. A failure fails the dump.
+/// Links the files whose temporary names CRIU is about to remove. A failure fails the dump.
 pub fn main() -> ExitCode {
     if env::var_os(ACTION).is_some_and(|action| action != "post-dump") {
         return ExitCode::SUCCESS;

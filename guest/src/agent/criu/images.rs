@@ -1,5 +1,5 @@
-//! CRIU's image files, as far as something has to be read from them or put right in them. Each is eight bytes of magic numbers and then
-//! records: a length (u32, little-endian) and a protobuf message (criu.org/Images).
+//! Reads and corrects what is needed of CRIU's image files. Each file is eight bytes of magic numbers and then records: a length (u32,
+//! little-endian) and a protobuf message (criu.org/Images).
 
 use std::fs;
 use std::io;
@@ -9,10 +9,10 @@ use prost::Message;
 
 const FILES: &str = "files.img";
 const MAGIC: usize = 8;
-/// `fd_types` of CRIU's fdinfo.proto.
+/// A value of `fd_types` in CRIU's fdinfo.proto.
 const REGULAR: u32 = 1;
 const TIMERFD: u32 = 17;
-/// How CRIU calls the name it gives to an open file that has none any more, but others.
+/// The beginning of the name that CRIU gives to an open file whose own name was removed, while other links to it remain.
 const LINK_REMAP: &str = "link_remap.";
 
 #[derive(Clone, PartialEq, Message)]
@@ -27,14 +27,14 @@ struct FileEntry {
     timer: Option<Timer>,
 }
 
-/// What of it is looked at.
+/// The fields that are read of a regular file's record.
 #[derive(Clone, PartialEq, Message)]
 struct RegularFile {
     #[prost(string, required, tag = "6")]
     name: String,
 }
 
-/// All of it, since it is written again.
+/// All fields, because the record is written again.
 #[derive(Clone, PartialEq, Message)]
 struct Timer {
     #[prost(uint32, required, tag = "1")]
@@ -59,7 +59,8 @@ struct Timer {
     interval_nanoseconds: u64,
 }
 
-/// Paths CRIU has linked open files to that had lost their name: it removes them when the dump is done, and a restore wants them.
+/// Paths to which CRIU has linked open files that had lost their names. CRIU removes these links when the dump is done, but a restore needs
+/// them.
 pub fn link_remaps(directory: &Path) -> io::Result<Vec<String>> {
     link_remaps_in(&fs::read(directory.join(FILES))?)
 }
@@ -79,8 +80,8 @@ fn link_remaps_in(image: &[u8]) -> io::Result<Vec<String>> {
     Ok(remaps)
 }
 
-/// A periodic timer (timerfd) that expired while its process was frozen is saved with no time left, which means "not armed": it would
-/// never tick again. It is given the least time there is.
+/// Arms expired timers again. CRIU saves a periodic timer (timerfd) that expired while its process was frozen with no time left, which
+/// means "not armed": it would never tick again. It is given the least time there is.
 pub fn rearm_timers(directory: &Path) -> io::Result<()> {
     let path = directory.join(FILES);
     if let Some(image) = rearmed(&fs::read(&path)?)? {
@@ -166,7 +167,7 @@ mod tests {
         FileEntry { kind: TIMERFD, id: 7, regular: None, timer: Some(timer) }
     }
 
-    /// As criu 3.17.1 wrote it for a timer of 50 ms that had expired once.
+    /// The record that criu 3.17.1 wrote for a timer of 50 ms that had expired once.
     const SAVED: &str = "0811101162210811100 21a0a08001000180020002800200128013000380040004800 5080e1eb17";
 
     fn bytes(hex: &str) -> Vec<u8> {

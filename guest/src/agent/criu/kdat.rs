@@ -1,6 +1,6 @@
-//! What CRIU finds out about the kernel, kept: half a second of every run otherwise. CRIU keeps it itself, but only where it is gone with
-//! the kernel, in a `/run` that is memory, and reads it from any. Ours is a disk, and a copy of that disk meets the same kernel: the host
-//! sees to it.
+//! Keeps what CRIU finds out about the kernel, which otherwise costs every run half a second. CRIU writes this cache itself only to a
+//! `/run` in memory, where it is gone with the kernel, but reads it from any `/run`. Ours is on a disk, and the host sees to it that a copy
+//! of that disk runs on the same kernel.
 
 use std::ffi::CStr;
 use std::fs;
@@ -23,7 +23,7 @@ const CACHE: &str = "/run/criu.kdat";
 const RUN: &CStr = c"/run";
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Fills the cache if there is none. Without it CRIU works as well, only later.
+/// Fills the cache if there is none. Without the cache CRIU works as well, but slower.
 pub async fn remember(criu: &Criu) {
     if !Path::new(CACHE).exists() {
         let _ = find_out(criu).await;
@@ -43,13 +43,13 @@ async fn find_out(criu: &Criu) -> io::Result<()> {
             Ok(())
         });
     }
-    // Whatever it thinks of the kernel: what it has seen of it is what counts.
+    // The run's result does not matter: CRIU has written the cache before it judges the kernel.
     let _ = run.finish(LIMIT).await;
     let name = Path::new(CACHE).file_name().unwrap_or_default();
     let found = rustix::fs::openat(&memory, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let mut content = Vec::new();
     fs::File::from(found?).take(1 << 20).read_to_end(&mut content)?;
-    // By rename: half a cache would be believed.
+    // Written by rename, because CRIU would trust half a cache.
     let draft = format!("{CACHE}.new");
     fs::write(&draft, content)?;
     fs::rename(draft, CACHE)

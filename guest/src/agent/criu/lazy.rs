@@ -1,4 +1,4 @@
-//! Memory that is restored when it is touched: `criu lazy-pages`, one for each tree, until all of it is there.
+//! Memory that is restored when it is touched: one `criu lazy-pages` for each tree runs until all of its memory is there.
 
 use std::io;
 use std::process::Stdio;
@@ -16,7 +16,7 @@ use crate::agent::child::Child;
 use crate::reply::{Code, ErrorReply};
 
 const PAGE: u64 = 4096;
-/// Every page it copies is a line then.
+/// The log level at which CRIU writes a line for every page it copies.
 const EVERYTHING: &str = "-v4";
 
 /// The daemons of this machine.
@@ -50,11 +50,11 @@ impl LazyPages {
         self.daemons().iter().map(pending).sum()
     }
 
-    /// Waits until everything is there.
+    /// Waits until all memory is there.
     pub async fn finished(&self) {
         let ends: Vec<_> = self.daemons().iter().map(|daemon| daemon.ended.clone()).collect();
         for mut end in ends {
-            // Fails with the daemon's task, which is an end too.
+            // An error means that the daemon's task is gone, which is an end too.
             let _ = end.wait_for(|ended| *ended).await;
         }
         self.daemons().clear();
@@ -80,7 +80,7 @@ impl LazyPages {
             let _ = child.wait().await;
             end.send_replace(true);
         });
-        // One byte when it listens; none when it has ended before.
+        // The daemon writes one byte when it listens; end of file means that it has ended before.
         let readied = pipe::Receiver::from_owned_fd(readied).map_err(failed)?;
         readied.readable().await.map_err(failed)?;
         if !matches!(readied.try_read(&mut [0]), Ok(1)) {
@@ -102,12 +102,12 @@ async fn count(said: pipe::Receiver, pages: Arc<Pages>) {
     }
 }
 
-/// A line of the daemon's that counts.
+/// A line of the daemon's log that is understood.
 #[derive(Debug, PartialEq, Eq)]
 enum Said {
-    /// Pages there are.
+    /// The number of pages that there are.
     Found(u64),
-    /// Pages that have come.
+    /// The number of pages that have been copied.
     Copied(u64),
 }
 

@@ -1,7 +1,7 @@
-//! Process trees to files and back, by the image's own `criu`: the operations `dump` and `revive`.
+//! The operations `dump` and `revive`: the image's own `criu` saves process trees to files and restores them.
 //!
-//! The files stay on the guest's disk, in `DIR`: the host copies that disk while everything stands still, and a machine made from the
-//! copy finds them there, together with every file the processes had open (CRIU restores none whose size has changed).
+//! The files stay on the guest's disk, in `DIR`. The host copies that disk while everything stands still, and a machine made from the copy
+//! finds them there, together with every file the processes had open (CRIU does not restore a process whose open file has changed in size).
 
 mod dump;
 pub mod hook;

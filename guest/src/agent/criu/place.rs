@@ -8,28 +8,28 @@ use tokio::task::spawn_blocking;
 
 use crate::agent::disks::Disks;
 
-/// Where the images lie. Of the last dump: another one replaces them.
+/// Holds the images of the last dump; the next dump replaces them.
 pub const DIR: &str = "/var/lib/machinen/dump";
-/// Memory that is a filesystem: no disk holds it.
+/// A file system in memory, which a copy of the disk does not hold; a dump saves it as a file.
 pub const SHARED_MEMORY: &str = "/dev/shm";
 pub const SHARED_MEMORY_ARCHIVE: &str = "/var/lib/machinen/dump/shm.tar";
 
 /// Held by the operation that writes, reads or removes the images: one at a time.
 pub static IMAGES: Mutex<()> = Mutex::const_new(());
 
-/// Where the images of a tree lie, by its number.
+/// The directory of the images of tree number `n`.
 pub fn directory(tree: usize) -> String {
     format!("{DIR}/{tree}")
 }
 
-/// Removes what lies there, also from the file on the host that is the disk: copies of it would grow with every dump.
+/// Removes the images, and trims the disk: in the disk's file on the host their blocks would make copies grow with every dump.
 pub async fn remove_images(disks: &Disks) -> io::Result<()> {
     let removed = spawn_blocking(|| match fs::remove_dir_all(DIR) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     });
     removed.await.map_err(io::Error::other)??;
-    // A disk that knows no holes keeps what it has.
+    // A disk without discard keeps the blocks.
     let _ = disks.trim().await;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The commands as CRIU can take them: trees of processes, each with its root.
+//! The commands in the form CRIU can dump: trees of processes, each with its root.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,7 +16,7 @@ pub fn read() -> Result<(Vec<Tree>, Vec<AgentPipe>), ErrorReply> {
     let pids = cgroup::workload_pids().map_err(failed)?;
     let mut processes = BTreeMap::new();
     for pid in pids {
-        // One that ended before the freeze and has not been reaped is no process any more.
+        // A process that ended before the freeze and has not been reaped is skipped.
         if let Some(process) = Process::read(pid).map_err(failed)? {
             processes.insert(pid, process);
         }
@@ -38,7 +38,7 @@ struct Process {
     parent: i32,
     session: i32,
     stopped: bool,
-    /// What its descriptors lead to.
+    /// The targets of its descriptors' links.
     open: Vec<String>,
 }
 
@@ -50,7 +50,7 @@ impl Process {
         Ok(Some(process))
     }
 
-    /// From `/proc/PID/stat`. `None`: it has ended.
+    /// Parses `/proc/PID/stat`. `None`: the process has ended.
     fn parse(pid: i32, stat: &str) -> Option<Self> {
         let (name, mut fields) = stat_fields(stat)?;
         let name = name.to_owned();
@@ -64,12 +64,12 @@ impl Process {
     }
 
     fn refuse_unsupported(&self) -> Result<(), ErrorReply> {
-        // CRIU itself says nothing that would lead there.
+        // CRIU's own message does not name io_uring as the cause.
         if self.open.iter().any(|target| target == "anon_inode:[io_uring]") {
             let message = format!("process {} ({}) uses io_uring, which CRIU cannot save", self.pid, self.name);
             return Err(ErrorReply::new(Code::Criu, message));
         }
-        // A process that has just been killed has no such file any more.
+        // The file of a process that has just been killed is gone.
         let group = fs::read_to_string(format!("/proc/{}/cgroup", self.pid));
         if let Ok(group) = group
             && !cgroup::is_below_workload(&group)
@@ -86,7 +86,8 @@ impl Process {
     }
 }
 
-/// The name in `/proc/PID/stat` and what follows it, first the state (proc(5)). It is in parentheses and may hold any.
+/// The name in `/proc/PID/stat` and the fields behind it, of which the state is the first (proc(5)). The name is in parentheses and may
+/// contain parentheses.
 pub fn stat_fields(stat: &str) -> Option<(&str, SplitAsciiWhitespace<'_>)> {
     let (head, tail) = stat.rsplit_once(')')?;
     let name = head.split_once('(').map_or("", |(_, name)| name);
@@ -120,7 +121,7 @@ fn group(processes: &BTreeMap<i32, Process>) -> Vec<Tree> {
     members.into_iter().map(tree).collect()
 }
 
-/// What lies in a pipe between two trees would be lost, so they are not torn apart.
+/// Refuses trees that share a pipe, because what is in the pipe would be lost.
 fn refuse_shared(trees: &[Tree], pipes: &[AgentPipe]) -> Result<(), ErrorReply> {
     let agents: BTreeSet<u64> = pipes.iter().map(|pipe| pipe.inode).collect();
     let mut owners = BTreeMap::new();
@@ -138,7 +139,7 @@ fn refuse_shared(trees: &[Tree], pipes: &[AgentPipe]) -> Result<(), ErrorReply> 
     Ok(())
 }
 
-/// The pipes this process has open.
+/// The pipes that the agent has open.
 fn agent_pipes() -> io::Result<Vec<AgentPipe>> {
     let mut pipes = Vec::new();
     for (path, target) in open_files("/proc/self/fd")? {
@@ -161,7 +162,7 @@ fn pipe_inode(target: &str) -> Option<u64> {
     target.strip_prefix("pipe:[")?.strip_suffix(']')?.parse().ok()
 }
 
-/// Descriptors with what they lead to. One that is closed meanwhile, as the one reading this directory, is left out.
+/// Descriptors with the targets of their links. A descriptor that is closed meanwhile, as that of this directory, is left out.
 fn open_files(directory: &str) -> io::Result<Vec<(PathBuf, String)>> {
     let mut open = Vec::new();
     for entry in fs::read_dir(Path::new(directory))? {

@@ -16,10 +16,10 @@ use crate::agent::child::Child;
 use crate::agent::lookup;
 use crate::reply::{Code, ErrorReply};
 
-/// Errors only: more is read by nobody and takes its time.
+/// The log level for errors only: nobody reads more, and writing it takes time.
 const QUIET: &str = "-v1";
 
-/// The program, where the image has it.
+/// The path of the program in the image.
 pub struct Criu(PathBuf);
 
 impl Criu {
@@ -31,7 +31,7 @@ impl Criu {
         })
     }
 
-    /// A run of it that does `action` and says what went wrong in `<directory>/<action>.log`.
+    /// A run that does `action` and logs to `<directory>/<action>.log`.
     pub fn action(&self, action: &str, directory: &str) -> Run {
         let mut command = Command::new(&self.0);
         let log = PathBuf::from(format!("{directory}/{action}.log"));
@@ -40,7 +40,7 @@ impl Criu {
         Run { command, log: Some(log), action: action.to_owned() }
     }
 
-    /// A run without images, for what it does on the side.
+    /// A run of `action` without images.
     pub fn bare(&self, action: &str) -> Run {
         let mut command = Command::new(&self.0);
         command.args([action, QUIET]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -48,7 +48,7 @@ impl Criu {
     }
 }
 
-/// One run, in the making.
+/// A run that is being prepared.
 pub struct Run {
     pub command: Command,
     log: Option<PathBuf>,
@@ -61,14 +61,14 @@ impl Run {
         self
     }
 
-    /// Lets it begin in the control group whose `cgroup.procs` this is.
+    /// Starts the run in the control group whose `cgroup.procs` this is.
     pub fn in_group(&mut self, procs: &'static File) -> &mut Self {
         // SAFETY: runs between fork and exec: one system call on a descriptor that is never closed.
         unsafe { self.command.pre_exec(move || Ok(rustix::io::write(procs, b"0").map(drop)?)) };
         self
     }
 
-    /// Passes a descriptor on under the number it has here.
+    /// Passes a descriptor to the program under the number it has here.
     pub fn inherit(&mut self, fd: RawFd) -> &mut Self {
         // SAFETY: runs between fork and exec: one system call. The descriptor is borrowed in the child, which has it from the fork,
         // where the caller kept it open.
@@ -78,11 +78,12 @@ impl Run {
         self
     }
 
-    /// Runs it to its end. It is only killed when it hangs: in the middle it has code of its own in the processes it works on.
+    /// Runs the program and waits for its end. It is killed only if it has not ended within `limit`, because its own code runs inside the
+    /// processes meanwhile.
     pub async fn finish(mut self, limit: Duration) -> Result<(), ErrorReply> {
         let failed = |error: io::Error| ErrorReply::io("criu", &error);
         let child = self.command.spawn().map_err(failed)?;
-        // The closures hold descriptors that the child has of its own by now.
+        // Drops the closures and the descriptors they hold, because the child has its own by now.
         drop(self.command);
         let child = Child::of(Pid::from_child(&child)).map_err(failed)?;
         let code = match tokio::time::timeout(limit, child.wait()).await {
@@ -103,7 +104,7 @@ impl Run {
     }
 }
 
-/// CRIU's first error; what follows are its consequences.
+/// The first error in CRIU's log; the later ones are its consequences.
 fn first_error(log: &Path) -> Option<String> {
     let text = fs::read_to_string(log).ok()?;
     first_error_in(&text).map(|line| line.chars().take(512).collect())
@@ -111,11 +112,11 @@ fn first_error(log: &Path) -> Option<String> {
 
 fn first_error_in(log: &str) -> Option<&str> {
     let line = log.lines().find(|line| line.contains("Error ("))?;
-    // Without the time and the process it is about.
+    // Cuts off the time and the process id before the message.
     line.find("Error (").map(|at| line[at..].trim_end())
 }
 
-/// The number a descriptor has here and, by `inherit`, there.
+/// The number of a descriptor, in the agent and, after `inherit`, in the program.
 pub fn number(fd: &OwnedFd) -> RawFd {
     fd.as_raw_fd()
 }

@@ -1,4 +1,4 @@
-//! What a dump leaves beside CRIU's images for the machine that goes on with it.
+//! The record that a dump leaves beside CRIU's images for the machine that goes on with it.
 
 use std::fs;
 use std::io;
@@ -10,7 +10,7 @@ use crate::config::GuestConfig;
 
 const VERSION: u32 = 1;
 
-/// A dump.
+/// Describes a dump.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Record {
@@ -20,7 +20,7 @@ pub struct Record {
     pub main: Option<MainCommand>,
     pub trees: Vec<Tree>,
     pub pipes: Vec<AgentPipe>,
-    /// Established connections were not kept.
+    /// Whether established TCP connections were closed instead of saved.
     pub tcp_close: bool,
 }
 
@@ -28,23 +28,23 @@ pub struct Record {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MainCommand {
     pub pid: i32,
-    /// Inodes of its pipes to the agent.
+    /// The inode of its stdout, a pipe to the agent.
     pub stdout: u64,
     pub stderr: u64,
 }
 
-/// Processes that descend from one.
+/// A process and its descendants.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Tree {
     pub root: i32,
-    /// All of them.
+    /// The pids of all processes.
     pub processes: Vec<i32>,
-    /// Those that job control had stopped.
+    /// The pids of the processes that job control had stopped.
     pub stopped: Vec<i32>,
-    /// The root leads the session it is in; a process whose parent has ended often does not.
+    /// Whether the root leads its session. Often it does not, if its parent has ended.
     pub leads_session: bool,
-    /// Inodes of the pipes it has open.
+    /// The inodes of the pipes that its processes have open.
     pub pipes: Vec<u64>,
 }
 
@@ -53,7 +53,7 @@ pub struct Tree {
 #[serde(rename_all = "camelCase")]
 pub struct AgentPipe {
     pub inode: u64,
-    /// A command's output; otherwise its input.
+    /// True for a command's output, false for its input.
     pub agent_reads: bool,
 }
 

@@ -29,7 +29,7 @@ use crate::system::after_doorbell;
 /// The host has a time limit of its own for all of it.
 const LIMIT: Duration = Duration::from_secs(600);
 
-/// Makes this machine one of its own, then brings the processes back, then opens the gate. When that fails it stays closed.
+/// Makes this machine one of its own, restores the processes, then opens the gate. After a failure the gate stays closed.
 pub async fn revive(context: &Arc<Context>, request: Revive) -> Result<Rejuvenated, Abort> {
     if !context.gate.is_restored() {
         return Err(Abort::bad("this machine does not wait for processes to be brought back"));
@@ -60,14 +60,15 @@ pub async fn revive(context: &Arc<Context>, request: Revive) -> Result<Rejuvenat
     let context = Arc::clone(context);
     tokio::spawn(async move {
         context.lazy.finished().await;
-        // As after a dump.
+        // As after a dump, a failure to remove images is ignored.
         let _ = remove_images(context.lifecycle.disks()).await;
         drop(images);
     });
     Ok(renewed)
 }
 
-/// With several trees none may go on before all are there: what one does to a file another has open would make CRIU refuse that.
+/// Whether a tree must wait for the others. With several trees none may go on before all are restored: if one changed a file that another
+/// has open, CRIU would refuse the other.
 fn waits_for_others(record: &Record) -> bool {
     record.trees.len() > 1
 }
@@ -82,7 +83,7 @@ async fn restore(
 ) -> Result<(), Abort> {
     let workload = process::workload().map_err(|error| Abort::io("cgroup", &error))?;
     let mut run = criu.action("restore", directory);
-    // As a child of this process, in the group it begins in.
+    // Restores the root as a child of the agent, in the control group that CRIU is started in.
     run.arg("--restore-detached").arg("--restore-sibling").arg("--manage-cgroups=ignore").in_group(workload);
     run.arg("--file-locks").arg(if record.tcp_close { "--tcp-close" } else { "--tcp-established" });
     if !tree.leads_session {
@@ -101,7 +102,7 @@ async fn restore(
     Ok(run.finish(LIMIT).await?)
 }
 
-/// Brings back the names CRIU had made and expects.
+/// Makes the temporary names again that CRIU expects.
 fn link_remaps(directory: &Path) -> io::Result<()> {
     for (n, name) in images::link_remaps(directory)?.into_iter().enumerate() {
         match fs::hard_link(directory.join(hook::kept(n)), &name) {
@@ -112,7 +113,7 @@ fn link_remaps(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// New pipes in place of those that led to the old agent, by its inodes.
+/// New pipes in place of those that led to the old agent, by the inodes of the old ones.
 struct Pipes {
     theirs: BTreeMap<u64, OwnedFd>,
     outputs: BTreeMap<u64, pipe::Receiver>,
@@ -141,7 +142,7 @@ impl Pipes {
     fn output(&mut self, inode: u64) -> io::Result<pipe::Receiver> {
         match self.outputs.remove(&inode) {
             Some(output) => Ok(output),
-            // The command had closed it.
+            // The command had closed its output: a pipe without a writer stands for it.
             None => pipe::Receiver::from_owned_fd(pipe_with(PipeFlags::CLOEXEC)?.0),
         }
     }
@@ -149,11 +150,11 @@ impl Pipes {
 
 /// Watches over the restored processes. The main command's output goes where it always does; that of the others is dropped.
 fn attend(context: &Arc<Context>, record: &Record, pipes: &mut Pipes) -> io::Result<()> {
-    // End of file on a pipe is when theirs are gone.
+    // A pipe reads as ended only when the agent's copies of the commands' ends are closed.
     pipes.theirs.clear();
     for tree in &record.trees {
         let root = Pid::from_raw(tree.root).ok_or(io::ErrorKind::InvalidData)?;
-        // Never written and never ended, as in any copy.
+        // The inputs are never written and never closed, as in any copy.
         let inputs: Vec<_> = tree.pipes.iter().filter_map(|inode| pipes.inputs.remove(inode)).collect();
         match record.main {
             Some(main) if main.pid == tree.root => {
@@ -161,7 +162,7 @@ fn attend(context: &Arc<Context>, record: &Record, pipes: &mut Pipes) -> io::Res
                 let running = Running::adopt(root, stdout, stderr)?;
                 *context.main() = Some(main_command::described(&running)?);
                 tokio::spawn(main_command::attend_detached(Arc::clone(context), running));
-                // The machine ends with it.
+                // Leaks the pipes, which are to stay open until the machine ends.
                 inputs.into_iter().for_each(std::mem::forget);
             }
             _ => {
@@ -191,11 +192,11 @@ async fn drain(output: pipe::Receiver) {
     }
 }
 
-/// Lets those go on that job control had not stopped before.
+/// Continues the processes that job control had not stopped before.
 fn let_go(tree: &Tree) {
     for pid in tree.processes.iter().filter(|pid| !tree.stopped.contains(pid)) {
         if let Some(pid) = Pid::from_raw(*pid) {
-            // One that was killed meanwhile is gone.
+            // A process that was killed meanwhile is no error.
             let _ = rustix::process::kill_process(pid, Signal::CONT);
         }
     }

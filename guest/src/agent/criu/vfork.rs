@@ -1,8 +1,8 @@
-//! Commands in the middle of vfork(2), which CRIU must not meet.
+//! Freezes commands at a moment when none is in the middle of vfork(2), because CRIU cannot dump one there.
 //!
-//! The parent sleeps until its child executes a program or ends. The freezer counts it as frozen there (Linux, `wait_for_vfork_done`), but
-//! ptrace cannot stop it, so CRIU 3.17 would wait for the parent while it holds the child: until its time is up (measured: one dump in 2 to
-//! 30 of shells that start programs all the time, on a busy host).
+//! The parent sleeps until its child executes a program or ends. The freezer counts it as frozen (Linux, `wait_for_vfork_done`), but ptrace
+//! cannot stop it, so CRIU 3.17 would wait for the parent, while it holds the child, until its time is up. Measured: this happened in one
+//! dump of 2 to 30, of shells that start programs all the time on a busy host.
 
 use std::fs;
 use std::io;
@@ -16,11 +16,12 @@ use crate::agent::stream::{Abort, FrameReader};
 use crate::reply::{Code, ErrorReply};
 use crate::system::cgroup;
 
-/// How long commands run on before they are frozen again, at first: an exec takes less than this, and nothing tells of its end.
+/// The first pause before commands are frozen again. An exec takes less, and no event tells of its end.
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
-/// Freezes the commands at a moment when none of them is in a vfork, as long as the host wants it. Returns that moment.
+/// Freezes the commands at a moment when none of them is in a vfork. Returns when that last freeze began. Ends early when the host's stream
+/// is lost.
 pub async fn stop_commands<R: AsyncRead + Unpin>(
     limit: Duration,
     input: &mut FrameReader<R>,
@@ -32,7 +33,7 @@ pub async fn stop_commands<R: AsyncRead + Unpin>(
         freeze::stop_commands(end.saturating_duration_since(began), input).await?;
         let parents = parents().map_err(|error| Abort::io("processes", &error))?;
         let Some(parent) = parents.first() else { return Ok(began) };
-        // Freezing has as long again.
+        // Leaves as much time for freezing.
         if Instant::now() + 2 * pause >= end {
             let message = format!(
                 "process {parent} waits in vfork for a child that has not executed a program within {} ms, where CRIU cannot stop it",
@@ -50,13 +51,13 @@ pub async fn stop_commands<R: AsyncRead + Unpin>(
     }
 }
 
-/// The frozen processes that wait in a vfork. Of all that is frozen they alone sleep uninterruptibly.
+/// The frozen processes that wait in a vfork: they alone of all frozen processes sleep uninterruptibly.
 fn parents() -> io::Result<Vec<i32>> {
     let pids = cgroup::workload_pids()?;
     Ok(pids.into_iter().filter(|pid| sleeps_uninterruptibly(*pid).unwrap_or(false)).collect())
 }
 
-/// Whether a thread of it does. A process that has just been killed fails here.
+/// Whether a thread of the process sleeps uninterruptibly. Fails if the process has just been killed.
 fn sleeps_uninterruptibly(pid: i32) -> io::Result<bool> {
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
         let stat = fs::read_to_string(thread?.path().join("stat"))?;

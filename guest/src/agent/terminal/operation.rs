@@ -88,7 +88,8 @@ async fn start<R: AsyncRead + Unpin>(
     Ok(session)
 }
 
-/// Shows a session to the host and passes on what it types, until the session ends, either leaves or somebody else takes it.
+/// Shows a session to the host and passes on what the host types, until the session ends, the host leaves, or another client takes the
+/// session.
 async fn attend<R, W>(
     session: &Arc<Session>,
     replay: &[u8],
@@ -131,7 +132,7 @@ where
         shown = &mut shown => return shown,
         abort = attend::obey(input, Some(Keyboard(Arc::clone(session))), session.as_ref(), &credit) => return Err(abort),
     }
-    // The host types into it no more. It may have stopped reading: it is told why once it reads again.
+    // Its input is no longer passed on. The host may have stopped reading; it gets the reason once it reads again.
     tokio::select! {
         shown = shown => shown,
         () = input.closed() => Err(Abort::Gone),

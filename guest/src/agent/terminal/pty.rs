@@ -1,4 +1,5 @@
-//! A pseudo-terminal, held at both ends: a terminal whose last user has closed it is one still, until its command has ended.
+//! A pseudo-terminal of which the agent holds both ends. So it stays a terminal, even when its last user has closed it, until its command
+//! has ended.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,7 +19,7 @@ pub struct Pty {
 
 impl Pty {
     pub fn open(size: Size) -> io::Result<Self> {
-        // The agent has no terminal and must not get one.
+        // NOCTTY, because the agent must not get a controlling terminal.
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
         unlockpt(&master)?;
         let slave = ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
@@ -30,12 +31,12 @@ impl Pty {
         Ok(pty)
     }
 
-    /// What a command has for a terminal.
+    /// The end that the command uses.
     pub fn slave(&self) -> BorrowedFd<'_> {
         self.slave.as_fd()
     }
 
-    /// Its programs are told of it by SIGWINCH, if it is another size.
+    /// Sets the terminal's size. If it changes, the kernel sends SIGWINCH to the programs in the foreground.
     pub fn resize(&self, Size { columns, rows }: Size) -> io::Result<()> {
         let size = Winsize { ws_row: rows.get(), ws_col: columns.get(), ws_xpixel: 0, ws_ypixel: 0 };
         Ok(tcsetwinsize(&self.slave, size)?)
@@ -51,13 +52,13 @@ impl Pty {
         }
     }
 
-    /// All that has been written is there, before it says `WouldBlock`: the kernel looks for it.
+    /// Reads without waiting. `WouldBlock` means that everything written so far has been read, because the kernel is asked each time.
     pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         Ok(rustix::io::read(self.master.get_ref(), buffer)?)
     }
 
     pub async fn writable(&self) {
-        // An error shows again when writing.
+        // An error is ignored here, because writing reports it again.
         if let Ok(mut ready) = self.master.writable().await {
             ready.retain_ready();
         }

@@ -4,7 +4,7 @@ use vt100::Parser;
 
 use super::size::Size;
 
-/// Larger screens are kept as if they had this size: a cell takes 32 bytes, twice.
+/// Columns and rows of the largest screen that is kept; larger ones are cut to this. A cell takes 32 bytes, on each of two screens.
 const LARGEST: (u16, u16) = (512, 256);
 
 /// A terminal emulator without a window.
@@ -19,7 +19,7 @@ impl Screen {
         Self { terminal: Parser::new(size.rows, size.columns, 0), is_new: true }
     }
 
-    /// The size a terminal may have to be kept.
+    /// The size with which a terminal of `size` is kept.
     pub fn limit(size: Size) -> Size {
         let (columns, rows) = LARGEST;
         Size::new(size.columns.get().min(columns), size.rows.get().min(rows)).unwrap_or(size)
@@ -34,13 +34,13 @@ impl Screen {
         self.is_new = false;
     }
 
-    /// What makes another terminal of the same size look, and take input, like this one. Both screens: a full-screen program gives the
-    /// normal one back when it ends.
+    /// The bytes that make another terminal of the same size look like this one and take input as it does. They hold both screens, because
+    /// a full-screen program returns to the normal one when it ends.
     pub fn replay(&self) -> Vec<u8> {
         let screen = self.terminal.screen();
         let mut replay = Vec::new();
         if self.is_new {
-            // Nobody's window is cleared for that.
+            // Without output nothing is replayed, so that the client's window is not cleared.
             return replay;
         }
         if screen.alternate_screen() {
@@ -109,7 +109,7 @@ mod tests {
         assert_eq!(Screen::limit(size(80, 24)), size(80, 24));
     }
 
-    /// Bytes that mean something to a terminal more often than chance would have it.
+    /// Generates bytes that mean something to a terminal more often than random bytes would.
     fn output() -> impl Strategy<Value = Vec<u8>> {
         let sequence =
             (prop::collection::vec(0u16..600, 0..4), prop::sample::select(b"ABCDEFGHJKLMPSTXdfghlmnr@`su".to_vec()))
@@ -142,7 +142,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
-        /// A panic would be the machine's end.
+        /// A panic of the agent would end the machine.
         #[test]
         fn survives_any_output_at_any_size(
             steps in prop::collection::vec((output(), 1u16..140, 1u16..60), 1..5),

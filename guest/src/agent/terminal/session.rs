@@ -19,15 +19,15 @@ use crate::agent::stream::{Abort, CHUNK};
 use crate::reply::{Code, ErrorReply, Exit, SessionInfo};
 use crate::system::cgroup;
 
-/// Pieces of output that may wait for a client; then the command waits.
+/// How many pieces of output may wait for a client before the command has to wait.
 const AHEAD: usize = 4;
-/// What a command may have left in its terminal when it ends; children that hold it may go on writing without end.
+/// How many bytes are read from the terminal after the command has ended. Children that hold the terminal may go on writing without end.
 const MOST_LEFT: usize = 256 * 1024;
-/// How long a command may take to end by itself when it is hung up.
+/// How long a command may take to end after SIGHUP before it is killed.
 const GRACE: Duration = Duration::from_secs(1);
 
 pub struct Session {
-    /// `None`: it ends with its client.
+    /// `None`: the command ends with its client.
     pub name: Option<String>,
     argv: Vec<String>,
     created_ms: u64,
@@ -43,7 +43,7 @@ struct View {
     /// `None` once the command has ended: other processes in this terminal have lost it then.
     pty: Option<Arc<Pty>>,
     size: Size,
-    /// Of a session that can be joined.
+    /// Kept for sessions that can be joined.
     screen: Option<Screen>,
     client: Option<mpsc::Sender<Bytes>>,
 }
@@ -75,20 +75,20 @@ impl Session {
         self.process.pid
     }
 
-    /// How its command ended, once it has and all it wrote has been passed on.
+    /// How the command ended; `None` until all its output has been passed on.
     pub fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
     }
 
-    /// Waits for that.
+    /// Waits until the command has ended and all its output has been passed on.
     pub async fn ended(&self) -> Exit {
         let mut exit = self.exit.subscribe();
-        // It cannot fail: the sender is this session's own.
+        // Waiting cannot fail, because the session itself owns the sender.
         let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
         ended.unwrap_or(LOST)
     }
 
-    /// `None` without a name.
+    /// What the host is told of the session; `None` if it has no name.
     pub fn info(&self) -> Option<SessionInfo> {
         let view = self.view();
         Some(SessionInfo {
@@ -103,7 +103,7 @@ impl Session {
         })
     }
 
-    /// Ends it as a modem would that loses its line.
+    /// Hangs the session up, as a modem does that loses its line.
     pub fn hang_up(&self) {
         self.hung_up.notify_one();
     }
@@ -140,39 +140,39 @@ impl Session {
         Ok(exit)
     }
 
-    /// Shows output, and waits for a client that is slow, unless somebody else takes its place.
+    /// Shows output to the client, and waits for a slow client unless another takes its place.
     async fn pass(&self, output: &[u8]) {
         let (client, mut turn) = {
             let mut view = self.view();
             if let Some(screen) = &mut view.screen {
                 screen.process(output);
             }
-            // The next client has seen this on the screen: only this one is owed it.
+            // Only the client of this moment gets this output; the next one sees it on the screen.
             (view.client.clone(), self.turn.subscribe())
         };
         if let Some(client) = client {
             tokio::select! {
-                // One that has left meanwhile has no need of it.
+                // A client that has left meanwhile gets nothing.
                 _ = client.send(Bytes::copy_from_slice(output)) => {}
                 _ = turn.changed() => {}
             }
         }
     }
 
-    /// SIGHUP for the command and for what is in the foreground, as the kernel would send it; then nothing of the session is left.
+    /// Sends SIGHUP to the command and to the foreground process group, as the kernel would. Afterwards kills what is left of the session.
     async fn end(&self, pty: &Pty) -> io::Result<Exit> {
-        // Hung up while the last of its output is being shown.
+        // The session was hung up while the last of its output was being shown.
         if self.process.is_reaped() {
             return self.process.wait().await;
         }
         self.process.signal(libc::SIGHUP);
         if let Ok(foreground) = rustix::termios::tcgetpgrp(pty.slave()) {
             let _ = rustix::process::kill_process_group(foreground, Signal::HUP);
-            // A stopped one hears of it only then.
+            // A stopped process handles SIGHUP only after SIGCONT.
             let _ = rustix::process::kill_process_group(foreground, Signal::CONT);
         }
         self.process.signal(libc::SIGCONT);
-        // What it has to say while it ends must not keep it from ending.
+        // Its output is drained, so that a full terminal does not keep it from ending.
         let drained = async {
             let mut buffer = vec![0; CHUNK];
             while pty.read(&mut buffer).await.is_ok() {}
@@ -182,13 +182,13 @@ impl Session {
             _ = tokio::time::timeout(GRACE, self.process.ended()) => {}
             () = drained => {}
         }
-        // While the command has not been reaped, no other session can have its number.
+        // No other session can have this number before the command is reaped.
         kill_session(self.process.pid)?;
         self.process.signal(libc::SIGKILL);
         self.process.wait().await
     }
 
-    /// Makes the terminal another size.
+    /// Sets the size of terminal and screen.
     fn set_size(&self, view: &mut View, size: Size) -> Result<(), Abort> {
         let size = if view.screen.is_some() { Screen::limit(size) } else { size };
         view.size = size;
@@ -199,7 +199,7 @@ impl Session {
         resized.map_err(|error| Abort::io("terminal", &error))
     }
 
-    /// Somebody looks on from now on, in a window of that size: what the screen shows, and all that comes.
+    /// Attaches a client with a window of that size. Returns the bytes that show the screen, and the client, which gets all further output.
     pub fn join(self: &Arc<Self>, size: Size, steal: bool) -> Result<(Vec<u8>, Client), Abort> {
         let mut view = self.view();
         if view.client.is_some() && !steal {
@@ -218,16 +218,16 @@ impl Session {
     }
 }
 
-/// How a command ended that could not be waited for: as a killed one.
+/// The result of a command that could not be waited for: it counts as killed.
 const LOST: Exit = Exit::Signal { signal: libc::SIGKILL, oom_killed: false };
 
-/// Kills all processes that have not left the session of that command.
+/// Kills all processes that are still in the session of that command.
 fn kill_session(leader: Pid) -> io::Result<()> {
-    // What forks while it is being killed is found the next time.
+    // Repeated, to find the processes that were forked meanwhile.
     for _ in 0..8 {
         let mut found = false;
         for pid in cgroup::workload_pids()?.into_iter().filter_map(Pid::from_raw).filter(|pid| *pid != leader) {
-            // Before it is looked at: it stays the same one.
+            // Opened before the session is read, so that both are about the same process.
             let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
             if rustix::process::getsid(Some(pid)) == Ok(leader) {
                 found |= pidfd_send_signal(process.as_fd(), Signal::KILL).is_ok();
@@ -248,21 +248,21 @@ pub struct Client {
     number: u64,
 }
 
-/// What a client sees next.
+/// The next event of a client.
 pub enum Seen {
     Output(Bytes),
     /// All output has been seen.
     Ended(Exit),
-    /// Somebody else has taken the session.
+    /// Another client has taken the session.
     Taken,
 }
 
 impl Client {
-    /// Waits until somebody else has taken the session.
+    /// Waits until another client has taken the session.
     pub fn taken(&self) -> impl Future<Output = ()> + use<> {
         let (mut turn, number) = (self.turn.clone(), self.number);
         async move {
-            // It cannot fail: the sender is the session's own.
+            // Waiting cannot fail, because the session owns the sender.
             let _ = turn.wait_for(|turn| *turn != number).await;
         }
     }
@@ -291,7 +291,7 @@ impl Drop for Client {
     }
 }
 
-/// What is typed into it.
+/// The input of a session.
 pub struct Keyboard(pub Arc<Session>);
 
 impl Input for Keyboard {

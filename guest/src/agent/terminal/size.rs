@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU16;
 
-/// In cells.
+/// The size in character cells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
     pub columns: NonZeroU16,

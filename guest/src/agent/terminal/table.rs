@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use super::session::Session;
 use crate::reply::{Code, Done, ErrorReply, SessionInfo, SessionList};
 
-/// Sessions of one machine, those that have ended included.
+/// How many sessions a machine has at most, with those that have ended.
 const MOST: usize = 64;
 
 /// Every terminal: those of running commands, and those of ended sessions whose end no client has seen yet.
@@ -19,7 +19,7 @@ pub struct Terminals {
     starting: watch::Sender<BTreeSet<String>>,
 }
 
-/// A name that nobody else can start a session by.
+/// A reserved name: no other operation can start a session of this name.
 pub struct Reserved<'a> {
     name: String,
     terminals: &'a Terminals,
@@ -40,9 +40,9 @@ impl Terminals {
         self.all().iter().find(|session| session.name.as_deref() == Some(name)).cloned()
     }
 
-    /// A session, or its name while it is being started here. Waits until nobody else starts it.
+    /// Returns the session, or reserves the name if there is none. Waits while another operation starts a session of this name.
     pub async fn find_or_reserve(&self, name: &str) -> (Option<Arc<Session>>, Option<Reserved<'_>>) {
-        // It cannot fail: the sender is this table's own.
+        // Waiting cannot fail, because the table itself owns the sender.
         let _ = self.starting.subscribe().wait_for(|names| !names.contains(name)).await;
         if let Some(session) = self.find(name) {
             return (Some(session), None);
@@ -59,7 +59,7 @@ impl Terminals {
         self.all().retain(|other| !Arc::ptr_eq(other, session));
     }
 
-    /// Oldest first.
+    /// The sessions, oldest first.
     pub fn list(&self) -> SessionList {
         SessionList { sessions: self.infos() }
     }
@@ -68,7 +68,7 @@ impl Terminals {
         self.all().iter().filter_map(|session| session.info()).collect()
     }
 
-    /// Ends a session; when this returns nothing of it is left.
+    /// Ends a session. When this returns, all its processes are gone.
     pub async fn kill(&self, name: &str) -> Result<Done, ErrorReply> {
         let Some(session) = self.find(name) else {
             return Err(ErrorReply::new(Code::SessionNotFound, format!("there is no session {name:?}")));
@@ -79,7 +79,7 @@ impl Terminals {
         Ok(Done {})
     }
 
-    /// Why the processes cannot be saved without the agent: it holds a terminal's other end.
+    /// Fails if there is a terminal: the agent holds its other end, so CRIU cannot save the processes without the agent.
     pub fn refuse_open(&self) -> Result<(), ErrorReply> {
         let all = self.all();
         let Some(open) = all.iter().find(|session| session.exit().is_none()) else { return Ok(()) };
