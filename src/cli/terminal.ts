@@ -3,6 +3,7 @@ import { ExecError } from "../errors.ts"
 import type { Terminal, TerminalSize } from "../guest/Terminal.ts"
 import { leaveOutputAlone } from "../platform/tty.ts"
 import { DetachKeys } from "../terminal/DetachKeys.ts"
+import { tellOutOfMemory } from "./exit.ts"
 import * as stdio from "./stdio.ts"
 
 /** Fails with EXEC_NO_TERMINAL when stdin is not a terminal. */
@@ -92,9 +93,15 @@ export const relay = (
       Stream.runForEach(stdio.tryWrite("stdout")),
       Effect.zipRight(terminal.exit),
       Effect.zipLeft(Ref.set(isOver, true)),
-      Effect.map(({ code }) => code),
       // the output cannot be written any more: this terminal has gone
-      Effect.catchAll((error) => (error instanceof ExecError ? error : Effect.succeed("detached" as const)))
+      Effect.catchAll(
+        (error): Effect.Effect<"detached", ExecError> =>
+          error instanceof ExecError ? Effect.fail(error) : Effect.succeed("detached")
+      )
     )
     return yield* Effect.raceFirst(shown, Deferred.await(leave))
-  }).pipe(Effect.scoped)
+  }).pipe(
+    Effect.scoped,
+    Effect.tap((end) => (end === "detached" ? Effect.void : tellOutOfMemory(end))),
+    Effect.map((end) => (end === "detached" ? end : end.code))
+  )

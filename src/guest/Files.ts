@@ -1,7 +1,7 @@
 import * as path from "node:path"
 import type { FileSystem } from "@effect/platform"
 import { Effect, Option, Schema, type Scope, Stream } from "effect"
-import { FilesError } from "../errors.ts"
+import { FilesError, isMachinenError } from "../errors.ts"
 import type { Assets } from "../host/Assets.ts"
 import { given } from "../platform/given.ts"
 import * as tar from "../platform/tar.ts"
@@ -200,5 +200,6 @@ const hostIo = (hostPath: string) => (cause: unknown) =>
     : new FilesError({
         code: "FILES_HOST_IO",
         message: `${hostPath} cannot be read or written: ${cause instanceof Error ? cause.message : String(cause)}`,
+        ...(isMachinenError(cause) ? given({ hint: cause.hint }) : {}),
         cause
       })

@@ -10,6 +10,8 @@ export interface SandboxVm {
   /** May be the same stream as `stdout`. */
   readonly stderr: Readable
   readonly wait: () => Promise<unknown>
+  /** As `wait`, without a time limit; preferred where it is there. */
+  readonly ended?: () => Promise<unknown>
   /** Resizes the terminal; absent without a terminal. */
   readonly resize?: (cols: number, rows: number) => void
 }
@@ -139,7 +141,7 @@ export const unknownSandbox = (id: string) =>
 const untilEnd = async (vm: SandboxVm, matters: () => boolean): Promise<void> => {
   while (matters()) {
     try {
-      await vm.wait()
+      await (vm.ended?.() ?? vm.wait())
       return
     } catch (error) {
       if (!isMachinenError(error) || error.code !== "BOOT_TIMEOUT") return

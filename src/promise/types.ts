@@ -250,6 +250,8 @@ export interface VmHandle {
   readonly stderr: Readable
   /** Resolves when the VM has ended and nothing of it is left on the host. Rejects with BOOT_TIMEOUT after `timeoutMs`; the VM keeps running. */
   readonly wait: () => Promise<VmControl.VmExit>
+  /** As `wait`, without a time limit. */
+  readonly ended: () => Promise<VmControl.VmExit>
   /** Kills the VM. Resolves as `wait` does, also when the VM had ended before. */
   readonly kill: () => Promise<void>
   /** Powers the VM off, or kills it after the grace (default 5 s). Resolves as `wait` does. */

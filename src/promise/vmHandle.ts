@@ -52,6 +52,7 @@ export const make = ({ run, within }: Services) => {
       stdout,
       stderr,
       wait: () => run(waitMs === null ? wait : Effect.timeoutFail(wait, stillRunning(vm(), waitMs))),
+      ended: () => run(wait),
       kill: () => run(Effect.suspend(() => vm().kill).pipe(Effect.zipRight(wait), Effect.asVoid)),
       stop: (graceMs) => run(Effect.suspend(() => vm().stop(graceMs)).pipe(Effect.zipRight(wait), Effect.asVoid)),
       detach: () => run(detach),

@@ -150,6 +150,19 @@ layer(live(home), { excludeTestServices: true })("a VM", (it) => {
     )
   }
 
+  it.scoped("leaves an emulator 128 MiB for the code it has translated", () =>
+    Effect.gen(function* () {
+      const { vm } = yield* (yield* Machinen).boot({ image: "micro" })
+      const maps = readFileSync(`/proc/${vm.pid}/maps`, "utf8").matchAll(/^(\w+)-(\w+) rwx/gm)
+      const sizes = [...maps].map(([, from, to]) => Number.parseInt(to ?? "", 16) - Number.parseInt(from ?? "", 16))
+      const MiB = 2 ** 20
+      const translated = sizes.reduce((sum, size) => sum + size, 0) / MiB
+      // QEMU's own choice is 1 GiB, of which a busy guest fills most
+      assert.isAtMost(translated, 130)
+      assert.isAtLeast(translated, vm.entry.accel === "tcg" ? 100 : 0)
+    })
+  )
+
   it.scoped("has memory whose size nobody changes, not even its VMM", () =>
     Effect.gen(function* () {
       const { vm } = yield* (yield* Machinen).boot({ image: "micro", prepared: false })

@@ -620,6 +620,17 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
       })
     )
 
+    it.scoped("says that the guest ran out of memory, once the terminal is as before", () =>
+      Effect.gen(function* () {
+        const window = yield* tmux.window(home, cliPath)
+        yield* window.type("machinen run -t --image micro -m 64 --network none -- tail /dev/zero")
+        yield* window.press("Enter")
+        yield* window.shows(
+          /^machinen: the guest ran out of memory and its kernel killed the command \(--memory\)\n\$$/m
+        )
+      })
+    )
+
     it.effect("keeps CRIU from saving processes, by name, until it is closed", () =>
       Effect.gen(function* () {
         const vm = yield* Guest

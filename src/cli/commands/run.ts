@@ -1,11 +1,11 @@
 import { Args, Command, Options } from "@effect/cli"
-import { Console, Effect, Option, Stream } from "effect"
+import { Effect, Option, Stream } from "effect"
 import { ExecError, ParseError } from "../../errors.ts"
 import type { RunningCommand } from "../../guest/Exec.ts"
 import { baseNames } from "../../image/RootfsImage.ts"
 import { Machinen } from "../../Machinen.ts"
 import { defaultImage } from "../../machine/BootOptions.ts"
-import { ExitWith } from "../exit.ts"
+import { ExitWith, tellOutOfMemory } from "../exit.ts"
 import { bootOptions, durationMs, toBootOptions } from "../options.ts"
 import * as signals from "../signals.ts"
 import * as stdio from "../stdio.ts"
@@ -18,10 +18,9 @@ export const relay = (running: RunningCommand) =>
   Effect.gen(function* () {
     yield* signals.relay((signal) => Effect.runFork(running.signal(signals.signalNumber(signal))))
     yield* Stream.runForEach(running.output, ({ bytes, channel }) => stdio.write(channel)(bytes))
-    const { code, oomKilled } = yield* running.exit
-    if (oomKilled)
-      yield* Console.error("machinen: the guest ran out of memory and its kernel killed the command (--memory)")
-    return code
+    const status = yield* running.exit
+    yield* tellOutOfMemory(status)
+    return status.code
   }).pipe(Effect.scoped)
 
 /** `--timeout` in milliseconds. 0 means no limit, as in timeout(1). */

@@ -134,6 +134,19 @@ describe("sandboxes", () => {
     )
   })
 
+  it("are waited for without the time limit of their own wait, which may be none at all", async () => {
+    const { vm } = sandbox()
+    let waits = 0
+    const wait = () => {
+      waits += 1
+      return Promise.reject(new BootError({ code: "BOOT_TIMEOUT", message: "not yet" }))
+    }
+    const sandboxes = new Sandboxes()
+    sandboxes.add("one", { ...vm, wait, ended: () => Promise.resolve() })
+    await sandboxes.end("one")?.ended
+    assert.strictEqual(waits, 0)
+  })
+
   it("with one stream for both are heard once", async () => {
     const sandboxes = new Sandboxes()
     const { vm } = sandbox()
