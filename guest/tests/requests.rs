@@ -1,4 +1,4 @@
-//! Requests: those of the golden frames are understood, and no others do harm.
+//! Tests of requests: those of the golden frames are understood, and no others do harm.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 

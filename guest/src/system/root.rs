@@ -106,17 +106,17 @@ pub fn mount_writable(disk: &Disk, at: &str) -> Result<OwnedFd, Failed> {
     Ok(writable)
 }
 
-/// Mounts `source`, making the mount point if there is none.
+/// Mounts `source`. Makes the mount point if it is missing.
 pub fn mount(source: &str, at: &str, kind: &str, flags: MountFlags, options: Option<&CStr>) -> Result<(), Failed> {
     make_directory(at, 0o755).step(at.to_owned())?;
     rustix::mount::mount(source, at, kind, flags, options).step(format!("mount {source} as {kind} at {at}"))
 }
 
-/// A directory that may exist already.
+/// Makes a directory. One that exists already is no error.
 pub fn make_directory(path: impl AsRef<Path>, mode: u32) -> io::Result<()> {
     match rustix::fs::mkdir(path.as_ref(), Mode::from_raw_mode(mode)) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
-        // A layer that cannot be written says so before it looks whether the directory is there.
+        // A read-only layer fails with EROFS even if the directory exists.
         Err(Errno::ROFS) if path.as_ref().is_dir() => Ok(()),
         Err(errno) => Err(errno.into()),
     }
@@ -131,7 +131,7 @@ fn empty_working_directory(device: u64) -> io::Result<()> {
     for entry in fs::read_dir(".")? {
         let name = entry?.file_name();
         let stat = rustix::fs::statat(CWD, &name, AtFlags::SYMLINK_NOFOLLOW)?;
-        // Another device is something mounted there.
+        // A directory on another device is a mount point.
         if stat.st_dev != device {
             continue;
         }

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::{fmt, io};
 
-/// What could not be done at boot.
+/// A step of the boot that failed.
 #[derive(Debug)]
 pub struct Failed {
     step: Cow<'static, str>,

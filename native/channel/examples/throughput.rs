@@ -1,4 +1,4 @@
-//! How fast one stream is over a socketpair, each end on its own thread: `cargo run --release --example throughput`.
+//! Measures the throughput of one stream over a socketpair, with each end on its own thread: `cargo run --release --example throughput`.
 
 use machinen_channel::{HostSession, connect_host, serve_guest};
 use std::os::unix::net::UnixStream;

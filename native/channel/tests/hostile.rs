@@ -1,5 +1,5 @@
-//! The host's end against a peer that does as it likes: raw bytes into `connect_host`. Whatever it sends, what the host holds for it stays
-//! below a bound, and the session ends or goes on as docs/protocol.md says.
+//! Tests the host's end against a hostile peer: raw bytes into `connect_host`. Whatever the peer sends, the memory that the host holds for
+//! it stays below a bound, and the session ends or goes on as docs/protocol.md says.
 
 // Clippy exempts test functions only, not what they call.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -22,7 +22,8 @@ const RESET: u8 = 7;
 /// A hello before its epoch.
 const HELLO: [u8; 6] = [1, 0, 0, 0, 17, 3];
 
-/// What a session may hold that is no stream's: its output (1 MiB, 64 KiB and a frame, in a buffer that has doubled), and its tables.
+/// How many bytes a session may hold besides its streams: its output (1 MiB, 64 KiB and a frame, in a buffer that has doubled), and its
+/// tables.
 const SESSION: usize = 4 << 20;
 
 fn frame(kind: u8, id: u32, rest: &[u8]) -> Vec<u8> {
@@ -34,12 +35,12 @@ fn open(id: u32, port: u32) -> Vec<u8> {
     frame(OPEN, id, &[&port.to_be_bytes()[..], &[0]].concat())
 }
 
-/// A guest that speaks in bytes, and the host it speaks to.
+/// A guest that sends raw bytes, and the host it talks to.
 struct Peer {
     port: DuplexStream,
     opener: Opener,
     incoming: mpsc::Receiver<Incoming>,
-    /// Read and not yet looked at.
+    /// Bytes that were read and not yet decoded.
     heard: Vec<u8>,
 }
 
@@ -81,7 +82,7 @@ impl Peer {
         self.port.write_all(bytes).await.unwrap();
     }
 
-    /// The next frame: kind, id, what follows.
+    /// The next frame: kind, id, the rest of its body.
     async fn next(&mut self) -> (u8, u32, Vec<u8>) {
         loop {
             if let Some(head) = self.heard.first_chunk::<5>() {
@@ -100,11 +101,11 @@ impl Peer {
         }
     }
 
-    /// A stream the host opened and this peer accepted.
+    /// A stream that the host has opened and this peer has accepted.
     async fn accepted(&mut self) -> (Stream, u32) {
         let opener = self.opener.clone();
         let opening = tokio::spawn(async move { opener.open(1).await });
-        // Before it the ends of streams that the test has dropped.
+        // Skips the ends of streams that the test has dropped before.
         let id = loop {
             match self.next().await {
                 (OPEN, id, _) => break id,
@@ -115,21 +116,21 @@ impl Peer {
         (opening.await.unwrap().unwrap(), id)
     }
 
-    /// The session goes on: a stream can be opened and carries bytes.
+    /// Checks that the session goes on: a stream can be opened and carries bytes.
     async fn goes_on(&mut self) {
         let (mut stream, id) = self.accepted().await;
         self.say(&frame(DATA, id, b"x")).await;
         assert_eq!(stream.read_u8().await.unwrap(), b'x');
     }
 
-    /// The host has dropped the session.
+    /// Waits until the host has dropped the session.
     async fn is_dropped(&self) {
         while self.opener.is_connected() {
             tokio::task::yield_now().await;
         }
     }
 
-    /// The host has dropped the session and says hello anew: behind pads, which complete what it had begun to say.
+    /// Waits until the host has dropped the session and says hello anew, behind pads, which complete the frame it had begun.
     async fn is_refused(&mut self, stream: Option<Stream>) {
         self.is_dropped().await;
         if let Some(mut stream) = stream {
@@ -141,12 +142,12 @@ impl Peer {
     }
 }
 
-/// No test may hang: what takes longer than this is a failure.
+/// Fails a test that takes too long, so that none hangs.
 async fn bounded(work: impl Future<Output = ()>) {
     tokio::time::timeout(Duration::from_secs(60), work).await.expect("took too long");
 }
 
-/// Says `bytes` often, without reading, until the session has ended or everything is said.
+/// Sends `bytes` many times, without reading, until the session has ended or everything is sent.
 async fn flood(peer: &mut Peer, bytes: &[u8], times: usize, bound: usize) {
     for _ in 0..times {
         if !peer.opener.is_connected() {
@@ -170,7 +171,7 @@ async fn opens_beyond_the_limit_are_refused_until_nobody_hears_it() {
         peer.say(&open(100_000, 5)).await;
         assert_eq!(peer.next().await, (RESET, 100_000, vec![2]));
         peer.goes_on().await;
-        // It asks for ever, and hears nothing: 20 MB of requests.
+        // The peer sends 20 MB of requests and reads no answer.
         let many: Vec<u8> = (0..2000).flat_map(|n| open(200_000 + 2 * n, 5)).collect();
         flood(&mut peer, &many, 700, SESSION).await;
         peer.is_refused(kept.pop()).await;
@@ -185,9 +186,9 @@ async fn what_is_opened_and_reset_for_ever_costs_no_more_than_what_is_open() {
         let bytes: Vec<u8> = (1..1000)
             .flat_map(|n| [open(2 * n, 5), frame(DATA, 2 * n, &[1; 64]), frame(RESET, 2 * n, &[0])].concat())
             .collect();
-        // Nobody takes what comes in: it waits to be accepted.
+        // Nobody takes the incoming streams, so they wait to be accepted.
         flood(&mut peer, &bytes, 200, SESSION + 2 * MAX_GUEST_STREAMS * WINDOW).await;
-        // Then somebody does, and refuses: also that cannot be said.
+        // Then they are refused, and the refusals cannot be sent either.
         let mut incoming = std::mem::replace(&mut peer.incoming, mpsc::channel(1).1);
         tokio::spawn(async move { while incoming.recv().await.is_some() {} });
         flood(&mut peer, &bytes, 200, SESSION + 2 * MAX_GUEST_STREAMS * WINDOW).await;
@@ -235,14 +236,14 @@ async fn a_peer_that_reads_nothing_costs_a_backlog_and_the_writer_waits() {
         assert!(peer.opener.held() > 1 << 20, "they have not written");
         assert!(peer.opener.held() < SESSION, "{} bytes are held", peer.opener.held());
         assert!(writers.iter().all(|writer| !writer.is_finished()));
-        // All of them get their turn when it reads at last.
+        // When the peer reads at last, all streams get their turn.
         let mut heard = std::collections::HashMap::<u32, usize>::new();
         while heard.len() < 40 || heard.values().any(|n| *n < WINDOW) {
             if let (DATA, id, data) = peer.next().await {
                 *heard.entry(id).or_default() += data.len();
             }
         }
-        // And none sends more than it was granted.
+        // No stream sends more than it was granted.
         assert!(heard.values().all(|n| *n == WINDOW), "{heard:?}");
     })
     .await;
@@ -282,7 +283,7 @@ async fn credit_is_what_a_writer_gets_and_no_more() {
         while heard < 2 * WINDOW {
             heard += peer.next().await.2.len();
         }
-        // What is left of that and all of a large window is too much.
+        // The rest of this credit and a whole large window is too much.
         peer.say(&frame(CREDIT, id, &u32::try_from(WINDOW + 1).unwrap().to_be_bytes())).await;
         peer.say(&frame(CREDIT, id, &u32::try_from(LARGE_WINDOW).unwrap().to_be_bytes())).await;
         assert_eq!(writing.await.unwrap().map(drop).unwrap_err().kind(), ErrorKind::ConnectionReset);
@@ -308,14 +309,14 @@ async fn readers_that_keep_up_get_a_large_window_as_far_as_there_are_any() {
             assert_eq!(peer.next().await, (CREDIT, id, granted.to_be_bytes().to_vec()), "{n}");
             streams.push((stream, id));
         }
-        // Nobody reads any more: all of it is taken, and in the end no byte more.
+        // Nobody reads any more: the host takes a whole window, and no byte more.
         let held = peer.opener.held();
         for _ in 0..LARGE_WINDOW / piece.len() {
             peer.say(&frame(DATA, streams[0].1, &piece)).await;
         }
         peer.goes_on().await;
         assert!(peer.opener.held() <= held + LARGE_WINDOW);
-        // One that ends leaves its place to the next whose reader keeps up. Unread data is not keeping up.
+        // A stream that ends leaves its place to the next whose reader keeps up. A stream with unread data does not keep up.
         let (gone, id) = streams.remove(1);
         drop(gone);
         while peer.next().await != (RESET, id, vec![0]) {}
@@ -353,7 +354,7 @@ async fn data_beyond_a_window_ends_the_session() {
         assert!(peer.opener.held() < SESSION + WINDOW);
         peer.say(&frame(DATA, id, &[8])).await;
         peer.is_dropped().await;
-        // What had arrived is still read, and no byte more.
+        // The bytes that had arrived are still read, and no byte more.
         let mut read = Vec::new();
         assert_eq!(stream.read_to_end(&mut read).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
         assert!(read == vec![7; WINDOW]);
@@ -385,7 +386,7 @@ async fn a_peer_that_sends_on_credit_it_cannot_have_read_costs_a_backlog() {
             let mut buffer = vec![0; 65_536];
             while stream.read(&mut buffer).await.is_ok_and(|n| n > 0) {}
         });
-        // Half a window at a time, as an honest peer would, but without hearing that it may: 400 MB.
+        // Sends half a window at a time, as an honest peer would, but without waiting for credit: 400 MB.
         let piece = frame(DATA, id, &[7; 65_000]);
         flood(&mut peer, &piece, 6_000, SESSION + LARGE_WINDOW).await;
         reading.abort();
@@ -439,7 +440,7 @@ async fn what_no_honest_peer_says_of_a_stream_ends_the_session() {
             peer.goes_on().await;
             println!("{n}");
         }
-        // Nothing but the answer comes before it.
+        // Before the answer no other frame is allowed.
         for early in [DATA, FINISH] {
             let mut peer = Peer::new().await;
             let opener = peer.opener.clone();
@@ -487,7 +488,7 @@ async fn half_a_hello_is_waited_for_and_a_wrong_one_starts_over() {
         // Its end byte is missing.
         peer.say(&[0; 14]).await;
         peer.is_refused(Some(stream)).await;
-        // One that is whole, but not the host's.
+        // A whole frame, but for a stream that is not the host's.
         let (stream, _) = peer.accepted().await;
         peer.say(&[&[1, 0, 0, 0, 17, 2][..], &[9; 16], &[0x5a]].concat()).await;
         peer.is_refused(Some(stream)).await;

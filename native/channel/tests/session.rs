@@ -1,4 +1,4 @@
-//! Both ends of the channel in one process, over a pipe in memory.
+//! Tests both ends of the channel in one process, over a pipe in memory.
 
 // Clippy exempts test functions only, not what they call.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -18,7 +18,7 @@ use tokio::task::{JoinHandle, JoinSet};
 const ECHO: u32 = 7;
 const CLOSED: u32 = 9;
 
-/// Accepts everything but `CLOSED`; `ECHO` echoes, other ports go to `taken`.
+/// Accepts streams to every port but `CLOSED`. `ECHO` echoes; streams to other ports go to `taken`.
 async fn accept_all(mut arrivals: mpsc::Receiver<Incoming>, taken: mpsc::UnboundedSender<(u32, Stream)>) {
     while let Some(incoming) = arrivals.recv().await {
         match incoming.port {
@@ -69,7 +69,7 @@ fn pair() -> (Host, Guest) {
     (host(left, false), guest(right))
 }
 
-/// No test may hang: what takes longer than this is a failure.
+/// Fails a test that takes too long, so that none hangs.
 async fn bounded<T>(work: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(20), work).await.expect("took too long")
 }
@@ -94,7 +94,7 @@ async fn round_trip(stream: Stream, sent: Vec<u8>) -> Vec<u8> {
 async fn eight_streams_of_which_one_is_stalled() {
     bounded(async {
         let (host, mut guest) = pair();
-        // Nobody reads this one at the other end: it fills its window and waits.
+        // Nobody reads this stream at the other end, so it fills its window and waits.
         let mut stalled = host.opener.open(100).await.unwrap();
         let (_, mut unread) = guest.streams.recv().await.unwrap();
         let stalled = tokio::spawn(async move {
@@ -216,7 +216,7 @@ async fn a_writer_learns_that_its_half_closed_reader_is_gone() {
         let (_, mut peer) = guest.streams.recv().await.unwrap();
         stream.shutdown().await.unwrap();
         drop(stream);
-        // It still reads an orderly end, and its writes fail instead of waiting for window forever.
+        // The stream still reads an orderly end, and its writes fail instead of waiting for credit forever.
         assert_eq!(peer.read(&mut [0; 8]).await.unwrap(), 0);
         let error = loop {
             if let Err(error) = peer.write_all(&[1; 100_000]).await {
@@ -392,7 +392,7 @@ async fn streams_over_the_limit_are_refused_and_the_session_goes_on() {
             open.push(host.opener.open(1).await.unwrap());
         }
         assert_eq!(host.opener.open(1).await.unwrap_err().kind(), ErrorKind::ResourceBusy);
-        // What ends the machine still gets through, and what the guest opens is counted apart.
+        // An urgent stream still gets through, and the guest's streams are counted separately.
         let urgent = host.opener.open_urgent(ECHO).await.unwrap();
         assert!(round_trip(urgent, pattern(1, 10)).await == pattern(1, 10));
         let opener = guest.sessions.recv().await.unwrap();
@@ -436,7 +436,7 @@ async fn a_small_request_takes_its_turn_among_those_that_send_much() {
     bounded(async {
         let (left, right) = duplex(100_000);
         let (host, _guest) = (host(left, false), guest(right));
-        // Started before the others, so that they fill all there is to fill.
+        // Started before the others, which then fill all windows.
         let mut asking = host.opener.open(ECHO).await.unwrap();
         let others = Arc::new(AtomicUsize::new(0));
         for _ in 0..30 {
@@ -458,7 +458,7 @@ async fn a_small_request_takes_its_turn_among_those_that_send_much() {
             asking.write_all(&[n]).await.unwrap();
             assert_eq!(asking.read_u8().await.unwrap(), n);
             let meanwhile = others.load(Ordering::Relaxed) - before;
-            // Behind what both ends have put already, and a share of each of the others.
+            // Its bytes wait only for what both ends have already put out, and for a share of each other stream.
             assert!(meanwhile < 16 << 20, "{meanwhile} bytes went first");
         }
         drop(host.opener.open(ECHO).await.unwrap());
@@ -467,14 +467,14 @@ async fn a_small_request_takes_its_turn_among_those_that_send_much() {
     .await;
 }
 
-/// What one stream of the test below does: sends so many bytes in pieces, reads in pieces, and leaves as it is told.
+/// The plan of one stream of the test below: how many bytes it sends and reads in which pieces, and how it leaves.
 #[derive(Clone, Debug)]
 struct Plan {
     from_host: bool,
     sent: usize,
     answered: usize,
     piece: usize,
-    /// Drops the stream after so many bytes of the answer.
+    /// Drops the stream after so many bytes of the answer; `None`: never.
     leaves_after: Option<usize>,
 }
 
@@ -485,7 +485,8 @@ fn plan() -> impl Strategy<Value = Plan> {
     )
 }
 
-/// Opens, sends and reads at once; what is read is what was sent, in order and whole unless this end leaves.
+/// Opens a stream, and sends and reads at the same time. The bytes that are read are those that were sent, in order, and all of them unless
+/// this end leaves.
 async fn run_plan(opener: Opener, plan: Plan) {
     let first = pattern(plan.sent, plan.sent.min(plan.piece));
     let header = [plan.sent as u64, plan.answered as u64].map(u64::to_be_bytes).concat();
@@ -518,7 +519,7 @@ async fn run_plan(opener: Opener, plan: Plan) {
     }
 }
 
-/// The other end: answers as the header says, and checks what it is sent as far as the opener stays.
+/// The other end: answers as the header says, and checks the bytes it gets as long as the opener stays.
 async fn answer_plan(stream: Stream) {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let (Ok(sent), Ok(answered)) = (reader.read_u64().await, reader.read_u64().await) else { return };
@@ -539,7 +540,7 @@ async fn answer_plan(stream: Stream) {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
-    /// Many streams at once from both ends over a pipe of any size: every byte arrives, in order, and nothing of it is left behind.
+    /// Opens many streams from both ends at once, over a pipe of any size: every byte arrives, in order, and nothing is left behind.
     #[test]
     fn honest_ends_understand_each_other(plans in prop::collection::vec(plan(), 1..12), pipe in 1usize..100_000) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -569,7 +570,7 @@ proptest! {
             while let Some(done) = running.join_next().await {
                 done.unwrap();
             }
-            // As many as there may be can be open again: none is left.
+            // The full number of streams can be opened again, so none was left.
             let mut all = JoinSet::new();
             for _ in 0..MAX_STREAMS {
                 let opener = opener.clone();

@@ -1,4 +1,4 @@
-//! The frame codec: against the golden frames, which TypeScript's codec is tested against as well, and against anything at all.
+//! Tests the frame codec with the golden frames, with which TypeScript's codec is tested as well, and with arbitrary bytes.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
@@ -41,7 +41,7 @@ fn unhex(text: &str) -> Vec<u8> {
     (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
 }
 
-/// Every kind there is.
+/// All kinds of frames.
 fn kinds() -> Vec<Kind> {
     (0..=u8::MAX).filter_map(Kind::from_wire).collect()
 }

@@ -1,4 +1,4 @@
-//! Memory, and the copies of a stopped VM.
+//! Tests of the guest's memory and of the copies of a stopped VM.
 
 // Clippy exempts test functions only, not what they call.
 #![allow(clippy::unwrap_used)]
@@ -18,7 +18,7 @@ use tempfile::TempDir;
 const PAGE: usize = 4096;
 const PAGES: usize = 3000;
 
-/// Where a snapshot is made.
+/// The directory in which a snapshot is made.
 struct Making {
     home: TempDir,
 }
@@ -105,7 +105,7 @@ fn qmp_after(listener: &UnixListener, stale: &str) -> Vec<String> {
     let mut told = Vec::new();
     for line in BufReader::new(peer.try_clone().unwrap()).lines() {
         told.push(line.unwrap());
-        // It may not wait for the last one.
+        // The shim may not wait for the last answer.
         let _ = peer.write_all(b"{\"event\":\"RESUME\"}\n{\"return\":{}}\n");
     }
     told
@@ -117,7 +117,7 @@ fn shared_memory_and_files() {
     fill(&shim, &[(0, 1), (7, 2), (2000, 3)]);
     let mut maker = shim.control(&making.request().to_string());
     assert_eq!(line(&mut maker), ok());
-    // What the guest does until it is stopped counts, and nothing else is written then.
+    // Writes of the guest until it is stopped count, and only their pages are written then.
     fill(&shim, &[(7, 9), (2999, 4)]);
     let copied = step(&mut maker, "copy");
     assert_eq!(copied, json!({"ok": true, "bytes": 2 * PAGE + 4}));
@@ -200,7 +200,7 @@ fn a_maker_that_is_gone() {
     }
 }
 
-/// A machine's clock stands still with it, and nobody else is there to set it.
+/// A machine's clock stands still with the machine, and only the shim is left to set it.
 #[test]
 fn a_guest_whose_maker_is_gone_is_given_the_time() {
     let (shim, making) = (start_shared(), Making::new());
@@ -217,7 +217,7 @@ fn a_guest_whose_maker_is_gone_is_given_the_time() {
     assert!(u128::from(now_ms) >= since);
 }
 
-/// QEMU may answer to the shim what a client before has asked, at any length.
+/// QEMU may send the shim the answer to an earlier client's command, of any length.
 #[test]
 fn a_long_answer_to_somebody_else_does_not_leave_the_vm_stopped() {
     let (shim, making) = (start_shared(), Making::new());
@@ -238,7 +238,7 @@ fn a_maker_that_only_stops_talking() {
     assert_eq!(line(&mut maker), ok());
     maker.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
     assert_eq!(line(&mut maker)["ok"], false);
-    // The end of the connection is the end of the undoing.
+    // The connection ends when everything is undone.
     assert!(rest(&mut maker).is_empty() && !making.is_there());
 }
 
@@ -262,7 +262,7 @@ fn copies_that_cannot_be_made() {
         std::fs::write(making.path("exists"), b"x").unwrap();
         json!(making.path("exists"))
     };
-    // Memory fails before the VM is stopped, files do when it is.
+    // The copy of memory fails before the VM is stopped, that of files afterwards.
     for (prepared, code, to) in [
         (false, "ENOENT", &missing as &dyn Fn(&Making) -> Value),
         (false, "EEXIST", &exists),
@@ -288,7 +288,7 @@ fn copies_that_cannot_be_made() {
 
 #[test]
 fn no_space_for_the_copies() {
-    // Memory alone is too large while the VM still runs; with it, the disk is once it is stopped.
+    // In the first case memory alone is too large, while the VM still runs; in the second the disk is, once the VM is stopped.
     for (pages, disk, stopped) in [(1000, 4, false), (100, 2 << 20, true)] {
         let (shim, making) = (start_shared(), Making::new());
         let mounted = std::process::Command::new("mount")
@@ -324,7 +324,7 @@ fn one_at_a_time() {
     assert_eq!(line(&mut maker), ok());
     let mut refused = shim.control(&second.request().to_string());
     assert_eq!(line(&mut refused)["code"], "EBUSY");
-    // Whose turn it is not has nothing undone: its VM is another's.
+    // A second capture undoes nothing, because the VM is stopped for the first.
     assert!(rest(&mut refused).is_empty() && second.is_there());
     assert_eq!(step(&mut maker, "copy")["ok"], true);
     assert_eq!(step(&mut maker, "commit"), ok());

@@ -1,4 +1,4 @@
-//! The control socket.
+//! Tests of the control socket.
 
 // Clippy exempts test functions only, not what they call.
 #![allow(clippy::unwrap_used)]
@@ -148,7 +148,7 @@ fn followers_see_everything_across_rotations_and_slow_ones_hold_nobody_back() {
     }
     let kept = |name: &str| std::fs::metadata(shim.path(name)).unwrap().len();
     assert!(kept("console.log") <= 400_000 && kept("console.log.1") == 400_000);
-    // The slow one has missed some, but not the end.
+    // The slow client has missed some bytes, but not the end.
     let last = std::thread::spawn(move || rest(&mut slow));
     shim.stdin = None;
     assert!(rest(&mut reader).is_empty());
@@ -205,7 +205,7 @@ fn clients_that_stay_do_not_lock_out_those_that_act() {
     let refused: Vec<_> = (0..40).map(|_| line(&mut shim.control(r#"{"op":"wait"}"#))).collect();
     assert!(refused.iter().all(|answer| answer["code"] == "EBUSY"));
     assert_eq!(shim.status()["ok"], true);
-    // Who has left makes room.
+    // Clients that have left make room.
     staying.truncate(90);
     shim.until(|shim| line(&mut shim.control(r#"{"op":"wait"}"#)) == ok());
     assert_eq!(line(&mut shim.control(r#"{"op":"stop"}"#)), ok());
@@ -228,7 +228,7 @@ fn out_of_descriptors_it_neither_spins_nor_goes_deaf() {
     shim.until(|shim| shim.status()["ready"] == true);
     let mut waiting = shim.control(r#"{"op":"wait"}"#);
     assert_eq!(line(&mut waiting), ok());
-    // Everything there is goes to clients of the guest, and some of what is kept back to control clients that say nothing.
+    // Clients of the guest use up all descriptors, and silent control clients some of those that are kept back.
     let guests: Vec<_> = (0..40).map(|_| shim.connect(7)).collect();
     let fds = || std::fs::read_dir(format!("/proc/{}/fd", shim.child.id())).unwrap().count();
     shim.until(|_| fds() >= 60);

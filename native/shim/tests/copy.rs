@@ -1,4 +1,4 @@
-//! Copies to and from a guest (`push`, `pull`) with the test as the guest's agent.
+//! Tests of copies to and from a guest (`push`, `pull`), in which the test plays the guest's agent.
 
 #![allow(clippy::unwrap_used)]
 
@@ -43,7 +43,7 @@ fn receive(stream: &mut UnixStream) -> Option<(u8, Vec<u8>)> {
     Some((head[0], payload))
 }
 
-/// What a shim pushes, unpacked by tar.
+/// Unpacks by tar what a shim pushes.
 fn pushed(arguments: &[&str], to: &Path) -> Output {
     let (child, mut stream) = start(arguments);
     assert_eq!(receive(&mut stream).unwrap(), (REQUEST, b"{}".to_vec()));
@@ -88,7 +88,7 @@ fn a_tree_and_a_link_are_pushed_and_other_frames_passed_on() {
 fn a_refused_push_reads_no_more_files() {
     let from = TempDir::new().unwrap();
     for n in 0..40 {
-        // Holes would not be read.
+        // Real data, because holes would not be read.
         fs::write(from.path().join(format!("{n:02}")), vec![7; 4 << 20]).unwrap();
     }
     let (child, mut stream) = start(&["push", "{}", "follow", from.path().to_str().unwrap(), "unused"]);
@@ -97,7 +97,7 @@ fn a_refused_push_reads_no_more_files() {
     receive(&mut stream).unwrap();
     let refusal = frame(ERROR, br#"{"code":"AGENT_NO_SPACE","message":"full"}"#);
     stream.write_all(&refusal).unwrap();
-    // As the shim of the VM does it: it takes what comes, and drops it.
+    // Takes and drops the data, as the shim of the VM does.
     let mut rest = 0;
     let mut buffer = vec![0; 1 << 20];
     while let Ok(n @ 1..) = stream.read(&mut buffer) {
@@ -116,13 +116,13 @@ fn archive(content: &[u8]) -> Vec<u8> {
     Command::new("tar").args(["-c", "-C"]).arg(from.path()).arg("file").output().unwrap().stdout
 }
 
-/// What a shim makes of these frames.
+/// Runs `pull` and sends it these frames.
 fn pulled(kind: &str, path: &Path, limit: &str, frames: &[Vec<u8>]) -> Output {
     let (child, mut stream) = start(&["pull", "{}", kind, path.to_str().unwrap(), limit]);
-    // It asks for nothing that it has no place for.
+    // Without a place to unpack to, the process sends no request.
     let _ = receive(&mut stream);
     for frame in frames {
-        // It may have had enough.
+        // The process may have ended already.
         let _ = stream.write_all(frame);
     }
     drop(stream);

@@ -1,4 +1,4 @@
-//! All the ways a VM can end.
+//! Tests of all the ways in which a VM can end.
 
 // Clippy exempts test functions only, not what they call.
 #![allow(clippy::unwrap_used)]
@@ -59,7 +59,7 @@ fn a_second_signal_does_not_wait_for_the_grace() {
     shim.event();
     shim.until(|shim| shim.status()["ready"] == true);
     shim.signal(Signal::TERM);
-    // Two pending ones are one: the second is another.
+    // Another signal, because two pending signals of the same number count as one.
     shim.signal(Signal::INT);
     assert_eq!(shim.exited()["vmm"]["signal"], 9);
 }
@@ -109,7 +109,7 @@ fn the_main_command_ends() {
     assert_eq!(exit["consoleTail"], "booted\n");
 }
 
-/// As a VMM with a vsock device of its own: the guest is behind its socket.
+/// Plays a VMM with a vsock device of its own: the guest is behind the VMM's socket.
 #[test]
 fn a_vmm_that_serves_the_socket_itself() {
     let home = tempfile::tempdir().unwrap();
@@ -130,7 +130,7 @@ fn a_vmm_that_serves_the_socket_itself() {
     assert_eq!(&request, b"\x01\0\0\0\x11{\"op\":\"poweroff\"}");
     let mut lifecycle = UnixStream::connect(shim.path("vsock.sock_1980")).unwrap();
     lifecycle.write_all(b"\x13\0\0\0\x1b{\"code\":143,\"signal\":15   }").unwrap();
-    // Confirmed.
+    // The end of the stream confirms the announcement.
     assert_eq!(lifecycle.read(&mut [0]).unwrap(), 0);
     let exit = shim.exited();
     assert_eq!((&exit["reason"], &exit["orderly"]), (&json!("stop"), &json!(true)));

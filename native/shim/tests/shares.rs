@@ -1,4 +1,4 @@
-//! What a VMM sees of the host's directories. In a mount namespace of the test's own, so that the host is left alone.
+//! Tests of what a VMM sees of the host's directories. They run in a mount namespace of their own, so that the host's stays as it is.
 
 // Clippy exempts test functions only, not what they call.
 #![allow(clippy::unwrap_used)]
@@ -30,7 +30,7 @@ fn start_apart(shared: &Path, read_only: bool, vmm: &str) -> Option<Shim> {
     Some(shim)
 }
 
-/// Does something where the shim is.
+/// Runs a command in the shim's mount namespace.
 fn on_the_host(shim: &Shim, what: &str) {
     let target = shim.child.id().to_string();
     let done =

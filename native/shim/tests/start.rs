@@ -1,4 +1,4 @@
-//! From the plan to `started`, or to `failed` with nothing left.
+//! Tests of the start: from the plan to `started`, or to `failed` with nothing left.
 
 // Clippy exempts test functions only, not what they call.
 #![allow(clippy::unwrap_used)]
@@ -101,7 +101,7 @@ fn the_vmm_gets_its_descriptors_and_no_others() {
         assert_eq!(seen["variables"], json!(["FROM_PLAN", "PATH"]));
         assert_eq!(seen["leadsItsGroup"], true);
         assert_eq!((&seen["noNewPrivileges"], &seen["core"]), (&json!("1"), &json!(0)));
-        // The shim minds neither of these; its VMM decides for itself.
+        // The shim catches these signals instead of ignoring them, so the VMM inherits no ignored signal.
         let ignored = u64::from_str_radix(seen["ignored"].as_str().unwrap(), 16).unwrap();
         let bit = |signal: Signal| 1 << (signal.as_raw() - 1);
         assert_eq!(ignored & (bit(Signal::HUP) | bit(Signal::INT) | bit(Signal::TERM)), 0);
@@ -278,7 +278,7 @@ fn a_network_nobody_can_serve_is_said_to_be_down() {
     assert!(!console().contains("network"), "it is not started before it is needed");
     let mut client = std::net::TcpStream::connect(free).unwrap();
     shim.until(|_| console().contains("The network is down; next try in 250 ms"));
-    // What nobody serves is closed.
+    // A connection that nothing serves is closed.
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     assert!(matches!(client.read(&mut [0]), Ok(0) | Err(_)));
 }
@@ -328,7 +328,7 @@ fn a_network_that_ends_again_and_again_is_started_ever_more_seldom() {
         console().contains("next try in 2000 ms")
     });
     assert!(since.elapsed() >= std::time::Duration::from_millis(1500));
-    // The first, the one that took its place at once, and one after each pause.
+    // One run at the start, one that replaced it at once, and one after each pause.
     assert_eq!(std::fs::read_to_string(dir.path().join("runs")).unwrap().lines().count(), 4);
     assert!(
         console()

@@ -1,4 +1,4 @@
-//! Sockets on the host and ports in the guest.
+//! Tests of the sockets on the host and the ports in the guest.
 
 // Clippy exempts test functions only, not what they call.
 #![allow(clippy::unwrap_used)]
@@ -57,7 +57,7 @@ fn hostile_connect_lines() {
     ] {
         let mut stream = UnixStream::connect(shim.path("vsock.sock")).unwrap();
         stream.write_all(line.as_bytes()).unwrap();
-        // Closed with bytes unread is a reset.
+        // A socket that is closed with unread bytes is reset.
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
         assert!(answer.is_empty(), "{line:?}");
@@ -125,7 +125,7 @@ fn the_doorbell_is_answered_by_the_shim() {
 
 #[test]
 fn the_doorbell_is_passed_on_to_whoever_waits_for_it() {
-    // The listener is there before the VMM is, as a starter's is.
+    // The listener exists before the VMM, as a starter's does.
     let home = tempfile::tempdir().unwrap();
     let plan = common::plan(home.path(), &[&common::fake_vmm(), "serve"]);
     let listener = std::os::unix::net::UnixListener::bind(home.path().join("vm/vsock.sock_1979")).unwrap();
@@ -141,7 +141,7 @@ fn the_doorbell_is_passed_on_to_whoever_waits_for_it() {
     shim.until(|shim| std::fs::read_to_string(shim.path("vmm.log")).unwrap().contains("doorbell: {\"nowMs\":7}"));
 }
 
-/// A call of the guest's to the lifecycle port, whose bytes are the test's.
+/// A call of the guest to the lifecycle port, whose bytes the test sends.
 fn lifecycle_call(shim: &common::Shim) -> UnixStream {
     let mut near = shim.dial(10);
     near.write_all(&1980u32.to_be_bytes()).unwrap();
@@ -170,7 +170,7 @@ fn an_end_frame_longer_than_any_end_is_not_held() {
         call.write_all(&frame(19, length, b"{")).unwrap();
         assert!(has_ended(&mut call), "it is still listened to");
     }
-    // The longest there may be counts.
+    // The longest frame that is allowed counts.
     let end = format!("{{\"code\":3,\"signal\":null{}}}", " ".repeat(4096 - 24));
     assert_eq!(end.len(), 4096);
     let mut call = lifecycle_call(&shim);
@@ -193,7 +193,7 @@ fn eight_calls_at_once_reach_the_lifecycle_port() {
     shim.until(|shim| std::fs::read(shim.path("output.log")).is_ok_and(|log| log.len() == 16));
     let mut ninth = lifecycle_call(&shim);
     assert!(has_ended(&mut ninth), "it was let in");
-    // One that ends makes room.
+    // A call that ends makes room.
     drop(calls.pop());
     shim.until(|shim| {
         let mut next = lifecycle_call(shim);
@@ -223,7 +223,7 @@ fn without_descriptors_clients_wait_and_nothing_spins() {
     let is_open = |fd: &usize| std::fs::read_link(format!("/proc/{}/fd/{fd}", shim.child.id())).is_ok();
     limit((0..).find(|fd| !is_open(fd)).unwrap());
     let mut waiting = shim.connect(7);
-    // As long as this thread takes to use 50 ticks: on a busy host a shim that spins gets no more than it does.
+    // Waits as long as this thread takes to use 50 ticks: on a busy host a spinning shim would get no more than this thread does.
     let pid = shim.child.id().to_string();
     let (before, began) = (ticks(&pid), ticks("thread-self"));
     while ticks("thread-self") < began + 50 {}

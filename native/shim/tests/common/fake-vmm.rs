@@ -17,11 +17,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 #[derive(Clone, Default)]
 struct Guest {
-    /// Takes requests and does nothing about them.
+    /// The guest takes requests and does nothing about them.
     deaf: bool,
-    /// Does not ring.
+    /// The guest does not ring.
     quiet: bool,
-    /// A detached main command that prints and ends with this code.
+    /// The guest has a detached main command, which prints and ends with this code.
     main: Option<i32>,
     memory: Option<Arc<Mutex<&'static mut [u8]>>>,
 }
@@ -70,7 +70,7 @@ fn memory(shared: bool) -> io::Result<&'static mut [u8]> {
     // SAFETY: it is never unmapped, and what else maps the file only reads it, by system calls.
     let memory = unsafe { std::slice::from_raw_parts_mut(mapped.cast(), length) };
     if !shared {
-        // Reading makes no page the reader's own.
+        // Reads every page; reading does not make a page the process's own.
         std::hint::black_box(memory.iter().step_by(4096).fold(0, |sum: u8, byte| sum.wrapping_add(*byte)));
     }
     Ok(memory)

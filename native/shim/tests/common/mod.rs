@@ -1,6 +1,6 @@
-//! A shim with a fake VMM, and everything that talks to it. Every wait is bounded.
+//! Runs a shim with a fake VMM, and talks to it. Every wait is bounded.
 
-// Each test file uses its part.
+// Each test file uses only a part.
 #![allow(dead_code)]
 // A helper that fails fails its test.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -14,7 +14,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// No test waits longer for anything.
+/// The longest that a test waits for anything.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub fn fake_vmm() -> String {
@@ -38,7 +38,7 @@ pub fn plan(home: &Path, argv: &[&str]) -> Value {
     })
 }
 
-/// A running shim. Dropped, it is killed, and its VMM with it.
+/// A running shim. Dropping it kills the shim, and its VMM with it.
 pub struct Shim {
     pub home: TempDir,
     pub child: Child,
@@ -97,7 +97,7 @@ pub fn start(arguments: &[&str]) -> Shim {
     shim
 }
 
-/// As `start`, and the guest has rung.
+/// Starts a fake VMM as `start` does, and waits until the guest has rung.
 pub fn start_ready(arguments: &[&str]) -> Shim {
     let shim = start(arguments);
     shim.until(|shim| shim.status()["ready"] == true);
@@ -106,7 +106,7 @@ pub fn start_ready(arguments: &[&str]) -> Shim {
 
 impl Shim {
     pub fn send(&mut self, text: &str) {
-        // It may refuse the plan before it has read it all.
+        // The shim may refuse the plan before it has read all of it.
         let _ = self.stdin.as_mut().unwrap().write_all(text.as_bytes());
     }
 
@@ -115,7 +115,7 @@ impl Shim {
         self.events.recv_timeout(PATIENCE).expect("an event")
     }
 
-    /// The exit record, after which nothing may be left, and nothing may be said.
+    /// Waits for the exit record, after which no file and no other event may follow.
     pub fn exited(&mut self) -> Value {
         let event = self.event();
         assert_eq!(event["event"], "exited", "{event}");
@@ -126,7 +126,7 @@ impl Shim {
         event["exit"].clone()
     }
 
-    /// The failure, after which nothing may be left.
+    /// Waits for the failure, after which no file may be left.
     pub fn failed(&mut self) -> Value {
         let event = self.event();
         assert_eq!(event["event"], "failed", "{event}");
@@ -160,7 +160,7 @@ impl Shim {
         rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// For what announces itself to nobody.
+    /// Waits for a condition of which no event tells.
     pub fn until(&self, done: impl Fn(&Self) -> bool) {
         let since = Instant::now();
         while !done(self) {
@@ -201,7 +201,7 @@ impl Shim {
         stream
     }
 
-    /// A listener for what the guest dials.
+    /// A listener for the guest's calls to a port of its host.
     pub fn listen(&self, port: u32) -> UnixListener {
         UnixListener::bind(self.path(&format!("vsock.sock_{port}"))).unwrap()
     }
