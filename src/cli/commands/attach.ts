@@ -1,13 +1,12 @@
 import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect, Option } from "effect"
-import { Machinen } from "../../Machinen.ts"
 import { given } from "../../platform/given.ts"
 import { ExitWith } from "../exit.ts"
 import { json } from "../options.ts"
 import * as render from "../render.ts"
 import * as stdio from "../stdio.ts"
 import * as terminal from "../terminal.ts"
-import { vmArg } from "./exec.ts"
+import { attached, vmArg } from "../vmArgument.ts"
 import { commandArgs } from "./run.ts"
 
 /** `machinen attach VM`: connects this terminal to one in a running VM, with a shell or a command. */
@@ -28,8 +27,7 @@ export const attach = (tail: ReadonlyArray<string>) =>
       Effect.gen(function* () {
         const argv = [...input.command, ...tail]
         yield* terminal.required
-        const machinen = yield* Machinen
-        const vm = yield* machinen.attach(input.vm)
+        const vm = yield* attached(input.vm)
         const name = Option.getOrUndefined(input.session)
         const opened = vm.terminal(
           { argv, env: terminal.environment() },
@@ -46,8 +44,7 @@ export const attach = (tail: ReadonlyArray<string>) =>
 /** `machinen sessions VM`: lists the terminal sessions of a VM. */
 export const sessions = Command.make("sessions", { json, vm: vmArg }, (input) =>
   Effect.gen(function* () {
-    const machinen = yield* Machinen
-    const vm = yield* machinen.attach(input.vm)
+    const vm = yield* attached(input.vm)
     const list = yield* vm.sessions
     if (input.json) {
       return yield* render.json(
@@ -81,8 +78,7 @@ export const sessionKill = Command.make(
   { vm: vmArg, session: Args.text({ name: "session" }).pipe(Args.withDescription("the session's name")) },
   (input) =>
     Effect.gen(function* () {
-      const machinen = yield* Machinen
-      const vm = yield* machinen.attach(input.vm)
+      const vm = yield* attached(input.vm)
       yield* vm.killSession(input.session)
       yield* Console.log(input.session)
     })

@@ -1,8 +1,7 @@
 import { isUtf8 } from "node:buffer"
-import { Args, Command, Options } from "@effect/cli"
+import { Command, Options } from "@effect/cli"
 import { Effect } from "effect"
 import { ParseError } from "../../errors.ts"
-import { Machinen } from "../../Machinen.ts"
 import { given } from "../../platform/given.ts"
 import { ExitWith } from "../exit.ts"
 import { bootOptions, environment, json, whenGiven } from "../options.ts"
@@ -10,9 +9,8 @@ import * as render from "../render.ts"
 import { readSecrets } from "../secrets.ts"
 import * as stdio from "../stdio.ts"
 import * as terminal from "../terminal.ts"
+import { attached, vmArg } from "../vmArgument.ts"
 import { commandArgs, relay, timeLimit, withinLimit } from "./run.ts"
-
-export const vmArg = Args.text({ name: "vm" }).pipe(Args.withDescription("a VM's name, id or pid"))
 
 /** Output for JSON; output that is not UTF-8 is added as base64. */
 const asText = (channel: "stdout" | "stderr", bytes: Uint8Array) => ({
@@ -72,8 +70,7 @@ export const exec = (tail: ReadonlyArray<string>) =>
         const secretNames = input.secret.map((flag) => flag.split("=", 1)[0] ?? "")
         const secrets = yield* readSecrets(input.secret.filter((flag) => flag.includes("=")))
         const limit = yield* timeLimit(input.timeout)
-        const machinen = yield* Machinen
-        const vm = yield* machinen.attach(input.vm)
+        const vm = yield* attached(input.vm)
         if (Object.keys(secrets).length > 0) yield* vm.secrets(secrets)
         const place = {
           ...whenGiven({ cwd: input.workdir, user: input.user }),

@@ -1,10 +1,9 @@
 import { Args, Command } from "@effect/cli"
 import { Console, Effect } from "effect"
-import { Machinen } from "../../Machinen.ts"
 import { parseMapping, showAddress, showTarget } from "../../machine/TunnelAddress.ts"
 import { json } from "../options.ts"
 import * as render from "../render.ts"
-import { vmArg } from "./exec.ts"
+import { attached, vmArg } from "../vmArgument.ts"
 
 const mappings = Args.text({ name: "mapping" }).pipe(
   Args.atLeast(1),
@@ -15,8 +14,7 @@ const mappings = Args.text({ name: "mapping" }).pipe(
 export const forward = Command.make("forward", { json, vm: vmArg, mappings }, (input) =>
   Effect.gen(function* () {
     const wanted = yield* Effect.forEach(input.mappings, parseMapping)
-    const machinen = yield* Machinen
-    const vm = yield* machinen.attach(input.vm)
+    const vm = yield* attached(input.vm)
     const listeners = yield* Effect.forEach(wanted, vm.tunnel)
     if (input.json) yield* render.json(listeners)
     else {

@@ -1,16 +1,14 @@
 import { Command } from "@effect/cli"
 import { Effect, Option } from "effect"
-import { Machinen } from "../../Machinen.ts"
 import * as vmMemory from "../../platform/vmMemory.ts"
 import { json } from "../options.ts"
 import * as render from "../render.ts"
-import { vmArg } from "./exec.ts"
+import { attached, vmArg } from "../vmArgument.ts"
 
 /** `machinen inspect VM`: prints everything known about a VM, as JSON. */
 export const inspect = Command.make("inspect", { json, vm: vmArg }, (input) =>
   Effect.gen(function* () {
-    const machinen = yield* Machinen
-    const vm = yield* machinen.attach(input.vm)
+    const vm = yield* attached(input.vm)
     const memory = yield* vm.memoryStats
     const { shim, vmm } = vm.entry
     const resident =

@@ -3,7 +3,7 @@ import { Console, Effect } from "effect"
 import { Machinen } from "../../Machinen.ts"
 import { json } from "../options.ts"
 import * as render from "../render.ts"
-import { vmArg } from "./exec.ts"
+import { attached, vmArg } from "../vmArgument.ts"
 
 /** `machinen stop VM`: powers a VM off. Nothing of the VM is left when the command returns. */
 export const stop = Command.make(
@@ -15,8 +15,7 @@ export const stop = Command.make(
   },
   (input) =>
     Effect.gen(function* () {
-      const machinen = yield* Machinen
-      const vm = yield* machinen.attach(input.vm)
+      const vm = yield* attached(input.vm)
       const exit = yield* input.force ? vm.kill : vm.stop()
       yield* input.json
         ? render.json({ id: vm.id, name: vm.name ?? null, exit: { ...exit } })
@@ -26,17 +25,11 @@ export const stop = Command.make(
 
 /** `machinen pause VM`, `machinen resume VM`: stop a VM's vCPUs and let them go on. */
 export const pause = Command.make("pause", { vm: vmArg }, (input) =>
-  Effect.flatMap(
-    Effect.flatMap(Machinen, (m) => m.attach(input.vm)),
-    (vm) => vm.pause
-  )
+  Effect.flatMap(attached(input.vm), (vm) => vm.pause)
 ).pipe(Command.withDescription("hold a VM's vCPUs"))
 
 export const resume = Command.make("resume", { vm: vmArg }, (input) =>
-  Effect.flatMap(
-    Effect.flatMap(Machinen, (m) => m.attach(input.vm)),
-    (vm) => vm.resume
-  )
+  Effect.flatMap(attached(input.vm), (vm) => vm.resume)
 ).pipe(Command.withDescription("let a paused VM go on"))
 
 /** `machinen gc`: removes what dead VMs left behind. */

@@ -1,8 +1,7 @@
 import { Command, Options } from "@effect/cli"
 import { Effect, Option, Stream } from "effect"
-import { Machinen } from "../../Machinen.ts"
 import * as stdio from "../stdio.ts"
-import { vmArg } from "./exec.ts"
+import { attached, vmArg } from "../vmArgument.ts"
 
 /** `machinen logs VM`: shows the output of a detached main command, or the console. */
 export const logs = Command.make(
@@ -20,8 +19,7 @@ export const logs = Command.make(
   },
   (input) =>
     Effect.gen(function* () {
-      const machinen = yield* Machinen
-      const vm = yield* machinen.attach(input.vm)
+      const vm = yield* attached(input.vm)
       // Without a main command the console is the only output.
       const source = input.console || vm.entry.command === undefined ? "console" : "output"
       const tail = Option.isSome(input.tail) ? { tailBytes: input.tail.value } : {}

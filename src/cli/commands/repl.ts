@@ -10,8 +10,8 @@ import type { Vm } from "../../vm/Vm.ts"
 import { ExitWith } from "../exit.ts"
 import * as stdio from "../stdio.ts"
 import * as terminal from "../terminal.ts"
+import { attached, vmArg } from "../vmArgument.ts"
 import { letGo } from "./boot.ts"
-import { vmArg } from "./exec.ts"
 
 /** A line that begins with this drops an incomplete command; the rest of the line is the token of the marks from now on. */
 const fresh = "\x18"
@@ -162,8 +162,7 @@ export const repl = Command.make(
   },
   (input) =>
     Effect.gen(function* () {
-      const machinen = yield* Machinen
-      const vm = yield* machinen.attach(input.vm)
+      const vm = yield* attached(input.vm)
       const { begin, drop, ended, interrupt, run } = yield* drive(
         yield* vm.terminal(
           { argv: ["sh", "-c", shell], env: terminal.environment() },

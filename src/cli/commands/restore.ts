@@ -15,8 +15,8 @@ import {
 } from "../options.ts"
 import * as render from "../render.ts"
 import { readSecrets, secretOption } from "../secrets.ts"
+import { attached, vmArg } from "../vmArgument.ts"
 import { letGo } from "./boot.ts"
-import { vmArg } from "./exec.ts"
 import { engineOption, lazyUmount } from "./snapshot.ts"
 
 const name = Options.text("name").pipe(
@@ -144,7 +144,7 @@ export const fork = Command.make(
   (input) =>
     Effect.gen(function* () {
       const machinen = yield* Machinen
-      const vm = yield* machinen.attach(input.vm)
+      const vm = yield* attached(input.vm)
       const { pausedMs, siblings } = yield* machinen.fork(vm, {
         ...whenGiven({ name: input.newName, outDir: input.outDir, engine: input.engine }),
         count: input.count,

@@ -6,7 +6,7 @@ import type { EngineName } from "../../snapshot/BundleManifest.ts"
 import { ExitWith } from "../exit.ts"
 import { json, whenGiven } from "../options.ts"
 import * as render from "../render.ts"
-import { vmArg } from "./exec.ts"
+import { attached, vmArg } from "../vmArgument.ts"
 
 const engineNames: ReadonlyArray<EngineName> = ["vmstate", "criu"]
 export const engineOption = Options.choice("engine", engineNames).pipe(
@@ -85,7 +85,7 @@ export const snapshot = Command.make(
   (input) =>
     Effect.gen(function* () {
       const machinen = yield* Machinen
-      const vm = yield* machinen.attach(input.vm)
+      const vm = yield* attached(input.vm)
       const options = {
         outDir: input.dir,
         leaveRunning: input.keepAlive,

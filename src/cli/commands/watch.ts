@@ -1,12 +1,11 @@
 import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect, Stream } from "effect"
 import type { FileChange } from "../../guest/AgentProtocol.ts"
-import { Machinen } from "../../Machinen.ts"
 import { printable } from "../../platform/printable.ts"
 import { json } from "../options.ts"
 import * as render from "../render.ts"
 import * as stdio from "../stdio.ts"
-import { vmArg } from "./exec.ts"
+import { attached, vmArg } from "../vmArgument.ts"
 
 const line = (change: FileChange): string =>
   change.kind === "lost"
@@ -27,8 +26,7 @@ export const watch = Command.make(
   },
   (input) =>
     Effect.gen(function* () {
-      const machinen = yield* Machinen
-      const vm = yield* machinen.attach(input.vm)
+      const vm = yield* attached(input.vm)
       const changes = yield* vm.watch(input.path, { recursive: input.recursive })
       yield* Console.error(`watching ${input.path} in ${input.vm}; ctrl-c ends it`)
       yield* Stream.runForEach(changes, (change) =>
