@@ -91,6 +91,7 @@ describe("a control group of a command's own choice", () => {
           const { output } = yield* vm.start({ argv: ["sh", "-c", command] })
           const beats = yield* Stream.toPull(Stream.rechunk(output, 1))
           yield* beats
+          if (command === contained) assert.isAtLeast((yield* vm.stats).processes, 1)
           yield* Effect.scoped(
             Effect.gen(function* () {
               yield* vm.freeze({ sync: false, lazyUmount: false, timeout: "5 seconds" })

@@ -26,19 +26,20 @@ pub struct Entrusted {
 }
 
 impl Secrets {
-    /// Stores secrets. With `forget`, those that there are go first.
+    /// Stores secrets. With `forget`, those that there are go first. A refused request changes nothing.
     pub fn take(&mut self, request: request::Secrets) -> Result<Entrusted, ErrorReply> {
-        if request.forget {
-            self.forget();
-        }
         let (fine, skipped): (Vec<_>, Vec<_>) = request.values.into_iter().partition(|(name, _)| is_name(name));
         let size = |(name, value): (&String, &Secret)| name.len() + value.len();
-        let bytes = self.0.iter().map(size).chain(fine.iter().map(|(name, value)| size((name, value)))).sum::<usize>();
+        let stay = if request.forget { &BTreeMap::new() } else { &self.0 };
+        let bytes = stay.iter().map(size).chain(fine.iter().map(|(name, value)| size((name, value)))).sum::<usize>();
         if bytes > MAX_BYTES {
             return Err(ErrorReply::new(
                 Code::BadRequest,
                 format!("{bytes} bytes of secrets; there is room for {MAX_BYTES}"),
             ));
+        }
+        if request.forget {
+            self.forget();
         }
         self.0.extend(fine);
         Ok(Entrusted { stored: self.0.len(), skipped: skipped.into_iter().map(|(name, _)| name).collect() })
@@ -92,6 +93,24 @@ mod tests {
         assert_eq!(named.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect::<Vec<_>>(), [("B", "2")]);
         assert!(secrets.named(&[]).unwrap().is_empty());
         assert_eq!(secrets.named(&["A".into(), "C".into()]).unwrap_err().code, Code::SecretUnknown);
+    }
+
+    #[test]
+    fn a_refused_request_forgets_nothing() {
+        let parsed = |json: String| match request::Request::parse(json.as_bytes()).unwrap() {
+            request::Request::Secrets(request) => request,
+            _ => panic!(),
+        };
+        let mut secrets = Secrets::default();
+        secrets.take(parsed(r#"{"op":"secrets","values":{"A":"1"}}"#.to_owned())).unwrap();
+        let large = "x".repeat(MAX_BYTES);
+        let refused = secrets.take(parsed(format!(r#"{{"op":"secrets","forget":true,"values":{{"B":"{large}"}}}}"#)));
+        assert_eq!(refused.unwrap_err().code, Code::BadRequest);
+        assert_eq!(secrets.names(), ["A"]);
+        // What goes makes room.
+        let most = "x".repeat(MAX_BYTES - 1);
+        secrets.take(parsed(format!(r#"{{"op":"secrets","forget":true,"values":{{"B":"{most}"}}}}"#))).unwrap();
+        assert_eq!(secrets.names(), ["B"]);
     }
 
     #[test]

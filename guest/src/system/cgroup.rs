@@ -23,10 +23,9 @@ pub fn set_up() -> io::Result<()> {
     fs::write(format!("{SYSTEM}/cgroup.procs"), "0")
 }
 
-/// How many processes the commands are.
+/// How many processes the commands are, those in groups they made themselves included.
 pub fn processes() -> io::Result<u64> {
-    let pids = fs::read_to_string(format!("{WORKLOAD}/cgroup.procs"))?;
-    Ok(pids.lines().count() as u64)
+    Ok(workload_pids()?.len() as u64)
 }
 
 /// The pids of all commands, also of those in groups they made themselves.
