@@ -86,18 +86,17 @@ export const make = (
     Effect.scoped(
       Effect.gen(function* () {
         const connection = yield* Effect.mapError(dial, toFilesError(guestPath))
-        const { answers, succeeded } = yield* Effect.mapError(
+        const { answers, failed, succeeded } = yield* Effect.mapError(
           start(connection, encodeRequest(request)),
           hostIo(hostPath)
         )
-        const answered = yield* Effect.exit(
-          Effect.gen(function* () {
-            const { frame, result } = yield* begun({ read: answers, write: connection.write, end: Effect.void })
-            yield* forEachOf(frame, () => Effect.void)
-            yield* result
-          })
-        )
-        // the host's own failure first, because the guest's answer is missing then
+        const answer = Effect.gen(function* () {
+          const { frame, result } = yield* begun({ read: answers, write: connection.write, end: Effect.void })
+          yield* forEachOf(frame, () => Effect.void)
+          yield* result
+        })
+        // the host's own failure first: the guest's answer is missing then, and no end of the VM explains that
+        const answered = yield* Effect.exit(Effect.raceFirst(answer, failed))
         yield* Effect.mapError(succeeded, (cause) =>
           cause instanceof tar.PulledTooMuch
             ? new FilesError({

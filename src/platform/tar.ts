@@ -15,6 +15,8 @@ export interface TransferProcess {
   readonly answers: Connection["read"]
   /** Waits for the child's end. Fails when this host's side of the copy failed, with PulledTooMuch beyond `maxBytes`. */
   readonly succeeded: Effect.Effect<void, Error>
+  /** Fails as soon as `succeeded` would; never completes otherwise. */
+  readonly failed: Effect.Effect<never, Error>
 }
 
 /** What is sent to a guest. */
@@ -86,7 +88,8 @@ const courier = ([bin, ...args]: readonly [string, ...ReadonlyArray<string>], { 
     const courier: TransferProcess = {
       answers: read,
       // reads to the end of its output first: the child ends after that
-      succeeded: Effect.zipRight(Effect.ignore(Effect.forever(read)), Deferred.await(ended))
+      succeeded: Effect.zipRight(Effect.ignore(Effect.forever(read)), Deferred.await(ended)),
+      failed: Effect.zipRight(Deferred.await(ended), Effect.never)
     }
     return courier
   })

@@ -3,7 +3,7 @@ import { randomBytes } from "node:crypto"
 import * as fs from "node:fs"
 import * as path from "node:path"
 import { afterAll, assert, layer } from "@effect/vitest"
-import { Chunk, Effect, Fiber, Stream } from "effect"
+import { Chunk, Effect, Fiber, Stream, TestContext } from "effect"
 import { Agent } from "../../src/guest/Agent.ts"
 import { encodeFrame, FrameType } from "../../src/guest/AgentProtocol.ts"
 import {
@@ -237,7 +237,10 @@ archive.close()
           yield* vm.exec({ argv: ["python3", "-c", script] })
           const tar = Buffer.concat(Chunk.toReadonlyArray(yield* Stream.runCollect(vm.readFile("/tmp/hostile.tar"))))
           const pretender = (yield* Agent).client(yield* hostileAgent(socketPath(), archive(tar)))
-          const refused = yield* Effect.flip(pretender.pull("/srv", target))
+          // on the test clock: the refusal waits for nothing that only time would end
+          const refused = yield* Effect.flip(pretender.pull("/srv", target)).pipe(
+            Effect.provide(TestContext.TestContext)
+          )
           assert.strictEqual(refused.code, "FILES_HOST_IO")
           assert.match(refused.message, /archive: |No such file|not permitted/)
           assert.deepStrictEqual(fs.readdirSync(outside), ["kept"])
