@@ -76,7 +76,10 @@ export interface SettingsValues {
   readonly baseAssetsDir: Option.Option<string>
   /** Most bytes that the content of a tarball, or a built image, may have. Default 16 GiB. */
   readonly imageLimitBytes: number
-  /** Time limit from the VMM's start to the agent's doorbell. Default 60 s. */
+  /**
+   * Time limit from the VMM's start until the guest is ready and has its secrets. Default 60 s. A boot from a template gets half of it; a boot by
+   * kernel that follows gets all of it again.
+   */
   readonly bootTimeout: Duration.Duration
   /** Time between the request to power off and SIGKILL. Default 5 s. */
   readonly stopGrace: Duration.Duration
@@ -98,7 +101,7 @@ const derive = (c: Config.Config.Success<typeof raw>): SettingsValues => {
 }
 
 /**
- * Host-wide settings, read once: MACHINEN_HOME, MACHINEN_CACHE_DIR, MACHINEN_ASSETS_STORE, MACHINEN_REGISTRY_DIR, MACHINEN_BACKEND,
+ * Settings from this process's environment, read once: MACHINEN_HOME, MACHINEN_CACHE_DIR, MACHINEN_ASSETS_STORE, MACHINEN_REGISTRY_DIR, MACHINEN_BACKEND,
  * MACHINEN_ACCEL, MACHINEN_VMM, MACHINEN_MKE2FS, MACHINEN_MKSQUASHFS, MACHINEN_GVPROXY, MACHINEN_ASSETS_DIR, MACHINEN_IMAGE_LIMIT_MIB,
  * MACHINEN_BOOT_TIMEOUT and MACHINEN_STOP_GRACE (as "5 seconds"), MACHINEN_SNAPSHOT_ENGINE, MACHINEN_PREPARED.
  */

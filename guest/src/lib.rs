@@ -1,7 +1,7 @@
 //! The guest side of machinen: one static binary, which is pid 1 from the initramfs (`init`) and then the agent that serves the host's
-//! operations (`agent`). `system` has what both need of the machine. docs/protocol.md, sections 1, 3 and 4, describes the wire formats.
+//! operations (`agent`). `system` has what both need of the machine. docs/protocol.md, sections 1 to 4, describes the wire formats.
 //!
-//! This is a library only so that tests and the developer tool in `examples/` use the same frames as the agent.
+//! This is a library only so that the tests beside it can read requests as the agent does.
 
 pub mod agent;
 pub mod config;

@@ -142,7 +142,7 @@ pub struct Transferred {
     pub bytes: u64,
 }
 
-/// Result of `push` and `pull`.
+/// Result of `push`, `pull`, `image` and `list`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Archived {
     pub entries: u64,

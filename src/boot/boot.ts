@@ -188,7 +188,7 @@ const start = Effect.fnUntraced(function* (
     machine,
     client
   )
-  yield* Effect.logDebug(template === undefined ? "booted" : "booted as a template", Object.fromEntries(phases()))
+  yield* Effect.logDebug(template === undefined ? "booted" : "booted from a template", Object.fromEntries(phases()))
   const booted: Booted = { vm, command: plan.command, phases: phases() }
   return booted
 })

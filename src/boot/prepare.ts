@@ -41,7 +41,7 @@ export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) 
     return yield* new BootError({
       code: "BOOT_SNAPSHOT_ENGINE_INVALID",
       message: "no snapshot engine of this build saves whole machines",
-      hint: "boots are as quick as they can be without"
+      hint: "boots use a kernel, which needs no preparation"
     })
   }
   const base = yield* (yield* RootfsImage).resolve(plan.image)

@@ -144,7 +144,7 @@ const decodeWith =
     )
 
 const gone = (cause: unknown) =>
-  new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "the terminal is gone: nobody reads what is typed", cause })
+  new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "the guest has closed the terminal", cause })
 
 const sizePayload = ({ columns, rows }: TerminalSize) => {
   const payload = Buffer.alloc(4)

@@ -4,8 +4,8 @@ import { ExecError } from "../errors.ts"
 const maxString = 128 * 1024
 
 /**
- * Refuses, before anything is sent, what execve(2) would refuse for certain: NUL bytes, and arguments beyond MAX_ARG_STRLEN or the space for all
- * of them. Fails with EXEC_ARGUMENT_INVALID or EXEC_ARGUMENTS_TOO_LARGE.
+ * The error of a command that no guest could run, before anything is sent: EXEC_ARGUMENT_INVALID (NUL bytes, a variable without a name),
+ * EXEC_CWD_INVALID (a relative directory), or EXEC_ARGUMENTS_TOO_LARGE (beyond execve(2)'s MAX_ARG_STRLEN or the space for all arguments).
  */
 export const checkCommand = ({
   argv,

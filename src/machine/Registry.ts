@@ -34,7 +34,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
      */
     readonly claim: (entry: VmEntry) => Effect.Effect<ReadonlyArray<string>, RegistryError, Scope.Scope>
     /**
-     * Gives a VM without a name the first of `names` that is free; `None` when none is. `rename` tells the shim before the pin is made, so that
+     * Gives a VM without a name the first of `candidates` that is free; `None` when none is. `rename` tells the shim before the pin is made, so that
      * the shim removes the pin with the VM.
      */
     readonly assign: <E>(

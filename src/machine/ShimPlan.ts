@@ -61,7 +61,7 @@ export class ExitRecord extends Schema.Class<ExitRecord>("ExitRecord")({
   /** The guest announced its power-off. False after a crash or a kill. */
   orderly: Schema.Boolean,
   /**
-   * Who ended the VM (docs/protocol.md §5.3). No shim writes the last two: `shim-lost`, the shim was killed and has recorded nothing; `unseen`, the
+   * The request or event that ended the VM (docs/protocol.md §5.3). No shim writes the last two: `shim-lost`, the shim was killed and has recorded nothing; `unseen`, the
    * shim has cleaned up and ended before this program asked.
    */
   reason: Schema.Literal("guest", "stop", "kill", "owner-lost", "vmm", "shim-lost", "unseen"),

@@ -169,8 +169,8 @@ const isEnding = (controlPath: string, { code }: NodeJS.ErrnoException) =>
   ["ECONNREFUSED", "ECONNRESET", "EPIPE"].includes(code ?? "") || !existsSync(path.dirname(controlPath))
 
 /** Whether a process ends within the limit. Polls, because the kernel reports the end of a process to its parent only. */
-const endsWithin = (who: ProcessIdentity, limit: Duration.DurationInput) =>
-  processes.isAlive(who).pipe(
+const endsWithin = (identity: ProcessIdentity, limit: Duration.DurationInput) =>
+  processes.isAlive(identity).pipe(
     Effect.filterOrFail((alive) => !alive),
     Effect.retry(Schedule.upTo(Schedule.spaced("20 millis"), limit)),
     Effect.isSuccess

@@ -337,7 +337,7 @@ const superblockBytes = 96
 const bytesUsedOffset = 40
 const sectorBytes = 512
 
-/** Most bytes of images in the cache that no VM uses. */
+/** Most bytes of all images in the cache. Beyond it the least recently used are removed, unless a VM uses them. */
 const maxCacheBytes = 8 * 1024 ** 3
 /** An image that was used within this time may be about to be used by a VM that is starting. */
 const recentMs = 10 * 60_000

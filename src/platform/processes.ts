@@ -24,13 +24,13 @@ export const identify = (pid: number): Effect.Effect<Option.Option<ProcessIdenti
   )
 
 /** Whether exactly this process still runs. */
-export const isAlive = (who: ProcessIdentity): Effect.Effect<boolean> =>
+export const isAlive = (identity: ProcessIdentity): Effect.Effect<boolean> =>
   Effect.map(
-    identify(who.pid),
-    Option.exists((now) => now.startTime === who.startTime)
+    identify(identity.pid),
+    Option.exists((now) => now.startTime === identity.startTime)
   )
 
-/** This process. */
+/** The identity of this process. Dies when /proc is not mounted. */
 export const self: Effect.Effect<ProcessIdentity> = Effect.flatMap(
   identify(process.pid),
   Option.match({

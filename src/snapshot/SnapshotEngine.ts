@@ -27,6 +27,7 @@ export interface Target {
   readonly tcpClose: boolean
   /** True: open files on shared directories may be lost in a copy. */
   readonly lazyUmount: boolean
+  /** Time limit for freezing or dumping the guest's processes, in milliseconds. */
   readonly timeoutMs: number
 }
 

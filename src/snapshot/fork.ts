@@ -25,6 +25,7 @@ export interface ForkOptions extends ReviveOptions {
   readonly tcpKeep?: boolean
   /** As `lazyUmount` of a snapshot. Default false. */
   readonly lazyUmount?: boolean
+  /** Time limit for freezing (criu: dumping) the guest's processes, in milliseconds, as of a snapshot. Default 90,000. */
   readonly timeoutMs?: number
   /** The part of the host's memory that must be free, from 0 (no limit) to 1, else FORK_MEMORY_BACKPRESSURE. Default 0.01. */
   readonly freeMemoryThreshold?: number
@@ -55,7 +56,7 @@ export interface Forked {
 }
 
 const maxSiblings = 256
-/** More starts at once than there are cores would only make each of them slower. */
+/** Siblings that are started at once. More would wait for each other: a start is work for a core or two. */
 const startedAtOnce = 4
 
 /**

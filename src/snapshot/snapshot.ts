@@ -29,7 +29,10 @@ export interface SnapshotOptions {
    * such a VM is refused (SNAPSHOT_MOUNT_BUSY).
    */
   readonly lazyUmount?: boolean
-  /** Time limit for freezing (criu: dumping) the guest's processes, in milliseconds. Default 90,000. */
+  /**
+   * Time limit for freezing (criu: dumping) the guest's processes, in milliseconds. Default 90,000. The guest takes 60,000 at most for freezing and
+   * 600,000 for dumping.
+   */
   readonly timeoutMs?: number
 }
 

@@ -16,7 +16,10 @@ export interface MemoryStats {
   readonly lazyPagesPending: number
 }
 
-/** A handle on a running VM. The scope that booted it ends the VM, unless it is detached. A handle by `attach` never ends it. */
+/**
+ * A handle on a running VM. The scope that booted it ends the VM, unless it is detached. Closing a scope never ends a VM whose handle comes from
+ * `Machinen.attach`.
+ */
 export interface Vm extends AgentClient {
   /** The registry entry, as it was when the handle was made. */
   readonly entry: VmEntry

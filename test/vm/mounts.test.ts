@@ -377,7 +377,7 @@ describe.sequential("a live mount", () => {
         other.stats,
         ({ rejuvenation }) => rejuvenation?.kept.find(({ what }) => what === "shares")?.why ?? ""
       )
-      assert.include(yield* because, "mounted once nobody holds files")
+      assert.include(yield* because, "mounted once no process holds files")
       yield* sh(other, "rmdir /mnt/work; touch /mnt/work; kill -9 $(cat /tmp/holder)")
       const why = yield* because.pipe(
         Effect.repeat({ until: (why) => !why.startsWith("mounted once") }),

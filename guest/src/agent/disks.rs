@@ -65,7 +65,7 @@ impl Disks {
     }
 }
 
-/// `struct fstrim_range` (linux/fs.h); the default is the whole disk.
+/// `struct fstrim_range` (linux/fs.h). A `length` of `u64::MAX` is the whole disk.
 #[repr(C)]
 struct TrimRange {
     start: u64,
@@ -77,7 +77,7 @@ fn trim(disk: &OwnedFd) -> io::Result<()> {
     // Blocks of removed files are free only once the journal is written.
     rustix::fs::syncfs(disk)?;
     let mut range = TrimRange { start: 0, length: u64::MAX, shortest: 0 };
-    // SAFETY: the kernel reads and writes this structure.
+    // SAFETY: the structure has the layout of `struct fstrim_range`, which the kernel reads and writes, and outlives the call.
     Ok(unsafe { ioctl::ioctl(disk, Updater::<TRIM, TrimRange>::new(&mut range)) }?)
 }
 

@@ -18,8 +18,9 @@ use crate::system::console::reset;
 
 /// How long the announcement may take to reach the host. A host that does not answer must not keep the machine alive.
 const ANNOUNCED_WITHIN: Duration = Duration::from_secs(1);
-/// How long `sync` may take. The machine's own disk is written by `FREEZE` in any case.
+/// How long `sync` may take. `Disks::freeze_root` writes the machine's own disk in any case.
 const SYNCED_WITHIN: Duration = Duration::from_secs(10);
+
 /// The current session's opener, `None` before the first.
 pub type Sessions = watch::Receiver<Option<Opener>>;
 

@@ -115,8 +115,8 @@ where
     Ok(Outcome::Done(result))
 }
 
-/// Whether a request waits at the gate. Requests pass that open the gate, only read, set the clock before the gate opens, or end the
-/// machine.
+/// Whether a request waits at the gate. `freeze` and `dump` close the gate, `rejuvenate` and `revive` open it; `stats`, `clock` and
+/// `poweroff` must work while it is closed.
 fn waits_at_gate(request: &Request) -> bool {
     !matches!(
         request,

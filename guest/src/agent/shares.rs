@@ -12,6 +12,7 @@ use std::time::Duration;
 use super::context::Context;
 use super::threads::blocking;
 use crate::config::Share;
+use crate::errno;
 use crate::reply::{Code, ErrorReply};
 use crate::system::shares;
 use crate::system::step::Failed;
@@ -110,9 +111,11 @@ pub async fn renew(context: &Arc<Context>) -> Result<Option<String>, ErrorReply>
                     done.settle(WHAT, mounted.map_err(|failed| io::Error::other(failed.to_string())));
                 }
             });
-            Ok(Some("mounted once nobody holds files of the original's any more".to_owned()))
+            Ok(Some("mounted once no process holds files of the original's any more".to_owned()))
         }
-        Err(failed) => Err(ErrorReply::new(Code::Io, failed.to_string())),
+        Err(failed) => {
+            Err(ErrorReply { code: Code::Io, message: failed.to_string(), errno: errno::of(failed.error()) })
+        }
     }
 }
 

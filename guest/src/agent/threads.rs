@@ -53,7 +53,10 @@ impl Threads {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<JoinHandle<T>, ErrorReply> {
         let Ok(Ok(free)) = tokio::time::timeout(PATIENCE, self.free.acquire()).await else {
-            let message = format!("{} {} wait for a file system that does not answer", self.number, self.work);
+            let message = format!(
+                "no thread is free for {}: a file system does not answer, or the guest is being saved",
+                self.work
+            );
             return Err(ErrorReply::new(Code::Busy, message));
         };
         Ok(spawn_blocking(move || {

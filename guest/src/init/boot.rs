@@ -1,9 +1,8 @@
 //! Pid 1: from the kernel's first user-space instruction to a running agent.
 //!
-//! 1. `disks`: devtmpfs and sysfs; find the disks by serial
-//! 2. `root`: mount them, join them by overlayfs, make that the root and empty the initramfs
-//!    and, where the boot asks for it, what of the host's goes below /mnt (`mounts`, `shares`)
-//! 3. fork the agent; pid 1 itself only reaps from then on (`reaper`)
+//! 1. `root`: mount devtmpfs and sysfs, find the disks by serial (`disks`), mount them, join them by overlayfs and make that the root
+//! 2. `mounts`, `shares`: mount the directories of the host that the boot names, below /mnt
+//! 3. fork the agent; pid 1 frees the initramfs and from then on only reaps orphans (`reaper`)
 //! 4. `after_doorbell`: everything a command needs but the doorbell does not; the agent runs it between doorbell and first operation
 //!
 //! Under TCG every code path that runs for the first time costs its translation, so steps 1 and 2 do the least that lets the

@@ -87,7 +87,8 @@ fn gather_workload() -> io::Result<()> {
     Ok(())
 }
 
-/// The `cgroup.freeze` of each frozen group. These files stay open from the freeze on: see `open_once`.
+/// The `cgroup.freeze` of each frozen group. These files stay open from the freeze on, because looking up a path is slow in a machine that
+/// has just been restored.
 static FROZEN: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
 /// Begins to freeze every command. Returns the `cgroup.events` of each group, whose content `is_frozen` reads. A change is an exceptional

@@ -1,4 +1,4 @@
-//! What init and the agent share: the machine's disks, mounts, names, network, control groups and console.
+//! What init and the agent are built on: the machine's disks, mounts, names, network, control groups and console.
 
 pub mod after_doorbell;
 pub mod cgroup;

@@ -17,6 +17,11 @@ impl Failed {
 }
 
 impl Failed {
+    /// Why it failed.
+    pub fn error(&self) -> &io::Error {
+        &self.error
+    }
+
     /// Whether something still uses what the step needs.
     pub fn is_busy(&self) -> bool {
         self.error.kind() == io::ErrorKind::ResourceBusy

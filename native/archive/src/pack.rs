@@ -51,7 +51,7 @@ struct Whole {
     newest: Option<u64>,
 }
 
-/// The host's configuration in an image. It is left out, because the image to come gets its own.
+/// The guest configuration, which the host writes. It is left out, because the image to come gets its own.
 const CONFIG: &str = "machinen-config.json";
 
 impl Source {

@@ -1,4 +1,4 @@
-//! Names of error numbers, by which machines tell each other of errors.
+//! The names of Linux error numbers, as replies and events carry them.
 
 macro_rules! names {
     ($($name:ident)*) => {

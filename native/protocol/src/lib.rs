@@ -1,5 +1,5 @@
-//! The messages between host and guest over the streams of the channel (docs/protocol.md, sections 2 and 3), defined once for shim and
-//! agent. `test/golden/agent-frames.json` holds this crate and the TypeScript side to the same bytes.
+//! Ports, frames, errno names and strings of what host and guest say to each other over the streams of the channel (docs/protocol.md,
+//! sections 2 and 3), defined once for shim and agent. The JSON messages are in the guest's request.rs and reply.rs. `test/golden/agent-frames.json` holds this crate and the TypeScript side to the same bytes.
 
 #![warn(clippy::missing_errors_doc)]
 

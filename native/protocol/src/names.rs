@@ -1,4 +1,4 @@
-//! Names that both ends know.
+//! Strings that shim and guest must agree on.
 
 /// The beginning of every line that init, or the agent in its place, prints on the console. By it the shim finds out why a guest ended.
 pub const INIT: &str = "machinen-init: ";

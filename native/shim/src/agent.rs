@@ -30,14 +30,18 @@ impl Agent {
     /// # Errors
     /// When no guest is connected, or the agent refuses: waiting is pointless then.
     pub async fn power_off(self) -> io::Result<()> {
-        self.ask(|| json!({"op": POWER_OFF})).await
+        match self.ask(|| json!({"op": POWER_OFF})).await {
+            // The guest is alive and holds all its streams.
+            Err(error) if error.kind() == ErrorKind::ResourceBusy => Ok(()),
+            asked => asked,
+        }
     }
 
     /// Sets the guest's clock to the host's time, because a machine's clock stands still with the machine. Resolves when the guest has set
     /// it.
     ///
     /// # Errors
-    /// As `power_off`.
+    /// When no guest is connected, it has no stream left, or the agent refuses.
     pub async fn set_clock(self) -> io::Result<()> {
         // A host's clock before 1970 counts as 1970.
         let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_millis());
@@ -53,8 +57,6 @@ impl Agent {
                     Ok(stream) => return request(stream, &what()).await,
                     // The session broke off: the agent is asked again in the next one.
                     Err(error) if error.kind() == ErrorKind::ConnectionReset => tokio::task::yield_now().await,
-                    // The guest is alive and holds all its streams.
-                    Err(error) if error.kind() == ErrorKind::ResourceBusy => return Ok(()),
                     Err(error) => return Err(error),
                 }
             },

@@ -16,7 +16,7 @@
 //!   memory, private_memory, parallel_copy      the guest's memory, and copies of it
 //! ```
 //!
-//! Who holds what: the shim is the parent of the VMM, which dies with it (PDEATHSIG); its starter holds the shim's stdin. One thread
+//! Parents and pipes: the shim is the parent of the VMM, which dies with it (PDEATHSIG); its starter holds the shim's stdin. One thread
 //! does everything except waiting for the owner and the copies: a blocked disk must not block the guest.
 
 mod accept;

@@ -32,7 +32,7 @@ export const resume = Command.make("resume", { vm: vmArg }, (input) =>
   Effect.flatMap(attached(input.vm), (vm) => vm.resume)
 ).pipe(Command.withDescription("let a paused VM go on"))
 
-/** `machinen gc`: removes what dead VMs left behind. */
+/** `machinen gc`: removes what dead VMs left behind, and templates that can no longer be used. */
 export const gc = Command.make(
   "gc",
   { dryRun: Options.boolean("dry-run").pipe(Options.withDescription("only say what would be removed")), json },

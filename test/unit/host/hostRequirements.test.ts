@@ -57,7 +57,7 @@ const indirect: Readonly<Record<string, string>> = {
   cc: "cargo, to link",
   e2fsck: "bases/ext4.sh, from a list",
   flex: "the kernel's make",
-  gzip: "src/image/Oci.ts, by what a layer is packed with",
+  gzip: "src/image/ociLayout.ts, by what a layer is packed with",
   resize2fs: "bases/ext4.sh, from a list",
   xz: "tar, for kernel/build.sh"
 }

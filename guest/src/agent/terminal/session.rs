@@ -183,9 +183,10 @@ impl Session {
             () = drained => {}
         }
         // No other session can have this number before the command is reaped.
-        kill_session(self.process.pid)?;
+        let others = kill_session(self.process.pid);
         self.process.signal(libc::SIGKILL);
-        self.process.wait().await
+        let exit = self.process.wait().await?;
+        others.map(|()| exit)
     }
 
     /// Sets the size of terminal and screen.
@@ -203,7 +204,7 @@ impl Session {
     pub fn join(self: &Arc<Self>, size: Size, steal: bool) -> Result<(Vec<u8>, Client), Abort> {
         let mut view = self.view();
         if view.client.is_some() && !steal {
-            return Err(ErrorReply::new(Code::SessionInUse, "somebody is attached to the session").into());
+            return Err(ErrorReply::new(Code::SessionInUse, "another client is attached to the session").into());
         }
         if view.pty.is_some() {
             self.set_size(&mut view, size)?;
