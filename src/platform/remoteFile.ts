@@ -20,7 +20,7 @@ export const open = (
   waiting = patience
 ): Effect.Effect<Option.Option<Stream.Stream<Uint8Array, Error>>, Error> =>
   isUrl(location)
-    ? HttpClient.get(location).pipe(
+    ? Effect.flatMap(HttpClient.HttpClient, (client) => untraced(client).get(location)).pipe(
         Effect.mapError(withoutClient),
         Effect.provide(FetchHttpClient.layer),
         Effect.timeoutFail({
@@ -47,6 +47,9 @@ export const open = (
         )
         file.once("open", () => resume(Effect.succeedSome(Stream.fromAsyncIterable(file, toError))))
       })
+
+/** A server is told nothing of this program's traces. */
+const untraced = HttpClient.withTracerPropagation(false)
 
 /** The client's errors name the request; what fetch said is their cause. */
 const withoutClient = (error: HttpClientError.HttpClientError) => toError(error.cause ?? error)

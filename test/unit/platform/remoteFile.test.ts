@@ -29,6 +29,20 @@ describe("a file of a server", () => {
     })
   )
 
+  it.scopedLive("is asked for without a word of this program's traces", () =>
+    Effect.gen(function* () {
+      const asked: Array<string> = []
+      const location = yield* serving((request, response) => {
+        asked.push(...Object.keys(request.headers))
+        response.end("file")
+      })
+      const found = yield* Effect.withSpan(remoteFile.open(location, waiting), "install")
+      assert.isTrue(Option.isSome(found))
+      assert.include(asked, "host")
+      for (const header of ["traceparent", "b3"]) assert.notInclude(asked, header)
+    })
+  )
+
   it.live("fails with the reason when the server cannot be reached", () =>
     Effect.gen(function* () {
       const error = yield* Effect.flip(remoteFile.open("http://127.0.0.1:2/file", waiting))
