@@ -1,0 +1,158 @@
+//! What the guest knows of the shared tree: a number for each file, behind which the server holds the file itself. So a number means the same
+//! file whatever becomes of its name.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, makedev, statx};
+use rustix::io::Errno;
+
+use crate::abi::ROOT;
+
+/// The most files a guest may know at once. Each costs a descriptor and about 200 bytes; a kernel that is told to forgets some.
+pub const MOST: usize = 400_000;
+
+/// Which file it is, on this host.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Identity {
+    pub device: u64,
+    pub inode: u64,
+}
+
+#[derive(Debug)]
+pub struct Node {
+    /// Opened with O_PATH: it can be neither read nor written, nor does opening it have an effect.
+    file: OwnedFd,
+    pub identity: Identity,
+    pub kind: FileType,
+}
+
+impl Node {
+    /// The file that `file` (O_PATH) is, and what it is like now.
+    pub fn new(file: OwnedFd) -> Result<(Self, Statx), Errno> {
+        let status = status(&file)?;
+        let identity = Identity { device: makedev(status.stx_dev_major, status.stx_dev_minor), inode: status.stx_ino };
+        Ok((Self { file, identity, kind: FileType::from_raw_mode(status.stx_mode.into()) }, status))
+    }
+
+    pub fn status(&self) -> Result<Statx, Errno> {
+        status(&self.file)
+    }
+
+    /// Its name among this process's descriptors, in /proc/self/fd.
+    pub fn number(&self) -> String {
+        self.file.as_raw_fd().to_string()
+    }
+}
+
+impl AsFd for Node {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+pub fn status(file: impl AsFd) -> Result<Statx, Errno> {
+    statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT, StatxFlags::BASIC_STATS)
+}
+
+struct Known {
+    node: Arc<Node>,
+    /// How often the guest was told of it and has not forgotten it since.
+    lookups: u64,
+}
+
+pub struct Nodes {
+    by_number: HashMap<u64, Known>,
+    by_identity: HashMap<Identity, u64>,
+    next: u64,
+}
+
+impl Nodes {
+    pub fn new(root: Node) -> Self {
+        let by_identity = HashMap::from([(root.identity, ROOT)]);
+        let known = Known { node: Arc::new(root), lookups: 1 };
+        Self { by_number: HashMap::from([(ROOT, known)]), by_identity, next: ROOT + 1 }
+    }
+
+    pub fn get(&self, number: u64) -> Result<Arc<Node>, Errno> {
+        self.by_number.get(&number).map(|known| Arc::clone(&known.node)).ok_or(Errno::STALE)
+    }
+
+    /// The number of a file the guest is told of. A number is never given twice.
+    pub fn tell(&mut self, node: Node) -> Result<u64, Errno> {
+        if self.by_number.len() >= MOST && !self.by_identity.contains_key(&node.identity) {
+            return Err(Errno::NFILE);
+        }
+        match self.by_identity.entry(node.identity) {
+            Entry::Occupied(known) => {
+                let number = *known.get();
+                let known = self.by_number.get_mut(&number).ok_or(Errno::STALE)?;
+                known.lookups = known.lookups.saturating_add(1);
+                Ok(number)
+            }
+            Entry::Vacant(unknown) => {
+                let number = self.next;
+                self.next += 1;
+                unknown.insert(number);
+                self.by_number.insert(number, Known { node: Arc::new(node), lookups: 1 });
+                Ok(number)
+            }
+        }
+    }
+
+    /// The guest has forgotten that it was told of a file so many times. The shared directory itself stays.
+    pub fn forget(&mut self, number: u64, lookups: u64) {
+        if number == ROOT {
+            return;
+        }
+        let Entry::Occupied(mut known) = self.by_number.entry(number) else { return };
+        known.get_mut().lookups = known.get().lookups.saturating_sub(lookups);
+        if known.get().lookups == 0 {
+            self.by_identity.remove(&known.remove().node.identity);
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.by_number.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{Mode, OFlags, open};
+
+    use super::*;
+
+    fn node(path: &std::path::Path) -> Node {
+        Node::new(open(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty()).unwrap()).unwrap().0
+    }
+
+    #[test]
+    fn a_file_has_one_number_until_it_is_forgotten_as_often_as_it_was_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "").unwrap();
+        let mut nodes = Nodes::new(node(dir.path()));
+        let number = nodes.tell(node(&path)).unwrap();
+        let link = dir.path().join("link");
+        std::fs::hard_link(&path, &link).unwrap();
+        assert_eq!(nodes.tell(node(&link)).unwrap(), number);
+        nodes.forget(number, 1);
+        assert!(nodes.get(number).is_ok());
+        nodes.forget(number, 1);
+        assert_eq!(nodes.get(number).unwrap_err(), Errno::STALE);
+        assert_ne!(nodes.tell(node(&path)).unwrap(), number);
+    }
+
+    #[test]
+    fn the_shared_directory_stays_and_what_is_unknown_is_no_matter() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut nodes = Nodes::new(node(dir.path()));
+        nodes.forget(ROOT, u64::MAX);
+        nodes.forget(77, 1);
+        assert!(nodes.get(ROOT).is_ok());
+        assert_eq!(nodes.len(), 1);
+    }
+}
