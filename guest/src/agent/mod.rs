@@ -25,6 +25,7 @@ mod operation;
 mod port;
 mod process;
 mod rejuvenate;
+mod relay;
 mod secrets;
 mod serve;
 mod shares;

@@ -12,7 +12,7 @@ use super::context::Context;
 use super::disks::Disks;
 use super::gate::Gate;
 use super::lifecycle::Lifecycle;
-use super::{doorbell, operation, port, threads};
+use super::{doorbell, operation, port, relay, threads};
 use crate::config::BootConfig;
 use crate::system::after_doorbell;
 use crate::system::console::give_up;
@@ -50,12 +50,29 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
     let lifecycle = Lifecycle::new(Disks::new(guest.writable, guest.mounted), current);
     let gate = if guest.boot.revive { Gate::closed() } else { Gate::new() };
     let context = Arc::new(Context::new(guest.config, lifecycle, gate, shares, "/".into()));
+    let relayed: Vec<Arc<relay::Share>> = guest
+        .shares
+        .into_iter()
+        .map(|(tag, device)| relay::Share::new(tag, device).map(Arc::new))
+        .collect::<Result<_, _>>()
+        .step("shares")?;
     let mut unfinished = Some((guest.boot, guest.phases));
     machinen_channel::serve_guest(port, |opener, incoming| {
         // Called before any stream of the session can ask the gate.
         context.gate.new_session();
         sessions.send_replace(Some(opener.clone()));
         let first = unfinished.take();
+        for share in &relayed {
+            let (share, opener) = (Arc::clone(share), opener.clone());
+            tokio::spawn(async move {
+                while let Err(error) = relay::relay(Arc::clone(&share), opener.clone()).await {
+                    if error.kind() != io::ErrorKind::ConnectionRefused {
+                        return crate::system::console::say(&format!("share: {error}"));
+                    }
+                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                }
+            });
+        }
         let context = Arc::clone(&context);
         tokio::spawn(async move {
             if let Some((boot, phases)) = first {

@@ -45,20 +45,20 @@ pub fn boot(agent: impl FnOnce(Guest) -> Result<Infallible, Failed>) -> Result<I
     console::reopen().step("console")?;
     phases.mark("switched");
     let mounted = boot.mount.as_deref().map(mounts::mount_copy).transpose()?;
-    shares::mount(&boot.shares)?;
+    let shares = shares::mount_fuse(&boot.shares)?;
     // SAFETY: no thread has been started yet, so the child is a complete copy.
     match unsafe { libc::fork() } {
         -1 => Err(Failed::new("fork", io::Error::last_os_error())),
         0 => {
             drop(initramfs);
-            match agent(Guest { config: guest, boot, writable, mounted, phases }) {
+            match agent(Guest { config: guest, boot, writable, mounted, shares, phases }) {
                 Ok(never) => match never {},
                 Err(failed) => give_up(&failed),
             }
         }
         // Closes `writable`, because the child has its own copy and pid 1 keeps no descriptor but the console.
         pid => {
-            drop((writable, mounted));
+            drop((writable, mounted, shares));
             root::free(initramfs)?;
             reaper::reap_until_agent_ends(pid)
         }

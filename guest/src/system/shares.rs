@@ -1,4 +1,4 @@
-//! Live mounts: directories of the host on one 9p file system, whose parts are mounted where the boot configuration says.
+//! Directories of the host's that this guest shares: one 9p filesystem, of which parts are mounted where the boot says.
 
 use std::{fs, io};
 
@@ -11,14 +11,33 @@ use crate::config::Share;
 
 /// The tag of the machine's 9p device.
 const TAG: &str = "machinen-shares";
-/// Where the whole file system is mounted while its parts are being mounted.
+/// Where the whole of it is for as long as it takes to mount its parts.
 const ALL: &str = "/dev/machinen-shares";
 
-/// `cache=none`: the next look sees what the host has changed. `access=user`: files belong to the user who makes them. `msize`: the most
-/// that the transport takes, 125 pages (net/9p/trans_virtio.c).
+/// No cache: what the host changes is seen by the next look. `access=user`: files belong to the user who makes them. `msize`: what the
+/// transport takes at most, 125 pages (net/9p/trans_virtio.c).
 const OPTIONS: &std::ffi::CStr = c"trans=virtio,version=9p2000.L,msize=512000,cache=none,access=user";
 
-/// Mounts all shares.
+/// Mounts all of them by FUSE; nothing answers yet.
+pub fn mount_fuse(shares: &[Share]) -> Result<Vec<(String, std::os::fd::OwnedFd)>, Failed> {
+    use std::os::fd::AsRawFd as _;
+    let one = |Share { guest, tag }: &Share| {
+        make_mount_point(guest)?;
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
+        let device = rustix::fs::open("/dev/fuse", flags, rustix::fs::Mode::empty()).map_err(io::Error::from).step("/dev/fuse")?;
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read=1048576",
+            device.as_raw_fd()
+        );
+        let options = std::ffi::CString::new(options).map_err(io::Error::from).step("mount")?;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        rustix::mount::mount("share", guest, "fuse", flags, Some(options.as_c_str())).map_err(io::Error::from).step(format!("mount {guest}"))?;
+        Ok((tag.clone(), device))
+    };
+    shares.iter().map(one).collect()
+}
+
+/// Mounts all of them.
 pub fn mount(shares: &[Share]) -> Result<(), Failed> {
     if shares.is_empty() {
         return Ok(());
@@ -30,14 +49,14 @@ pub fn mount(shares: &[Share]) -> Result<(), Failed> {
     mounted
 }
 
-/// Mounts all parts or none.
+/// All of them or none.
 fn mount_parts(shares: &[Share]) -> Result<(), Failed> {
     for (n, Share { guest, tag }) in shares.iter().enumerate() {
         let mounted = make_mount_point(guest)
             .and_then(|()| rustix::mount::mount_bind(format!("{ALL}/{tag}"), guest).step(format!("mount {guest}")));
         if mounted.is_err() {
             for Share { guest, .. } in shares[..n].iter().rev() {
-                // A part that stays mounted is no worse than the failure that is reported.
+                // What is left mounted would be no worse than the failure that is reported.
                 let _ = rustix::mount::unmount(guest, UnmountFlags::DETACH);
             }
             return mounted;
@@ -46,11 +65,11 @@ fn mount_parts(shares: &[Share]) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Unmounts all shares, also where processes hold files, which get EIO from then on. For a copy, whose host does not know the open files.
+/// Takes them away from under whoever holds files there: those get EIO from then on. For a machine whose host knows nothing of them.
 pub fn abandon(shares: &[Share]) -> io::Result<()> {
     for Share { guest, .. } in shares {
         match rustix::mount::unmount(guest, UnmountFlags::FORCE | UnmountFlags::DETACH) {
-            // A program in the guest has unmounted the share or removed its mount point.
+            // The guest has unmounted it itself, or removed the place.
             Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
             done => done?,
         }

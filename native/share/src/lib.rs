@@ -10,3 +10,4 @@ pub mod owner;
 mod privilege;
 pub mod request;
 pub mod server;
+pub mod stream;
