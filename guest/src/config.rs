@@ -52,13 +52,17 @@ pub struct Network {
     pub mtu: u16,
 }
 
-/// A directory of the host that is mounted live.
+/// A directory or file of the host that is mounted live.
 #[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Share {
     /// Where it is mounted.
     pub guest: String,
-    /// The mount tag of its 9p device.
+    /// Its name in the root of the host's file server.
     pub tag: String,
+    /// Whether the guest refuses to write to it. The host's file server refuses in any case.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// How the root file system is made of the disks.

@@ -224,7 +224,7 @@ pub struct Clock {
 pub struct Freeze {
     #[serde(default)]
     pub sync: bool,
-    /// Whether files that are open on shared directories may be lost in a copy.
+    /// Whether locks on files of shared directories may be lost in a copy.
     #[serde(default)]
     pub lazy_umount: bool,
     pub timeout_ms: Option<u64>,
@@ -254,6 +254,9 @@ pub struct Dump {
     /// Whether to close established TCP connections instead of saving them.
     #[serde(default)]
     pub tcp_close: bool,
+    /// Whether locks on files of shared directories may be lost in a copy.
+    #[serde(default)]
+    pub lazy_umount: bool,
     pub timeout_ms: Option<u64>,
 }
 

@@ -2,16 +2,17 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::criu::lazy::LazyPages;
 use super::criu::record::MainCommand;
 use super::gate::Gate;
 use super::identity_files::IdentityFiles;
 use super::lifecycle::Lifecycle;
+use super::relay::Relay;
 use super::secrets::Secrets;
 use super::terminal::table::Terminals;
-use crate::config::{GuestConfig, Share};
+use crate::config::GuestConfig;
 use crate::reply::Rejuvenated;
 
 /// The state that every operation can reach.
@@ -20,8 +21,8 @@ pub struct Context {
     config: Mutex<GuestConfig>,
     pub lifecycle: Lifecycle,
     pub gate: Gate,
-    /// The host's directories that this guest shares.
-    pub shares: Vec<Share>,
+    /// Carries the requests for shared directories, if the machine has any, once they are mounted.
+    pub shares: OnceLock<Arc<Relay>>,
     /// `/`, unless this is a test.
     pub root: PathBuf,
     /// Opened by the last freeze, for a copy that is made during it.
@@ -41,12 +42,12 @@ pub struct Context {
 
 impl Context {
     /// The state of a guest in which no operation has run yet.
-    pub fn new(config: GuestConfig, lifecycle: Lifecycle, gate: Gate, shares: Vec<Share>, root: PathBuf) -> Self {
+    pub fn new(config: GuestConfig, lifecycle: Lifecycle, gate: Gate, root: PathBuf) -> Self {
         Self {
             config: Mutex::new(config),
             lifecycle,
             gate,
-            shares,
+            shares: OnceLock::new(),
             root,
             identity_files: Mutex::default(),
             main: Mutex::default(),
@@ -56,6 +57,13 @@ impl Context {
             main_detached: AtomicBool::new(false),
             terminals: Terminals::default(),
             secrets: Mutex::default(),
+        }
+    }
+
+    /// Lets the requests for shared directories go on after a freeze.
+    pub fn resume_shares(&self) {
+        if let Some(relay) = self.shares.get() {
+            relay.resume();
         }
     }
 

@@ -13,7 +13,6 @@ use super::exchange::Exchange;
 use super::identity_files::IdentityFiles;
 use super::shares;
 use super::stream::{Abort, FrameReader};
-use super::threads::blocking;
 use crate::reply::{Code, Done, ErrorReply};
 use crate::request::Freeze;
 use crate::system::cgroup;
@@ -51,6 +50,7 @@ where
     }
     // If the commands cannot be thawed, the gate stays closed.
     cgroup::thaw_workload().map_err(|error| Abort::io("thaw", &error))?;
+    context.resume_shares();
     context.gate.open();
     held
 }
@@ -63,14 +63,9 @@ where
     stop_commands(limit(request.timeout_ms), &mut exchange.input).await?;
     // Read now, because no command can change them any more.
     context.identity_files().iter_mut().for_each(IdentityFiles::read);
-    if !request.lazy_umount && !context.shares.is_empty() {
-        // On a thread, because the host may not answer for its directories.
-        let shares = context.shares.clone();
-        tokio::select! {
-            biased;
-            () = exchange.input.lost() => return Err(Abort::Gone),
-            refused = blocking(move || shares::refuse_holders(&shares)) => refused??,
-        }
+    if let Some(relay) = context.shares.get() {
+        let locks = shares::drain(relay, limit(request.timeout_ms), &mut exchange.input).await?;
+        shares::check_locks(&locks, request.lazy_umount)?;
     }
     exchange.output.send_json(Kind::Started, &Done {}).await?;
     match exchange.input.next().await? {

@@ -18,6 +18,7 @@ mod format;
 mod freeze;
 mod gate;
 mod identity_files;
+mod invalidation;
 mod lifecycle;
 mod lookup;
 mod main_command;

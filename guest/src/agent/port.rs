@@ -1,4 +1,4 @@
-//! The guest's end of the channel: the character device of a virtio-serial port.
+//! The guest's ends of virtio-serial ports, and an asynchronous stream over the channel's.
 //!
 //! Such a device is no socket. While no host is connected, a read returns 0 (which is not end of file) and poll reports a hang-up. Tokio
 //! remembers a hang-up and would call the device readable for ever, so tokio must not see it. Each direction therefore has an epoll
@@ -18,7 +18,6 @@ use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, netli
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
-const PORT_NAME: &str = "machinen.channel";
 const PORTS: &str = "/sys/class/virtio-ports";
 /// How long to wait for the port. The kernel learns a port's name from the VMM in the background, which takes a moment on a loaded host.
 const APPEARS_WITHIN: Duration = Duration::from_secs(10);
@@ -32,38 +31,38 @@ pub struct Port {
     writes: Events,
 }
 
-/// Opens the channel's port, waiting for it to appear.
-pub async fn open() -> io::Result<Port> {
-    if let Some(device) = find()? {
-        return Port::open(&device);
+/// The character device of the port with that name, which may not have appeared yet.
+pub async fn find(name: &str) -> io::Result<String> {
+    if let Some(device) = look_for(name)? {
+        return Ok(device);
     }
     let appears = async {
         // Listens before looking again, so that no change in between is missed.
         let changes = Changes::listen()?;
         loop {
-            if let Some(device) = find()? {
-                return Port::open(&device);
+            if let Some(device) = look_for(name)? {
+                return Ok(device);
             }
             changes.next().await?;
         }
     };
-    tokio::time::timeout(APPEARS_WITHIN, appears).await.unwrap_or_else(|_| {
-        Err(io::Error::new(io::ErrorKind::NotFound, format!("no virtio port is named {PORT_NAME}")))
-    })
+    tokio::time::timeout(APPEARS_WITHIN, appears)
+        .await
+        .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::NotFound, format!("no virtio port is named {name}"))))
 }
 
-fn find() -> io::Result<Option<String>> {
-    match find_named() {
+fn look_for(name: &str) -> io::Result<Option<String>> {
+    match look_among_ports(name) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         found => found,
     }
 }
 
-fn find_named() -> io::Result<Option<String>> {
+fn look_among_ports(wanted: &str) -> io::Result<Option<String>> {
     for entry in fs::read_dir(PORTS)? {
         let name = entry?.file_name();
         let Some(name) = name.to_str() else { continue };
-        if fs::read_to_string(format!("{PORTS}/{name}/name"))?.trim_end() == PORT_NAME {
+        if fs::read_to_string(format!("{PORTS}/{name}/name"))?.trim_end() == wanted {
             return Ok(Some(format!("/dev/{name}")));
         }
     }
@@ -99,7 +98,8 @@ impl Changes {
 }
 
 impl Port {
-    fn open(device: &str) -> io::Result<Self> {
+    /// Opens the port's device.
+    pub fn open(device: &str) -> io::Result<Self> {
         let device = rustix::fs::open(device, OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
         let reads = Events::new(&device, EventFlags::IN)?;
         let writes = Events::new(&device, EventFlags::OUT)?;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use rustix::ioctl::{self, NoArg, Opcode, Setter, opcode};
 
+use super::clock;
 use super::context::Context;
-use super::{clock, shares};
 use crate::reply::{Code, ErrorReply, Kept, Rejuvenated};
 use crate::request::Rejuvenate;
 use crate::system::{cgroup, network};
@@ -23,12 +23,8 @@ pub async fn rejuvenate(context: &Arc<Context>, request: Rejuvenate) -> Result<R
     if !context.gate.is_restored() {
         return Err(ErrorReply::new(Code::BadRequest, "this machine is not a copy that waits to be made itself"));
     }
-    let mut done = renew(context, request)?;
-    if !context.shares.is_empty() {
-        let later = shares::renew(context).await?;
-        done.note(shares::WHAT, later.map_or(Ok(()), |why| Err(io::Error::other(why))));
-        *context.rejuvenated() = Some(done.clone());
-    }
+    let done = renew(context, request)?;
+    context.resume_shares();
     cgroup::thaw_workload().map_err(|error| ErrorReply::io("thaw", &error))?;
     context.gate.open();
     Ok(done)
@@ -66,12 +62,6 @@ pub fn renew(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, Erro
 }
 
 impl Rejuvenated {
-    /// Records whether `what` has been renewed, which was kept so far.
-    pub fn settle(&mut self, what: &'static str, renewed: io::Result<()>) {
-        self.kept.retain(|kept| kept.what != what);
-        self.note(what, renewed);
-    }
-
     fn note(&mut self, what: &'static str, renewed: io::Result<()>) {
         match renewed {
             Ok(()) => self.renewed.push(what),

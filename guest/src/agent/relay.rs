@@ -1,68 +1,366 @@
-//! Carries the FUSE requests of shared directories to the host's file server, and its answers back. The agent does not look into them: a
-//! message of the kernel's is one read or one write of /dev/fuse, and begins with its own length.
+//! Carries the messages of shared directories between the kernel (/dev/fuse) and the host's file server (a virtio-serial port). One thread
+//! carries requests out, another answers in; neither looks further into a message than its header.
+//!
+//! A machine can be copied only while no request is under way, because its answer would reach the original alone. `drain` brings that about:
+//! the first thread keeps the next request to itself, and all those before it are answered.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
-use machinen_channel::Opener;
+use machinen_protocol::share::{ANSWER_HEADER, LOCKS, LOCKS_UNIQUE, MAX_MESSAGE, REQUEST_HEADER};
 use rustix::io::Errno;
-use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::sync::Notify;
 
-/// Where the host's file server is reached.
-const FILES: u32 = 1981;
-const MAX_MESSAGE: usize = (1 << 20) + 8192;
+use super::invalidation::Invalidations;
+use crate::system::{console, shares};
 
-/// A directory that is mounted, and the kernel's end of it.
-pub struct Share {
-    pub tag: String,
-    pub device: AsyncFd<OwnedFd>,
+/// Opcodes of requests that get no answer: `FORGET`, `INTERRUPT`, `BATCH_FORGET`.
+const UNANSWERED: [u32; 3] = [2, 36, 42];
+
+/// A lock on a shared file, which a copy of this machine would not have.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Lock {
+    pub pid: u32,
+    /// The path in the share, as the host knows it.
+    pub path: String,
 }
 
-impl Share {
-    pub fn new(tag: String, device: OwnedFd) -> io::Result<Self> {
-        rustix::io::ioctl_fionbio(&device, true)?;
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        // SAFETY: an OwnedFd is the same open descriptor for as long as it lives.
-        Ok(Self { tag, device: unsafe { AsyncFd::register_with_interest(device, interest)? } })
+/// What a thread does until the end.
+type Work = fn(&Relay) -> io::Result<()>;
+
+/// The relay of one machine.
+pub struct Relay {
+    /// /dev/fuse.
+    kernel: OwnedFd,
+    /// The virtio-serial port.
+    host: File,
+    state: Mutex<State>,
+    /// The first thread may go on.
+    resumed: Condvar,
+    /// A request was answered, or the host's end is gone.
+    answered: Notify,
+    invalidations: Invalidations,
+    /// The kernel's number of the connection, `None` in a test.
+    connection: Option<u32>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The requests without an answer.
+    pending: usize,
+    held: bool,
+    locks: Option<Vec<Lock>>,
+    /// The host's end is gone, or nothing is mounted any more.
+    over: bool,
+}
+
+impl Relay {
+    /// Starts the threads. `kernel` must be mounted already.
+    ///
+    /// # Errors
+    /// When a thread cannot be started.
+    pub fn start(kernel: OwnedFd, host: File, connection: Option<u32>) -> io::Result<Arc<Self>> {
+        let relay = Arc::new(Self {
+            kernel,
+            host,
+            state: Mutex::default(),
+            resumed: Condvar::new(),
+            answered: Notify::new(),
+            invalidations: Invalidations::default(),
+            connection,
+        });
+        let threads: [(&str, Work); 3] = [
+            ("share-requests", Self::carry_requests),
+            ("share-answers", Self::carry_answers),
+            ("share-caches", |relay| relay.invalidations.deliver(&relay.kernel)),
+        ];
+        for (name, work) in threads {
+            let relay = Arc::clone(&relay);
+            thread::Builder::new().name(name.into()).spawn(move || {
+                if let Err(error) = work(&relay) {
+                    console::say(&format!("{name}: {error}"));
+                }
+                relay.end();
+            })?;
+        }
+        Ok(relay)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the connection: whoever waits for an answer, or asks from now on, gets ENOTCONN.
+    fn end(&self) {
+        if std::mem::replace(&mut self.state().over, true) {
+            return;
+        }
+        self.invalidations.end();
+        self.answered.notify_waiters();
+        self.resumed.notify_all();
+        if let Some(Err(failed)) = self.connection.map(shares::abort) {
+            console::say(&format!("shared directories: {failed}"));
+        }
+    }
+
+    /// Keeps all further requests in the guest, and waits for the answers to those before. Returns the locks that are held then. `resume`
+    /// must follow, also when this future is dropped.
+    pub async fn drain(&self) -> Vec<Lock> {
+        {
+            let mut state = self.state();
+            (state.held, state.locks) = (true, None);
+        }
+        self.until(|state| state.pending == 0).await;
+        if self.ask_for_locks().is_ok() {
+            self.until(|state| state.locks.is_some()).await;
+        }
+        self.state().locks.take().unwrap_or_default()
+    }
+
+    async fn until(&self, done: impl Fn(&State) -> bool) {
+        loop {
+            let answered = self.answered.notified();
+            {
+                let state = self.state();
+                if state.over || done(&state) {
+                    return;
+                }
+            }
+            answered.await;
+        }
+    }
+
+    fn ask_for_locks(&self) -> io::Result<()> {
+        let mut request = [0; REQUEST_HEADER];
+        request[..4].copy_from_slice(&u32::try_from(REQUEST_HEADER).unwrap_or_default().to_ne_bytes());
+        request[4..8].copy_from_slice(&LOCKS.to_ne_bytes());
+        request[8..16].copy_from_slice(&LOCKS_UNIQUE.to_ne_bytes());
+        // The first thread writes nothing while it is held and nothing is pending.
+        (&self.host).write_all(&request)
+    }
+
+    /// Lets the requests go on.
+    pub fn resume(&self) {
+        self.state().held = false;
+        self.resumed.notify_all();
+    }
+
+    /// The first thread.
+    fn carry_requests(&self) -> io::Result<()> {
+        let mut buffer = vec![0; MAX_MESSAGE];
+        loop {
+            let length = match rustix::io::read(&self.kernel, &mut buffer[..]) {
+                Ok(length) => length,
+                // The request was taken back meanwhile.
+                Err(Errno::INTR | Errno::NOENT | Errno::AGAIN) => continue,
+                // Nothing is mounted any more.
+                Err(Errno::NODEV) => return Ok(()),
+                Err(errno) => return Err(errno.into()),
+            };
+            let request = &buffer[..length];
+            {
+                let held = |state: &mut State| state.held && !state.over;
+                let mut state = self.resumed.wait_while(self.state(), held).unwrap_or_else(PoisonError::into_inner);
+                if state.over {
+                    return Ok(());
+                }
+                state.pending += usize::from(!UNANSWERED.contains(&word(request, 4)));
+            }
+            (&self.host).write_all(request)?;
+        }
+    }
+
+    /// The second thread.
+    fn carry_answers(&self) -> io::Result<()> {
+        let mut received = Received::default();
+        loop {
+            while let Some(message) = received.next()? {
+                self.take(message)?;
+            }
+            // 0 while no host is connected; it was when the first request went out.
+            if received.read(&self.host)? == 0 {
+                return Err(io::Error::other("the host's file server has ended"));
+            }
+        }
+    }
+
+    fn take(&self, message: &[u8]) -> io::Result<()> {
+        match u64::from_ne_bytes(message[8..16].try_into().unwrap_or_default()) {
+            0 => self.invalidations.push(message),
+            LOCKS_UNIQUE => self.state().locks = Some(locks(&message[ANSWER_HEADER..])),
+            _ => {
+                match rustix::io::write(&self.kernel, message) {
+                    // The one that waited for it is gone.
+                    Ok(_) | Err(Errno::NOENT) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+                let mut state = self.state();
+                state.pending = state.pending.saturating_sub(1);
+            }
+        }
+        self.answered.notify_waiters();
+        Ok(())
     }
 }
 
-/// Until the session ends.
-pub async fn relay(share: Arc<Share>, opener: Opener) -> io::Result<()> {
-    let stream = opener.open_with(FILES, format!("{}\n", share.tag).as_bytes()).await?;
-    let (mut answers, mut requests) = tokio::io::split(stream);
-    let to_host = async {
-        let mut buffer = vec![0; MAX_MESSAGE];
+fn word(message: &[u8], at: usize) -> u32 {
+    u32::from_ne_bytes(message[at..at + 4].try_into().unwrap_or_default())
+}
+
+/// The locks in the body of an answer to `LOCKS`.
+fn locks(mut body: &[u8]) -> Vec<Lock> {
+    let mut locks = Vec::new();
+    while let Some((head, rest)) = body.split_at_checked(8) {
+        let length = word(head, 4) as usize;
+        let Some((path, rest)) = rest.split_at_checked(length) else { break };
+        locks.push(Lock { pid: word(head, 0), path: String::from_utf8_lossy(path).into_owned() });
+        body = rest;
+    }
+    locks
+}
+
+/// The bytes from the host, which come in pieces of any length.
+struct Received {
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Default for Received {
+    fn default() -> Self {
+        Self { buffer: vec![0; MAX_MESSAGE + (64 << 10)], start: 0, end: 0 }
+    }
+}
+
+impl Received {
+    /// The next message, if all of it is here.
+    fn next(&mut self) -> io::Result<Option<&[u8]>> {
+        let bytes = &self.buffer[self.start..self.end];
+        if bytes.len() < ANSWER_HEADER {
+            return Ok(None);
+        }
+        let length = word(bytes, 0) as usize;
+        if !(ANSWER_HEADER..=MAX_MESSAGE).contains(&length) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a message of {length} bytes")));
+        }
+        if bytes.len() < length {
+            return Ok(None);
+        }
+        let begin = self.start;
+        self.start += length;
+        Ok(Some(&self.buffer[begin..self.start]))
+    }
+
+    /// Reads more. There is room, because a message that fills the buffer is complete.
+    fn read(&mut self, mut from: impl Read) -> io::Result<usize> {
+        self.buffer.copy_within(self.start..self.end, 0);
+        (self.start, self.end) = (0, self.end - self.start);
         loop {
-            let mut ready = share.device.readable().await?;
-            match ready.try_io(|device| Ok(rustix::io::read(device.get_ref(), &mut buffer[..]))) {
-                Ok(Ok(Ok(n))) => requests.write_all(&buffer[..n]).await?,
-                Ok(Ok(Err(Errno::AGAIN))) => ready.clear_ready(),
-                Ok(Ok(Err(Errno::INTR | Errno::NOENT))) => {}
-                Ok(Ok(Err(errno))) => return Err::<(), io::Error>(errno.into()),
-                Ok(Err(error)) => return Err(error),
-                Err(_) => {}
+            match from.read(&mut self.buffer[self.end..]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                done => return done.inspect(|length| self.end += length),
             }
         }
-    };
-    let to_guest = async {
-        let mut buffer = vec![0; MAX_MESSAGE];
-        loop {
-            if false {
-                return Err::<(), io::Error>(io::ErrorKind::Other.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::{UnixDatagram, UnixStream};
+
+    use super::*;
+
+    #[test]
+    fn messages_are_found_in_pieces_of_any_length() {
+        let message = |length: u32| [&length.to_ne_bytes()[..], &vec![7; length as usize - 4]].concat();
+        let stream = [message(16), message(100_000), message(17)].concat();
+        for piece in [1, 15, 4096, 1 << 20] {
+            let (mut received, mut lengths) = (Received::default(), Vec::new());
+            for piece in stream.chunks(piece) {
+                received.read(piece).unwrap();
+                while let Some(message) = received.next().unwrap() {
+                    lengths.push(message.len());
+                }
             }
-            answers.read_exact(&mut buffer[..4]).await?;
-            let length = u32::from_ne_bytes([buffer[0], buffer[1], buffer[2], buffer[3]]) as usize;
-            let message = buffer.get_mut(..length).ok_or(io::ErrorKind::InvalidData)?;
-            answers.read_exact(&mut message[4..]).await?;
-            match rustix::io::write(share.device.get_ref(), message) {
-                // Nobody waits for it any more.
-                Ok(_) | Err(Errno::NOENT) => {}
-                Err(errno) => crate::system::console::say(&format!("fuse answer {:?}: {errno}", &message[..16])),
-            }
+            assert_eq!(lengths, [16, 100_000, 17]);
         }
-    };
-    tokio::try_join!(to_host, to_guest).map(|((), ())| ())
+        let mut received = Received::default();
+        received.read(&[0; 16][..]).unwrap();
+        assert!(received.next().is_err());
+    }
+
+    #[test]
+    fn locks_are_listed() {
+        let body =
+            [&7u32.to_ne_bytes()[..], &3u32.to_ne_bytes(), b"a/b", &8u32.to_ne_bytes(), &9u32.to_ne_bytes(), b"cut"]
+                .concat();
+        assert_eq!(locks(&body), [Lock { pid: 7, path: "a/b".into() }]);
+    }
+
+    /// A relay between two pairs of sockets: the kernel's and the host's ends.
+    fn relay() -> (Arc<Relay>, UnixDatagram, UnixStream) {
+        let (kernel, ours) = UnixDatagram::pair().unwrap();
+        let (host, server) = UnixStream::pair().unwrap();
+        (Relay::start(kernel.into(), File::from(OwnedFd::from(host)), None).unwrap(), ours, server)
+    }
+
+    fn request(opcode: u32, unique: u64) -> Vec<u8> {
+        let mut bytes = vec![0; REQUEST_HEADER];
+        bytes[..4].copy_from_slice(&u32::try_from(REQUEST_HEADER).unwrap().to_ne_bytes());
+        bytes[4..8].copy_from_slice(&opcode.to_ne_bytes());
+        bytes[8..16].copy_from_slice(&unique.to_ne_bytes());
+        bytes
+    }
+
+    fn answer(unique: u64, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(ANSWER_HEADER + body.len()).unwrap();
+        [&length.to_ne_bytes()[..], &[0; 4], &unique.to_ne_bytes(), body].concat()
+    }
+
+    fn received(server: &mut UnixStream) -> Vec<u8> {
+        let mut bytes = vec![0; REQUEST_HEADER];
+        server.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    #[tokio::test]
+    async fn drains_before_a_copy_and_keeps_what_comes_then() {
+        let (relay, kernel, mut server) = relay();
+        for asked in [request(3, 2), request(2, 4)] {
+            kernel.send(&asked).unwrap();
+            assert_eq!(received(&mut server), asked);
+        }
+        let drained = tokio::spawn({
+            let relay = Arc::clone(&relay);
+            async move { relay.drain().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!drained.is_finished(), "a request has no answer yet");
+        // Kept until `resume`.
+        kernel.send(&request(3, 6)).unwrap();
+        server.write_all(&answer(2, b"x")).unwrap();
+        let mut seen = [0; 64];
+        assert_eq!(kernel.recv(&mut seen).unwrap(), 17);
+        let server = tokio::task::spawn_blocking(move || {
+            assert_eq!(word(&received(&mut server), 4), LOCKS);
+            server.write_all(&answer(LOCKS_UNIQUE, &[1, 0, 0, 0, 1, 0, 0, 0, b'f'])).unwrap();
+            server
+        });
+        assert_eq!(drained.await.unwrap(), [Lock { pid: 1, path: "f".into() }]);
+        let mut server = server.await.unwrap();
+        relay.resume();
+        assert_eq!(received(&mut server), request(3, 6));
+    }
+
+    #[tokio::test]
+    async fn drains_when_the_host_has_gone() {
+        let (relay, kernel, mut server) = relay();
+        kernel.send(&request(3, 2)).unwrap();
+        received(&mut server);
+        drop(server);
+        assert_eq!(relay.drain().await, []);
+    }
 }

@@ -5,14 +5,15 @@ use std::io;
 use std::sync::Arc;
 
 use machinen_channel::{Incoming, Opener};
-use machinen_protocol::ports::OPERATIONS;
+use machinen_protocol::ports::{CHANNEL, OPERATIONS};
 use tokio::sync::{mpsc, watch};
 
 use super::context::Context;
 use super::disks::Disks;
 use super::gate::Gate;
 use super::lifecycle::Lifecycle;
-use super::{doorbell, operation, port, relay, threads};
+use super::port::{self, Port};
+use super::{doorbell, operation, shares, threads};
 use crate::config::BootConfig;
 use crate::system::after_doorbell;
 use crate::system::console::give_up;
@@ -43,40 +44,22 @@ fn keep_heap() {
 
 async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
     guest.phases.mark("agent");
-    let port = port::open().await.step("channel")?;
+    let port = port::find(CHANNEL).await.and_then(|device| Port::open(&device)).step("channel")?;
     guest.phases.mark("port");
     let (sessions, current) = watch::channel(None);
-    let shares = std::mem::take(&mut guest.boot.shares);
     let lifecycle = Lifecycle::new(Disks::new(guest.writable, guest.mounted), current);
     let gate = if guest.boot.revive { Gate::closed() } else { Gate::new() };
-    let context = Arc::new(Context::new(guest.config, lifecycle, gate, shares, "/".into()));
-    let relayed: Vec<Arc<relay::Share>> = guest
-        .shares
-        .into_iter()
-        .map(|(tag, device)| relay::Share::new(tag, device).map(Arc::new))
-        .collect::<Result<_, _>>()
-        .step("shares")?;
+    let context = Arc::new(Context::new(guest.config, lifecycle, gate, "/".into()));
     let mut unfinished = Some((guest.boot, guest.phases));
     machinen_channel::serve_guest(port, |opener, incoming| {
         // Called before any stream of the session can ask the gate.
         context.gate.new_session();
         sessions.send_replace(Some(opener.clone()));
         let first = unfinished.take();
-        for share in &relayed {
-            let (share, opener) = (Arc::clone(share), opener.clone());
-            tokio::spawn(async move {
-                while let Err(error) = relay::relay(Arc::clone(&share), opener.clone()).await {
-                    if error.kind() != io::ErrorKind::ConnectionRefused {
-                        return crate::system::console::say(&format!("share: {error}"));
-                    }
-                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-                }
-            });
-        }
         let context = Arc::clone(&context);
         tokio::spawn(async move {
             if let Some((boot, phases)) = first {
-                complete(&opener, &boot, phases).await;
+                complete(&opener, &context, &boot, phases).await;
             }
             serve_session(context, opener, incoming).await;
         });
@@ -87,7 +70,7 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
 }
 
 /// Tells the host that this guest is there, and completes the boot meanwhile.
-async fn complete(opener: &Opener, boot: &BootConfig, mut phases: Phases) {
+async fn complete(opener: &Opener, context: &Context, boot: &BootConfig, mut phases: Phases) {
     phases.mark("session");
     doorbell::ring(opener, || {
         phases.mark("doorbell");
@@ -95,6 +78,8 @@ async fn complete(opener: &Opener, boot: &BootConfig, mut phases: Phases) {
         phases.mark("complete");
     })
     .await;
+    shares::mount(context, &boot.shares).await.unwrap_or_else(|failed| give_up(&failed));
+    phases.mark("shares");
     phases.mark("answered");
     phases.print_if_asked();
 }

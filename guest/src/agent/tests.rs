@@ -43,7 +43,7 @@ fn machine() -> Machine {
     let (sessions, current) = watch::channel(None);
     let lifecycle = Lifecycle::new(Disks::new(File::open("/").unwrap().into(), None), current);
     let root = std::env::temp_dir().join("machinen-agent-test");
-    let context = Arc::new(Context::new(GuestConfig::default(), lifecycle, Gate::new(), Vec::new(), root));
+    let context = Arc::new(Context::new(GuestConfig::default(), lifecycle, Gate::new(), root));
     let served = Arc::clone(&context);
     tokio::spawn(serve_guest(port, move |opener, incoming| {
         served.gate.new_session();

@@ -1,4 +1,4 @@
-//! Threads for work that may wait for a file system whose server does not answer (FUSE, 9p), so that the agent itself goes on. A thread
+//! Threads for work that may wait for a file system whose server does not answer (FUSE), so that the agent itself goes on. A thread
 //! that waits in the kernel cannot be ended. So each kind of work has its own number of threads. An operation whose stream ends leaves its
 //! thread behind, and the thread counts until the kernel lets it go.
 
@@ -204,12 +204,6 @@ async fn feed<R: AsyncRead + Unpin>(
 pub async fn finished<T>(thread: JoinHandle<T>) -> Result<T, Abort> {
     // Only a panic could lose the result, and that ends the whole agent.
     thread.await.map_err(|error| Abort::io("thread", &error.into()))
-}
-
-/// Runs `work` on a thread, because it may wait for a file system whose server does not answer (9p, FUSE).
-pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ErrorReply> {
-    // Only a panic could lose the result, and that ends the whole agent.
-    spawn_blocking(work).await.map_err(|error| ErrorReply::io("thread", &error.into()))
 }
 
 /// A thread's way to the stream.

@@ -1,7 +1,7 @@
 //! Pid 1: from the kernel's first user-space instruction to a running agent.
 //!
 //! 1. `root`: mount devtmpfs and sysfs, find the disks by serial (`disks`), mount them, join them by overlayfs and make that the root
-//! 2. `mounts`, `shares`: mount the directories of the host that the boot names, below /mnt
+//! 2. `mounts`: mount the copy of a host directory that the boot names, below /mnt
 //! 3. fork the agent; pid 1 frees the initramfs and from then on only reaps orphans (`reaper`)
 //! 4. `after_doorbell`: everything a command needs but the doorbell does not; the agent runs it between doorbell and first operation
 //!
@@ -19,7 +19,7 @@ use crate::system::console::{self, give_up};
 use crate::system::guest::Guest;
 use crate::system::phases::Phases;
 use crate::system::step::{Failed, Step};
-use crate::system::{mounts, root, shares};
+use crate::system::{mounts, root};
 
 const GUEST_CONFIG: &str = "/machinen-config.json";
 const BOOT_CONFIG: &str = "/machinen-boot.json";
@@ -45,20 +45,19 @@ pub fn boot(agent: impl FnOnce(Guest) -> Result<Infallible, Failed>) -> Result<I
     console::reopen().step("console")?;
     phases.mark("switched");
     let mounted = boot.mount.as_deref().map(mounts::mount_copy).transpose()?;
-    let shares = shares::mount_fuse(&boot.shares)?;
     // SAFETY: no thread has been started yet, so the child is a complete copy.
     match unsafe { libc::fork() } {
         -1 => Err(Failed::new("fork", io::Error::last_os_error())),
         0 => {
             drop(initramfs);
-            match agent(Guest { config: guest, boot, writable, mounted, shares, phases }) {
+            match agent(Guest { config: guest, boot, writable, mounted, phases }) {
                 Ok(never) => match never {},
                 Err(failed) => give_up(&failed),
             }
         }
         // Closes `writable`, because the child has its own copy and pid 1 keeps no descriptor but the console.
         pid => {
-            drop((writable, mounted, shares));
+            drop((writable, mounted));
             root::free(initramfs)?;
             reaper::reap_until_agent_ends(pid)
         }

@@ -14,7 +14,5 @@ pub struct Guest {
     pub writable: OwnedFd,
     /// A directory of the file system that takes the writes to a copied host directory.
     pub mounted: Option<OwnedFd>,
-    /// Shared directories: tag and /dev/fuse.
-    pub shares: Vec<(String, OwnedFd)>,
     pub phases: Phases,
 }

@@ -1,78 +1,79 @@
-//! Directories of the host's that this guest shares: one 9p filesystem, of which parts are mounted where the boot says.
+//! Directories and files of the host that this guest shares. All are entries of one FUSE file system, each mounted by a bind mount.
 
+use std::ffi::CString;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::{fs, io};
 
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use super::mounts::make_mount_point;
 use super::root;
 use super::step::{Failed, Step};
 use crate::config::Share;
 
-/// The tag of the machine's 9p device.
-const TAG: &str = "machinen-shares";
-/// Where the whole of it is for as long as it takes to mount its parts.
+/// Where the file system is mounted while its entries are.
 const ALL: &str = "/dev/machinen-shares";
+/// Where the kernel's control files of FUSE are mounted for a moment.
+const CONTROL: &str = "/dev/machinen-fuse";
+/// The host's programs and devices mean nothing here.
+const RESTRICTED: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
-/// No cache: what the host changes is seen by the next look. `access=user`: files belong to the user who makes them. `msize`: what the
-/// transport takes at most, 125 pages (net/9p/trans_virtio.c).
-const OPTIONS: &std::ffi::CStr = c"trans=virtio,version=9p2000.L,msize=512000,cache=none,access=user";
-
-/// Mounts all of them by FUSE; nothing answers yet.
-pub fn mount_fuse(shares: &[Share]) -> Result<Vec<(String, std::os::fd::OwnedFd)>, Failed> {
-    use std::os::fd::AsRawFd as _;
-    let one = |Share { guest, tag }: &Share| {
-        make_mount_point(guest)?;
-        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
-        let device = rustix::fs::open("/dev/fuse", flags, rustix::fs::Mode::empty()).map_err(io::Error::from).step("/dev/fuse")?;
-        let options = format!(
-            "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read=1048576",
-            device.as_raw_fd()
-        );
-        let options = std::ffi::CString::new(options).map_err(io::Error::from).step("mount")?;
-        let flags = MountFlags::NOSUID | MountFlags::NODEV;
-        rustix::mount::mount("share", guest, "fuse", flags, Some(options.as_c_str())).map_err(io::Error::from).step(format!("mount {guest}"))?;
-        Ok((tag.clone(), device))
-    };
-    shares.iter().map(one).collect()
+/// Mounts the file system where nothing else looks. Returns /dev/fuse, whose requests must be answered before anything is looked up, and the
+/// kernel's number of the connection.
+pub fn mount_all() -> Result<(OwnedFd, u32), Failed> {
+    let device = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).step("/dev/fuse")?;
+    // The kernel decides by the files' modes and owners who may do what, for all users of the guest.
+    let fd = device.as_raw_fd();
+    let options = format!("fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions");
+    let options = CString::new(options).map_err(io::Error::from).step("mount")?;
+    root::mount("machinen", ALL, "fuse", RESTRICTED, Some(&options))?;
+    // Asks for nothing that the kernel does not know, because nothing answers yet.
+    let found = rustix::fs::statx(rustix::fs::CWD, ALL, AtFlags::STATX_DONT_SYNC, StatxFlags::empty()).step(ALL)?;
+    Ok((device, found.stx_dev_minor))
 }
 
-/// Mounts all of them.
-pub fn mount(shares: &[Share]) -> Result<(), Failed> {
-    if shares.is_empty() {
-        return Ok(());
-    }
-    root::mount(TAG, ALL, "9p", MountFlags::empty(), Some(OPTIONS))?;
-    let mounted = mount_parts(shares);
+/// Mounts the entries, outer places before those within.
+pub fn mount_each(shares: &[Share]) -> Result<(), Failed> {
+    let mut sorted: Vec<&Share> = shares.iter().collect();
+    sorted.sort_by_key(|share| Path::new(&share.guest).components().count());
+    sorted.into_iter().try_for_each(mount)?;
     rustix::mount::unmount(ALL, UnmountFlags::DETACH).step(format!("detach {ALL}"))?;
-    fs::remove_dir(ALL).step(ALL)?;
-    mounted
+    fs::remove_dir(ALL).step(ALL)
 }
 
-/// All of them or none.
-fn mount_parts(shares: &[Share]) -> Result<(), Failed> {
-    for (n, Share { guest, tag }) in shares.iter().enumerate() {
-        let mounted = make_mount_point(guest)
-            .and_then(|()| rustix::mount::mount_bind(format!("{ALL}/{tag}"), guest).step(format!("mount {guest}")));
-        if mounted.is_err() {
-            for Share { guest, .. } in shares[..n].iter().rev() {
-                // What is left mounted would be no worse than the failure that is reported.
-                let _ = rustix::mount::unmount(guest, UnmountFlags::DETACH);
-            }
-            return mounted;
-        }
+fn mount(Share { guest, tag, read_only }: &Share) -> Result<(), Failed> {
+    let step = || format!("mount {guest}");
+    let entry = format!("{ALL}/{tag}");
+    let is_directory = fs::metadata(&entry).step(step())?.is_dir();
+    make_mount_point(Path::new(guest), is_directory).step(step())?;
+    rustix::mount::mount_bind(&entry, guest).step(step())?;
+    if *read_only {
+        let flags = MountFlags::BIND | MountFlags::RDONLY | RESTRICTED;
+        rustix::mount::mount_remount(guest, flags, c"").step(step())?;
     }
     Ok(())
 }
 
-/// Takes them away from under whoever holds files there: those get EIO from then on. For a machine whose host knows nothing of them.
-pub fn abandon(shares: &[Share]) -> io::Result<()> {
-    for Share { guest, .. } in shares {
-        match rustix::mount::unmount(guest, UnmountFlags::FORCE | UnmountFlags::DETACH) {
-            // The guest has unmounted it itself, or removed the place.
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
-            done => done?,
-        }
+/// Makes the directory or the file to mount on, unless there is one.
+fn make_mount_point(at: &Path, is_directory: bool) -> io::Result<()> {
+    if is_directory {
+        return fs::create_dir_all(at);
     }
-    Ok(())
+    if let Some(parent) = at.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    match fs::OpenOptions::new().write(true).create_new(true).open(at) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        done => done.map(drop),
+    }
+}
+
+/// Ends a connection: whoever waits for the host, or looks at a share from now on, gets ENOTCONN.
+pub fn abort(connection: u32) -> Result<(), Failed> {
+    root::mount("fusectl", CONTROL, "fusectl", MountFlags::empty(), None)?;
+    let aborted = fs::write(format!("{CONTROL}/{connection}/abort"), "1").step("abort");
+    rustix::mount::unmount(CONTROL, UnmountFlags::DETACH).step(format!("detach {CONTROL}"))?;
+    fs::remove_dir(CONTROL).step(CONTROL)?;
+    aborted
 }

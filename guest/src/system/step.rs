@@ -16,18 +16,6 @@ impl Failed {
     }
 }
 
-impl Failed {
-    /// Why it failed.
-    pub fn error(&self) -> &io::Error {
-        &self.error
-    }
-
-    /// Whether something still uses what the step needs.
-    pub fn is_busy(&self) -> bool {
-        self.error.kind() == io::ErrorKind::ResourceBusy
-    }
-}
-
 impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.step, self.error)

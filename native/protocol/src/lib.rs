@@ -7,3 +7,4 @@ pub mod errno;
 pub mod frame;
 pub mod names;
 pub mod ports;
+pub mod share;

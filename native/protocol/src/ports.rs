@@ -1,4 +1,9 @@
-//! Ports of the channel.
+//! The virtio-serial ports, and the ports of the streams in the channel.
+
+/// The virtio-serial port that carries the channel.
+pub const CHANNEL: &str = "machinen.channel";
+/// The virtio-serial port that carries the requests for shared directories (`share`).
+pub const SHARE: &str = "machinen.share";
 
 /// The port on which the agent serves operations.
 pub const OPERATIONS: u32 = 1978;

@@ -16,7 +16,7 @@ use crate::agent::context::Context;
 use crate::agent::exchange::Exchange;
 use crate::agent::stream::Abort;
 use crate::agent::threads::COMMANDS;
-use crate::agent::{archive, freeze};
+use crate::agent::{archive, freeze, shares};
 use crate::reply::{Code, Done, Dumped, ErrorReply};
 use crate::request::Dump;
 use crate::system::cgroup;
@@ -81,6 +81,12 @@ where
     let frozen = vfork::stop_commands(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
     // Freezing takes a moment; the time of a dump grows with the memory in use.
     let limit = request.timeout_ms.map_or(HANGS, Duration::from_millis).min(HANGS);
+    if let Some(relay) = context.shares.get() {
+        let locks = shares::drain(relay, freeze::limit(request.timeout_ms), &mut exchange.input).await;
+        // CRIU reads files of shared directories.
+        relay.resume();
+        shares::check_locks(&locks?, request.lazy_umount)?;
+    }
     let (trees, pipes) = process_trees::read()?;
     for (n, tree) in trees.iter().enumerate() {
         save(criu, tree, &directory(n), request.tcp_close, limit).await?;

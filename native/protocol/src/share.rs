@@ -1,0 +1,18 @@
+//! The port of shared directories. It carries the messages of the FUSE protocol (include/uapi/linux/fuse.h), back to back: requests from the
+//! guest's kernel to the host's file server, answers and notifications in the other direction. Each begins with its length in bytes, a u32 in the
+//! byte order of the machine, which includes itself.
+
+/// The most data that one `WRITE` carries or one `READ` asks for, in bytes.
+pub const MAX_DATA: usize = 1 << 20;
+/// The longest message: data, and a header, a structure and names before it.
+pub const MAX_MESSAGE: usize = MAX_DATA + 8192;
+/// The length of a request's header (`fuse_in_header`).
+pub const REQUEST_HEADER: usize = 40;
+/// The length of an answer's header (`fuse_out_header`).
+pub const ANSWER_HEADER: usize = 16;
+
+/// A request of the guest's agent, not of its kernel, with this opcode and nothing but a header: which locks are held? The answer's body is a
+/// list of `pid (u32), length of the path (u32), path`. It is given once everything before it has been answered.
+pub const LOCKS: u32 = 0x6d6e_0001;
+/// The `unique` of that request. The kernel counts its own up from 0.
+pub const LOCKS_UNIQUE: u64 = 1 << 63;
