@@ -44,6 +44,12 @@ impl Entry {
         self.write()
     }
 
+    /// Records that the guest has lost the directories that it shares, and why.
+    pub fn shares_lost(&mut self, why: &str) -> io::Result<()> {
+        self.fields.insert("liveMountsLost".into(), json!(why));
+        self.write()
+    }
+
     /// Gives the VM this name from now on, or takes its name away. The client makes the pin; it is removed with the entry.
     pub fn named(&mut self, name: Option<&str>, pin: Option<PathBuf>) -> io::Result<()> {
         match name {

@@ -16,6 +16,9 @@ pub enum Error {
     /// The guest sent more than so many bytes, which is what the caller takes.
     #[error("the guest sent more than {0} bytes")]
     TooLarge(u64),
+    /// The words of a helper, with the name of an errno.
+    #[error("{message}")]
+    Told { code: String, message: String },
 }
 
 impl Error {
@@ -31,6 +34,7 @@ impl Error {
     /// Name of the errno. An error that is not the system's own has none; the nearest is what the caller did wrong.
     pub fn code(&self) -> String {
         let number = match self {
+            Error::Told { code, .. } => return code.clone(),
             Error::Io { error, .. } => error.raw_os_error(),
             Error::Archive(_) | Error::TooLarge(_) => None,
         };

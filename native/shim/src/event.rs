@@ -2,14 +2,23 @@
 
 use crate::failed::Failed;
 use crate::identity::Identity;
+use crate::shares;
 use serde::Serialize;
 
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "camelCase")]
 pub enum Event<'a> {
-    Started { shim: Identity, vmm: Identity },
+    Started {
+        shim: Identity,
+        vmm: Identity,
+        /// What the server of the shares has said.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        shares: Option<&'a shares::Report>,
+    },
     Failed(&'a Failed),
-    Exited { exit: &'a ExitRecord },
+    Exited {
+        exit: &'a ExitRecord,
+    },
 }
 
 impl Event<'_> {
@@ -27,6 +36,16 @@ impl Event<'_> {
 pub struct ProcessExit {
     pub code: Option<i32>,
     pub signal: Option<i32>,
+}
+
+impl ProcessExit {
+    /// How the process ended, as the end of a sentence about it.
+    pub fn how(self) -> String {
+        match self {
+            ProcessExit { signal: Some(signal), .. } => format!("was ended by signal {signal}"),
+            ProcessExit { code, .. } => format!("ended with code {}", code.unwrap_or(-1)),
+        }
+    }
 }
 
 /// How the main command ended.

@@ -7,7 +7,7 @@
 //!   files        sparse copies                 process      the VMM, and helpers
 //!   entry, replace  the registry's record      cleanup      what is removed at the end
 //!   transcript, log, tail                      what the guest and the VMM print
-//!   shares       what the VMM sees of the host's directories
+//!   shares       the server of the files that the guest shares
 //!   network      forwarded ports, and gvproxy when it is needed
 //!   vsock, guest_ports, proxy                  sockets <-> channel (section 2)
 //!   doorbell, lifecycle, agent, frame          what the shim itself says to the guest and hears from it

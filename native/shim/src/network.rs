@@ -4,7 +4,6 @@
 //! ends, so a VM that uses no network costs no process. The shim holds what outlives gvproxy: the listeners, and the VMM's end of the card.
 
 use crate::error::Error;
-use crate::event::ProcessExit;
 use crate::plan::{self, Forward};
 use crate::process::{Inherited, Process};
 use crate::state::State;
@@ -117,7 +116,7 @@ pub async fn serve(plan: plan::Network, card: Card, forwards: Forwards, state: A
                         return;
                     }
                     ended = gvproxy.wait() => {
-                        let why = format!("gvproxy {}: connections through it are lost", how(ended));
+                        let why = format!("gvproxy {}: connections through it are lost", ended.how());
                         (pauses.next(Some(since.elapsed())), why)
                     }
                 }
@@ -159,13 +158,6 @@ fn close_clients(listener: &TcpListener) -> bool {
             Ok(client) => drop(client),
             Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
         }
-    }
-}
-
-fn how(ended: ProcessExit) -> String {
-    match ended {
-        ProcessExit { signal: Some(signal), .. } => format!("was ended by signal {signal}"),
-        ProcessExit { code, .. } => format!("ended with code {}", code.unwrap_or(-1)),
     }
 }
 
@@ -222,7 +214,7 @@ fn start(
         inherited.push(Inherited { fd, what: listener.try_clone()?.into() });
         command.argv.extend(["-forward".to_owned(), format!("{fd}={guest_port}")]);
     }
-    Process::spawn(&command, &state.vmm_prints, inherited, None)
+    Process::spawn(&command, &state.vmm_prints, inherited)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The plan: everything that a VM consists of on the host, as the starter has decided it (`src/machine/ShimPlan.ts`).
 
 use crate::error::Error;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead, ErrorKind};
@@ -15,6 +15,8 @@ const MAX_LINE: u64 = 4 << 20;
 const FDS: std::ops::RangeInclusive<RawFd> = 3..=255;
 /// The most forwarded ports. Each takes a descriptor of gvproxy.
 const MAX_FORWARDS: usize = 128;
+/// The most shares; as `maxLiveMounts` of `src/machine/mountOptions.ts`.
+const MAX_SHARES: usize = 64;
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -51,19 +53,30 @@ pub struct FileCopy {
     pub size: Option<u64>,
 }
 
-/// Directories of the host that the VMM sees below `root`, each under its name.
+/// The directories and files of the host that the guest shares, and the program that serves them.
 #[derive(Debug, Deserialize)]
 pub struct Shares {
-    pub root: PathBuf,
+    /// The number in the VMM of its end of the stream of requests.
+    pub fd: RawFd,
+    #[serde(flatten)]
+    pub server: Command,
     pub parts: Vec<Share>,
+    /// The server's state as a saved machine has it.
+    pub state: Option<PathBuf>,
 }
 
-#[derive(Debug, Deserialize)]
+/// A directory or file that the guest knows by its tag. The server gets it as it is here.
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Share {
-    pub name: String,
-    pub path: PathBuf,
-    pub read_only: bool,
+    tag: String,
+    path: PathBuf,
+    read_only: bool,
+    /// Whose the files are for the guest. `None`: as they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gid: Option<u32>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -172,11 +185,7 @@ impl Plan {
             return Err("descriptors out of range or equal");
         }
         if let Some(shares) = &self.shares {
-            let plain = |name: &str| Path::new(name).components().eq([Component::Normal(name.as_ref())]);
-            if !removable(&shares.root) || !shares.parts.iter().all(|part| plain(&part.name) && part.path.is_absolute())
-            {
-                return Err("shares must have absolute paths and plain names");
-            }
+            shares.check()?;
         }
         // Paths that are removed recursively must be absolute, without `..`, and not the root.
         if !std::iter::once(&self.dir).chain(&self.cleanup).all(|path| removable(path)) {
@@ -191,12 +200,31 @@ impl Plan {
             .chain(self.channel.as_ref().map(|channel| channel.fd))
             .chain(self.memory.as_ref().map(Memory::fd))
             .chain(self.network.as_ref().map(|network| network.fd))
+            .chain(self.shares.as_ref().map(|shares| shares.fd))
             .chain(self.inherit.iter().map(|inherit| inherit.fd))
     }
 
     /// The path of the socket for the guest's ports.
     pub fn vsock_path(&self) -> PathBuf {
         self.channel.as_ref().map_or_else(|| self.dir.join("vsock.sock"), |channel| channel.vsock_path.clone())
+    }
+}
+
+impl Shares {
+    fn check(&self) -> Result<(), &'static str> {
+        if self.server.argv.is_empty() {
+            return Err("a command is empty");
+        }
+        let mut tags = BTreeSet::new();
+        let is_plain = |tag: &str| Path::new(tag).components().eq([Component::Normal(tag.as_ref())]);
+        let distinct = self.parts.iter().all(|part| is_plain(&part.tag) && tags.insert(part.tag.as_str()));
+        if !distinct || self.parts.len() > MAX_SHARES {
+            return Err("shares must have different plain names, and not too many");
+        }
+        if !self.parts.iter().map(|part| &part.path).chain(&self.state).all(|path| path.is_absolute()) {
+            return Err("shares must have absolute paths");
+        }
+        Ok(())
     }
 }
 
@@ -250,20 +278,23 @@ mod tests {
     }
 
     #[test]
-    fn shares_stay_where_they_belong() {
-        let shares = |root: &str, name: &str, path: &str| {
-            let parts = json!([{"name": name, "path": path, "readOnly": true}]);
-            plan(|plan| plan["shares"] = json!({"root": root, "parts": parts}))
+    fn shares_are_plain_names_of_absolute_paths() {
+        let shares = |fd: i32, parts: Value, state: Value| {
+            plan(|plan| plan["shares"] = json!({"fd": fd, "argv": ["s"], "env": {}, "parts": parts, "state": state}))
         };
-        assert!(shares("/vms/a/shares", "x", "/srv").is_ok());
-        for (root, name, path) in
-            [("shares", "x", "/srv"), ("/", "x", "/srv"), ("/a/..", "x", "/srv"), ("/a", "x", "srv")]
-        {
-            assert!(shares(root, name, path).is_err(), "{root} {name} {path}");
+        let part = |tag: &str, path: &str| json!({"tag": tag, "path": path, "readOnly": true, "uid": 7});
+        assert!(shares(8, json!([part("x", "/srv"), part("y", "/srv")]), json!("/state")).is_ok());
+        assert!(shares(8, json!([part("x", "srv")]), json!(null)).is_err());
+        assert!(shares(8, json!([part("x", "/srv")]), json!("state")).is_err());
+        assert!(shares(8, json!([part("x", "/srv"), part("x", "/other")]), json!(null)).is_err());
+        assert!(shares(4, json!([part("x", "/srv")]), json!(null)).is_err());
+        for tag in ["", ".", "..", "a/b", "/", "/a", "a/", "a/.."] {
+            assert!(shares(8, json!([part(tag, "/srv")]), json!(null)).is_err(), "{tag}");
         }
-        for name in ["", ".", "..", "a/b", "/", "/a", "a/", "a/.."] {
-            assert!(shares("/a", name, "/srv").is_err(), "{name}");
-        }
+        let many: Vec<_> = (0..=MAX_SHARES).map(|n| part(&format!("t{n}"), "/srv")).collect();
+        assert!(shares(8, json!(many[1..]), json!(null)).is_ok());
+        assert!(shares(8, json!(many), json!(null)).is_err());
+        assert!(plan(|plan| plan["shares"] = json!({"fd": 8, "argv": [], "env": {}, "parts": []})).is_err());
     }
 
     #[test]

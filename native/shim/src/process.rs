@@ -3,7 +3,6 @@
 use crate::event::ProcessExit;
 use crate::identity::Identity;
 use crate::plan::Command;
-use crate::shares::View;
 use crate::transcript::Transcript;
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::process::{
@@ -46,12 +45,7 @@ pub struct Inherited {
 impl Process {
     /// Starts the process. Its output goes to `prints`, whose size is limited, because a guest may make its VMM print without end. Must be
     /// called on the main thread, because the kernel kills the child when the thread that started it ends.
-    pub fn spawn(
-        command: &Command,
-        prints: &Arc<Transcript>,
-        inherited: Vec<Inherited>,
-        view: Option<View>,
-    ) -> io::Result<Self> {
+    pub fn spawn(command: &Command, prints: &Arc<Transcript>, inherited: Vec<Inherited>) -> io::Result<Self> {
         let [program, arguments @ ..] = command.argv.as_slice() else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
@@ -69,7 +63,7 @@ impl Process {
         let mut process = tokio::process::Command::from(process);
         process.process_group(0);
         // SAFETY: after fork only async-signal-safe calls are made, and nothing is allocated: an io::Error of an errno is a number.
-        unsafe { process.pre_exec(move || in_child(shim, &moves, view.as_ref())) };
+        unsafe { process.pre_exec(move || in_child(shim, &moves)) };
         let mut child = process.spawn()?;
         // Closes the shim's copies of the pipe and of the inherited descriptors.
         drop((process, placed));
@@ -138,7 +132,7 @@ impl Placed {
 }
 
 /// Runs between fork and exec.
-fn in_child(shim: Pid, moves: &[(RawFd, RawFd)], view: Option<&View>) -> io::Result<()> {
+fn in_child(shim: Pid, moves: &[(RawFd, RawFd)]) -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // If the shim died before the line above, the death signal never comes.
     if getppid() != Some(shim) {
@@ -155,5 +149,5 @@ fn in_child(shim: Pid, moves: &[(RawFd, RawFd)], view: Option<&View>) -> io::Res
             return Err(io::Error::last_os_error());
         }
     }
-    view.map_or(Ok(()), View::enter)
+    Ok(())
 }

@@ -1,101 +1,293 @@
-//! The host's directories that a VMM serves to its guest. They are joined below one directory in a mount namespace of the VMM's own. The
-//! kernel enforces what is read-only and that no device node in them works, and nothing is left when the VMM is gone.
+//! The host's files that a guest shares: a server (native/share) that the shim starts before the VMM and connects with it. The server opens
+//! the files and confines itself to them before the VMM runs.
 
 use crate::error::Error;
-use crate::plan::Shares;
-use rustix::fs::{Mode, OFlags};
-use rustix::mount::{MountPropagationFlags, mount_bind, mount_bind_recursive, mount_change};
-use rustix::thread::{CapabilitySet, UnshareFlags, remove_capability_from_bounding_set, unshare_unsafe};
-use std::ffi::{CStr, CString};
-use std::fs::DirBuilder;
-use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::DirBuilderExt;
+use crate::failed::{Failed, Step};
+use crate::line::{self, MAX_LINE};
+use crate::plan::{Plan, Share, Shares};
+use crate::process::{Inherited, Process};
+use crate::state::State;
+use crate::stop::Stops;
+use crate::transcript::Transcript;
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncWriteExt, Interest};
+use tokio::sync::Mutex;
+use tokio::time::timeout;
 
-/// The directories that a process sees below `root`.
-pub struct View {
-    root: CString,
-    parts: Vec<Part>,
+/// The subject of failures that the server has not told itself.
+const SERVER: &str = "machinen-share";
+/// The server's descriptors: the stream of the guest's requests, and what the shim asks.
+const STREAM_FD: i32 = 3;
+const CONTROL_FD: i32 = 4;
+/// The longest first answer, in bytes: it may name files.
+const MAX_ANSWER: usize = 1 << 20;
+/// How long the server may take to open what it serves, which a slow disk or network holds up, or to save its state.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long after the server's orderly end, which follows that of the VMM, the VMM's may be noticed.
+const REST: Duration = Duration::from_secs(2);
+
+/// A server that is ready to serve.
+pub struct Server {
+    pub process: Process,
+    pub control: Arc<Control>,
+    pub report: Report,
 }
 
-struct Part {
-    from: CString,
-    to: CString,
-    read_only: bool,
+/// What the server says of its beginning.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// By what it is confined to the shares.
+    #[serde(default)]
+    confinement: Vec<String>,
+    /// The files of a saved guest that are not there any more, or are others.
+    #[serde(default)]
+    lost: Vec<Lost>,
 }
 
-impl View {
-    /// Makes the directories to mount on.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Lost {
+    tag: String,
+    path: String,
+    why: String,
+}
+
+/// The first line to the server.
+#[derive(Serialize)]
+struct Hello<'a> {
+    version: u32,
+    shares: &'a [Share],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    state: Option<&'a Path>,
+}
+
+#[derive(Deserialize)]
+struct Answer<T> {
+    ok: bool,
+    code: Option<String>,
+    message: Option<String>,
+    #[serde(flatten)]
+    more: T,
+}
+
+#[derive(Deserialize)]
+struct Nothing {}
+
+/// Starts the server and waits until it can serve. Returns the VMM's end of the stream as well. After a failure the server is gone.
+pub async fn start(
+    plan: &Plan,
+    shares: &Shares,
+    prints: &Arc<Transcript>,
+    stops: &mut Stops,
+) -> Result<(Server, Inherited), Failed> {
+    let failed = |error| Failed::io(Step::Shares, SERVER, error);
+    let (theirs, guests) = UnixStream::pair().map_err(failed)?;
+    let (control, end) = UnixStream::pair().map_err(failed)?;
+    let mut control = Control::new(control).map_err(failed)?;
+    let inherited =
+        vec![Inherited { fd: STREAM_FD, what: theirs.into() }, Inherited { fd: CONTROL_FD, what: end.into() }];
+    let mut process = Process::spawn(&shares.server, prints, inherited).map_err(failed)?;
+    let greeted = tokio::select! {
+        greeted = control.greet(shares) => greeted,
+        () = stops.unwanted(plan.detached) => Err(Error::errno(SERVER, Errno::CANCELED)),
+    };
+    match greeted {
+        Ok(report) => {
+            let stream = Inherited { fd: shares.fd, what: guests.into() };
+            Ok((Server { process, control: Arc::new(control), report }, stream))
+        }
+        Err(error) => {
+            let alone = if is_end(&error) { timeout(REST, process.wait()).await.ok() } else { None };
+            process.kill();
+            process.wait().await;
+            let Some(ended) = alone else { return Err(Failed::at(Step::Shares)(error)) };
+            process.silence(REST).await;
+            Err(failed(io::Error::other(format!("it {}, having printed: {}", ended.how(), prints.tail().trim_end()))))
+        }
+    }
+}
+
+/// Whether the server has closed the conversation, usually because it has ended.
+fn is_end(error: &Error) -> bool {
+    let kind = if let Error::Io { error, .. } = error { error.kind() } else { return false };
+    matches!(kind, io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+}
+
+/// The shim's conversation with the server, which ends when the shim closes its side.
+pub struct Control(Mutex<Conversation>);
+
+struct Conversation {
+    stream: tokio::net::UnixStream,
+    rest: Vec<u8>,
+    /// An answer is owed: the next line might be that of a request which nobody waits for any more.
+    owed: bool,
+}
+
+impl Control {
+    fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        let stream = tokio::net::UnixStream::from_std(stream)?;
+        Ok(Control(Mutex::new(Conversation { stream, rest: Vec::new(), owed: false })))
+    }
+
+    async fn greet(&mut self, shares: &Shares) -> Result<Report, Error> {
+        let Shares { parts, state, .. } = shares;
+        let hello = Hello { version: 1, shares: parts, state: state.as_deref() };
+        let conversation = self.0.get_mut();
+        let asked = timeout(PATIENCE, async {
+            let mut line = serde_json::to_vec(&hello)?;
+            line.push(b'\n');
+            conversation.stream.write_all(&line).await?;
+            conversation.answer(MAX_ANSWER).await
+        });
+        asked.await.map_err(io::Error::from).and_then(|answered| answered).map_err(server_failed)?
+    }
+
+    /// Has the server write its state to a new, empty file. The guest must stand still, with no request under way.
     ///
     /// # Errors
-    /// The first target or source that is missing or no directory.
-    pub fn prepare(shares: &Shares) -> Result<Self, Error> {
-        let mut parts = Vec::new();
-        let mut directory = DirBuilder::new();
-        directory.mode(0o700).recursive(true);
-        for part in &shares.parts {
-            let to = shares.root.join(&part.name);
-            // Opened here to report a source that is missing or no directory, because the child cannot report it.
-            open(&part.path).map_err(|error| Error::io(part.path.display(), error.into()))?;
-            directory.create(&to).map_err(|error| Error::io(to.display(), error))?;
-            parts.push(Part { from: text(&part.path)?, to: text(&to)?, read_only: part.read_only });
+    /// The server's own words where it cannot (`EBUSY`: a lock is held), and what the connection says.
+    #[allow(dead_code)] // its caller, the capture of a machine with shares, comes with the state of shares in snapshots
+    pub async fn save(&self, to: &File) -> Result<(), Error> {
+        let mut conversation = self.0.lock().await;
+        if conversation.owed {
+            return Err(Error::errno(format_args!("{SERVER} has not answered before"), Errno::IO));
         }
-        Ok(Self { root: text(&shares.root)?, parts })
-    }
-
-    /// Must be called between fork and exec; makes system calls and nothing else.
-    pub fn enter(&self) -> io::Result<()> {
-        // A guest's root must not make device nodes in the host's directories. A capability that is not in the bounding set is lost at
-        // exec.
-        remove_capability_from_bounding_set(CapabilitySet::MKNOD)?;
-        // SAFETY: unsharing descriptors would be unsafe, which this does not.
-        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
-        // Mounts made here do not reach the host. What the host unmounts elsewhere is unmounted here too, because its disks would stay busy
-        // otherwise.
-        mount_change(c"/", MountPropagationFlags::REC | MountPropagationFlags::DOWNSTREAM)?;
-        // A mount of its own, so that it can be read-only: the guest may not write beside the parts.
-        mount_bind(&self.root, &self.root)?;
-        for part in &self.parts {
-            mount_bind_recursive(&part.from, &part.to)?;
-            // Otherwise a later mount of the host would appear here with its own flags, writable and with devices. Done before the flags
-            // are set, so that no mount comes in between.
-            mount_change(&part.to, MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
-            restrict(&part.to, part.read_only, true)?;
-        }
-        restrict(&self.root, true, false)
+        conversation.owed = true;
+        let asked = timeout(PATIENCE, async {
+            conversation.send(b"{\"op\":\"save\"}\n", to).await?;
+            conversation.answer::<Nothing>(MAX_LINE).await
+        });
+        let answer = asked.await.map_err(io::Error::from).and_then(|answered| answered).map_err(server_failed)?;
+        conversation.owed = false;
+        answer.map(|Nothing {}| ())
     }
 }
 
-fn open(directory: &Path) -> rustix::io::Result<OwnedFd> {
-    rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+impl Conversation {
+    /// Sends a line, which is short enough to be sent whole, and a descriptor with it.
+    async fn send(&mut self, line: &[u8], file: &File) -> io::Result<()> {
+        let stream = &self.stream;
+        let once = || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let fds = [file.as_fd()];
+            if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+                return Err(Errno::NOBUFS.into());
+            }
+            let sent = sendmsg(stream, &[IoSlice::new(line)], &mut control, SendFlags::NOSIGNAL)?;
+            if sent == line.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+        };
+        stream.async_io(Interest::WRITABLE, once).await
+    }
+
+    /// Reads the next answer: what the server says, or why it refuses.
+    async fn answer<T: for<'a> Deserialize<'a>>(&mut self, max: usize) -> io::Result<Result<T, Error>> {
+        let text = line::next(&mut self.stream, &mut self.rest, max).await?;
+        match serde_json::from_slice(&text)? {
+            Answer { ok: true, more, .. } => Ok(Ok(more)),
+            Answer { code: Some(code), message: Some(message), .. } => Ok(Err(Error::Told { code, message })),
+            Answer { .. } => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
 }
 
-fn text(path: &Path) -> Result<CString, Error> {
-    CString::new(path.as_os_str().as_bytes()).map_err(|error| Error::io(path.display(), error.into()))
+fn server_failed(error: io::Error) -> Error {
+    Error::io(SERVER, error)
 }
 
-/// Restricts a mount by `mount_setattr(2)`, which unlike a remount also reaches the mounts below.
-fn restrict(at: &CStr, read_only: bool, recursive: bool) -> io::Result<()> {
-    let only = if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
-    let attributes = libc::mount_attr {
-        attr_set: only | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
+/// Stays with the server until the VM is over, and says when it ends before: the guest's callers get errors then, and the VM goes on.
+pub async fn attend(mut process: Process, state: Arc<State>) {
+    let ended = tokio::select! {
+        () = state.over() => {
+            process.kill();
+            process.wait().await;
+            return;
+        }
+        ended = process.wait() => ended,
     };
-    let flags = if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: path and structure outlive the call, which reads as much of it as it is told.
-    let done = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            at.as_ptr(),
-            flags,
-            &raw const attributes,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    // It ends in order when the VMM has closed the stream, usually because it has ended, which `state` will say.
+    if ended.code == Some(0) && timeout(REST, state.over()).await.is_ok() {
+        return;
+    }
+    let what = format!("machinen-share {}: the shared directories are gone", ended.how());
+    state.console.log.write(format!("machinen: {what}\n").as_bytes());
+    // If the entry cannot be written, the console's log says it alone.
+    let _ = state.entry().shares_lost(&what);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    use std::io::{IoSliceMut, Read, Write};
+
+    /// A server that takes one request, writes `state` to the file that came with it, and answers.
+    fn serve(mut stream: UnixStream, state: &'static str, answer: &'static str) -> std::thread::JoinHandle<String> {
+        std::thread::spawn(move || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut line = [0; 100];
+            let received =
+                recvmsg(&stream, &mut [IoSliceMut::new(&mut line)], &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+            let file = control.drain().find_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+                _ => None,
+            });
+            File::from(file.unwrap()).write_all(state.as_bytes()).unwrap();
+            stream.write_all(answer.as_bytes()).unwrap();
+            String::from_utf8(line[..received.bytes].to_vec()).unwrap()
+        })
+    }
+
+    #[tokio::test]
+    async fn the_server_gets_the_file_to_save_to() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let control = Control::new(ours).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        let served = serve(theirs, "state", "{\"ok\":true}\n");
+        control.save(&file).await.unwrap();
+        assert_eq!(served.join().unwrap(), "{\"op\":\"save\"}\n");
+        let mut state = String::new();
+        io::Seek::rewind(&mut file).unwrap();
+        file.read_to_string(&mut state).unwrap();
+        assert_eq!(state, "state");
+    }
+
+    #[tokio::test]
+    async fn what_the_server_refuses_is_told_in_its_words_and_it_can_be_asked_again() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let control = Control::new(ours).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        for _ in 0..2 {
+            let refusal = "{\"ok\":false,\"code\":\"EBUSY\",\"message\":\"pid 7 locks a/b\"}\n";
+            let served = serve(theirs.try_clone().unwrap(), "", refusal);
+            let error = control.save(&file).await.unwrap_err();
+            assert_eq!((error.code().as_str(), error.to_string().as_str()), ("EBUSY", "pid 7 locks a/b"));
+            served.join().unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_makes_no_sense_is_the_last() {
+        for answer in ["{}\n", "{\"ok\":false}\n", "[\n", "{\"ok\":true}"] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let control = Control::new(ours).unwrap();
+            let file = tempfile::tempfile().unwrap();
+            let served = serve(theirs, "", answer);
+            control.save(&file).await.unwrap_err();
+            served.join().unwrap();
+            let error = control.save(&file).await.unwrap_err();
+            assert_eq!(error.to_string().split(':').next(), Some("machinen-share has not answered before"), "{answer}");
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! The start of a VM, in five steps.
+//! The start of a VM, in six steps.
 
 use crate::agent::Agent;
 use crate::entry::Entry;
@@ -10,9 +10,9 @@ use crate::memory::Memory;
 use crate::network::{self, Card, Forwards};
 use crate::plan::{self, Inherit, Plan};
 use crate::process::{Inherited, Process};
-use crate::shares::View;
+use crate::shares::{self, Server};
 use crate::state::{Started, State};
-use crate::stop::Ask;
+use crate::stop::{Ask, Stops};
 use crate::transcript::Transcript;
 use crate::{control, files, guest_ports, owner, vsock};
 use machinen_channel::connect_host;
@@ -37,14 +37,20 @@ pub struct Vm {
 }
 
 /// Starts the VM and tells the starter. After a failure the VMM is gone; the caller removes the files.
-pub async fn start(plan: &Plan, forwards: Option<Forwards>) -> Result<Vm, Failed> {
+pub async fn start(plan: &Plan, forwards: Option<Forwards>, stops: &mut Stops) -> Result<Vm, Failed> {
     let files = open_files(plan)?;
     let listeners = listen(plan)?;
-    let (mut vmm, ends, prints) = spawn(plan, files.inherited, forwards)?;
+    let prints = open_logs(plan)?;
+    let server = match &plan.shares {
+        Some(shares) => Some(shares::start(plan, shares, &prints.vmm, stops).await?),
+        None => None,
+    };
+    let (mut vmm, ends) = spawn(plan, files.inherited, forwards, server, &prints)?;
     let (entry, shim) = enter(plan, &mut vmm).await?;
-    let identity = vmm.identity;
+    let shares = ends.shares.as_ref().map(|server| &server.report);
+    let started = Event::Started { shim, vmm: vmm.identity, shares }.line();
     let vm = serve(plan, entry, files.memory, listeners, vmm, ends, prints);
-    owner::tell(&Event::Started { shim, vmm: identity }.line());
+    owner::tell(&started);
     Ok(vm)
 }
 
@@ -86,14 +92,6 @@ fn listen(plan: &Plan) -> Result<Listeners, Failed> {
     Ok(Listeners { control, vsock })
 }
 
-/// The shim's ends of the pairs whose other ends the VMM has.
-struct Ends<'a> {
-    console: tokio::net::UnixStream,
-    /// The channel's port, and whether the guest was running before.
-    port: Option<(tokio::net::UnixStream, bool)>,
-    network: Option<(&'a plan::Network, Card, Forwards)>,
-}
-
 /// The logs of what is printed.
 struct Prints {
     vmm: Arc<Transcript>,
@@ -101,12 +99,37 @@ struct Prints {
     output: Log,
 }
 
-/// Step 3: starts the VMM with one end of every pair.
-fn spawn(
-    plan: &Plan,
+/// Step 3: opens the logs. Then the server of the shares is started (`shares`), which prints, and must be ready before the guest asks.
+fn open_logs(plan: &Plan) -> Result<Prints, Failed> {
+    let log = |path: &Path| {
+        let failed = |error| Failed::io(Step::Files, path.display(), error);
+        Log::new(path.to_owned(), plan.console.max_bytes).map_err(failed)
+    };
+    Ok(Prints {
+        vmm: Arc::new(Transcript::new(log(&plan.vmm_log_path)?)),
+        console: Transcript::new(log(&plan.console.log_path)?),
+        output: log(&plan.output_log_path)?,
+    })
+}
+
+/// The shim's ends of the pairs whose other ends the VMM has.
+struct Ends<'a> {
+    console: tokio::net::UnixStream,
+    /// The channel's port, and whether the guest was running before.
+    port: Option<(tokio::net::UnixStream, bool)>,
+    network: Option<(&'a plan::Network, Card, Forwards)>,
+    /// The server of the shares, whose stream the VMM has.
+    shares: Option<Server>,
+}
+
+/// Step 4: starts the VMM with one end of every pair.
+fn spawn<'a>(
+    plan: &'a Plan,
     mut inherited: Vec<Inherited>,
     forwards: Option<Forwards>,
-) -> Result<(Process, Ends<'_>, Prints), Failed> {
+    server: Option<(Server, Inherited)>,
+    prints: &Prints,
+) -> Result<(Process, Ends<'a>), Failed> {
     let failed = vmm_failed(plan);
     let (console, end) = pair().map_err(&failed)?;
     inherited.push(Inherited { fd: plan.console.fd, what: end.into() });
@@ -123,21 +146,16 @@ fn spawn(
         inherited.push(Inherited { fd: planned.fd, what: end.into() });
         network = Some((planned, card, forwards));
     }
-    let view = plan.shares.as_ref().map(View::prepare).transpose().map_err(Failed::at(Step::Shares))?;
-    let log = |path: &Path| {
-        let failed = |error| Failed::io(Step::Files, path.display(), error);
-        Log::new(path.to_owned(), plan.console.max_bytes).map_err(failed)
-    };
-    let prints = Prints {
-        vmm: Arc::new(Transcript::new(log(&plan.vmm_log_path)?)),
-        console: Transcript::new(log(&plan.console.log_path)?),
-        output: log(&plan.output_log_path)?,
-    };
-    let vmm = Process::spawn(&plan.vmm, &prints.vmm, inherited, view).map_err(&failed)?;
-    Ok((vmm, Ends { console, port, network }, prints))
+    let mut shares = None;
+    if let Some((server, stream)) = server {
+        inherited.push(stream);
+        shares = Some(server);
+    }
+    let vmm = Process::spawn(&plan.vmm, &prints.vmm, inherited).map_err(&failed)?;
+    Ok((vmm, Ends { console, port, network, shares }))
 }
 
-/// Step 4: adds shim and VMM to the entry. A VM that is not in the registry must not run.
+/// Step 5: adds shim and VMM to the entry. A VM that is not in the registry must not run.
 async fn enter(plan: &Plan, vmm: &mut Process) -> Result<(Entry, Identity), Failed> {
     let mut entry = Entry::new(plan.entry_path.clone(), plan.entry.clone());
     let entered = Identity::of(std::process::id())
@@ -152,7 +170,7 @@ async fn enter(plan: &Plan, vmm: &mut Process) -> Result<(Entry, Identity), Fail
     }
 }
 
-/// Step 5: starts everything that serves the VM.
+/// Step 6: starts everything that serves the VM.
 fn serve(
     plan: &Plan,
     entry: Entry,
@@ -174,6 +192,7 @@ fn serve(
         agent,
         vmm_prints: prints.vmm,
         memory,
+        shares: ends.shares.as_ref().map(|server| Arc::clone(&server.control)),
         detached: plan.detached,
         ready: is_resumed(plan),
     };
@@ -195,6 +214,9 @@ fn serve(
         async move { state.console.drain(ends.console).await }
     });
     let control = tokio::spawn(control::serve(listeners.control, Arc::clone(&state)));
+    if let Some(server) = ends.shares {
+        channel.spawn(shares::attend(server.process, Arc::clone(&state)));
+    }
     if let Some((network, card, forwards)) = ends.network {
         channel.spawn(network::serve(network.clone(), card, forwards, Arc::clone(&state)));
     }

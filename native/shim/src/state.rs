@@ -6,6 +6,7 @@ use crate::event::{MainExit, Reason};
 use crate::identity::Identity;
 use crate::log::Log;
 use crate::memory::Memory;
+use crate::shares;
 use crate::stop::Ask;
 use crate::transcript::Transcript;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +29,9 @@ pub struct State {
     pub vmm: Identity,
     pub agent: Agent,
     pub memory: Option<Arc<Memory>>,
+    /// The server of the guest's shares, if it has any.
+    #[allow(dead_code)] // as `Control::save`
+    pub shares: Option<Arc<shares::Control>>,
     /// Held by the only capture, until nothing of it is left to undo.
     pub capturing: Semaphore,
     detached: AtomicBool,
@@ -43,6 +47,8 @@ pub struct Started {
     pub agent: Agent,
     pub vmm_prints: Arc<Transcript>,
     pub memory: Option<Arc<Memory>>,
+    /// The server of the guest's shares, if it has any.
+    pub shares: Option<Arc<shares::Control>>,
     pub detached: bool,
     /// Whether the guest was running before.
     pub ready: bool,
@@ -63,7 +69,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl State {
     pub fn new(started: Started, console: Transcript, output: Log, asks: mpsc::Sender<Ask>) -> Self {
-        let Started { entry, vmm, agent, vmm_prints, memory, detached, ready } = started;
+        let Started { entry, vmm, agent, vmm_prints, memory, shares, detached, ready } = started;
         State {
             since: Instant::now(),
             console,
@@ -75,6 +81,7 @@ impl State {
             vmm,
             agent,
             memory,
+            shares,
             capturing: Semaphore::new(1),
             detached: AtomicBool::new(detached),
             ready: AtomicBool::new(ready),

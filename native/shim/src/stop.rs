@@ -52,4 +52,9 @@ impl Stops {
         }
         reason
     }
+
+    /// Resolves when a VM that is being started is no longer wanted.
+    pub async fn unwanted(&mut self, is_detached: bool) {
+        while self.next().await == Reason::OwnerLost && is_detached {}
+    }
 }

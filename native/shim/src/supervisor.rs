@@ -67,7 +67,7 @@ async fn run(plan: &Plan) -> Result<(), Failed> {
     // Done before anything is copied, because it is cheap, and another program may have a port.
     let forwards = plan.network.as_ref().map(Forwards::bind).transpose().map_err(Failed::at(Step::Network))?;
     make_files(plan, &mut stops).await?;
-    let mut vm = start(plan, forwards).await?;
+    let mut vm = start(plan, forwards, &mut stops).await?;
     let exit = vm.until_exit(plan, &mut stops).await;
     vm.finish(plan, exit).await;
     Ok(())
@@ -81,11 +81,7 @@ async fn make_files(plan: &Plan, stops: &mut Stops) -> Result<(), Failed> {
     let done = loop {
         tokio::select! {
             done = &mut copying => break done,
-            reason = stops.next() => {
-                if reason != Reason::OwnerLost || !plan.detached {
-                    cancel.store(true, Ordering::Relaxed);
-                }
-            }
+            () = stops.unwanted(plan.detached) => cancel.store(true, Ordering::Relaxed),
         }
     };
     let copied = match done {
