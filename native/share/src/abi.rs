@@ -125,6 +125,7 @@ pub mod opcode {
     pub const CREATE: u32 = 35;
     pub const INTERRUPT: u32 = 36;
     pub const DESTROY: u32 = 38;
+    pub const NOTIFY_REPLY: u32 = 41;
     pub const BATCH_FORGET: u32 = 42;
     pub const FALLOCATE: u32 = 43;
     pub const READDIRPLUS: u32 = 44;
@@ -152,6 +153,7 @@ pub mod init {
     pub const MAX_PAGES: u64 = 1 << 22;
     pub const CACHE_SYMLINKS: u64 = 1 << 23;
     pub const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
+    pub const NO_OPENDIR_SUPPORT: u64 = 1 << 24;
     pub const INIT_EXT: u64 = 1 << 30;
 }
 
@@ -186,6 +188,10 @@ pub mod flag {
 pub mod notify {
     pub const INVALIDATE_INODE: i32 = 2;
     pub const INVALIDATE_ENTRY: i32 = 3;
+    /// Of `InvalidateEntry::flags`.
+    pub const EXPIRE_ONLY: u32 = 1 << 0;
+    /// Our own, for the guest's relay.
+    pub const SYNC: i32 = 0x5359;
 }
 
 #[cfg(test)]
