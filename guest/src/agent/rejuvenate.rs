@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use rustix::ioctl::{self, NoArg, Opcode, Setter, opcode};
 
-use super::clock;
 use super::context::Context;
+use super::{clock, shares};
 use crate::reply::{Code, ErrorReply, Kept, Rejuvenated};
 use crate::request::Rejuvenate;
 use crate::system::{cgroup, network};
@@ -24,7 +24,7 @@ pub async fn rejuvenate(context: &Arc<Context>, request: Rejuvenate) -> Result<R
         return Err(ErrorReply::new(Code::BadRequest, "this machine is not a copy that waits to be made itself"));
     }
     let done = renew(context, request)?;
-    context.resume_shares();
+    shares::resume_copy(context).await;
     cgroup::thaw_workload().map_err(|error| ErrorReply::io("thaw", &error))?;
     context.gate.open();
     Ok(done)

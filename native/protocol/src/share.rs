@@ -16,3 +16,12 @@ pub const ANSWER_HEADER: usize = 16;
 pub const LOCKS: u32 = 0x6d6e_0001;
 /// The `unique` of that request. The kernel counts its own up from 0.
 pub const LOCKS_UNIQUE: u64 = 1 << 63;
+
+/// Notifications (answers with the `unique` 0) must not fill the guest's memory. So after at most this many the server sends a `SYNC` and waits
+/// for it to come back. It also sends one at the beginning of a stream.
+pub const NOTIFICATIONS: usize = 64;
+/// The `error` of a message of the server, not for the kernel, whose `unique` is 0 and whose body is a number (u64).
+pub const SYNC: i32 = 0x5359;
+/// The opcode of the agent's message that everything before a `SYNC` has been given to the kernel. It has nothing but a header, whose `nodeid` is
+/// the number, and gets no answer. Linux sends this opcode (`FUSE_NOTIFY_REPLY`) only after notifications that the server does not send.
+pub const SYNCED: u32 = 41;

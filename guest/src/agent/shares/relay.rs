@@ -1,20 +1,22 @@
 //! Carries the messages of shared directories between the kernel (/dev/fuse) and the host's file server (a virtio-serial port). One thread
-//! carries requests out, another answers in; neither looks further into a message than its header.
+//! carries requests out, another answers in, a third notifications (`invalidation`). None looks further into a message than its header.
 //!
 //! A machine can be copied only while no request is under way, because its answer would reach the original alone. `drain` brings that about:
 //! the first thread keeps the next request to itself, and all those before it are answered.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use machinen_protocol::share::{ANSWER_HEADER, LOCKS, LOCKS_UNIQUE, MAX_MESSAGE, REQUEST_HEADER};
+use machinen_protocol::share::{ANSWER_HEADER, LOCKS, LOCKS_UNIQUE, MAX_MESSAGE, REQUEST_HEADER, SYNCED};
 use rustix::io::Errno;
 use tokio::sync::Notify;
 
-use super::invalidation::Invalidations;
+use super::invalidation;
+use super::messages::{Received, word};
 use crate::system::{console, shares};
 
 /// Opcodes of requests that get no answer: `FORGET`, `INTERRUPT`, `BATCH_FORGET`.
@@ -28,9 +30,6 @@ pub struct Lock {
     pub path: String,
 }
 
-/// What a thread does until the end.
-type Work = fn(&Relay) -> io::Result<()>;
-
 /// The relay of one machine.
 pub struct Relay {
     /// /dev/fuse.
@@ -42,7 +41,8 @@ pub struct Relay {
     resumed: Condvar,
     /// A request was answered, or the host's end is gone.
     answered: Notify,
-    invalidations: Invalidations,
+    /// Held while a message is written to the port.
+    writing: Mutex<()>,
     /// The kernel's number of the connection, `None` in a test.
     connection: Option<u32>,
 }
@@ -53,6 +53,10 @@ struct State {
     pending: usize,
     held: bool,
     locks: Option<Vec<Lock>>,
+    /// How many `SYNC`s have come, how many of them have been answered, and how many had come at the last freeze.
+    syncs: u64,
+    synced: u64,
+    syncs_at_freeze: u64,
     /// The host's end is gone, or nothing is mounted any more.
     over: bool,
 }
@@ -69,24 +73,31 @@ impl Relay {
             state: Mutex::default(),
             resumed: Condvar::new(),
             answered: Notify::new(),
-            invalidations: Invalidations::default(),
+            writing: Mutex::default(),
             connection,
         });
-        let threads: [(&str, Work); 3] = [
-            ("share-requests", Self::carry_requests),
-            ("share-answers", Self::carry_answers),
-            ("share-caches", |relay| relay.invalidations.deliver(&relay.kernel)),
-        ];
-        for (name, work) in threads {
-            let relay = Arc::clone(&relay);
-            thread::Builder::new().name(name.into()).spawn(move || {
-                if let Err(error) = work(&relay) {
-                    console::say(&format!("{name}: {error}"));
-                }
-                relay.end();
-            })?;
-        }
+        let (notifications, waiting) = invalidation::queue();
+        relay.spawn("share-requests", Self::carry_requests)?;
+        relay.spawn("share-answers", move |relay| relay.carry_answers(&notifications))?;
+        relay.spawn("share-caches", move |relay| {
+            invalidation::deliver(waiting, &relay.kernel, |n| relay.tell_synced(n))
+        })?;
         Ok(relay)
+    }
+
+    fn spawn(
+        self: &Arc<Self>,
+        name: &'static str,
+        work: impl FnOnce(&Self) -> io::Result<()> + Send + 'static,
+    ) -> io::Result<()> {
+        let relay = Arc::clone(self);
+        let body = move || {
+            if let Err(error) = work(&relay) {
+                console::say(&format!("{name}: {error}"));
+            }
+            relay.end();
+        };
+        thread::Builder::new().name(name.into()).spawn(body).map(drop)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -98,7 +109,6 @@ impl Relay {
         if std::mem::replace(&mut self.state().over, true) {
             return;
         }
-        self.invalidations.end();
         self.answered.notify_waiters();
         self.resumed.notify_all();
         if let Some(Err(failed)) = self.connection.map(shares::abort) {
@@ -111,10 +121,11 @@ impl Relay {
     pub async fn drain(&self) -> Vec<Lock> {
         {
             let mut state = self.state();
-            (state.held, state.locks) = (true, None);
+            (state.held, state.locks, state.syncs_at_freeze) = (true, None, state.syncs);
         }
         self.until(|state| state.pending == 0).await;
-        if self.ask_for_locks().is_ok() {
+        // The first thread writes nothing while it is held.
+        if self.send(LOCKS, LOCKS_UNIQUE, 0).is_ok() {
             self.until(|state| state.locks.is_some()).await;
         }
         self.state().locks.take().unwrap_or_default()
@@ -133,13 +144,32 @@ impl Relay {
         }
     }
 
-    fn ask_for_locks(&self) -> io::Result<()> {
+    /// Sends a request of the agent's own.
+    fn send(&self, opcode: u32, unique: u64, node: u64) -> io::Result<()> {
         let mut request = [0; REQUEST_HEADER];
         request[..4].copy_from_slice(&u32::try_from(REQUEST_HEADER).unwrap_or_default().to_ne_bytes());
-        request[4..8].copy_from_slice(&LOCKS.to_ne_bytes());
-        request[8..16].copy_from_slice(&LOCKS_UNIQUE.to_ne_bytes());
-        // The first thread writes nothing while it is held and nothing is pending.
-        (&self.host).write_all(&request)
+        request[4..8].copy_from_slice(&opcode.to_ne_bytes());
+        request[8..16].copy_from_slice(&unique.to_ne_bytes());
+        request[16..24].copy_from_slice(&node.to_ne_bytes());
+        self.write(&request)
+    }
+
+    fn write(&self, message: &[u8]) -> io::Result<()> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        (&self.host).write_all(message)
+    }
+
+    /// Everything before a `SYNC` has been given to the kernel.
+    fn tell_synced(&self, number: u64) -> io::Result<()> {
+        self.send(SYNCED, 0, number)?;
+        self.state().synced += 1;
+        self.answered.notify_waiters();
+        Ok(())
+    }
+
+    /// In a copy: waits until its file server has said what changed on the host since the freeze, and the kernel knows it.
+    pub async fn caught_up(&self) {
+        self.until(|state| state.synced > state.syncs_at_freeze).await;
     }
 
     /// Lets the requests go on.
@@ -169,16 +199,16 @@ impl Relay {
                 }
                 state.pending += usize::from(!UNANSWERED.contains(&word(request, 4)));
             }
-            (&self.host).write_all(request)?;
+            self.write(request)?;
         }
     }
 
     /// The second thread.
-    fn carry_answers(&self) -> io::Result<()> {
+    fn carry_answers(&self, notifications: &SyncSender<Vec<u8>>) -> io::Result<()> {
         let mut received = Received::default();
         loop {
             while let Some(message) = received.next()? {
-                self.take(message)?;
+                self.take(message, notifications)?;
             }
             // 0 while no host is connected; it was when the first request went out.
             if received.read(&self.host)? == 0 {
@@ -187,9 +217,13 @@ impl Relay {
         }
     }
 
-    fn take(&self, message: &[u8]) -> io::Result<()> {
+    fn take(&self, message: &[u8], notifications: &SyncSender<Vec<u8>>) -> io::Result<()> {
         match u64::from_ne_bytes(message[8..16].try_into().unwrap_or_default()) {
-            0 => self.invalidations.push(message),
+            0 => {
+                self.state().syncs += u64::from(invalidation::sync_number(message).is_some());
+                // Never waits: the server waits for an answer before it sends more than there is room for.
+                notifications.try_send(message.to_vec()).map_err(io::Error::other)?;
+            }
             LOCKS_UNIQUE => self.state().locks = Some(locks(&message[ANSWER_HEADER..])),
             _ => {
                 match rustix::io::write(&self.kernel, message) {
@@ -206,10 +240,6 @@ impl Relay {
     }
 }
 
-fn word(message: &[u8], at: usize) -> u32 {
-    u32::from_ne_bytes(message[at..at + 4].try_into().unwrap_or_default())
-}
-
 /// The locks in the body of an answer to `LOCKS`.
 fn locks(mut body: &[u8]) -> Vec<Lock> {
     let mut locks = Vec::new();
@@ -222,75 +252,15 @@ fn locks(mut body: &[u8]) -> Vec<Lock> {
     locks
 }
 
-/// The bytes from the host, which come in pieces of any length.
-struct Received {
-    buffer: Vec<u8>,
-    start: usize,
-    end: usize,
-}
-
-impl Default for Received {
-    fn default() -> Self {
-        Self { buffer: vec![0; MAX_MESSAGE + (64 << 10)], start: 0, end: 0 }
-    }
-}
-
-impl Received {
-    /// The next message, if all of it is here.
-    fn next(&mut self) -> io::Result<Option<&[u8]>> {
-        let bytes = &self.buffer[self.start..self.end];
-        if bytes.len() < ANSWER_HEADER {
-            return Ok(None);
-        }
-        let length = word(bytes, 0) as usize;
-        if !(ANSWER_HEADER..=MAX_MESSAGE).contains(&length) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a message of {length} bytes")));
-        }
-        if bytes.len() < length {
-            return Ok(None);
-        }
-        let begin = self.start;
-        self.start += length;
-        Ok(Some(&self.buffer[begin..self.start]))
-    }
-
-    /// Reads more. There is room, because a message that fills the buffer is complete.
-    fn read(&mut self, mut from: impl Read) -> io::Result<usize> {
-        self.buffer.copy_within(self.start..self.end, 0);
-        (self.start, self.end) = (0, self.end - self.start);
-        loop {
-            match from.read(&mut self.buffer[self.end..]) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                done => return done.inspect(|length| self.end += length),
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
     use std::os::unix::net::{UnixDatagram, UnixStream};
+    use std::time::Duration;
+
+    use machinen_protocol::share::SYNC;
 
     use super::*;
-
-    #[test]
-    fn messages_are_found_in_pieces_of_any_length() {
-        let message = |length: u32| [&length.to_ne_bytes()[..], &vec![7; length as usize - 4]].concat();
-        let stream = [message(16), message(100_000), message(17)].concat();
-        for piece in [1, 15, 4096, 1 << 20] {
-            let (mut received, mut lengths) = (Received::default(), Vec::new());
-            for piece in stream.chunks(piece) {
-                received.read(piece).unwrap();
-                while let Some(message) = received.next().unwrap() {
-                    lengths.push(message.len());
-                }
-            }
-            assert_eq!(lengths, [16, 100_000, 17]);
-        }
-        let mut received = Received::default();
-        received.read(&[0; 16][..]).unwrap();
-        assert!(received.next().is_err());
-    }
 
     #[test]
     fn locks_are_listed() {
@@ -353,6 +323,38 @@ mod tests {
         let mut server = server.await.unwrap();
         relay.resume();
         assert_eq!(received(&mut server), request(3, 6));
+    }
+
+    #[tokio::test]
+    async fn notifications_are_delivered_and_each_sync_is_answered() {
+        let (relay, kernel, mut server) = relay();
+        let mut sync = answer(0, &7u64.to_ne_bytes());
+        sync[4..8].copy_from_slice(&SYNC.to_ne_bytes());
+        let mut notification = answer(0, &[0; 24]);
+        notification[4..8].copy_from_slice(&2i32.to_ne_bytes());
+        // Those of the original's server do not count in the copy.
+        server.write_all(&sync).unwrap();
+        assert_eq!(word(&received(&mut server), 16), 7);
+        relay.caught_up().await;
+        let drained = tokio::spawn({
+            let relay = Arc::clone(&relay);
+            async move { relay.drain().await }
+        });
+        let mut server = tokio::task::spawn_blocking(move || {
+            received(&mut server);
+            server.write_all(&answer(LOCKS_UNIQUE, &[])).unwrap();
+            server
+        })
+        .await
+        .unwrap();
+        drained.await.unwrap();
+        assert!(tokio::time::timeout(Duration::ZERO, relay.caught_up()).await.is_err());
+        server.write_all(&[notification.clone(), sync].concat()).unwrap();
+        let mut seen = [0; 64];
+        let length = kernel.recv(&mut seen).unwrap();
+        assert_eq!(seen[..length], notification);
+        relay.caught_up().await;
+        received(&mut server);
     }
 
     #[tokio::test]

@@ -1,5 +1,9 @@
 //! Shared directories (live mounts) of the running machine.
 
+mod invalidation;
+mod messages;
+pub mod relay;
+
 use std::fs::{self, OpenOptions};
 use std::time::Duration;
 
@@ -8,13 +12,15 @@ use tokio::io::AsyncRead;
 
 use super::context::Context;
 use super::port;
-use super::relay::{Lock, Relay};
 use super::stream::{Abort, FrameReader};
 use crate::config::Share;
 use crate::reply::{Code, ErrorReply};
 use crate::system::shares;
 use crate::system::step::{Failed, Step};
+use relay::{Lock, Relay};
 
+/// How long a copy waits for news of its shared directories.
+const CATCHES_UP_WITHIN: Duration = Duration::from_secs(5);
 /// How many holders an error names.
 const NAMED: usize = 8;
 
@@ -47,6 +53,14 @@ pub async fn drain<R: AsyncRead + Unpin>(
             ErrorReply::new(Code::Timeout, message).into()
         }),
     }
+}
+
+/// Lets the requests of a copy go on, once the kernel knows what changed on the host since the freeze.
+pub async fn resume_copy(context: &Context) {
+    let Some(relay) = context.shares.get() else { return };
+    relay.resume();
+    // A server that does not answer must not keep the commands from going on: they find it out where they need it.
+    let _ = tokio::time::timeout(CATCHES_UP_WITHIN, relay.caught_up()).await;
 }
 
 /// Fails if processes hold locks, which a copy cannot have beside its original, unless they `may_be_lost`.
