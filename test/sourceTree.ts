@@ -25,6 +25,7 @@ export const writeSourceTree = (root: string) => {
     "Cargo.toml",
     "guest/src/main.rs",
     "native/shim/src/main.rs",
+    "native/share/src/main.rs",
     "gvproxy/main.go",
     "bases/ext4.sh",
     "bases/micro.sh",

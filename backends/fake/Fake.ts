@@ -164,6 +164,7 @@ export const layer = Layer.unwrapEffect(
           kernel: asset("kernel"),
           init: asset("init"),
           shim: asset("kernel"),
+          share: asset("kernel"),
           gvproxy: asset("kernel"),
           base: () => asset("image"),
           identity: () => Effect.succeed({ directory: "fake", inputs: "" }),

@@ -10,7 +10,7 @@ import { SourceTree } from "./SourceTree.ts"
 
 /**
  * The assets that set-up builds, each with the files and directories of the source tree that decide its content. `programs` is one asset,
- * because one cargo build makes the guest's init and the shim.
+ * because one cargo build makes the guest's init, the shim and the file server.
  */
 const inputs = {
   kernel: ["kernel"],
@@ -40,7 +40,7 @@ const manifestFile = "asset.json"
 const ManifestJson = Schema.parseJson(AssetManifest)
 
 /**
- * The kernel, the guest's init, the shim and the base images: built on this machine and kept by the hash of their inputs. A second checkout
+ * The kernel, the guest's init, the shim, the file server and the base images: built on this machine and kept by the hash of their inputs. A second checkout
  * with the same inputs uses the same assets. A changed input makes another asset beside the old one, which running VMs and bundles may still
  * need. The paths are absolute; an asset that is not built fails with AssetError.
  */
@@ -53,6 +53,8 @@ export class Assets extends Context.Tag("machinen/Assets")<
     readonly init: Effect.Effect<string, AssetError>
     /** Path of `machinen-shim`, the supervisor of each VM. */
     readonly shim: Effect.Effect<string, AssetError>
+    /** Path of `machinen-share`, the file server of each VM with shared directories. */
+    readonly share: Effect.Effect<string, AssetError>
     /** Path of `gvproxy`, which serves a guest's network card. */
     readonly gvproxy: Effect.Effect<string, AssetError>
     /** Path of a base image, read-only ext4. */
@@ -192,6 +194,7 @@ export class Assets extends Context.Tag("machinen/Assets")<
         kernel: file("kernel", "vmlinux"),
         init: file("programs", "init"),
         shim: file("programs", "machinen-shim"),
+        share: file("programs", "machinen-share"),
         gvproxy: file("gvproxy", "gvproxy"),
         base: (name) => file(`base-${name}`, "base.ext4"),
         identity: (name) =>

@@ -21,7 +21,7 @@ export const assetBuilds = (
     ({ out, work }: BuildDirectories, onLine: OnLine) =>
       Effect.flatMap(root, (dir) => long(`run ${name}`, ["bash", path.join(dir, name), out, work], { onLine }))
 
-  const compile = "compile the guest init and the shim"
+  const compile = "compile the guest init, the shim and the file server"
 
   /** Compiles the Rust programs in the cache directory, so that a changed line does not compile every dependency again. */
   const programs = ({ out }: BuildDirectories, onLine: OnLine) =>
@@ -34,7 +34,7 @@ export const assetBuilds = (
       }
       // Cargo does not distinguish the packages of two checkouts in one target directory, and tells by file times what is fresh: it would
       // take another checkout's packages for ours.
-      const own = ["archive", "channel", "guest", "protocol", "shim"].flatMap((name) => [
+      const own = ["archive", "channel", "guest", "protocol", "share", "shim"].flatMap((name) => [
         "--package",
         `machinen-${name}`
       ])
@@ -43,13 +43,19 @@ export const assetBuilds = (
         ["cargo", "clean", "--release", "--locked", "--target", triple, ...own],
         options
       )
-      const wanted = ["guest", "shim"].flatMap((name) => ["--package", `machinen-${name}`, "--bin", `machinen-${name}`])
+      const wanted = ["guest", "shim", "share"].flatMap((name) => [
+        "--package",
+        `machinen-${name}`,
+        "--bin",
+        `machinen-${name}`
+      ])
       yield* long(compile, ["cargo", "build", "--release", "--locked", ...wanted], options)
       const built = path.join(target, triple, "release")
       yield* Effect.forEach(
         [
           ["machinen-guest", "init"],
-          ["machinen-shim", "machinen-shim"]
+          ["machinen-shim", "machinen-shim"],
+          ["machinen-share", "machinen-share"]
         ] as const,
         ([from, to]) =>
           Effect.zipRight(fs.copyFile(path.join(built, from), path.join(out, to)), fs.chmod(path.join(out, to), 0o755))

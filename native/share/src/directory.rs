@@ -13,13 +13,18 @@ use crate::handle::Handle;
 
 pub struct Entry<'a> {
     pub name: &'a CStr,
-    ino: u64,
+    pub ino: u64,
     kind: FileType,
     /// Where the next one is.
     next: u64,
 }
 
-impl Entry<'_> {
+impl<'a> Entry<'a> {
+    /// An entry of a directory that is not on a disk; the next one is at `next`.
+    pub fn new(name: &'a CStr, ino: u64, kind: FileType, next: u64) -> Self {
+        Self { name, ino, kind, next }
+    }
+
     pub fn is_dots(&self) -> bool {
         matches!(self.name.to_bytes(), b"." | b"..")
     }

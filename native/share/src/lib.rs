@@ -2,14 +2,30 @@
 //! is that file whatever happens to its name.
 
 pub mod abi;
+mod attributes;
+pub mod confinement;
+pub mod control;
+mod data;
+mod devices;
+mod directories;
 mod directory;
+mod entries;
 mod handle;
+mod init;
 mod lock;
+mod locks;
 mod node;
 pub mod notice;
-pub mod owner;
+mod open;
+pub mod outlet;
+mod owner;
+pub mod plan;
 mod privilege;
+mod reply;
 pub mod request;
+mod root;
 pub mod server;
+pub mod share;
 pub mod stream;
 pub mod watch;
+mod xattr;

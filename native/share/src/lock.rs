@@ -41,7 +41,12 @@ impl Locks {
     }
 
     /// What would keep the owner from that lock.
-    pub fn test(&self, node: u64, lock: &LockIn, open: impl FnOnce() -> Result<OwnedFd, Errno>) -> Result<LockOut, Errno> {
+    pub fn test(
+        &self,
+        node: u64,
+        lock: &LockIn,
+        open: impl FnOnce() -> Result<OwnedFd, Errno>,
+    ) -> Result<LockOut, Errno> {
         let file = self.of(node, lock.owner, open)?;
         let mut found = posix(lock)?;
         fcntl(&file, libc::F_OFD_GETLK, &mut found)?;

@@ -17,6 +17,8 @@ pub const MOST: usize = 400_000;
 /// Which file it is, on this host.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct Identity {
+    /// The share's place: the same file in two shares is two nodes, because what may be done to it depends on the share.
+    pub share: usize,
     pub device: u64,
     pub inode: u64,
 }
@@ -30,10 +32,11 @@ pub struct Node {
 }
 
 impl Node {
-    /// The file that `file` (O_PATH) is, and what it is like now.
-    pub fn new(file: OwnedFd) -> Result<(Self, Statx), Errno> {
+    /// The file of a share that `file` (O_PATH) is, and what it is like now.
+    pub fn new(file: OwnedFd, share: usize) -> Result<(Self, Statx), Errno> {
         let status = status(&file)?;
-        let identity = Identity { device: makedev(status.stx_dev_major, status.stx_dev_minor), inode: status.stx_ino };
+        let identity =
+            Identity { share, device: makedev(status.stx_dev_major, status.stx_dev_minor), inode: status.stx_ino };
         Ok((Self { file, identity, kind: FileType::from_raw_mode(status.stx_mode.into()) }, status))
     }
 
@@ -66,14 +69,26 @@ struct Known {
 pub struct Nodes {
     by_number: HashMap<u64, Known>,
     by_identity: HashMap<Identity, u64>,
+    /// The first number that is not a share's.
+    first: u64,
     next: u64,
 }
 
 impl Nodes {
-    pub fn new(root: Node) -> Self {
-        let by_identity = HashMap::from([(root.identity, ROOT)]);
-        let known = Known { node: Arc::new(root), lookups: 1 };
-        Self { by_number: HashMap::from([(ROOT, known)]), by_identity, next: ROOT + 1 }
+    /// `shares` are always known, by the numbers behind the root's.
+    pub fn new(shares: Vec<Node>) -> Self {
+        let first = ROOT + 1 + shares.len() as u64;
+        let mut nodes = Self { by_number: HashMap::new(), by_identity: HashMap::new(), first, next: first };
+        for (number, node) in (ROOT + 1..).zip(shares) {
+            nodes.by_identity.insert(node.identity, number);
+            nodes.by_number.insert(number, Known { node: Arc::new(node), lookups: 1 });
+        }
+        nodes
+    }
+
+    /// The number of a share, by its place.
+    pub fn of_share(place: usize) -> u64 {
+        ROOT + 1 + place as u64
     }
 
     pub fn get(&self, number: u64) -> Result<Arc<Node>, Errno> {
@@ -81,7 +96,7 @@ impl Nodes {
     }
 
     /// The number of a file the guest is told of. A number is never given twice.
-    pub fn tell(&mut self, node: Node) -> Result<u64, Errno> {
+    pub fn tell(&mut self, node: Node) -> Result<(u64, Arc<Node>), Errno> {
         if self.by_number.len() >= MOST && !self.by_identity.contains_key(&node.identity) {
             return Err(Errno::NFILE);
         }
@@ -90,21 +105,22 @@ impl Nodes {
                 let number = *known.get();
                 let known = self.by_number.get_mut(&number).ok_or(Errno::STALE)?;
                 known.lookups = known.lookups.saturating_add(1);
-                Ok(number)
+                Ok((number, Arc::clone(&known.node)))
             }
             Entry::Vacant(unknown) => {
                 let number = self.next;
                 self.next += 1;
                 unknown.insert(number);
-                self.by_number.insert(number, Known { node: Arc::new(node), lookups: 1 });
-                Ok(number)
+                let node = Arc::new(node);
+                self.by_number.insert(number, Known { node: Arc::clone(&node), lookups: 1 });
+                Ok((number, node))
             }
         }
     }
 
-    /// The guest has forgotten that it was told of a file so many times. The shared directory itself stays.
+    /// The guest has forgotten that it was told of a file so many times. Shares stay.
     pub fn forget(&mut self, number: u64, lookups: u64) {
-        if number == ROOT {
+        if number < self.first {
             return;
         }
         let Entry::Occupied(mut known) = self.by_number.entry(number) else { return };
@@ -114,6 +130,7 @@ impl Nodes {
         }
     }
 
+    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.by_number.len()
     }
@@ -126,7 +143,7 @@ mod tests {
     use super::*;
 
     fn node(path: &std::path::Path) -> Node {
-        Node::new(open(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty()).unwrap()).unwrap().0
+        Node::new(open(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty()).unwrap(), 0).unwrap().0
     }
 
     #[test]
@@ -134,25 +151,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, "").unwrap();
-        let mut nodes = Nodes::new(node(dir.path()));
-        let number = nodes.tell(node(&path)).unwrap();
+        let mut nodes = Nodes::new(vec![node(dir.path())]);
+        let (number, _) = nodes.tell(node(&path)).unwrap();
         let link = dir.path().join("link");
         std::fs::hard_link(&path, &link).unwrap();
-        assert_eq!(nodes.tell(node(&link)).unwrap(), number);
+        assert_eq!(nodes.tell(node(&link)).unwrap().0, number);
         nodes.forget(number, 1);
         assert!(nodes.get(number).is_ok());
         nodes.forget(number, 1);
         assert_eq!(nodes.get(number).unwrap_err(), Errno::STALE);
-        assert_ne!(nodes.tell(node(&path)).unwrap(), number);
+        assert_ne!(nodes.tell(node(&path)).unwrap().0, number);
     }
 
     #[test]
-    fn the_shared_directory_stays_and_what_is_unknown_is_no_matter() {
+    fn a_share_stays_and_what_is_unknown_is_no_matter() {
         let dir = tempfile::tempdir().unwrap();
-        let mut nodes = Nodes::new(node(dir.path()));
-        nodes.forget(ROOT, u64::MAX);
+        let mut nodes = Nodes::new(vec![node(dir.path())]);
+        nodes.forget(Nodes::of_share(0), u64::MAX);
         nodes.forget(77, 1);
-        assert!(nodes.get(ROOT).is_ok());
+        assert!(nodes.get(Nodes::of_share(0)).is_ok());
         assert_eq!(nodes.len(), 1);
     }
 }

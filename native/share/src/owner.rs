@@ -1,7 +1,7 @@
 //! Owners of files: of the guest's users, which are this host's?
 
 use rustix::io::Errno;
-use rustix::process::{geteuid, getegid};
+use rustix::process::{getegid, geteuid};
 
 /// One user and group of this host, and those of the guest that are the same. All others are the same number on both sides.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -11,16 +11,24 @@ pub struct Owners {
 }
 
 impl Owners {
-    /// What the server's own user has is the guest's root's. For root that changes nothing.
-    pub fn of_this_process() -> Self {
-        Self { host: (geteuid().as_raw(), getegid().as_raw()), guest: (0, 0) }
+    /// Of a share whose directory or file has that owner. As an ordinary user, the server can make files of its own user alone: these are the
+    /// guest's root's, or the wished user's. As root, all are the same number on both sides, but for the share's owner where a user is wished.
+    pub fn new(owner: (u32, u32), wished: (Option<u32>, Option<u32>)) -> Self {
+        let of_root = geteuid().is_root();
+        let pair = |own: u32, owner: u32, wished: Option<u32>| match (of_root, wished) {
+            (true, Some(wished)) => (owner, wished),
+            (true, None) => (0, 0),
+            (false, wished) => (own, wished.unwrap_or(0)),
+        };
+        let (uid, gid) = (pair(geteuid().as_raw(), owner.0, wished.0), pair(getegid().as_raw(), owner.1, wished.1));
+        Self { host: (uid.0, gid.0), guest: (uid.1, gid.1) }
     }
 
-    pub fn to_guest(&self, (uid, gid): (u32, u32)) -> (u32, u32) {
+    pub fn to_guest(self, (uid, gid): (u32, u32)) -> (u32, u32) {
         (swap(uid, self.host.0, self.guest.0), swap(gid, self.host.1, self.guest.1))
     }
 
-    pub fn to_host(&self, (uid, gid): (u32, u32)) -> (u32, u32) {
+    pub fn to_host(self, (uid, gid): (u32, u32)) -> (u32, u32) {
         (swap(uid, self.guest.0, self.host.0), swap(gid, self.guest.1, self.host.1))
     }
 }

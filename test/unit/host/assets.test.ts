@@ -108,7 +108,9 @@ describe("Assets", () => {
   it.scoped("does not change with another asset's inputs, build output or tests", () =>
     Effect.gen(function* () {
       const { process, source } = yield* host
-      const build = Effect.flatMap(Assets, (assets) => assets.build("programs", fill("init", "machinen-shim")))
+      const build = Effect.flatMap(Assets, (assets) =>
+        assets.build("programs", fill("init", "machinen-shim", "machinen-share"))
+      )
       yield* process(build)
       write(source, "kernel/config", "CONFIG_A=n\n")
       write(source, "native/target/release/machinen-shim", "ELF")

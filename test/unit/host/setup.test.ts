@@ -76,7 +76,8 @@ const host = Effect.gen(function* () {
       // what another checkout has built is as good as new to cargo
       for (const [name, main] of [
         ["machinen-guest", "guest/src/main.rs"],
-        ["machinen-shim", "native/shim/src/main.rs"]
+        ["machinen-shim", "native/shim/src/main.rs"],
+        ["machinen-share", "native/share/src/main.rs"]
       ] as const) {
         if (!existsSync(path.join(release, name))) write(release, name, readFileSync(path.join(source, main), "utf8"))
       }

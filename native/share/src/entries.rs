@@ -1,0 +1,130 @@
+//! Names in directories: looked up, made, moved and removed.
+
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, openat};
+use rustix::io::Errno;
+
+use crate::abi::{self, EntryOut, opcode};
+use crate::node::Node;
+use crate::owner::Maker;
+use crate::reply::{Answer, done, reply};
+use crate::request::Request;
+use crate::server::Server;
+
+impl Server {
+    /// Tells the guest of a file (O_PATH) of the share.
+    pub(crate) fn told(&self, file: OwnedFd, share: usize) -> Result<EntryOut, Errno> {
+        let (node, status) = Node::new(file, share)?;
+        let (number, node) = self.nodes().tell(node)?;
+        self.entry_out(number, &node, &status)
+    }
+
+    /// The file of that name, which is not followed if it is a link.
+    pub(crate) fn find(&self, parent: &Node, name: &CStr) -> Result<EntryOut, Errno> {
+        let file = openat(parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+        self.told(file, parent.identity.share)
+    }
+
+    pub(crate) fn lookup(&self, mut request: Request<'_>) -> Answer {
+        let parent = self.node(request.header.node)?;
+        reply(self.find(&parent, request.name()?)?)
+    }
+
+    pub(crate) fn forget(&self, mut request: Request<'_>) -> Answer {
+        let forgotten: abi::ForgetIn = request.take()?;
+        self.nodes().forget(request.header.node, forgotten.lookups);
+        Ok(None)
+    }
+
+    pub(crate) fn forget_many(&self, mut request: Request<'_>) -> Answer {
+        let many: abi::BatchForgetIn = request.take()?;
+        for _ in 0..many.count {
+            let Ok(one) = request.take::<abi::ForgetOne>() else { break };
+            self.nodes().forget(one.node, one.lookups);
+        }
+        Ok(None)
+    }
+
+    /// Makes something in a directory as the user who asked for it.
+    pub(crate) fn making<T>(
+        &self,
+        parent: &Node,
+        request: &Request<'_>,
+        umask: u32,
+        make: impl FnOnce() -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let owner = self.share(parent).owners.to_host((request.header.uid, request.header.gid));
+        let maker = Maker::new(owner, umask)?;
+        let made = make();
+        drop(maker);
+        made
+    }
+
+    pub(crate) fn symlink(&self, mut request: Request<'_>) -> Answer {
+        let parent = self.node(request.header.node)?;
+        let (name, target) = (request.name()?, request.text()?);
+        self.making(&parent, &request, 0, || rustix::fs::symlinkat(target, &*parent, name))?;
+        reply(self.find(&parent, name)?)
+    }
+
+    pub(crate) fn mknod(&self, mut request: Request<'_>) -> Answer {
+        let parent = self.node(request.header.node)?;
+        let asked: abi::MknodIn = request.take()?;
+        let name = request.name()?;
+        let kind = FileType::from_raw_mode(asked.mode);
+        // A device would be this host's.
+        if !matches!(kind, FileType::RegularFile | FileType::Fifo | FileType::Socket) {
+            return Err(Errno::PERM);
+        }
+        let mode = Mode::from_raw_mode(asked.mode & 0o7777);
+        self.making(&parent, &request, asked.umask, || rustix::fs::mknodat(&*parent, name, kind, mode, 0))?;
+        reply(self.find(&parent, name)?)
+    }
+
+    pub(crate) fn mkdir(&self, mut request: Request<'_>) -> Answer {
+        let parent = self.node(request.header.node)?;
+        let asked: abi::MkdirIn = request.take()?;
+        let name = request.name()?;
+        let mode = Mode::from_raw_mode(asked.mode & 0o7777);
+        self.making(&parent, &request, asked.umask, || rustix::fs::mkdirat(&*parent, name, mode))?;
+        reply(self.find(&parent, name)?)
+    }
+
+    pub(crate) fn unlink(&self, mut request: Request<'_>, flags: AtFlags) -> Answer {
+        rustix::fs::unlinkat(&*self.node(request.header.node)?, request.name()?, flags)?;
+        done()
+    }
+
+    pub(crate) fn rename(&self, mut request: Request<'_>) -> Answer {
+        let parent = self.node(request.header.node)?;
+        let (new_parent, flags) = if request.header.opcode == opcode::RENAME2 {
+            let asked: abi::Rename2In = request.take()?;
+            (asked.new_parent, RenameFlags::from_bits(asked.flags).ok_or(Errno::INVAL)?)
+        } else {
+            (request.take::<abi::RenameIn>()?.new_parent, RenameFlags::empty())
+        };
+        if flags.contains(RenameFlags::WHITEOUT) {
+            return Err(Errno::INVAL);
+        }
+        let new_parent = self.node(new_parent)?;
+        same_share(&parent, &new_parent)?;
+        rustix::fs::renameat_with(&*parent, request.name()?, &*new_parent, request.name()?, flags)?;
+        done()
+    }
+
+    pub(crate) fn link(&self, mut request: Request<'_>) -> Answer {
+        let parent = self.node(request.header.node)?;
+        let node = self.node(request.take::<abi::LinkIn>()?.node)?;
+        same_share(&node, &parent)?;
+        let name = request.name()?;
+        rustix::fs::linkat(&self.descriptors, node.number(), &*parent, name, AtFlags::SYMLINK_FOLLOW)?;
+        reply(self.find(&parent, name)?)
+    }
+}
+
+/// Two shares are two file systems to the guest, and what is read-only in one must not become writable through another.
+fn same_share(one: &Node, other: &Node) -> Result<(), Errno> {
+    if one.identity.share == other.identity.share { Ok(()) } else { Err(Errno::XDEV) }
+}

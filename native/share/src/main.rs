@@ -1,0 +1,134 @@
+//! `machinen-share`: serves the shared directories of one VM to its guest. The shim starts it with a stream to the guest as descriptor 3 and its
+//! control connection as descriptor 4; it ends when either ends.
+
+use std::fs::File;
+use std::io::{self, BufReader};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::process::exit;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use machinen_protocol::errno;
+use machinen_share::confinement::confine;
+use machinen_share::control::{Control, Line};
+use machinen_share::plan::Plan;
+use machinen_share::server::Server;
+use machinen_share::share::Refused;
+use machinen_share::stream;
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+const STREAM: RawFd = 3;
+const CONTROL: RawFd = 4;
+/// How much of the guest's requests is read at once.
+const BUFFER: usize = 256 * 1024;
+
+/// What the shim asks for later.
+#[derive(Deserialize)]
+#[serde(tag = "op", rename_all = "camelCase")]
+enum Operation {
+    Save,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Answer {
+    Started { ok: bool, confinement: Vec<&'static str>, lost: Vec<Lost> },
+    Refused { ok: bool, code: String, message: String },
+}
+
+/// Something of the state before that is no more.
+#[derive(Serialize)]
+struct Lost {
+    tag: String,
+    path: String,
+    why: String,
+}
+
+impl From<Refused> for Answer {
+    fn from(refused: Refused) -> Self {
+        let error = io::Error::from(refused.errno);
+        let text = error.to_string();
+        // Without the number that the standard library puts behind it: the code says it.
+        let text = text.split(" (os error").next().unwrap_or(&text);
+        let message = format!("{}: {text}", refused.what);
+        Self::Refused { ok: false, code: errno::text(refused.errno.raw_os_error()), message }
+    }
+}
+
+fn main() {
+    let (Some(guest), Some(control)) = (descriptor(STREAM), descriptor(CONTROL)) else {
+        eprintln!(
+            "usage: machinen-share, with a stream to the guest as descriptor 3 and the shim's control connection as descriptor 4"
+        );
+        exit(2);
+    };
+    let mut control = Control::new(UnixStream::from(control));
+    if let Err(error) = run(File::from(guest), &mut control) {
+        eprintln!("machinen-share: {error}");
+        exit(1);
+    }
+}
+
+fn run(guest: File, control: &mut Control) -> io::Result<()> {
+    let Some(line) = control.line()? else { return Ok(()) };
+    let input = BufReader::with_capacity(BUFFER, guest.try_clone()?);
+    let server = match start(&line, guest) {
+        Ok((server, answer)) => {
+            control.answer(&answer)?;
+            Arc::new(server)
+        }
+        Err(refused) => {
+            control.answer(&Answer::from(refused))?;
+            exit(1);
+        }
+    };
+    let serving = Arc::clone(&server);
+    std::thread::Builder::new().spawn(move || {
+        let code = match stream::serve(&serving, input) {
+            Ok(()) => 0,
+            Err(error) => {
+                eprintln!("machinen-share: the guest's stream: {error}");
+                1
+            }
+        };
+        exit(code);
+    })?;
+    while let Some(line) = control.line()? {
+        let answer = operate(&server, &line);
+        control.answer(&answer)?;
+    }
+    Ok(())
+}
+
+/// Opens what is shared, then gives up what is not needed for it.
+fn start(line: &Line, guest: File) -> Result<(Server, Answer), Refused> {
+    let plan = Plan::parse(&line.text)?;
+    let shares = plan.open()?;
+    let refused = |errno| Refused { errno, what: "the server".to_owned() };
+    let server = Server::new(shares, Duration::ZERO, Arc::new(Mutex::new(guest))).map_err(refused)?;
+    if let Some(path) = plan.state {
+        return Err(Refused { errno: Errno::NOSYS, what: path.display().to_string() });
+    }
+    Ok((server, Answer::Started { ok: true, confinement: confine(), lost: Vec::new() }))
+}
+
+/// What the shim asks for while the guest is served.
+fn operate(_server: &Server, line: &Line) -> Answer {
+    let refused = |errno, what: &str| Answer::from(Refused { errno, what: what.to_owned() });
+    match serde_json::from_slice(&line.text) {
+        Ok(Operation::Save) => refused(Errno::NOSYS, "save"),
+        Err(error) => refused(Errno::INVAL, &error.to_string()),
+    }
+}
+
+/// A descriptor that this process was started with.
+fn descriptor(number: RawFd) -> Option<OwnedFd> {
+    // SAFETY: asks for the descriptor's flags; a number that is not open is an error.
+    if unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+        return None;
+    }
+    // SAFETY: it is open, and nothing else in this process owns it: it was opened before the process began.
+    Some(unsafe { OwnedFd::from_raw_fd(number) })
+}

@@ -1,0 +1,42 @@
+//! Answers, put together.
+
+use rustix::io::Errno;
+use zerocopy::{Immutable, IntoBytes, KnownLayout};
+
+use crate::abi::OutHeader;
+
+/// What follows the header of an answer; `None`: the request wants no answer, or gets it later.
+pub type Answer = Result<Option<Vec<u8>>, Errno>;
+
+pub fn done() -> Answer {
+    Ok(Some(Vec::new()))
+}
+
+pub fn reply<T: IntoBytes + Immutable + KnownLayout>(body: T) -> Answer {
+    Ok(Some(body.as_bytes().to_vec()))
+}
+
+/// The whole message of an answer, if there is one.
+pub fn message(unique: u64, answer: Answer) -> Option<Vec<u8>> {
+    match answer {
+        Ok(body) => body.map(|body| assemble(unique, 0, &body)),
+        Err(errno) => Some(assemble(unique, -errno.raw_os_error(), &[])),
+    }
+}
+
+fn assemble(unique: u64, error: i32, body: &[u8]) -> Vec<u8> {
+    let len = size_of::<OutHeader>() + body.len();
+    let mut whole = Vec::with_capacity(len);
+    whole.extend_from_slice(OutHeader { len: low(len as u64), error, unique }.as_bytes());
+    whole.extend_from_slice(body);
+    whole
+}
+
+/// The lower half of a number.
+pub fn low(wide: u64) -> u32 {
+    u32::try_from(wide & u64::from(u32::MAX)).unwrap_or_default()
+}
+
+pub fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}

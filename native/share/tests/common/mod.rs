@@ -1,0 +1,162 @@
+//! A guest's side of the program: speaks FUSE messages with it.
+
+#![allow(clippy::unwrap_used, dead_code, reason = "a test that cannot go on fails, and each uses some of this")]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command};
+
+use machinen_share::abi::{self, EntryOut, InHeader, InitIn, InitOut, OpenIn, OpenOut, OutHeader, ReadIn, opcode};
+use serde_json::{Value, json};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// The program, with both of its connections. It is ended with the test.
+pub struct Program {
+    pub child: Child,
+    pub guest: UnixStream,
+    pub control: BufReader<UnixStream>,
+    unique: u64,
+}
+
+impl Program {
+    /// Starts it without a plan.
+    pub fn start() -> Self {
+        let (guest, stream) = UnixStream::pair().unwrap();
+        let (control, its_control) = UnixStream::pair().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_machinen-share"));
+        let (stream_fd, control_fd) = (stream.as_raw_fd(), its_control.as_raw_fd());
+        // SAFETY: the closure makes system calls and nothing else. The first copies are above the numbers that are wanted.
+        unsafe {
+            command.pre_exec(move || {
+                let copy = |fd: i32, command: i32, to: i32| match libc::fcntl(fd, command, to) {
+                    -1 => Err(std::io::Error::last_os_error()),
+                    copy => Ok(copy),
+                };
+                let stream = copy(stream_fd, libc::F_DUPFD_CLOEXEC, 10)?;
+                let control = copy(control_fd, libc::F_DUPFD_CLOEXEC, 10)?;
+                if libc::dup2(stream, 3) < 0 || libc::dup2(control, 4) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        let child = command.spawn().unwrap();
+        Self { child, guest, control: BufReader::new(control), unique: 0 }
+    }
+
+    /// Starts it with shares, each a tag, a path and whether it is read-only, and begins a connection.
+    pub fn serving(shares: &[(&str, &Path, bool)]) -> Self {
+        let mut program = Self::start();
+        let answer = program.ask(&plan(shares));
+        assert_eq!(answer["ok"], true, "{answer}");
+        program.init();
+        program
+    }
+
+    pub fn init(&mut self) -> InitOut {
+        let init = InitIn { major: abi::MAJOR, minor: abi::MINOR, max_readahead: 1 << 17, flags: u32::MAX };
+        let extension = abi::InitInExtension { flags2: u32::MAX, ..abi::InitInExtension::default() };
+        let body = [init.as_bytes(), extension.as_bytes()].concat();
+        as_structure(&self.call(opcode::INIT, 0, &body).unwrap())
+    }
+
+    /// Sends a line of the control connection and returns the answer.
+    pub fn ask(&mut self, line: &Value) -> Value {
+        self.control.get_mut().write_all(format!("{line}\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        self.control.read_line(&mut answer).unwrap();
+        serde_json::from_str(&answer).unwrap()
+    }
+
+    /// Sends a request as the guest's root and returns its number.
+    pub fn send(&mut self, opcode: u32, node: u64, body: &[u8]) -> u64 {
+        self.unique += 2;
+        let len = u32::try_from(size_of::<InHeader>() + body.len()).unwrap();
+        let header = InHeader { len, opcode, unique: self.unique, node, pid: 1, ..InHeader::default() };
+        self.guest.write_all(&[header.as_bytes(), body].concat()).unwrap();
+        self.unique
+    }
+
+    /// The next message: whose answer it is, and what follows its header, or the errno.
+    pub fn receive(&mut self) -> (u64, Result<Vec<u8>, i32>) {
+        let mut header = [0; size_of::<OutHeader>()];
+        self.guest.read_exact(&mut header).unwrap();
+        let header: OutHeader = as_structure(&header);
+        let mut body = vec![0; header.len as usize - size_of::<OutHeader>()];
+        self.guest.read_exact(&mut body).unwrap();
+        (header.unique, if header.error == 0 { Ok(body) } else { Err(-header.error) })
+    }
+
+    /// Sends a request and returns its answer.
+    pub fn call(&mut self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+        let unique = self.send(opcode, node, body);
+        let (answered, answer) = self.receive();
+        assert_eq!(answered, unique);
+        answer
+    }
+
+    pub fn lookup(&mut self, parent: u64, name: &str) -> Result<EntryOut, i32> {
+        self.call(opcode::LOOKUP, parent, &text(name)).map(|body| as_structure(&body))
+    }
+
+    /// The file at a path below the root, whose first part is a tag.
+    pub fn walk(&mut self, path: &str) -> Result<EntryOut, i32> {
+        let mut found = EntryOut { node: abi::ROOT, ..EntryOut::default() };
+        for name in path.split('/') {
+            found = self.lookup(found.node, name)?;
+        }
+        Ok(found)
+    }
+
+    pub fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
+        let body = OpenIn { flags: flags.cast_unsigned(), open_flags: 0 };
+        self.call(opcode::OPEN, node, body.as_bytes()).map(|body| as_structure::<OpenOut>(&body).handle)
+    }
+
+    pub fn read(&mut self, node: u64, handle: u64, offset: u64, size: u32) -> Result<Vec<u8>, i32> {
+        let body = ReadIn { handle, offset, size, ..ReadIn::default() };
+        self.call(opcode::READ, node, body.as_bytes())
+    }
+
+    pub fn write(&mut self, node: u64, handle: u64, offset: u64, data: &[u8]) -> Result<Vec<u8>, i32> {
+        let size = u32::try_from(data.len()).unwrap();
+        let body = abi::WriteIn { handle, offset, size, ..abi::WriteIn::default() };
+        self.call(opcode::WRITE, node, &[body.as_bytes(), data].concat())
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub fn plan(shares: &[(&str, &Path, bool)]) -> Value {
+    let share = |(tag, path, read_only): &(&str, &Path, bool)| json!({"tag": tag, "path": path, "readOnly": read_only});
+    json!({"version": 1, "shares": shares.iter().map(share).collect::<Vec<_>>()})
+}
+
+/// A name as a request has it.
+pub fn text(name: &str) -> Vec<u8> {
+    [name.as_bytes(), b"\0"].concat()
+}
+
+pub fn as_structure<T: FromBytes + KnownLayout + Immutable>(bytes: &[u8]) -> T {
+    T::read_from_prefix(bytes).unwrap().0
+}
+
+/// The names that an answer to READDIR has.
+pub fn names(mut entries: &[u8]) -> Vec<String> {
+    let mut names = Vec::new();
+    while !entries.is_empty() {
+        let (entry, rest) = abi::Dirent::read_from_prefix(entries).unwrap();
+        let length = entry.name_len as usize;
+        names.push(String::from_utf8_lossy(&rest[..length]).into_owned());
+        entries = &entries[(size_of::<abi::Dirent>() + length).next_multiple_of(8)..];
+    }
+    names
+}
