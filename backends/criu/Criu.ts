@@ -6,7 +6,7 @@ import { Agent } from "../../src/guest/Agent.ts"
 import { Assets } from "../../src/host/Assets.ts"
 import { guestNetwork } from "../../src/machine/Network.ts"
 import { guestMounts } from "../../src/mount/mounts.ts"
-import { SnapshotEngine } from "../../src/snapshot/SnapshotEngine.ts"
+import { mountBusy, SnapshotEngine } from "../../src/snapshot/SnapshotEngine.ts"
 import * as Launch from "../../src/vm/launch.ts"
 import { clockAfterStandstill } from "../../src/vm/Vm.ts"
 
@@ -27,7 +27,10 @@ export const layer = Layer.effect(
       name: "criu",
       blobs: [],
       sameMachine: false,
-      take: Effect.fn("Criu.take")(function* ({ agent, entry, machine }, { dir, remove, tcpClose, timeoutMs }) {
+      take: Effect.fn("Criu.take")(function* (
+        { agent, entry, machine },
+        { dir, lazyUmount, remove, tcpClose, timeoutMs }
+      ) {
         const disks = (entry.disks ?? []).filter(({ readOnly }) => !readOnly)
         const saving = yield* Effect.mapError(
           machine.save({
@@ -39,7 +42,7 @@ export const layer = Layer.effect(
         return {
           blobs: disks.map(({ id }) => `${id}.img`),
           hold: Effect.gen(function* () {
-            const frozenMs = yield* agent.dump({ tcpClose, timeout: timeoutMs }).pipe(
+            const frozenMs = yield* agent.dump({ tcpClose, lazyUmount, timeout: timeoutMs }).pipe(
               Effect.timeoutFail({
                 duration: timeoutMs + graceMs,
                 onTimeout: () => new ExecError({ code: "EXEC_AGENT_TIMEOUT", message: "the guest does not answer" })
@@ -90,23 +93,26 @@ export const layer = Layer.effect(
 )
 
 /** The guest could not save its processes. */
-const refused = (cause: ExecError) =>
-  cause.code === "EXEC_AGENT_TIMEOUT"
-    ? new SnapshotError({
-        code: "SNAPSHOT_TIMEOUT",
-        message: `the guest's processes were not saved in time: ${cause.message}`,
-        hint: "allow more time, or use the engine vmstate, whose time does not grow with the processes",
-        cause
-      })
-    : new SnapshotError({
-        code: "SNAPSHOT_DUMP_FAILED",
-        message: `the guest's processes could not be saved: ${cause.message}`,
-        hint:
-          cause.code === "EXEC_COMMAND_NOT_FOUND"
-            ? "boot an image that has it (`debian` does), or use the engine vmstate"
-            : "the engine vmstate saves what CRIU cannot",
-        cause
-      })
+const refused = (cause: ExecError) => {
+  if (cause.code === "EXEC_AGENT_TIMEOUT") {
+    return new SnapshotError({
+      code: "SNAPSHOT_TIMEOUT",
+      message: `the guest's processes were not saved in time: ${cause.message}`,
+      hint: "allow more time, or use the engine vmstate, whose time does not grow with the processes",
+      cause
+    })
+  }
+  if (cause.code === "EXEC_MOUNT_BUSY") return mountBusy(cause)
+  return new SnapshotError({
+    code: "SNAPSHOT_DUMP_FAILED",
+    message: `the guest's processes could not be saved: ${cause.message}`,
+    hint:
+      cause.code === "EXEC_COMMAND_NOT_FOUND"
+        ? "boot an image that has it (`debian` does), or use the engine vmstate"
+        : "the engine vmstate saves what CRIU cannot",
+    cause
+  })
+}
 
 /** The disks could not be copied. */
 const failed = (cause: { readonly message: string; readonly code?: string }) =>

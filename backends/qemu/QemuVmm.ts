@@ -62,6 +62,7 @@ export const layer = Layer.effect(
             }
             const capture = yield* running.capture({
               memory: machine?.memory,
+              shares: machine?.shares,
               files,
               undo: { remove, socket: qmpPath, lines: goOn }
             })

@@ -1,11 +1,14 @@
 import * as path from "node:path"
 import { Effect, Layer } from "effect"
 import { ExecError, SnapshotError } from "../../src/errors.ts"
-import { SnapshotEngine } from "../../src/snapshot/SnapshotEngine.ts"
+import type { VmEntry } from "../../src/machine/VmEntry.ts"
+import { mountBusy, SnapshotEngine } from "../../src/snapshot/SnapshotEngine.ts"
 import { clockAfterStandstill } from "../../src/vm/Vm.ts"
 
 const stateFile = "state"
 const memoryFile = "memory"
+/** Which files of shared directories the guest knows and has open; in bundles of machines that have some. */
+const sharesFile = "shares"
 /** Milliseconds beyond the time limit in which the guest itself may report that the limit is over. */
 const graceMs = 2000
 
@@ -23,17 +26,22 @@ export const layer = Layer.succeed(
       { agent, entry, machine },
       { dir, lazyUmount, remove, sync, timeoutMs }
     ) {
+      const shares = hasShares(entry) ? [sharesFile] : []
       const disks = (entry.disks ?? []).filter(({ readOnly }) => !readOnly)
       const saving = yield* Effect.mapError(
         machine.save({
-          machine: { state: path.join(dir, stateFile), memory: path.join(dir, memoryFile) },
+          machine: {
+            state: path.join(dir, stateFile),
+            memory: path.join(dir, memoryFile),
+            ...(hasShares(entry) ? { shares: path.join(dir, sharesFile) } : {})
+          },
           files: disks.map(({ id, path: from }) => ({ from, to: path.join(dir, `${id}.img`) })),
           remove
         }),
         failed
       )
       return {
-        blobs: [stateFile, memoryFile, ...disks.map(({ id }) => `${id}.img`)],
+        blobs: [stateFile, memoryFile, ...shares, ...disks.map(({ id }) => `${id}.img`)],
         hold: Effect.gen(function* () {
           yield* Effect.timeoutFail(agent.freeze({ sync, lazyUmount, timeout: timeoutMs }), {
             duration: timeoutMs + graceMs,
@@ -48,13 +56,20 @@ export const layer = Layer.succeed(
         commit: Effect.mapError(saving.commit, failed)
       }
     }),
-    revive: (bundleDir) =>
+    revive: (bundleDir, { entry }) =>
       Effect.succeed({
-        start: { _tag: "Saved", state: path.join(bundleDir, stateFile), memory: path.join(bundleDir, memoryFile) },
+        start: {
+          _tag: "Saved",
+          state: path.join(bundleDir, stateFile),
+          memory: path.join(bundleDir, memoryFile),
+          ...(hasShares(entry) ? { shares: path.join(bundleDir, sharesFile) } : {})
+        },
         ready: (agent, identity) => agent.rejuvenate(identity)
       })
   })
 )
+
+const hasShares = ({ liveMounts = [] }: VmEntry) => liveMounts.length > 0
 
 const failed = (cause: { readonly message: string; readonly code?: string }) => {
   if (cause.code === "EXEC_AGENT_TIMEOUT") {
@@ -65,14 +80,7 @@ const failed = (cause: { readonly message: string; readonly code?: string }) => 
       cause
     })
   }
-  if (cause.code === "EXEC_MOUNT_BUSY") {
-    return new SnapshotError({
-      code: "SNAPSHOT_MOUNT_BUSY",
-      message: `the VM was not saved: ${cause.message}`,
-      hint: "let them close these files or leave the directory, or give --lazy-umount: in a copy they get EIO",
-      cause
-    })
-  }
+  if (cause.code === "EXEC_MOUNT_BUSY") return mountBusy(cause)
   return new SnapshotError({
     code: "SNAPSHOT_DUMP_FAILED",
     message: `the VM could not be saved: ${cause.message}`,

@@ -243,7 +243,12 @@ export const AgentRequest = Schema.Union(
     timeoutMs: Schema.optional(Schema.Int)
   }),
   Schema.Struct({ op: Schema.Literal("rejuvenate"), ...identity }),
-  Schema.Struct({ op: Schema.Literal("dump"), tcpClose: Schema.Boolean, timeoutMs: Schema.optional(Schema.Int) }),
+  Schema.Struct({
+    op: Schema.Literal("dump"),
+    tcpClose: Schema.Boolean,
+    lazyUmount: Schema.Boolean,
+    timeoutMs: Schema.optional(Schema.Int)
+  }),
   Schema.Struct({ op: Schema.Literal("revive"), lazy: Schema.Boolean, ...identity }),
   Schema.Struct({ op: Schema.Literal("detach") }),
   Schema.Struct({

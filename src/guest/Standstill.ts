@@ -28,7 +28,7 @@ export interface Standstill {
    */
   readonly freeze: (options: {
     readonly sync: boolean
-    /** False: fails with EXEC_MOUNT_BUSY when a process holds files on a shared directory, which the host of a copy does not know. */
+    /** False: fails with EXEC_MOUNT_BUSY when a process holds locks on files of a shared directory, which a copy cannot have as well. */
     readonly lazyUmount: boolean
     readonly timeout: Duration.DurationInput
   }) => Effect.Effect<void, ExecError, Scope.Scope>
@@ -38,6 +38,8 @@ export interface Standstill {
    */
   readonly dump: (options: {
     readonly tcpClose: boolean
+    /** As of `freeze`. */
+    readonly lazyUmount: boolean
     readonly timeout: Duration.DurationInput
   }) => Effect.Effect<number, ExecError, Scope.Scope>
   /** Gives a guest that was booted from a copy of that disk an identity of its own, and restores the processes in it. */
@@ -80,8 +82,9 @@ export const make = ({ ask, operate }: Operations): Standstill => {
     freeze: Effect.fn("Agent.freeze")(function* ({ lazyUmount, sync, timeout }) {
       yield* held({ op: "freeze", sync, lazyUmount, timeoutMs: Duration.toMillis(timeout) })
     }),
-    dump: Effect.fn("Agent.dump")(function* ({ tcpClose, timeout }) {
-      const { frozenMs = 0 } = yield* held({ op: "dump", tcpClose, timeoutMs: Duration.toMillis(timeout) })
+    dump: Effect.fn("Agent.dump")(function* ({ lazyUmount, tcpClose, timeout }) {
+      const timeoutMs = Duration.toMillis(timeout)
+      const { frozenMs = 0 } = yield* held({ op: "dump", tcpClose, lazyUmount, timeoutMs })
       return frozenMs
     }),
     rejuvenate: Effect.fn("Agent.rejuvenate")(function* (identity) {

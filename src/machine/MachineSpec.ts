@@ -40,8 +40,8 @@ export type Share = typeof Share.Type
 /** How a machine starts: with a kernel, or as a saved machine that continues where it was stopped. */
 export const Start = Schema.Union(
   Schema.TaggedStruct("Kernel", { kernel: Schema.String, initrd: Schema.String }),
-  /** `memory` is mapped copy-on-write and never written. */
-  Schema.TaggedStruct("Saved", { state: Schema.String, memory: Schema.String })
+  /** `memory` is mapped copy-on-write and never written. `shares`: what the server of shared directories has saved. */
+  Schema.TaggedStruct("Saved", { state: Schema.String, memory: Schema.String, shares: Schema.optional(Schema.String) })
 )
 export type Start = typeof Start.Type
 

@@ -26,8 +26,8 @@ export interface VmmHandle<E = never> extends ShimHandle<E> {
 
 /** The files that a save makes. All paths are absolute. */
 export interface SaveTarget {
-  /** Where device state and memory go; absent: only disks are copied. */
-  readonly machine?: { readonly state: string; readonly memory: string }
+  /** Where device state, memory and the state of the shares' server go; absent: only disks are copied. */
+  readonly machine?: { readonly state: string; readonly memory: string; readonly shares?: string }
   readonly files: ReadonlyArray<{ readonly from: string; readonly to: string }>
   /** Paths that are removed, with everything below, if the save is not committed. */
   readonly remove: ReadonlyArray<string>

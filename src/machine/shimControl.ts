@@ -26,6 +26,8 @@ export interface LogOptions {
 export interface CaptureRequest {
   /** Path of the copy of the guest's memory; `undefined`: no copy. */
   readonly memory: string | undefined
+  /** Path of the state of the shares' server; `undefined`: it is not saved. */
+  readonly shares: string | undefined
   readonly files: ReadonlyArray<{ readonly from: string; readonly to: string }>
   readonly undo: {
     readonly remove: ReadonlyArray<string>
@@ -109,8 +111,8 @@ const startCapture = Effect.fn("Shim.capture")(function* (controlPath: string, c
       if (answer.ok) return answer
       return yield* new CaptureFailed({ code: answer.code ?? "EIO", message: answer.message ?? "the shim refused" })
     })
-  const { files, memory, undo } = capture
-  yield* ask({ op: "capture", memory: memory ?? null, files, undo })
+  const { files, memory, shares, undo } = capture
+  yield* ask({ op: "capture", memory: memory ?? null, shares: shares ?? null, files, undo })
   return {
     copy: Effect.map(ask({ step: "copy" }), ({ bytes }) => bytes ?? 0),
     commit: Effect.asVoid(ask({ step: "commit" }))

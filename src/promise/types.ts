@@ -199,7 +199,7 @@ export interface SnapshotOptions extends Interruptible {
   readonly engine?: SnapshotEngine
   /** True: established TCP connections are closed in the copy. Default false; engine vmstate keeps them in any case. */
   readonly tcpClose?: boolean
-  /** True: processes may hold files on live mounts, which give EIO in a copy. Default false: rejects with SNAPSHOT_MOUNT_BUSY. */
+  /** True: processes may hold locks on files of live mounts; a copy has none. Default false: rejects with SNAPSHOT_MOUNT_BUSY. */
   readonly lazyUmount?: boolean
   /** Time limit for freezing the guest's processes, in milliseconds. Default 90 000. */
   readonly timeoutMs?: number

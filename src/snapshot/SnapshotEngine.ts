@@ -1,5 +1,5 @@
 import { Context, type Effect, type Scope } from "effect"
-import type { BootError, ExecError, RegistryError, SnapshotError } from "../errors.ts"
+import { type BootError, type ExecError, type RegistryError, SnapshotError } from "../errors.ts"
 import type { AgentClient } from "../guest/Agent.ts"
 import type { Rejuvenation } from "../guest/AgentProtocol.ts"
 import type { Identity } from "../guest/Standstill.ts"
@@ -25,7 +25,7 @@ export interface Target {
   readonly sync: boolean
   /** True: established TCP connections need not be kept. */
   readonly tcpClose: boolean
-  /** True: open files on shared directories may be lost in a copy. */
+  /** True: locks on files of shared directories may be lost in a copy. */
   readonly lazyUmount: boolean
   /** Time limit for freezing or dumping the guest's processes, in milliseconds. */
   readonly timeoutMs: number
@@ -76,3 +76,12 @@ export class SnapshotEngines extends Context.Tag("machinen/SnapshotEngines")<
   SnapshotEngines,
   ReadonlyMap<EngineName, SnapshotEngine>
 >() {}
+
+/** The guest's processes hold locks on files of shared directories. */
+export const mountBusy = (cause: { readonly message: string }) =>
+  new SnapshotError({
+    code: "SNAPSHOT_MOUNT_BUSY",
+    message: `the VM was not saved: ${cause.message}`,
+    hint: "let them release these locks, or give --lazy-umount: a copy has the files without the locks",
+    cause
+  })

@@ -25,8 +25,8 @@ export interface SnapshotOptions {
   /** True: established TCP connections are closed in the copy. Default false. `vmstate` keeps them in any case. */
   readonly tcpClose?: boolean
   /**
-   * True: processes may hold files on live mounts. In a copy these files give EIO, and the shares come back once all are closed. Default false:
-   * such a VM is refused (SNAPSHOT_MOUNT_BUSY).
+   * True: processes may hold locks on files of live mounts, which a copy does not have. Default false: such a VM is refused
+   * (SNAPSHOT_MOUNT_BUSY). Open files stay open in a copy, as long as the host still has them.
    */
   readonly lazyUmount?: boolean
   /**
@@ -155,6 +155,7 @@ export const checkSnapshot = Effect.fn("checkSnapshot")(function* (source: Sourc
 const possibleBlobs = [
   "state",
   "memory",
+  "shares",
   "upper.img",
   "root.img",
   "scratch.img",

@@ -8,13 +8,15 @@ use crate::memory::Memory;
 use crate::parallel_copy::Known;
 use crate::peer_closed::peer_closed;
 use crate::plan::{FileCopy, removable};
+use crate::shares;
 use crate::state::State;
 use crate::undo::Undo;
 use rustix::io::Errno;
 use serde::Deserialize;
 use serde_json::json;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,6 +26,8 @@ use tokio::net::UnixStream;
 pub struct Request {
     /// The path of the memory's copy.
     memory: Option<PathBuf>,
+    /// Where the state of the shares' server goes. An empty file says that it had ended.
+    shares: Option<PathBuf>,
     files: Vec<FileCopy>,
     undo: Undo,
 }
@@ -38,7 +42,7 @@ enum Step {
 impl Request {
     fn check(&self) -> Result<(), &'static str> {
         let copied = self.files.iter().flat_map(|file| [&file.from, &file.to]);
-        if !copied.chain(&self.memory).chain(&self.undo.socket).all(|path| path.is_absolute()) {
+        if !copied.chain(&self.memory).chain(&self.shares).chain(&self.undo.socket).all(|path| path.is_absolute()) {
             return Err("paths must be absolute");
         }
         // Paths that are removed recursively must be absolute, without `..`, and not the root.
@@ -61,9 +65,9 @@ pub async fn serve(client: &mut UnixStream, rest: Vec<u8>, request: Request, sta
     let Ok(_only) = state.capturing.try_acquire() else {
         return refuse(client, &Error::errno("another capture", Errno::BUSY)).await;
     };
-    let Request { memory, files, undo } = request;
+    let Request { memory, shares, files, undo } = request;
     let mut maker = Maker { client, rest, state };
-    if let Err(error) = maker.converse(memory, files).await {
+    if let Err(error) = maker.converse(memory, shares, files).await {
         // The maker may be gone.
         let _ = refuse(client, &error).await;
         undo.run(state.agent.clone()).await;
@@ -84,7 +88,12 @@ struct Maker<'a> {
 }
 
 impl Maker<'_> {
-    async fn converse(&mut self, memory: Option<PathBuf>, copies: Vec<FileCopy>) -> Result<(), Error> {
+    async fn converse(
+        &mut self,
+        memory: Option<PathBuf>,
+        shares: Option<PathBuf>,
+        copies: Vec<FileCopy>,
+    ) -> Result<(), Error> {
         let vmm = self.state.vmm;
         let memory = match (memory, &self.state.memory) {
             (None, _) => None,
@@ -115,11 +124,25 @@ impl Maker<'_> {
                 Ok(bytes + copied?)
             })
             .await?;
+        if let Some(to) = shares {
+            self.save_shares(&to).await?;
+        }
         self.tell(&json!({"ok": true, "bytes": bytes})).await?;
 
         // 3. When the maker has made the rest of it.
         self.step(Step::Commit).await?;
         self.tell(&json!({"ok": true})).await
+    }
+
+    async fn save_shares(&self, to: &Path) -> Result<(), Error> {
+        let server = self.state.shares.as_ref().ok_or_else(|| Error::errno("this VM has no shares", Errno::INVAL))?;
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to);
+        let file = file.map_err(|error| Error::io(to.display(), error))?;
+        match server.save(&file).await {
+            // The guest's shares have ended as well, and will not work in a copy.
+            Err(error) if shares::is_end(&error) => Ok(()),
+            saved => saved,
+        }
     }
 
     async fn tell(&mut self, value: &serde_json::Value) -> Result<(), Error> {

@@ -117,7 +117,7 @@ pub async fn start(
 }
 
 /// Whether the server has closed the conversation, usually because it has ended.
-fn is_end(error: &Error) -> bool {
+pub fn is_end(error: &Error) -> bool {
     let kind = if let Error::Io { error, .. } = error { error.kind() } else { return false };
     matches!(kind, io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
 }
@@ -156,7 +156,6 @@ impl Control {
     ///
     /// # Errors
     /// The server's own words where it cannot (`EBUSY`: a lock is held), and what the connection says.
-    #[allow(dead_code)] // its caller, the capture of a machine with shares, comes with the state of shares in snapshots
     pub async fn save(&self, to: &File) -> Result<(), Error> {
         let mut conversation = self.0.lock().await;
         if conversation.owed {

@@ -15,7 +15,7 @@ export const engineOption = Options.choice("engine", engineNames).pipe(
 )
 
 export const lazyUmount = Options.boolean("lazy-umount").pipe(
-  Options.withDescription("processes may hold files on live mounts; in a copy these give EIO")
+  Options.withDescription("processes may hold locks on files of live mounts; a copy has none")
 )
 
 const dirArg = Args.text({ name: "dir" }).pipe(Args.withDescription("the bundle's directory"))
