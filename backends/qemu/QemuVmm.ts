@@ -8,6 +8,7 @@ import { hostSocket } from "../../src/machine/Network.ts"
 import { Shim, type ShimHandle } from "../../src/machine/Shim.ts"
 import { ShimPlan } from "../../src/machine/ShimPlan.ts"
 import { Vmm, VmmControlFailed, type VmmHandle } from "../../src/machine/Vmm.ts"
+import { given } from "../../src/platform/given.ts"
 import { Settings } from "../../src/Settings.ts"
 import {
   channelFd,
@@ -20,7 +21,7 @@ import {
   machine,
   memoryFd,
   netFd,
-  sharesPath,
+  shareFd,
   stateFd
 } from "./commandLine.ts"
 import * as Qmp from "./Qmp.ts"
@@ -92,6 +93,7 @@ export const layer = Layer.effect(
       controlPath,
       launch: Effect.fn("QemuVmm.launch")(function* (spec, { cleanup, entry, files, graceMs, network }) {
         const shimBinary = yield* assets.shim.pipe(Effect.mapError(assetMissing))
+        const shareBinary = yield* assets.share.pipe(Effect.mapError(assetMissing))
         const { accel } = yield* probe.accelerator
         const tscKhz = accel === "tcg" ? yield* probe.tscKhz : 0
         const { start } = spec
@@ -128,8 +130,12 @@ export const layer = Layer.effect(
               ? {}
               : {
                   shares: {
-                    root: sharesPath(spec.dir),
-                    parts: spec.shares.map(({ tag, ...rest }) => ({ name: tag, ...rest }))
+                    fd: shareFd,
+                    argv: [shareBinary] as const,
+                    // names the VM in the process's environment, because the command line does not
+                    env: { MACHINEN_VM_DIR: spec.dir },
+                    parts: spec.shares,
+                    ...(start._tag === "Saved" ? given({ state: start.shares }) : {})
                   }
                 }),
             outputLogPath: path.join(spec.dir, "output.log"),

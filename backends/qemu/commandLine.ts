@@ -1,4 +1,3 @@
-import * as path from "node:path"
 import type { Accelerator, DeviceSet, MachineSpec } from "../../src/machine/MachineSpec.ts"
 
 /** The full binary, because it has TCG: Debian's `-microvm` build has KVM only. */
@@ -21,14 +20,15 @@ export const serialConsole = (fd: number) =>
   ["-chardev", `socket,id=console,fd=${fd}`, "-serial", "chardev:console"] as const
 
 /**
- * Descriptors that QEMU inherits from the shim: channel and console (each one end of a socketpair), memory, a saved machine's state, and the
- * listener of the network card's other end.
+ * Descriptors that QEMU inherits from the shim: channel and console (each one end of a socketpair), memory, a saved machine's state, the
+ * listener of the network card's other end, and one end of a socketpair with the server of shared directories.
  */
 export const channelFd = 3
 export const consoleFd = 4
 export const memoryFd = 5
 export const stateFd = 6
 export const netFd = 7
+export const shareFd = 8
 
 /**
  * Register state that the CPU has and the guest kernel does not use (MPX, protection keys) or gives to processes on request only (AMX). CRIU
@@ -62,12 +62,9 @@ const translated = 128
 const accelerator = (accel: Accelerator, vcpus: number) =>
   accel === "tcg" ? `tcg,tb-size=${translated}${vcpus > 1 ? ",thread=single" : ""}` : accel
 
-/** The name of the virtio-serial port that the guest's agent opens (docs/protocol.md §1). */
+/** The names of the virtio-serial ports that the guest's agent opens (docs/protocol.md §1). */
 const channelName = "machinen.channel"
-
-/** What the guest's agent mounts (guest/src/system/shares.rs), and where its VMM finds it. */
-const sharesTag = "machinen-shares"
-export const sharesPath = (dir: string) => path.join(dir, "shares")
+const shareName = "machinen.share"
 
 /** Escapes a value in QEMU's option syntax, where a literal comma is doubled. */
 const escape = (value: string) => value.replaceAll(",", ",,")
@@ -163,10 +160,7 @@ export const commandLine = (
           ...["-netdev", `stream,id=net,server=on,addr.type=fd,addr.str=${netFd}`],
           ...["-global", `virtio-net-device.mac=${spec.net.mac}`]
         ]),
-    ...(spec.shares.length === 0
-      ? []
-      : // passthrough: owners and file types stay as they are; `remap`: the shares may be on several file systems
-        ["-fsdev", `local,id=shares,path=${escape(sharesPath(spec.dir))},security_model=passthrough,multidevs=remap`]),
+    ...(spec.shares.length === 0 ? [] : ["-chardev", `socket,id=share,fd=${shareFd}`]),
     ...devices({
       disks: spec.disks,
       network: spec.net !== undefined,
@@ -179,12 +173,12 @@ export const commandLine = (
 export const devices = ({ disks, network, shares }: DeviceSet): ReadonlyArray<string> => [
   "virtio-serial-device",
   `virtserialport,chardev=channel,name=${channelName}`,
+  // one port for all shares: the messages name the files
+  ...(shares ? [`virtserialport,chardev=share,name=${shareName}`] : []),
   // a full disk of the host is an I/O error in the guest; by default QEMU would stop the machine, and nothing would start it again
   ...disks.map(({ id }) => `virtio-blk-device,drive=${id},serial=${id},werror=report,rerror=report`),
   // no announcements by the guest either; with the global rounds at 0 (`begin`), QEMU 7.2 would free their timer and crash at the guest's reset
-  ...(network ? ["virtio-net-device,netdev=net,guest_announce=off"] : []),
-  // one device for all shares, because microvm has room for eight devices
-  ...(shares ? [`virtio-9p-device,fsdev=shares,mount_tag=${sharesTag}`] : [])
+  ...(network ? ["virtio-net-device,netdev=net,guest_announce=off"] : [])
 ]
 
 const onOff = (value: boolean) => (value ? "on" : "off")

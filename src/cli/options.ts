@@ -2,7 +2,7 @@ import { Options } from "@effect/cli"
 import { Effect, Option, Schema } from "effect"
 import { ParseError } from "../errors.ts"
 import type { BootOptions } from "../machine/BootOptions.ts"
-import type { LiveMountOption } from "../machine/mountOptions.ts"
+import type { LiveMountOption, MountMode } from "../machine/mountOptions.ts"
 import { NetworkMode, type PortForwardOption } from "../machine/Network.ts"
 import { parseMapping } from "../machine/TunnelAddress.ts"
 import { given } from "../platform/given.ts"
@@ -21,7 +21,7 @@ export const publish = Options.text("publish").pipe(
 export const mountLive = Options.text("mount-live").pipe(
   Options.repeated,
   Options.withDescription(
-    "HOST:/mnt/NAME[:ro|rw]: a host directory shared with the guest (default rw); may be repeated"
+    "HOST:GUEST[:ro|rw][:uid=N][:gid=N]: a directory or file of this host shared with the guest (default rw); may be repeated"
   )
 )
 
@@ -161,17 +161,13 @@ export const environment = (pairs: ReadonlyArray<string>) =>
       : Effect.succeed([pair, inherited.value] as const)
   }).pipe(Effect.map((entries) => Object.fromEntries(entries)))
 
-/** Parses `HOST:/GUEST`. A host path may hold colons: the last colon before a slash divides. */
-const hostAndGuest = (
-  flag: string,
-  value: string,
-  place = value
-): Effect.Effect<{ readonly host: string; readonly guest: string }, ParseError> => {
+/** Divides `HOST:/GUEST`. A host path may hold colons: the last colon before a slash divides. */
+const hostAndGuest = (place: string) => {
   const at = place.lastIndexOf(":/")
-  // a second colon there begins a mode that is not valid
+  // a second colon there begins something that is not valid
   return at > 0 && !place.includes(":", at + 1)
-    ? Effect.succeed({ host: place.slice(0, at), guest: place.slice(at + 1) })
-    : malformed(flag, value, "HOST:/mnt/NAME")
+    ? Option.some({ host: place.slice(0, at), guest: place.slice(at + 1) })
+    : Option.none()
 }
 
 const volume = Effect.fnUntraced(function* ([value, another]: ReadonlyArray<string>) {
@@ -182,17 +178,41 @@ const volume = Effect.fnUntraced(function* ([value, another]: ReadonlyArray<stri
       hint: "a VM takes one copy of a directory: give the directory above several of them"
     })
   }
-  return value === undefined ? {} : { mount: yield* hostAndGuest("volume", value) }
+  if (value === undefined) return {}
+  const mount = hostAndGuest(value)
+  return Option.isSome(mount) ? { mount: mount.value } : yield* malformed("volume", value, "HOST:/mnt/NAME")
 })
 
-export const liveMounts = (values: ReadonlyArray<string>) =>
-  Effect.forEach(values, (value) => {
-    const [, place = value, mode] = /^(.*):(ro|rw)$/s.exec(value) ?? []
-    return Effect.map(
-      hostAndGuest("mount-live", value, place),
-      (mount): LiveMountOption => (mode === "ro" || mode === "rw" ? { ...mount, mode } : mount)
-    )
-  })
+export const liveMounts = (values: ReadonlyArray<string>) => Effect.forEach(values, liveMount)
+
+/** The last thing that is said of a live mount: its mode, user or group. */
+const suffix = /^(.*):(?:(ro|rw)|(uid|gid)=([0-9]+))$/s
+
+/** Parses `HOST:/GUEST`, mode, user and group, each at most once. The boot checks the paths and the numbers. */
+const liveMount = (value: string) => {
+  const refused = malformed(
+    "mount-live",
+    value,
+    "HOST:GUEST[:ro|rw][:uid=N][:gid=N], with an absolute path in the guest"
+  )
+  const said = new Map<string, string>()
+  let place = value
+  for (let last = suffix.exec(place); last !== null; last = suffix.exec(place)) {
+    const [, before = "", mode, owner = "mode", id = mode ?? ""] = last
+    if (said.has(owner)) return refused
+    said.set(owner, id)
+    place = before
+  }
+  const mount = hostAndGuest(place)
+  if (Option.isNone(mount)) return refused
+  const [mode, uid, gid] = [said.get("mode"), said.get("uid"), said.get("gid")]
+  const option: LiveMountOption = {
+    ...mount.value,
+    ...given({ mode: mode === "ro" || mode === "rw" ? (mode as MountMode) : undefined }),
+    ...given({ uid: uid === undefined ? undefined : Number(uid), gid: gid === undefined ? undefined : Number(gid) })
+  }
+  return Effect.succeed(option)
+}
 
 /** Leaves out the options that were not given. */
 export const whenGiven = <A extends Readonly<Record<string, Option.Option<unknown>>>>(options: A) => {

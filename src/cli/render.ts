@@ -61,6 +61,7 @@ export const vmJson = (entry: VmEntry) => ({
   portForward: entry.portForward ?? [],
   mount: entry.mount ?? null,
   liveMounts: entry.liveMounts ?? [],
+  liveMountsLost: entry.liveMountsLost ?? null,
   backend: entry.backend,
   accel: entry.accel,
   detached: entry.detached,

@@ -58,8 +58,8 @@ export interface GuestConfig {
     readonly root: "overlay" | "disk"
     /** Where the disks `mountlower` and `mountupper` are mounted. */
     readonly mount?: string
-    /** Shared host directories: where each is mounted, and its name on the 9p device. */
-    readonly shares?: ReadonlyArray<{ readonly guest: string; readonly tag: string }>
+    /** What is shared with the host: where each is mounted, its name in the root of the host's file server, whether it is mounted read-only. */
+    readonly shares?: ReadonlyArray<{ readonly guest: string; readonly tag: string; readonly readOnly: boolean }>
     /** The disk holds processes that are to be restored; the guest serves nothing else before (`revive`). */
     readonly revive?: boolean
     /** Addresses of the network card; absent: the machine has none. */

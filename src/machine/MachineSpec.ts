@@ -33,8 +33,18 @@ export const Disk = Schema.Struct({
 })
 export type Disk = typeof Disk.Type
 
-/** A host directory that the guest shares; `tag` is its name on the 9p device. */
-export const Share = Schema.Struct({ tag: Schema.String, path: Schema.String, readOnly: Schema.Boolean })
+/** A numeric owner of files: a uid or a gid. The highest number means "none" to the kernel. */
+export const OwnerId = Schema.Int.pipe(Schema.between(0, 2 ** 32 - 2))
+
+/** A directory or file of the host that the guest shares; the guest knows it by `tag`. */
+export const Share = Schema.Struct({
+  tag: Schema.String,
+  path: Schema.String,
+  readOnly: Schema.Boolean,
+  /** Whose all files are for the guest; absent: they keep their owners. */
+  uid: Schema.optionalWith(OwnerId, { exact: true }),
+  gid: Schema.optionalWith(OwnerId, { exact: true })
+})
 export type Share = typeof Share.Type
 
 /** How a machine starts: with a kernel, or as a saved machine that continues where it was stopped. */
@@ -67,7 +77,7 @@ export interface DeviceSet {
   readonly disks: ReadonlyArray<Disk>
   /** Whether the machine has a network card. */
   readonly network: boolean
-  /** Whether the machine shares host directories. All shares are on one device. */
+  /** Whether the machine shares host directories. All shares are on one port. */
   readonly shares: boolean
 }
 

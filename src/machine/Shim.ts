@@ -1,9 +1,10 @@
 import { Context, Deferred, Effect, Layer, Ref, Schema, type Scope, Stream } from "effect"
 import { BootError, RegistryError } from "../errors.ts"
+import { given } from "../platform/given.ts"
 import * as OwnedProcess from "../platform/OwnedProcess.ts"
 import type { ProcessIdentity } from "../platform/ProcessIdentity.ts"
 import type { VmName } from "./MachineSpec.ts"
-import { type ExitRecord, ShimEvent, ShimPlan } from "./ShimPlan.ts"
+import { type ExitRecord, type ShareReport, ShimEvent, ShimPlan } from "./ShimPlan.ts"
 import {
   ask,
   type Capture,
@@ -27,6 +28,8 @@ import type { VmEntry } from "./VmEntry.ts"
 export interface ShimHandle<E = never> {
   readonly shim: ProcessIdentity
   readonly vmm: ProcessIdentity
+  /** What the server of shared directories said when the VM was started, if this process has started it and it has any. */
+  readonly shares?: ShareReport
   /** Completes when the VM has ended and nothing of it is left on the host. */
   readonly exited: Effect.Effect<ExitRecord, E>
   /**
@@ -102,6 +105,7 @@ export class Shim extends Context.Tag("machinen/Shim")<
         kill: end({ op: "kill" }),
         shim: event.shim,
         vmm: event.vmm,
+        ...given({ shares: event.shares }),
         detach: request(plan.controlPath, { op: "detach" }).pipe(
           Effect.zipRight(Ref.set(detached, true)),
           Effect.scoped,

@@ -1,5 +1,6 @@
 import { Schema } from "effect"
 import { ProcessIdentity } from "../platform/ProcessIdentity.ts"
+import { Share } from "./MachineSpec.ts"
 import { VmEntry } from "./VmEntry.ts"
 
 /** The shim's instructions for one VM, sent as one JSON line on its stdin (docs/protocol.md §5.1). All paths are absolute. */
@@ -36,11 +37,15 @@ export class ShimPlan extends Schema.Class<ShimPlan>("ShimPlan")({
       forwards: Schema.Array(Schema.Struct({ host: Schema.String, guestPort: Schema.Int }))
     })
   ),
-  /** Host directories that the VMM sees: below `root`, each under its name. */
+  /** What the guest shares with the host: `fd` is the VMM's end of the stream to the server. */
   shares: Schema.optional(
     Schema.Struct({
-      root: Schema.String,
-      parts: Schema.Array(Schema.Struct({ name: Schema.String, path: Schema.String, readOnly: Schema.Boolean }))
+      fd: Schema.Int,
+      argv: Schema.NonEmptyArray(Schema.String),
+      env: Schema.Record({ key: Schema.String, value: Schema.String }),
+      parts: Schema.Array(Share),
+      /** What the server of a saved machine has saved. */
+      state: Schema.optional(Schema.String)
     })
   ),
   outputLogPath: Schema.String,
@@ -99,14 +104,28 @@ export const howEnded = ({ consoleTail, reason, vmm }: ExitRecord): string => {
   }
 }
 
+/** What the server of shared directories said when it started. */
+export const ShareReport = Schema.Struct({
+  /** By what it is confined to the shares: `landlock`, `seccomp`. */
+  confinement: Schema.Array(Schema.String),
+  /** Files that a saved guest had open, and that are gone or others now: it gets EIO for these. */
+  lost: Schema.Array(Schema.Struct({ tag: Schema.String, path: Schema.String, why: Schema.String }))
+})
+export type ShareReport = typeof ShareReport.Type
+
 /** The shim's events on stdout, one JSON object a line (docs/protocol.md §5.2). */
 export const ShimEvent = Schema.Union(
-  Schema.Struct({ event: Schema.Literal("started"), shim: ProcessIdentity, vmm: ProcessIdentity }),
+  Schema.Struct({
+    event: Schema.Literal("started"),
+    shim: ProcessIdentity,
+    vmm: ProcessIdentity,
+    shares: Schema.optional(ShareReport)
+  }),
   Schema.Struct({
     event: Schema.Literal("failed"),
     step: Schema.Literal("plan", "network", "files", "registry", "shares", "vmm"),
     code: Schema.String,
-    /** A path, or the host's socket of a forwarded port. */
+    /** A path, the host's socket of a forwarded port, or the program that failed. */
     subject: Schema.String,
     message: Schema.String
   }),

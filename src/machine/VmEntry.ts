@@ -33,8 +33,10 @@ export class VmEntry extends Schema.Class<VmEntry>("VmEntry")({
   portForward: Schema.optional(Schema.Array(PortForward)),
   /** The copy of a host directory, which is on two of the disks. */
   mount: Schema.optional(Mount),
-  /** Host directories that the VM shares. */
+  /** Directories and files of the host that the VM shares. */
   liveMounts: Schema.optional(Schema.Array(LiveMount)),
+  /** Why the guest has lost what it shared: its server has ended. The shim says so. */
+  liveMountsLost: Schema.optional(Schema.String),
   /** The bundle that the VM was restored from, or the id of the VM that it was forked from. */
   forkedFrom: Schema.optional(Schema.String),
   /** The VM started from a template: its own console log has no kernel messages of the boot. */

@@ -1,18 +1,23 @@
 import * as path from "node:path"
 import { Effect, Schema } from "effect"
 import { BootError } from "../errors.ts"
+import { given } from "../platform/given.ts"
+import { OwnerId } from "./MachineSpec.ts"
 
 /** Whether the guest may write to a shared host directory. */
 export const MountMode = Schema.Literal("ro", "rw")
 export type MountMode = typeof MountMode.Type
 
-/** A host directory that is shared with a guest. */
+/** A directory or file of the host that is shared with a guest. */
 export const LiveMount = Schema.Struct({
-  /** Path in the guest, below /mnt, normalised. */
+  /** Absolute path in the guest, normalised. */
   guest: Schema.String,
   /** Absolute path on the host. */
   host: Schema.String,
-  mode: MountMode
+  mode: MountMode,
+  /** Whose all its files are for the guest; absent: they keep their owners. */
+  uid: Schema.optionalWith(OwnerId, { exact: true }),
+  gid: Schema.optionalWith(OwnerId, { exact: true })
 })
 export type LiveMount = typeof LiveMount.Type
 
@@ -26,12 +31,19 @@ export type Mount = typeof Mount.Type
 
 /** A live mount in the options. */
 export interface LiveMountOption {
-  /** An existing directory; relative to the working directory. */
+  /** An existing directory or regular file; relative to the working directory. */
   readonly host: string
-  /** Path in the guest, below /mnt. */
+  /** Absolute path in the guest, not /, /proc, /sys, /dev or below these. It is made if it is missing, and may lie in another live mount. */
   readonly guest: string
   /** Default "rw"; of a restore: the source's. */
   readonly mode?: MountMode
+  /**
+   * The user to whom all files there belong for the guest. On the host they belong to whom they did, and new ones to the user who started the VM.
+   * Default: of root's VMs the files keep their owners, of others' they are the guest's root's; of a restore: the source's.
+   */
+  readonly uid?: number
+  /** As `uid`, for the group. */
+  readonly gid?: number
 }
 
 /** The mounts of a boot's options. */
@@ -40,7 +52,7 @@ export interface MountOptions {
   readonly mount?: { readonly host: string; readonly guest: string }
   /** Size of that layer in bytes, a multiple of 4096. Default 4 GiB; the file is sparse and grows as the guest writes. */
   readonly mountDiskUpperSizeBytes?: number
-  /** Host directories that are shared with the guest: each side sees the other's changes. At most 5. */
+  /** Directories and files of the host that are shared with the guest: each side sees the other's changes. At most 64. */
   readonly liveMounts?: ReadonlyArray<LiveMountOption>
 }
 
@@ -51,27 +63,74 @@ export interface MountPlan {
   readonly liveMounts: ReadonlyArray<LiveMount>
 }
 
-export const maxLiveMounts = 5
+export const maxLiveMounts = 64
 export const defaultMountUpperBytes = 4 * 1024 ** 3
 
 const invalid = (message: string, hint: string) => new BootError({ code: "BOOT_MOUNT_INVALID", message, hint })
 
-/** Normalises a path in the guest (doubled and trailing slashes). Fails with BOOT_MOUNT_INVALID unless the path is below /mnt. */
-export const guestPath = (guest: string): Effect.Effect<string, BootError> => {
-  const parts = guest.split("/").filter((part) => part !== "" && part !== ".")
-  const isBelow = guest.startsWith("/") && parts[0] === "mnt" && parts.length > 1
-  return isBelow && !parts.includes("..") && !guest.includes("\0") && Buffer.byteLength(guest) < 4096
-    ? Effect.succeed(`/${parts.join("/")}`)
-    : invalid(
-        `${JSON.stringify(guest.slice(0, 200))} is no place for a mount in the guest`,
-        "give an absolute path below /mnt without `..`, such as /mnt/work"
-      )
+/** The names of a path in the guest. `undefined`: no mount can be made there, wherever it is. */
+const namesOf = (guest: string): ReadonlyArray<string> | undefined => {
+  const names = guest.split("/").filter((name) => name !== "" && name !== ".")
+  const fits = Buffer.byteLength(guest) < 4096 && names.every((name) => Buffer.byteLength(name) <= 255)
+  return guest.startsWith("/") && fits && !names.includes("..") && !guest.includes("\0") ? names : undefined
 }
+
+const noPlace = (guest: string, hint: string) =>
+  invalid(`${JSON.stringify(guest.slice(0, 200))} is no place for a mount in the guest`, hint)
+
+/** Normalises the guest path of a copied mount (doubled and trailing slashes). Fails with BOOT_MOUNT_INVALID unless it is below /mnt. */
+export const guestPath = (guest: string): Effect.Effect<string, BootError> => {
+  const names = namesOf(guest)
+  return names !== undefined && names[0] === "mnt" && names.length > 1
+    ? Effect.succeed(`/${names.join("/")}`)
+    : noPlace(guest, "give an absolute path below /mnt without `..`, such as /mnt/work")
+}
+
+/** What the guest's kernel and agent have for themselves. */
+const reserved = ["/proc", "/sys", "/dev", "/run/machinen", "/var/lib/machinen"]
+
+/** Normalises the guest path of a live mount. Fails with BOOT_MOUNT_INVALID for the root and what is `reserved`. */
+export const livePath = (guest: string): Effect.Effect<string, BootError> => {
+  const names = namesOf(guest)
+  if (names === undefined) return noPlace(guest, "give an absolute path without `..`, such as /work")
+  if (names.length === 0) return noPlace(guest, "give a directory below /, such as /work")
+  const place = `/${names.join("/")}`
+  const owner = reserved.find((root) => isAtOrIn(place, root))
+  return owner === undefined
+    ? Effect.succeed(place)
+    : noPlace(guest, `${owner} is the guest's own; give another path, such as /work`)
+}
+
+const isAtOrIn = (place: string, outer: string) => place === outer || place.startsWith(`${outer}/`)
 
 const hostPath = (host: string) =>
   host !== "" && !host.includes("\0")
     ? Effect.succeed(path.resolve(host))
-    : invalid(`${JSON.stringify(host)} is no directory of the host`, "give an existing directory")
+    : invalid(`${JSON.stringify(host)} is no path of the host`, "give an existing directory")
+
+const owners = ({ gid, uid }: LiveMountOption) => {
+  const isOwner = Schema.is(Schema.UndefinedOr(OwnerId))
+  return isOwner(uid) && isOwner(gid)
+    ? Effect.succeed(given({ uid, gid }))
+    : invalid(
+        `the files of a live mount cannot belong to user ${uid}, group ${gid}`,
+        "give whole numbers from 0 to 4294967294"
+      )
+}
+
+const livePlan = Effect.fnUntraced(function* (option: LiveMountOption) {
+  const { guest, host, mode = "rw" } = option
+  if (!Schema.is(MountMode)(mode)) {
+    return yield* invalid(`a live mount cannot be ${JSON.stringify(mode)}`, "give ro or rw")
+  }
+  const plan: LiveMount = {
+    guest: yield* livePath(guest),
+    host: yield* hostPath(host),
+    mode,
+    ...(yield* owners(option))
+  }
+  return plan
+})
 
 /** Checks mounts without touching the host, and fills in defaults. Fails with BOOT_MOUNT_INVALID. */
 export const validateMounts = Effect.fnUntraced(function* (options: MountOptions) {
@@ -88,14 +147,13 @@ export const validateMounts = Effect.fnUntraced(function* (options: MountOptions
       "give a multiple of 4096 from 16 MiB to 16 TiB"
     )
   }
-  const live = yield* Effect.forEach(liveMounts, ({ guest, host, mode = "rw" }) =>
-    Schema.is(MountMode)(mode)
-      ? Effect.all({ guest: guestPath(guest), host: hostPath(host), mode: Effect.succeed(mode) })
-      : invalid(`a live mount cannot be ${JSON.stringify(mode)}`, "give ro or rw")
-  )
+  const live = yield* Effect.forEach(liveMounts, livePlan)
   const copied =
     mount === undefined ? undefined : yield* Effect.all({ guest: guestPath(mount.guest), host: hostPath(mount.host) })
-  yield* checkApart([...(copied === undefined ? [] : [copied.guest]), ...live.map(({ guest }) => guest)])
+  yield* checkPlaces(
+    live.map(({ guest }) => guest),
+    copied?.guest
+  )
   const plan: MountPlan = { mount: copied, mountUpperBytes: mountDiskUpperSizeBytes, liveMounts: live }
   return plan
 })
@@ -114,29 +172,28 @@ export const overridden = Effect.fnUntraced(function* (
     const known = recorded.map(({ guest }) => guest)
     return yield* new BootError({
       code: "BOOT_LIVE_MOUNT_OVERRIDE_UNKNOWN",
-      message: `the original shared no directory at ${unknown.guest}`,
+      message: `the original shared nothing at ${unknown.guest}`,
       hint: known.length === 0 ? "it had no live mounts" : `its live mounts are: ${known.join(", ")}`
     })
   }
   return recorded.map((share): LiveMount => {
     const at = liveMounts.findIndex(({ guest }) => guest === share.guest)
-    const given = liveMounts[at]
-    return given === undefined ? share : { ...given, mode: overrides[at]?.mode ?? share.mode }
+    const other = liveMounts[at]
+    return other === undefined ? share : { ...share, ...other, mode: overrides[at]?.mode ?? share.mode }
   })
 })
 
-/** Refuses a mount over or inside another one: it would hide the other, or be made in the host's directory. */
-const checkApart = (guests: ReadonlyArray<string>) => {
-  const sorted = [...guests].sort()
-  const clash = sorted.flatMap((outer, i) =>
-    sorted.slice(i + 1).flatMap((inner) => (inner === outer || inner.startsWith(`${outer}/`) ? [[outer, inner]] : []))
-  )[0]
-  if (clash === undefined) return Effect.void
-  const [outer, inner] = clash
-  return invalid(
-    outer === inner ? `two mounts were given for ${outer}` : `the mount ${inner} lies in the mount ${outer}`,
-    "give each a place of its own below /mnt"
-  )
+/** Refuses two mounts at one place, and the copy where a live mount would hide it. Live mounts may lie in each other. */
+const checkPlaces = (live: ReadonlyArray<string>, copy: string | undefined) => {
+  const all = copy === undefined ? live : [copy, ...live]
+  const twice = all.find((place, i) => all.indexOf(place) !== i)
+  if (twice !== undefined) {
+    return invalid(`two mounts were given for ${twice}`, "give each a place of its own")
+  }
+  const over = copy === undefined ? undefined : live.find((place) => isAtOrIn(copy, place))
+  return over === undefined
+    ? Effect.void
+    : invalid(`the live mount ${over} would hide the mount ${copy}`, "give them places beside each other")
 }
 
 const isUpperSize = (bytes: number) =>

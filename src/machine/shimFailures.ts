@@ -20,20 +20,7 @@ export const startFailed = (event: Extract<ShimEvent, { event: "failed" }>, plan
     })
   }
   if (event.step === "network") return forwardFailed(event)
-  if (event.step === "shares") {
-    return new BootError({
-      code: event.code === "ENOENT" ? "BOOT_MOUNT_HOST_NOT_FOUND" : "BOOT_MOUNT_INVALID",
-      message: `a live mount's directory cannot be used: ${event.message}`,
-      hint: "give an existing directory of the host"
-    })
-  }
-  if (event.step === "vmm" && event.code === "EPERM" && plan.shares !== undefined) {
-    return new BootError({
-      code: "BOOT_MOUNT_INVALID",
-      message: `live mounts need root on the host: ${event.message}`,
-      hint: "run as root, or mount a copy of the directory (`mount`, --volume)"
-    })
-  }
+  if (event.step === "shares") return sharesFailed(event, plan)
   if (event.step === "vmm" && (event.code === "ENOENT" || event.code === "EACCES")) {
     return new BootError({
       code: "BOOT_VMM_MISSING",
@@ -45,6 +32,34 @@ export const startFailed = (event: Extract<ShimEvent, { event: "failed" }>, plan
     code: "BOOT_VMM_FAILED",
     message: `the VM could not be started (${event.step}): ${event.message}`
   })
+}
+
+/** The subject of failures of the server itself (native/shim/src/shares.rs); others are about what it is to serve. */
+const shareServer = "machinen-share"
+
+const sharesFailed = ({ code, message, subject }: Extract<ShimEvent, { event: "failed" }>, { shares }: ShimPlan) => {
+  if (subject !== shareServer) {
+    return new BootError({
+      code: code === "ENOENT" ? "BOOT_MOUNT_HOST_NOT_FOUND" : "BOOT_MOUNT_INVALID",
+      message: `a live mount cannot be served: ${message}`,
+      hint:
+        code === "EACCES" || code === "EPERM"
+          ? "give a directory or a file that this user may use"
+          : "give an existing directory or file of the host"
+    })
+  }
+  const [program] = shares?.argv ?? [shareServer]
+  return code === "ENOENT" || code === "EACCES"
+    ? new BootError({
+        code: "BOOT_VMM_MISSING",
+        message: `the server of live mounts cannot be run: ${program}: ${message}`,
+        hint: "run `machinen install` (in a checkout: `npm run setup`)"
+      })
+    : new BootError({
+        code: "BOOT_VMM_FAILED",
+        message: `the server of live mounts could not be started: ${message}`,
+        hint: "run `machinen doctor` to see what is missing"
+      })
 }
 
 /** The cause of BOOT_PORT_FORWARD_IN_USE: the host's socket (`ip:port`) that another process holds. */

@@ -308,7 +308,11 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
 }
 
 /** Fails with BOOT_MOUNT_HOST_NOT_FOUND or BOOT_MOUNT_INVALID unless `host` is a directory of the host. */
-export const checkHost = Effect.fn("Mountdisk.checkHost")(function* (host: string, what: string) {
+export const checkHost = Effect.fn("Mountdisk.checkHost")(function* (
+  host: string,
+  what: string,
+  allowed: { readonly file: boolean } = { file: false }
+) {
   const fs = yield* FileSystem.FileSystem
   const info = yield* Effect.mapError(
     fs.stat(host),
@@ -316,14 +320,14 @@ export const checkHost = Effect.fn("Mountdisk.checkHost")(function* (host: strin
       new BootError({
         code: "BOOT_MOUNT_HOST_NOT_FOUND",
         message: `${what} is not there: ${host}`,
-        hint: "give an existing directory of the host",
+        hint: `give an existing directory${allowed.file ? " or file" : ""} of the host`,
         cause
       })
   )
-  if (info.type === "Directory") return
+  if (info.type === "Directory" || (allowed.file && info.type === "File")) return
   return yield* new BootError({
     code: "BOOT_MOUNT_INVALID",
-    message: `${what} is not a directory: ${host}`,
+    message: `${what} is ${allowed.file ? "neither a directory nor a regular file" : "not a directory"}: ${host}`,
     hint: "mount the directory it is in"
   })
 })

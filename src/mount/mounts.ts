@@ -5,6 +5,7 @@ import type { GuestConfig } from "../guest/Initramfs.ts"
 import type { Disk, Share } from "../machine/MachineSpec.ts"
 import type { LiveMount, Mount, MountPlan } from "../machine/mountOptions.ts"
 import type { VmEntry } from "../machine/VmEntry.ts"
+import { given } from "../platform/given.ts"
 import { checkHost, Mountdisk } from "./Mountdisk.ts"
 
 /** Fails unless the host has the directories that are to be mounted. Acquires nothing. */
@@ -13,19 +14,29 @@ export const checkHosts = Effect.fn("mounts.checkHosts")(function* ({ liveMounts
   yield* checkLiveHosts(liveMounts)
 })
 
+/** Fails unless the host has a directory or a regular file for each live mount. */
 export const checkLiveHosts = (liveMounts: ReadonlyArray<LiveMount>) =>
-  Effect.forEach(liveMounts, ({ host }, i) => checkHost(host, `the directory of live mount ${i}`), { discard: true })
+  Effect.forEach(liveMounts, ({ guest, host }) => checkHost(host, `what is to be at ${guest}`, { file: true }), {
+    discard: true
+  })
 
 const tagOf = (i: number) => `machinen-lm${i}`
 
-/** The shares of a machine's 9p device, by the live mounts of its entry. */
+/** The shares of a machine, by the live mounts of its entry. */
 export const sharesOf = ({ liveMounts = [] }: VmEntry): ReadonlyArray<Share> =>
-  liveMounts.map(({ host, mode }, i) => ({ tag: tagOf(i), path: host, readOnly: mode === "ro" }))
+  liveMounts.map(({ gid, host, mode, uid }, i) => ({
+    tag: tagOf(i),
+    path: host,
+    readOnly: mode === "ro",
+    ...given({ uid, gid })
+  }))
 
 /** The mounts in the guest's boot configuration. */
 export const guestMounts = ({ liveMounts = [], mount }: VmEntry): Pick<GuestConfig["boot"], "mount" | "shares"> => ({
   ...(mount === undefined ? {} : { mount: mount.guest }),
-  ...(liveMounts.length === 0 ? {} : { shares: liveMounts.map(({ guest }, i) => ({ guest, tag: tagOf(i) })) })
+  ...(liveMounts.length === 0
+    ? {}
+    : { shares: liveMounts.map(({ guest, mode }, i) => ({ guest, tag: tagOf(i), readOnly: mode === "ro" })) })
 })
 
 /** The two disks of a mount, and the files that the shim copies into the VM's directory for them. */

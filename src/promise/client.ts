@@ -120,7 +120,8 @@ export const make = <E>(layer: Layer.Layer<Machinen, E>): Client => {
 }
 
 const toRow = (entry: VmEntry): ReadonlyArray<RegistryEntry> => {
-  const { createdAt, detached, forkedFrom, id, image, liveMounts, memoryMib, name, vmm, vsockPath } = entry
+  const { createdAt, detached, forkedFrom, id, image, liveMounts, liveMountsLost, memoryMib, name, vmm, vsockPath } =
+    entry
   // a VM that is still being started cannot be attached to
   if (vmm === undefined) return []
   return [
@@ -132,6 +133,7 @@ const toRow = (entry: VmEntry): ReadonlyArray<RegistryEntry> => {
       imagePath: image,
       mountDisk: mountDiskOf(entry),
       liveMounts,
+      liveMountsLost,
       forkedFrom,
       memoryCeilingMib: memoryMib,
       detached,

@@ -31,7 +31,7 @@ export interface Interruptible {
   readonly signal?: AbortSignal
 }
 
-/** A host directory that is shared with the guest. */
+/** A directory or file of the host that is shared with the guest. */
 export type LiveMount = LiveMountOption
 
 export interface StartOptions extends Interruptible {
@@ -74,7 +74,7 @@ export interface BootOptions extends StartOptions {
   readonly mount?: { readonly host: string; readonly guest: string }
   /** Most bytes that the guest may write there, a multiple of 4096. Default 4 GiB; the file is sparse and grows as the guest writes. */
   readonly mountDiskUpperSizeBytes?: number
-  /** Host directories that are shared with the guest below /mnt, at most 5. Each side sees the other's changes. */
+  /** Directories and files of the host that are shared with the guest, at most 64. Each side sees the other's changes. */
   readonly liveMounts?: ReadonlyArray<LiveMount>
   /** Time limit of `wait()`, and of a detached VM's start, in milliseconds; null: no limit. Default 60 000. */
   readonly timeoutMs?: number | null
@@ -294,7 +294,9 @@ export interface RegistryEntry {
   readonly imagePath: string
   /** The copy of a host directory: its path in the guest, and the files of its two layers. */
   readonly mountDisk?: { readonly guest: string; readonly lowerPath: string; readonly upperPath: string }
-  readonly liveMounts?: ReadonlyArray<Required<LiveMount>>
+  readonly liveMounts?: ReadonlyArray<LiveMount & Required<Pick<LiveMount, "mode">>>
+  /** Why the guest has lost its live mounts: their server has ended. */
+  readonly liveMountsLost?: string
   /** The bundle that the VM was restored from, or the id of the VM that it was forked from. */
   readonly forkedFrom?: string
   readonly memoryCeilingMib: number

@@ -8,7 +8,7 @@ use crate::memory::Memory;
 use crate::parallel_copy::Known;
 use crate::peer_closed::peer_closed;
 use crate::plan::{FileCopy, removable};
-use crate::shares;
+use crate::share_control;
 use crate::state::State;
 use crate::undo::Undo;
 use rustix::io::Errno;
@@ -140,7 +140,7 @@ impl Maker<'_> {
         let file = file.map_err(|error| Error::io(to.display(), error))?;
         match server.save(&file).await {
             // The guest's shares have ended as well, and will not work in a copy.
-            Err(error) if shares::is_end(&error) => Ok(()),
+            Err(error) if share_control::is_end(&error) => Ok(()),
             saved => saved,
         }
     }

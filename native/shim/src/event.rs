@@ -2,7 +2,7 @@
 
 use crate::failed::Failed;
 use crate::identity::Identity;
-use crate::shares;
+use crate::share_control::Report;
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -13,7 +13,7 @@ pub enum Event<'a> {
         vmm: Identity,
         /// What the server of the shares has said.
         #[serde(skip_serializing_if = "Option::is_none")]
-        shares: Option<&'a shares::Report>,
+        shares: Option<&'a Report>,
     },
     Failed(&'a Failed),
     Exited {

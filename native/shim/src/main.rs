@@ -2,12 +2,12 @@
 //!
 //! ```text
 //! supervisor     the life of a VM, from plan to exit record; everything below is called from there
-//!   start        its beginning, in five steps
+//!   start        its beginning, in six steps
 //!   plan         what the starter wants        owner        stdin and stdout, the way back to the starter
 //!   files        sparse copies                 process      the VMM, and helpers
 //!   entry, replace  the registry's record      cleanup      what is removed at the end
 //!   transcript, log, tail                      what the guest and the VMM print
-//!   shares       the server of the files that the guest shares
+//!   shares, share_control                      the server of the files that the guest shares
 //!   network      forwarded ports, and gvproxy when it is needed
 //!   vsock, guest_ports, proxy                  sockets <-> channel (section 2)
 //!   doorbell, lifecycle, agent, frame          what the shim itself says to the guest and hears from it
@@ -49,6 +49,7 @@ mod process;
 mod proxy;
 mod push_pull;
 mod replace;
+mod share_control;
 mod shares;
 mod start;
 mod state;

@@ -6,7 +6,7 @@ use crate::event::{MainExit, Reason};
 use crate::identity::Identity;
 use crate::log::Log;
 use crate::memory::Memory;
-use crate::shares;
+use crate::share_control::Control;
 use crate::stop::Ask;
 use crate::transcript::Transcript;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,8 +30,7 @@ pub struct State {
     pub agent: Agent,
     pub memory: Option<Arc<Memory>>,
     /// The server of the guest's shares, if it has any.
-    #[allow(dead_code)] // as `Control::save`
-    pub shares: Option<Arc<shares::Control>>,
+    pub shares: Option<Arc<Control>>,
     /// Held by the only capture, until nothing of it is left to undo.
     pub capturing: Semaphore,
     detached: AtomicBool,
@@ -48,7 +47,7 @@ pub struct Started {
     pub vmm_prints: Arc<Transcript>,
     pub memory: Option<Arc<Memory>>,
     /// The server of the guest's shares, if it has any.
-    pub shares: Option<Arc<shares::Control>>,
+    pub shares: Option<Arc<Control>>,
     pub detached: bool,
     /// Whether the guest was running before.
     pub ready: bool,

@@ -4,8 +4,10 @@ import * as NodeContext from "@effect/platform-node/NodeContext"
 import { assert, describe, it } from "@effect/vitest"
 import { Effect, Layer, Stream } from "effect"
 import * as Fake from "../../../backends/fake/Fake.ts"
+import { commandLine, devices } from "../../../backends/qemu/commandLine.ts"
 import * as QemuVmm from "../../../backends/qemu/QemuVmm.ts"
 import { HostProbe } from "../../../src/machine/HostProbe.ts"
+import { MachineSpec, type Share } from "../../../src/machine/MachineSpec.ts"
 import { Registry } from "../../../src/machine/Registry.ts"
 import { Shim, type ShimHandle } from "../../../src/machine/Shim.ts"
 import { VmEntry } from "../../../src/machine/VmEntry.ts"
@@ -119,4 +121,37 @@ describe("saving a machine", () => {
       assert.include(outcome, "not now")
     })
   )
+})
+
+describe("a machine's command line", () => {
+  const spec = (shares: ReadonlyArray<Share>) =>
+    new MachineSpec({
+      id: VmEntry.fields.id.make("abcdef012345"),
+      dir: "/vms/a",
+      start: { _tag: "Kernel", kernel: "/k", initrd: "/i" },
+      memoryMib: 64,
+      vcpus: 1,
+      disks: [{ id: "root", path: "/d", readOnly: true }],
+      shares
+    })
+  const options = { binary: "qemu", accel: "tcg", tscKhz: 1, controlPath: "/c" } as const
+
+  it("has one port for all shares, behind the channel's, and as it is in the fingerprint", () => {
+    const share = (tag: string): Share => ({ tag, path: "/srv", readOnly: false })
+    const ports = (line: ReadonlyArray<string>) => line.filter((word) => word.includes("share"))
+    const none = commandLine(spec([]), options)
+    const port = ["socket,id=share,fd=8", "virtserialport,chardev=share,name=machinen.share"]
+    assert.deepStrictEqual(ports(none).slice(1), [])
+    for (const shares of [[share("a")], [share("a"), share("b")]]) {
+      const line = commandLine(spec(shares), options)
+      assert.deepStrictEqual(ports(line).slice(1), port)
+      const plugged = line.filter((_, i) => line[i - 1] === "-device")
+      assert.deepStrictEqual(plugged, devices({ disks: spec([]).disks, network: false, shares: true }))
+      assert.deepStrictEqual(plugged.slice(0, 3), [
+        "virtio-serial-device",
+        "virtserialport,chardev=channel,name=machinen.channel",
+        port[1]
+      ])
+    }
+  })
 })

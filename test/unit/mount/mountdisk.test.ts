@@ -21,7 +21,6 @@ import { assert, describe, it } from "@effect/vitest"
 import { Effect, Fiber, FastCheck as fc, Layer, Option } from "effect"
 import { Assets } from "../../../src/host/Assets.ts"
 import { RootfsImage } from "../../../src/image/RootfsImage.ts"
-import { guestPath, type MountOptions, overridden, validateMounts } from "../../../src/machine/mountOptions.ts"
 import { Registry } from "../../../src/machine/Registry.ts"
 import { Mountdisk } from "../../../src/mount/Mountdisk.ts"
 import * as processes from "../../../src/platform/processes.ts"
@@ -51,102 +50,6 @@ const atRest = (files: Readonly<Record<string, string>>): string => {
   return dir
 }
 const settle = Effect.promise(() => new Promise((resolve) => setTimeout(resolve, 80)))
-
-describe("mounts", () => {
-  const refused: ReadonlyArray<readonly [what: string, options: MountOptions]> = [
-    ["a guest path outside /mnt", { mount: { host: "/srv", guest: "/srv" } }],
-    ["/mnt itself", { mount: { host: "/srv", guest: "/mnt/" } }],
-    ["a neighbour of /mnt", { mount: { host: "/srv", guest: "/mnt2/x" } }],
-    ["a guest path that leads out", { mount: { host: "/srv", guest: "/mnt/x/../../etc" } }],
-    ["a relative guest path", { liveMounts: [{ host: "/srv", guest: "mnt/x" }] }],
-    ["a NUL in the guest path", { liveMounts: [{ host: "/srv", guest: "/mnt/a\0b" }] }],
-    ["a NUL in the host path", { liveMounts: [{ host: "/srv\0", guest: "/mnt/a" }] }],
-    ["an empty host path", { mount: { host: "", guest: "/mnt/a" } }],
-    ["an unknown mode", { liveMounts: [{ host: "/srv", guest: "/mnt/a", mode: "x" as never }] }],
-    ["an odd size", { mountDiskUpperSizeBytes: 2 ** 30 + 1 }],
-    ["no size", { mountDiskUpperSizeBytes: 0 }],
-    [
-      "two mounts for one place",
-      {
-        liveMounts: [
-          { host: "/a", guest: "/mnt/x" },
-          { host: "/b", guest: "/mnt//x/" }
-        ]
-      }
-    ],
-    ["a mount in a mount", { mount: { host: "/a", guest: "/mnt/x" }, liveMounts: [{ host: "/b", guest: "/mnt/x/y" }] }],
-    ["six live mounts", { liveMounts: [..."abcdef"].map((name) => ({ host: "/srv", guest: `/mnt/${name}` })) }]
-  ]
-  for (const [what, options] of refused) {
-    it.effect(`refuses ${what}`, () =>
-      Effect.gen(function* () {
-        const error = yield* Effect.flip(validateMounts(options))
-        assert.strictEqual(error.code, "BOOT_MOUNT_INVALID")
-        assert.isString(error.hint)
-        if (what === "six live mounts") assert.match(error.message, /^6 .* limit is 5$/)
-      })
-    )
-  }
-
-  it.effect("fills in what was left out, and normalises", () =>
-    Effect.gen(function* () {
-      const plan = yield* validateMounts({
-        mount: { host: "/srv/", guest: "/mnt//a/./b/" },
-        liveMounts: [{ host: "x", guest: "/mnt/c" }]
-      })
-      assert.deepStrictEqual(plan, {
-        mount: { guest: "/mnt/a/b", host: "/srv" },
-        mountUpperBytes: 4 * 1024 ** 3,
-        liveMounts: [{ guest: "/mnt/c", host: path.resolve("x"), mode: "rw" }]
-      })
-    })
-  )
-
-  it.effect("a copy has its original's shares, with another directory or mode where that is given", () =>
-    Effect.gen(function* () {
-      const recorded = [
-        { guest: "/mnt/a", host: "/srv/a", mode: "ro" },
-        { guest: "/mnt/b", host: "/srv/b", mode: "rw" }
-      ] as const
-      assert.deepStrictEqual(yield* overridden(recorded, []), [...recorded])
-      assert.deepStrictEqual(yield* overridden(recorded, [{ guest: "/mnt//b/", host: "/x" }]), [
-        recorded[0],
-        { guest: "/mnt/b", host: "/x", mode: "rw" }
-      ])
-      const both = [
-        { guest: "/mnt/b", host: "/x", mode: "ro" },
-        { guest: "/mnt/a", host: "/y" }
-      ] as const
-      assert.deepStrictEqual(yield* overridden(recorded, both), [
-        { guest: "/mnt/a", host: "/y", mode: "ro" },
-        { guest: "/mnt/b", host: "/x", mode: "ro" }
-      ])
-      for (const [known, hint] of [
-        [recorded, "/mnt/a, /mnt/b"],
-        [[], "no live mounts"]
-      ] as const) {
-        const error = yield* Effect.flip(overridden(known, [{ guest: "/mnt/c", host: "/x" }]))
-        assert.strictEqual(error.code, "BOOT_LIVE_MOUNT_OVERRIDE_UNKNOWN")
-        assert.include(error.hint, hint)
-      }
-    })
-  )
-
-  it("no accepted guest path leaves /mnt", () => {
-    const part = fc.oneof(fc.constantFrom("..", ".", "", "mnt", "a", "..."), fc.string())
-    let all = 0
-    fc.assert(
-      fc.property(fc.constantFrom("/mnt/", "/"), fc.array(part), (root, parts) => {
-        const accepted = Effect.runSync(Effect.option(guestPath(`${root}${parts.join("/")}`)))
-        if (Option.isNone(accepted)) return
-        all++
-        assert.strictEqual(path.posix.normalize(accepted.value), accepted.value)
-        assert.match(accepted.value, /^\/mnt\/./)
-      })
-    )
-    assert.isAbove(all, 0)
-  })
-})
 
 describe("a tree's key", () => {
   const change: ReadonlyArray<readonly [what: string, (dir: string) => void]> = [

@@ -148,12 +148,13 @@ describe("snapshots", () => {
       const share = (host: string, guest: string) => ({ liveMounts: [{ host, guest, mode: "rw" }] })
       const wrong: ReadonlyArray<object> = [
         share("/", "/"),
-        share("/", "/etc"),
+        share("/", "/proc/self"),
         share("/", "/mnt/../etc"),
+        share("/", "/dev"),
         share("/", "/mnt//x/"),
         share("relative", "/mnt/x"),
         share("", "/mnt/x"),
-        { liveMounts: Array.from({ length: 6 }, (_, i) => ({ host: "/", guest: `/mnt/${i}`, mode: "ro" })) },
+        { liveMounts: Array.from({ length: 65 }, (_, i) => ({ host: "/", guest: `/mnt/${i}`, mode: "ro" })) },
         { mount: { host: "/srv", guest: "/usr" } },
         { sourceName: "../../etc" },
         { memoryMib: -1 },
