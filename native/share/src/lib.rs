@@ -26,6 +26,7 @@ pub mod request;
 mod root;
 pub mod server;
 pub mod share;
+pub mod state;
 pub mod stream;
 pub mod watch;
 mod xattr;

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, BufReader};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::exit;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -15,6 +16,7 @@ use machinen_share::control::{Control, Line};
 use machinen_share::plan::Plan;
 use machinen_share::server::Server;
 use machinen_share::share::Refused;
+use machinen_share::state::{Loaded, Lost};
 use machinen_share::stream;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -36,14 +38,7 @@ enum Operation {
 enum Answer {
     Started { ok: bool, confinement: Vec<&'static str>, lost: Vec<Lost> },
     Refused { ok: bool, code: String, message: String },
-}
-
-/// Something of the state before that is no more.
-#[derive(Serialize)]
-struct Lost {
-    tag: String,
-    path: String,
-    why: String,
+    Done { ok: bool },
 }
 
 impl From<Refused> for Answer {
@@ -96,7 +91,7 @@ fn run(guest: File, control: &mut Control) -> io::Result<()> {
         exit(code);
     })?;
     while let Some(line) = control.line()? {
-        let answer = operate(&server, &line);
+        let answer = operate(&server, line);
         control.answer(&answer)?;
     }
     Ok(())
@@ -108,18 +103,30 @@ fn start(line: &Line, guest: File) -> Result<(Server, Answer), Refused> {
     let shares = plan.open()?;
     let refused = |errno| Refused { errno, what: "the server".to_owned() };
     let server = Server::new(shares, Duration::ZERO, Arc::new(Mutex::new(guest))).map_err(refused)?;
-    if let Some(path) = plan.state {
-        return Err(Refused { errno: Errno::NOSYS, what: path.display().to_string() });
-    }
-    Ok((server, Answer::Started { ok: true, confinement: confine(), lost: Vec::new() }))
+    let loaded = match &plan.state {
+        Some(path) => load(&server, path).map_err(|error| Refused {
+            errno: Errno::from_io_error(&error).unwrap_or(Errno::INVAL),
+            what: format!("{}: {error}", path.display()),
+        })?,
+        None => Loaded::default(),
+    };
+    Ok((server, Answer::Started { ok: true, confinement: confine(), lost: loaded.lost }))
+}
+
+fn load(server: &Server, path: &Path) -> io::Result<Loaded> {
+    server.load(BufReader::new(File::open(path)?))
 }
 
 /// What the shim asks for while the guest is served.
-fn operate(_server: &Server, line: &Line) -> Answer {
+fn operate(server: &Server, line: Line) -> Answer {
     let refused = |errno, what: &str| Answer::from(Refused { errno, what: what.to_owned() });
-    match serde_json::from_slice(&line.text) {
-        Ok(Operation::Save) => refused(Errno::NOSYS, "save"),
-        Err(error) => refused(Errno::INVAL, &error.to_string()),
+    match (serde_json::from_slice(&line.text), line.file) {
+        (Ok(Operation::Save), Some(file)) => match server.save(File::from(file)) {
+            Ok(()) => Answer::Done { ok: true },
+            Err(error) => refused(Errno::from_io_error(&error).unwrap_or(Errno::IO), "the state"),
+        },
+        (Ok(Operation::Save), None) => refused(Errno::BADF, "save"),
+        (Err(error), _) => refused(Errno::INVAL, &error.to_string()),
     }
 }
 

@@ -61,7 +61,8 @@ pub fn status(file: impl AsFd) -> Result<Statx, Errno> {
 }
 
 struct Known {
-    node: Arc<Node>,
+    /// `None`: the guest was told of it by a server before this one, and it is no more.
+    node: Option<Arc<Node>>,
     /// How often the guest was told of it and has not forgotten it since.
     lookups: u64,
 }
@@ -81,7 +82,7 @@ impl Nodes {
         let mut nodes = Self { by_number: HashMap::new(), by_identity: HashMap::new(), first, next: first };
         for (number, node) in (ROOT + 1..).zip(shares) {
             nodes.by_identity.insert(node.identity, number);
-            nodes.by_number.insert(number, Known { node: Arc::new(node), lookups: 1 });
+            nodes.by_number.insert(number, Known { node: Some(Arc::new(node)), lookups: 1 });
         }
         nodes
     }
@@ -92,7 +93,7 @@ impl Nodes {
     }
 
     pub fn get(&self, number: u64) -> Result<Arc<Node>, Errno> {
-        self.by_number.get(&number).map(|known| Arc::clone(&known.node)).ok_or(Errno::STALE)
+        self.by_number.get(&number).ok_or(Errno::STALE)?.node.clone().ok_or(Errno::IO)
     }
 
     /// The number of a file the guest is told of. A number is never given twice.
@@ -105,14 +106,14 @@ impl Nodes {
                 let number = *known.get();
                 let known = self.by_number.get_mut(&number).ok_or(Errno::STALE)?;
                 known.lookups = known.lookups.saturating_add(1);
-                Ok((number, Arc::clone(&known.node)))
+                Ok((number, known.node.clone().ok_or(Errno::IO)?))
             }
             Entry::Vacant(unknown) => {
                 let number = self.next;
                 self.next += 1;
                 unknown.insert(number);
                 let node = Arc::new(node);
-                self.by_number.insert(number, Known { node: Arc::clone(&node), lookups: 1 });
+                self.by_number.insert(number, Known { node: Some(Arc::clone(&node)), lookups: 1 });
                 Ok((number, node))
             }
         }
@@ -125,9 +126,43 @@ impl Nodes {
         }
         let Entry::Occupied(mut known) = self.by_number.entry(number) else { return };
         known.get_mut().lookups = known.get().lookups.saturating_sub(lookups);
-        if known.get().lookups == 0 {
-            self.by_identity.remove(&known.remove().node.identity);
+        if known.get().lookups == 0
+            && let Some(node) = known.remove().node
+            && self.by_identity.get(&node.identity) == Some(&number)
+        {
+            self.by_identity.remove(&node.identity);
         }
+    }
+
+    /// The files the guest knows beside the shares, with how often it was told of each.
+    pub fn list(&self) -> Vec<(u64, u64, Arc<Node>)> {
+        let known = self.by_number.iter().filter(|(number, _)| **number >= self.first);
+        known.filter_map(|(number, known)| Some((*number, known.lookups, Arc::clone(known.node.as_ref()?)))).collect()
+    }
+
+    /// The next number.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// What a server before this one has told the guest of; `None`: it is no more.
+    pub fn go_on_with(&mut self, number: u64, lookups: u64, node: Option<Node>) -> Result<(), Errno> {
+        if number < self.first || self.by_number.len() >= MOST || self.by_number.contains_key(&number) {
+            return Err(Errno::INVAL);
+        }
+        let node = node.map(Arc::new);
+        if let Some(node) = &node {
+            // Two files may have become one. Then the guest has two numbers for it, and is told the first.
+            self.by_identity.entry(node.identity).or_insert(number);
+        }
+        self.by_number.insert(number, Known { node, lookups });
+        self.go_on_at(number.saturating_add(1));
+        Ok(())
+    }
+
+    /// Numbers below this one have been given.
+    pub fn go_on_at(&mut self, next: u64) {
+        self.next = self.next.max(next);
     }
 
     #[cfg(test)]

@@ -139,6 +139,10 @@ impl Server {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn devices(&self) -> MutexGuard<'_, Devices> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn handles(&self) -> MutexGuard<'_, Handles> {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -168,7 +172,7 @@ impl Server {
     }
 
     pub(crate) fn inode_on(&self, device: u64, inode: u64) -> u64 {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner).inode(device, inode)
+        self.devices().inode(device, inode)
     }
 }
 

@@ -1,0 +1,315 @@
+//! The state of a server in a file, and a server that goes on with it: the guest was copied, and its kernel knows files by their numbers and has
+//! files open.
+//!
+//! The file is text: a line about the whole, then one for each file that the guest knows, then one for each that it has open. A file is found
+//! again by its path, and is the same if inode, kind and time of birth are (without a time of birth: the device). A directory is also
+//! taken for another at the same path, because what matters about it is what is in it. What is not found again gives EIO wherever the guest
+//! uses its number.
+
+use std::collections::HashMap;
+use std::io::{self, BufRead, ErrorKind, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags, openat2, readlinkat, statx};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::node::Node;
+use crate::server::Server;
+
+const VERSION: u32 = 1;
+/// The longest line: a path of PATH_MAX bytes, each escaped, and some numbers.
+const MAX_LINE: u64 = 64 << 10;
+
+/// The line about the whole.
+#[derive(Deserialize, Serialize)]
+struct Head {
+    version: u32,
+    tags: Vec<String>,
+    started: bool,
+    next_node: u64,
+    next_handle: u64,
+    devices: Vec<u64>,
+    nodes: usize,
+    handles: usize,
+}
+
+/// A file that the guest knows.
+#[derive(Deserialize, Serialize)]
+struct SavedNode {
+    number: u64,
+    lookups: u64,
+    share: usize,
+    /// From the share, each byte as the character with its number; `None`: it has no name any more.
+    path: Option<String>,
+    looks: Looks,
+}
+
+/// What a file is told by.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+struct Looks {
+    device: (u32, u32),
+    inode: u64,
+    kind: u32,
+    born: Option<(i64, u32)>,
+    /// When it was changed last, and its size.
+    changed: (i64, u32),
+    size: u64,
+}
+
+/// A file that the guest has open.
+#[derive(Deserialize, Serialize)]
+struct SavedHandle {
+    number: u64,
+    node: u64,
+    flags: u32,
+}
+
+/// An open file that is no more, or another.
+#[derive(Debug, Eq, PartialEq, Serialize)]
+pub struct Lost {
+    tag: String,
+    path: String,
+    why: String,
+}
+
+/// A name that the guest knows, and what has become of it since.
+#[derive(Debug, Eq, PartialEq)]
+pub struct Known {
+    pub parent: u64,
+    pub name: Box<[u8]>,
+    pub node: u64,
+    pub fate: Fate,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Fate {
+    Same,
+    /// The same file, but with other contents or attributes.
+    Changed,
+    /// The name is gone, or means another file.
+    Other,
+}
+
+/// What a server found when it went on.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    pub lost: Vec<Lost>,
+    pub names: Vec<Known>,
+}
+
+impl Server {
+    /// Writes the state. No request may be under way.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub fn save(&self, file: impl Write) -> io::Result<()> {
+        let mut file = io::BufWriter::new(file);
+        let nodes = self.nodes().list();
+        let (handles, next_handle) = self.handles().list();
+        let roots = self.shares.iter().map(|share| self.path_of(&share.file)).collect::<Result<Vec<_>, _>>()?;
+        let head = Head {
+            version: VERSION,
+            tags: self.shares.iter().map(|share| share.tag.to_string_lossy().into_owned()).collect(),
+            started: self.started.load(Ordering::Acquire),
+            next_node: self.nodes().next(),
+            next_handle,
+            devices: self.devices().list(),
+            nodes: nodes.len(),
+            handles: handles.len(),
+        };
+        line(&mut file, &head)?;
+        for (number, lookups, node) in nodes {
+            let share = node.identity.share;
+            let looks = Looks::of(&node)?;
+            let path = self.path_of(&node).ok().and_then(|path| below(&roots[share], &path));
+            // A name may be another file's by now.
+            let is_same = |found: &Node| Looks::of(found).is_ok_and(|found| looks.is(&found));
+            let path = path.filter(|path| self.open_below(share, path).is_ok_and(|found| is_same(&found)));
+            line(&mut file, &SavedNode { number, lookups, share, path: path.as_deref().map(escaped), looks })?;
+        }
+        for (number, handle) in handles {
+            let flags = rustix::fs::fcntl_getfl(&handle.file)?.bits();
+            line(&mut file, &SavedHandle { number, node: handle.node, flags })?;
+        }
+        file.flush()
+    }
+
+    /// Goes on with a state. An empty file is that of a server that had ended, with which the guest's connection has ended.
+    ///
+    /// # Errors
+    /// Those of the file, and `InvalidData` for what is no state of these shares.
+    pub fn load(&self, mut file: impl BufRead) -> io::Result<Loaded> {
+        if file.fill_buf()?.is_empty() {
+            return Ok(Loaded::default());
+        }
+        let head: Head = read(&mut file)?;
+        let tags = self.shares.iter().map(|share| share.tag.to_string_lossy().into_owned());
+        if head.version != VERSION || !tags.eq(head.tags.iter().cloned()) {
+            return Err(invalid("the state is of another version, or of other shares"));
+        }
+        self.devices().go_on_with(head.devices);
+        let mut loaded = Loaded::default();
+        let mut paths = Paths::new();
+        for _ in 0..head.nodes {
+            let saved: SavedNode = read(&mut file)?;
+            if saved.share >= self.shares.len() {
+                return Err(invalid("a file of no share"));
+            }
+            let path = saved.path.as_deref().map(unescaped).transpose()?;
+            let (node, fate) = match &path {
+                Some(path) => self.found_again(saved.share, path, &saved.looks),
+                None => (None, Fate::Other),
+            };
+            self.nodes().go_on_with(saved.number, saved.lookups, node).map_err(|_| invalid("a number is taken"))?;
+            if let Some(path) = path {
+                paths.insert((saved.share, path), (saved.number, fate));
+            }
+        }
+        self.nodes().go_on_at(head.next_node);
+        loaded.names = names(&paths);
+        for _ in 0..head.handles {
+            let saved: SavedHandle = read(&mut file)?;
+            let file = self.open_again(&saved);
+            if let Err(errno) = &file {
+                loaded.lost.push(lost(&head.tags, &paths, saved.node, *errno));
+            }
+            self.handles().go_on_with(saved.number, saved.node, file.ok()).map_err(|_| invalid("a handle is taken"))?;
+        }
+        self.handles().go_on_at(head.next_handle);
+        self.started.store(head.started, Ordering::Release);
+        Ok(loaded)
+    }
+}
+
+/// By share and path: the number, and what was found there.
+type Paths = HashMap<(usize, Vec<u8>), (u64, Fate)>;
+
+impl Server {
+    /// The path that leads to a file now, as this process sees it.
+    fn path_of(&self, file: impl AsFd) -> Result<Vec<u8>, Errno> {
+        let number = file.as_fd().as_raw_fd().to_string();
+        readlinkat(&self.descriptors, number, Vec::new()).map(std::ffi::CString::into_bytes)
+    }
+
+    /// What is at a path in a share. No link is followed, and nothing outside is reached.
+    fn open_below(&self, share: usize, path: &[u8]) -> Result<Node, Errno> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let within = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let root = &self.shares.get(share).ok_or(Errno::NOENT)?.file;
+        Ok(Node::new(openat2(root, path, flags, Mode::empty(), within)?, share)?.0)
+    }
+
+    /// The file at a path if it is the one that had these looks, and what has become of the name.
+    fn found_again(&self, share: usize, path: &[u8], looks: &Looks) -> (Option<Node>, Fate) {
+        let Ok(node) = self.open_below(share, path) else { return (None, Fate::Other) };
+        match Looks::of(&node) {
+            Ok(found) if found == *looks => (Some(node), Fate::Same),
+            Ok(found) if found.is(looks) => (Some(node), Fate::Changed),
+            Ok(found) if found.kind == looks.kind && node.kind == FileType::Directory => (Some(node), Fate::Changed),
+            _ => (None, Fate::Other),
+        }
+    }
+
+    fn open_again(&self, saved: &SavedHandle) -> Result<OwnedFd, Errno> {
+        let node = self.node(saved.node)?;
+        let kept = OFlags::ACCMODE | OFlags::APPEND | OFlags::DSYNC | OFlags::SYNC | OFlags::DIRECTORY;
+        self.reopen(&node, OFlags::from_bits_retain(saved.flags) & kept)
+    }
+}
+
+impl Looks {
+    fn of(file: impl AsFd) -> Result<Self, Errno> {
+        let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+        let found = statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT, mask)?;
+        let has_born = found.stx_mask & StatxFlags::BTIME.bits() != 0;
+        Ok(Self {
+            device: (found.stx_dev_major, found.stx_dev_minor),
+            inode: found.stx_ino,
+            kind: FileType::from_raw_mode(found.stx_mode.into()).as_raw_mode(),
+            born: has_born.then_some((found.stx_btime.tv_sec, found.stx_btime.tv_nsec)),
+            changed: (found.stx_ctime.tv_sec, found.stx_ctime.tv_nsec),
+            size: found.stx_size,
+        })
+    }
+
+    /// Whether they are those of the same file. The number of a device may be another after this host has started again.
+    fn is(&self, other: &Self) -> bool {
+        let same_birth = self.born == other.born && (self.born.is_some() || self.device == other.device);
+        self.inode == other.inode && self.kind == other.kind && same_birth
+    }
+}
+
+/// The names that the guest knows, by the numbers of the directories they are in.
+fn names(paths: &Paths) -> Vec<Known> {
+    let known = paths.iter().filter_map(|((share, path), (number, fate))| {
+        let at = path.iter().rposition(|byte| *byte == b'/');
+        let parent = match at {
+            Some(at) => paths.get(&(*share, path[..at].to_vec()))?.0,
+            None => crate::node::Nodes::of_share(*share),
+        };
+        let name = path[at.map_or(0, |at| at + 1)..].into();
+        Some(Known { parent, name, node: *number, fate: *fate })
+    });
+    known.collect()
+}
+
+fn lost(tags: &[String], paths: &Paths, node: u64, errno: Errno) -> Lost {
+    let at = paths.iter().find(|(_, (number, _))| *number == node).map(|(at, _)| at);
+    let tag = at.and_then(|(share, _)| tags.get(*share)).cloned().unwrap_or_default();
+    let path = at.map(|(_, path)| String::from_utf8_lossy(path).into_owned()).unwrap_or_default();
+    // The standard library's words, without its number.
+    let why = io::Error::from(errno).to_string();
+    Lost { tag, path, why: why.split(" (os error").next().unwrap_or(&why).to_owned() }
+}
+
+/// The part of a path behind that of the share.
+fn below(root: &[u8], path: &[u8]) -> Option<Vec<u8>> {
+    let rest = path.strip_prefix(root)?;
+    let rest = if root == b"/" { rest } else { rest.strip_prefix(b"/")? };
+    (!rest.is_empty()).then(|| rest.to_vec())
+}
+
+fn escaped(path: &[u8]) -> String {
+    path.iter().map(|byte| char::from(*byte)).collect()
+}
+
+fn unescaped(path: &str) -> io::Result<Vec<u8>> {
+    path.chars().map(|character| u8::try_from(character).map_err(|_| invalid("a path of no bytes"))).collect()
+}
+
+fn line(file: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer(&mut *file, value)?;
+    file.write_all(b"\n")
+}
+
+fn read<T: for<'a> Deserialize<'a>>(file: &mut impl BufRead) -> io::Result<T> {
+    let mut line = Vec::new();
+    io::Read::take(&mut *file, MAX_LINE).read_until(b'\n', &mut line)?;
+    Ok(serde_json::from_slice(&line)?)
+}
+
+fn invalid(why: &str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_any_bytes_come_back() {
+        let path: Vec<u8> = (1..=255).collect();
+        assert_eq!(unescaped(&escaped(&path)).unwrap(), path);
+        assert!(unescaped("\u{100}").is_err());
+    }
+
+    #[test]
+    fn a_path_is_cut_at_the_share() {
+        assert_eq!(below(b"/srv", b"/srv/a/b").as_deref(), Some(&b"a/b"[..]));
+        assert_eq!(below(b"/", b"/a").as_deref(), Some(&b"a"[..]));
+        assert_eq!(below(b"/srv", b"/srv"), None);
+        assert_eq!(below(b"/srv", b"/srv2/a"), None);
+    }
+}
