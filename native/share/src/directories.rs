@@ -12,13 +12,13 @@ impl Server {
     pub(crate) fn opendir(&self, request: Request<'_>) -> Answer {
         let node = self.node(request.header.node)?;
         let file = self.reopen(&node, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        reply(self.opened(file, request.header.node, 0)?)
+        reply(self.opened(file, request.header.node, node)?)
     }
 
     pub(crate) fn readdir(&self, mut request: Request<'_>, plus: bool) -> Answer {
         let asked: abi::ReadIn = request.take()?;
         let handle = self.handle(&request, asked.handle)?;
-        let node = self.node(request.header.node)?;
+        let node = &handle.node;
         let room = (asked.size as usize).min(MAX_DATA);
         let mut answer = directory::Answer::new(room);
         directory::read(&handle, asked.offset, |mut entry| {
@@ -30,7 +30,7 @@ impl Server {
                 return Ok(false);
             }
             // `.` and `..` are not looked up, and what is gone meanwhile is told without attributes.
-            let found = if entry.is_dots() { None } else { self.find(&node, entry.name).ok() };
+            let found = if entry.is_dots() { None } else { self.find(node, entry.name).ok() };
             Ok(answer.add_with_attributes(&entry, found.unwrap_or_default()))
         })?;
         Ok(Some(answer.bytes))

@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, openat};
 use rustix::io::Errno;
@@ -15,16 +16,16 @@ use crate::server::Server;
 
 impl Server {
     /// Tells the guest of a file (O_PATH) of the share.
-    pub(crate) fn told(&self, file: OwnedFd, share: usize) -> Result<EntryOut, Errno> {
+    pub(crate) fn told(&self, file: OwnedFd, share: usize) -> Result<(EntryOut, Arc<Node>), Errno> {
         let (node, status) = Node::new(file, share)?;
         let (number, node) = self.nodes().tell(node)?;
-        self.entry_out(number, &node, &status)
+        Ok((self.entry_out(number, &node, &status)?, node))
     }
 
     /// The file of that name, which is not followed if it is a link.
     pub(crate) fn find(&self, parent: &Node, name: &CStr) -> Result<EntryOut, Errno> {
         let file = openat(parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-        self.told(file, parent.identity.share)
+        Ok(self.told(file, parent.identity.share)?.0)
     }
 
     pub(crate) fn lookup(&self, mut request: Request<'_>) -> Answer {

@@ -1,6 +1,7 @@
 //! Opening files, and their ends.
 
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::{FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
@@ -22,8 +23,8 @@ impl Server {
         openat(&self.descriptors, node.number(), flags | OFlags::CLOEXEC, Mode::empty())
     }
 
-    pub(crate) fn opened(&self, file: OwnedFd, node: u64, open_flags: u32) -> Result<OpenOut, Errno> {
-        Ok(OpenOut { handle: self.handles().add(file, node)?, open_flags, backing: 0 })
+    pub(crate) fn opened(&self, file: OwnedFd, number: u64, node: Arc<Node>) -> Result<OpenOut, Errno> {
+        Ok(OpenOut { handle: self.handles().add(file, number, node)?, open_flags: 0, backing: 0 })
     }
 
     pub(crate) fn open(&self, mut request: Request<'_>) -> Answer {
@@ -39,7 +40,7 @@ impl Server {
         let open = || self.reopen(&node, flags);
         let file =
             if asked.open_flags & flag::OPEN_KILL_SUIDGID != 0 { privilege::without_fsetid(open)? } else { open()? };
-        reply(self.opened(file, request.header.node, 0)?)
+        reply(self.opened(file, request.header.node, node)?)
     }
 
     pub(crate) fn create(&self, mut request: Request<'_>) -> Answer {
@@ -71,18 +72,16 @@ impl Server {
         rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
         // The file itself, not what has its name by now.
         let path = OFlags::PATH | OFlags::CLOEXEC;
-        let entry = self.told(
-            openat(&self.descriptors, file.as_raw_fd().to_string(), path, Mode::empty())?,
-            parent.identity.share,
-        )?;
-        let open = self.opened(file, entry.node, 0).inspect_err(|_| self.nodes().forget(entry.node, 1))?;
+        let path = openat(&self.descriptors, file.as_raw_fd().to_string(), path, Mode::empty())?;
+        let (entry, node) = self.told(path, parent.identity.share)?;
+        let open = self.opened(file, entry.node, node).inspect_err(|_| self.nodes().forget(entry.node, 1))?;
         reply(abi::CreateOut { entry, open })
     }
 
     pub(crate) fn flush(&self, mut request: Request<'_>) -> Answer {
         let asked: abi::FlushIn = request.take()?;
         let handle = self.handle(&request, asked.handle)?;
-        self.locks.release(handle.node, asked.lock_owner);
+        self.locks.release(handle.number, asked.lock_owner);
         // Some file systems say only at a close that something was not written (NFS, quotas).
         let copy = rustix::io::fcntl_dupfd_cloexec(&handle.file, 0)?;
         // SAFETY: the copy's number was given up just now, and nobody else knows it.

@@ -6,7 +6,7 @@ use rustix::io::Errno;
 
 use crate::abi::{self, Attr, AttrOut, EntryOut, ROOT, opcode};
 use crate::directory;
-use crate::node::Nodes;
+use crate::nodes::Nodes;
 use crate::reply::{Answer, done, reply};
 use crate::request::{MAX_DATA, Request};
 use crate::server::Server;

@@ -13,12 +13,15 @@ use zerocopy::FromBytes;
 use crate::abi::{self, ROOT, opcode};
 use crate::devices::Devices;
 use crate::handle::{Handle, Handles};
+use crate::limits::Limits;
 use crate::lock::Locks;
-use crate::node::{Node, Nodes};
+use crate::node::Node;
+use crate::nodes::{self, Nodes};
 use crate::outlet::Outlet;
 use crate::reply::{self, Answer, last_errno};
 use crate::request::Request;
 use crate::share::Share;
+use crate::waiting::Waiting;
 
 pub struct Server {
     pub(crate) shares: Vec<Share>,
@@ -28,7 +31,8 @@ pub struct Server {
     nodes: Mutex<Nodes>,
     handles: Mutex<Handles>,
     devices: Mutex<Devices>,
-    pub(crate) locks: Locks,
+    pub(crate) locks: Arc<Locks>,
+    pub(crate) waiting: Waiting,
     /// /proc/self/fd, where a file that is held can be opened anew whatever its name is by now.
     pub(crate) descriptors: OwnedFd,
     pub(crate) started: AtomicBool,
@@ -39,6 +43,7 @@ impl Server {
     /// Those of /proc and of the shared directories.
     pub fn new(shares: Vec<Share>, valid: Duration, outlet: Arc<dyn Outlet>) -> Result<Self, Errno> {
         let directory = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let limits = Limits::of_this_process();
         let mut devices = Devices::default();
         let mut roots = Vec::new();
         for (number, share) in shares.iter().enumerate() {
@@ -50,10 +55,11 @@ impl Server {
             shares,
             valid,
             outlet,
-            nodes: Mutex::new(Nodes::new(roots)),
-            handles: Mutex::default(),
+            nodes: Mutex::new(Nodes::new(roots, limits.nodes, nodes::MOST)),
+            handles: Mutex::new(Handles::new(limits.handles)),
             devices: Mutex::new(devices),
-            locks: Locks::default(),
+            locks: Arc::new(Locks::new(limits.owners)),
+            waiting: Waiting::new()?,
             descriptors: rustix::fs::open("/proc/self/fd", directory, Mode::empty())?,
             started: AtomicBool::new(false),
         })
@@ -82,7 +88,8 @@ impl Server {
         match asked {
             opcode::FORGET => return self.forget(request),
             opcode::BATCH_FORGET => return self.forget_many(request),
-            opcode::DESTROY | opcode::INTERRUPT => return Ok(None),
+            opcode::INTERRUPT => return self.interrupt(request),
+            opcode::DESTROY => return Ok(None),
             _ if request.header.node == ROOT => return self.serve_root(request),
             _ => {}
         }
@@ -158,7 +165,7 @@ impl Server {
 
     pub(crate) fn handle_of(&self, node: u64, number: u64) -> Result<Arc<Handle>, Errno> {
         let handle = self.handles().get(number)?;
-        if handle.node == node { Ok(handle) } else { Err(Errno::BADF) }
+        if handle.number == node { Ok(handle) } else { Err(Errno::BADF) }
     }
 
     /// The share that a file is of, which says what may be done to it.

@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::io::{self, BufRead, ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags, openat2, readlinkat, statx};
@@ -16,6 +17,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::node::Node;
+use crate::nodes::Nodes;
 use crate::server::Server;
 
 const VERSION: u32 = 1;
@@ -131,7 +133,7 @@ impl Server {
         }
         for (number, handle) in handles {
             let flags = rustix::fs::fcntl_getfl(&handle.file)?.bits();
-            line(&mut file, &SavedHandle { number, node: handle.node, flags })?;
+            line(&mut file, &SavedHandle { number, node: handle.number, flags })?;
         }
         file.flush()
     }
@@ -171,11 +173,11 @@ impl Server {
         loaded.names = names(&paths);
         for _ in 0..head.handles {
             let saved: SavedHandle = read(&mut file)?;
-            let file = self.open_again(&saved);
-            if let Err(errno) = &file {
+            let open = self.open_again(&saved);
+            if let Err(errno) = &open {
                 loaded.lost.push(lost(&head.tags, &paths, saved.node, *errno));
             }
-            self.handles().go_on_with(saved.number, saved.node, file.ok()).map_err(|_| invalid("a handle is taken"))?;
+            self.handles().go_on_with(saved.number, open.ok()).map_err(|_| invalid("a handle is taken"))?;
         }
         self.handles().go_on_at(head.next_handle);
         self.started.store(head.started, Ordering::Release);
@@ -212,10 +214,10 @@ impl Server {
         }
     }
 
-    fn open_again(&self, saved: &SavedHandle) -> Result<OwnedFd, Errno> {
+    fn open_again(&self, saved: &SavedHandle) -> Result<(OwnedFd, u64, Arc<Node>), Errno> {
         let node = self.node(saved.node)?;
         let kept = OFlags::ACCMODE | OFlags::APPEND | OFlags::DSYNC | OFlags::SYNC | OFlags::DIRECTORY;
-        self.reopen(&node, OFlags::from_bits_retain(saved.flags) & kept)
+        Ok((self.reopen(&node, OFlags::from_bits_retain(saved.flags) & kept)?, saved.node, node))
     }
 }
 
@@ -247,7 +249,7 @@ fn names(paths: &Paths) -> Vec<Known> {
         let at = path.iter().rposition(|byte| *byte == b'/');
         let parent = match at {
             Some(at) => paths.get(&(*share, path[..at].to_vec()))?.0,
-            None => crate::node::Nodes::of_share(*share),
+            None => Nodes::of_share(*share),
         };
         let name = path[at.map_or(0, |at| at + 1)..].into();
         Some(Known { parent, name, node: *number, fate: *fate })

@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use common::{Program, as_structure, names, plan, text};
-use machinen_share::abi::{self, AttrOut, GetattrIn, ROOT, ReadIn, opcode};
+use machinen_share::abi::{self, AttrOut, EntryOut, GetattrIn, LockIn, ROOT, ReadIn, opcode};
 use zerocopy::IntoBytes;
 
 #[test]
@@ -89,4 +89,55 @@ fn it_ends_with_either_connection() {
     let mut program = Program::serving(&[("work", dir.path(), false)]);
     program.control.get_mut().shutdown(std::net::Shutdown::Both).unwrap();
     assert!(program.child.wait().unwrap().success());
+}
+
+#[test]
+fn few_descriptors_serve_a_large_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let names: Vec<_> = (0..2000).map(|n| n.to_string()).collect();
+    names.iter().for_each(|name| fs::write(dir.path().join(name), name).unwrap());
+    let mut guest = Program::limited(512, &[("work", dir.path(), false)]);
+    let work = guest.walk("work").unwrap();
+    let first = guest.lookup(work.node, "0").unwrap();
+    let handle = guest.open(first.node, libc::O_RDONLY).unwrap();
+    let directory = [abi::MkdirIn { mode: 0o755, umask: 0 }.as_bytes(), &text("directory")].concat();
+    let directory: EntryOut = as_structure(&guest.call(opcode::MKDIR, work.node, &directory).unwrap());
+    let told: Vec<_> = names.iter().map(|name| guest.lookup(work.node, name).unwrap().node).collect();
+    // What is open, and directories, stay; other numbers are to be looked up again, and are the same then.
+    assert_eq!(guest.read(first.node, handle, 0, 9).unwrap(), b"0");
+    assert!(guest.call(opcode::GETATTR, directory.node, GetattrIn::default().as_bytes()).is_ok());
+    assert_eq!(guest.call(opcode::GETATTR, told[100], GetattrIn::default().as_bytes()).unwrap_err(), libc::ESTALE);
+    assert_eq!(guest.lookup(work.node, "100").unwrap().node, told[100]);
+    assert!(guest.call(opcode::GETATTR, told[100], GetattrIn::default().as_bytes()).is_ok());
+}
+
+#[test]
+fn a_lock_is_waited_for_until_it_is_free_or_the_wait_is_interrupted() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    let mut guest = Program::serving(&[("work", dir.path(), false)]);
+    let node = guest.walk("work/file").unwrap().node;
+    let handles = [(); 2].map(|()| guest.open(node, libc::O_RDWR).unwrap());
+    for flags in [0, abi::flag::LOCK_FLOCK] {
+        let lock = |owner: usize, kind: i32| LockIn {
+            handle: handles[owner],
+            owner: owner as u64,
+            end: i64::MAX.cast_unsigned(),
+            kind: kind.cast_unsigned(),
+            pid: 7,
+            flags,
+            ..LockIn::default()
+        };
+        guest.call(opcode::SETLK, node, lock(0, libc::F_WRLCK).as_bytes()).unwrap();
+        assert_eq!(guest.call(opcode::SETLK, node, lock(1, libc::F_RDLCK).as_bytes()).unwrap_err(), libc::EAGAIN);
+        let waiting = guest.send(opcode::SETLKW, node, lock(1, libc::F_RDLCK).as_bytes());
+        guest.send(opcode::INTERRUPT, 0, abi::InterruptIn { unique: waiting }.as_bytes());
+        assert_eq!(guest.receive(), (waiting, Err(libc::EINTR)));
+        let waiting = guest.send(opcode::SETLKW, node, lock(1, libc::F_RDLCK).as_bytes());
+        let unlocking = guest.send(opcode::SETLK, node, lock(0, libc::F_UNLCK).as_bytes());
+        let mut answers = [guest.receive(), guest.receive()];
+        answers.sort_unstable();
+        assert_eq!(answers, [(waiting, Ok(Vec::new())), (unlocking, Ok(Vec::new()))]);
+        guest.call(opcode::SETLK, node, lock(1, libc::F_UNLCK).as_bytes()).unwrap();
+    }
 }

@@ -24,6 +24,10 @@ pub struct Program {
 impl Program {
     /// Starts it without a plan.
     pub fn start() -> Self {
+        Self::start_with(None)
+    }
+
+    fn start_with(descriptors: Option<u64>) -> Self {
         let (guest, stream) = UnixStream::pair().unwrap();
         let (control, its_control) = UnixStream::pair().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_machinen-share"));
@@ -37,6 +41,10 @@ impl Program {
                 };
                 let stream = copy(stream_fd, libc::F_DUPFD_CLOEXEC, 10)?;
                 let control = copy(control_fd, libc::F_DUPFD_CLOEXEC, 10)?;
+                if let Some(most) = descriptors {
+                    let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+                    libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+                }
                 if libc::dup2(stream, 3) < 0 || libc::dup2(control, 4) < 0 {
                     return Err(std::io::Error::last_os_error());
                 }
@@ -49,7 +57,16 @@ impl Program {
 
     /// Starts it with shares, each a tag, a path and whether it is read-only, and begins a connection.
     pub fn serving(shares: &[(&str, &Path, bool)]) -> Self {
-        let mut program = Self::start();
+        Self::start().serve(shares)
+    }
+
+    /// With so many descriptors at most.
+    pub fn limited(descriptors: u64, shares: &[(&str, &Path, bool)]) -> Self {
+        Self::start_with(Some(descriptors)).serve(shares)
+    }
+
+    fn serve(self, shares: &[(&str, &Path, bool)]) -> Self {
+        let mut program = self;
         let answer = program.ask(&plan(shares));
         assert_eq!(answer["ok"], true, "{answer}");
         program.init();
