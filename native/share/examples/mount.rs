@@ -47,9 +47,18 @@ fn main() {
             std::thread::spawn(move || serve(&server, &device))
         })
         .collect();
+    let watching = {
+        let (server, device) = (Arc::clone(&server), Arc::clone(&device));
+        std::thread::spawn(move || {
+            // What the kernel does not know it need not forget.
+            server.watch(false, |message| rustix::io::write(&device.0, message).map(drop).or(Ok(())))
+        })
+    };
     for thread in threads {
         thread.join().unwrap();
     }
+    server.stop_watching();
+    watching.join().unwrap().unwrap();
 }
 
 fn serve(server: &Server, device: &Device) {

@@ -1,9 +1,12 @@
 //! What a file is like.
 
+use std::sync::Arc;
+
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid};
 use rustix::io::Errno;
 
 use crate::abi::{self, Attr, AttrOut, EntryOut, flag, setattr};
+use crate::coverage::Valid;
 use crate::handle::Handle;
 use crate::node::{Node, status};
 use crate::privilege;
@@ -34,33 +37,51 @@ impl Server {
         }
     }
 
-    /// What the guest is told of a file that it has looked up. How long that is valid is said here and in `attr_out`.
-    pub(crate) fn entry_out(&self, number: u64, node: &Node, status: &Statx) -> Result<EntryOut, Errno> {
-        Ok(EntryOut {
-            node: number,
-            entry_valid: self.valid.as_secs(),
-            attr_valid: self.valid.as_secs(),
-            entry_valid_ns: self.valid.subsec_nanos(),
-            attr_valid_ns: self.valid.subsec_nanos(),
-            attr: self.attributes(node, status),
-            ..EntryOut::default()
-        })
+    /// How long something is valid, in seconds and nanoseconds.
+    fn for_long(&self, valid: bool) -> (u64, u32) {
+        if valid && self.pace.has_begun() { (self.valid.as_secs(), self.valid.subsec_nanos()) } else { (0, 0) }
     }
 
-    fn attr_out(&self, node: &Node, status: &Statx) -> Answer {
-        let (valid, valid_ns) = (self.valid.as_secs(), self.valid.subsec_nanos());
-        reply(AttrOut { valid, valid_ns, attr: self.attributes(node, status), ..AttrOut::default() })
+    /// What the guest is told of a file that it has looked up.
+    pub(crate) fn entry_out(&self, number: u64, node: &Node, status: &Statx, valid: Valid) -> EntryOut {
+        let (name, attributes) = (self.for_long(valid.name), self.for_long(valid.attributes));
+        EntryOut {
+            node: number,
+            generation: 0,
+            entry_valid: name.0,
+            attr_valid: attributes.0,
+            entry_valid_ns: name.1,
+            attr_valid_ns: attributes.1,
+            attr: self.attributes(node, status),
+        }
+    }
+
+    /// There is no such name, which the guest may believe.
+    pub(crate) fn no_entry(&self) -> EntryOut {
+        let (entry_valid, entry_valid_ns) = self.for_long(true);
+        EntryOut { entry_valid, entry_valid_ns, ..EntryOut::default() }
+    }
+
+    /// The root's attributes never change.
+    pub(crate) fn attr_out(&self, attr: Attr, is_valid: bool) -> Answer {
+        let (valid, valid_ns) = self.for_long(is_valid);
+        reply(AttrOut { valid, valid_ns, attr, ..AttrOut::default() })
+    }
+
+    /// What a file is like now, asked of what the guest has open if that is given.
+    fn attributes_now(&self, number: u64, node: &Arc<Node>, handle: Option<&Handle>) -> Answer {
+        let is_watched = self.coverage.is_watched(number, node);
+        let status = handle.map_or_else(|| node.status(), |handle| status(&handle.file))?;
+        let is_valid = self.coverage.are_attributes_valid(is_watched, number, node, &status);
+        self.attr_out(self.attributes(node, &status), is_valid)
     }
 
     pub(crate) fn getattr(&self, mut request: Request<'_>) -> Answer {
         let asked: abi::GetattrIn = request.take()?;
         let node = self.node(request.header.node)?;
-        let status = if asked.flags & flag::GETATTR_HANDLE != 0 {
-            status(&self.handle(&request, asked.handle)?.file)?
-        } else {
-            node.status()?
-        };
-        self.attr_out(&node, &status)
+        let by_handle = asked.flags & flag::GETATTR_HANDLE != 0;
+        let handle = if by_handle { Some(self.handle(&request, asked.handle)?) } else { None };
+        self.attributes_now(request.header.node, &node, handle.as_deref())
     }
 
     pub(crate) fn setattr(&self, mut request: Request<'_>) -> Answer {
@@ -72,8 +93,7 @@ impl Server {
         self.set_owner(&node, &set)?;
         self.set_size(&node, handle.as_deref(), &set)?;
         set_times(&node, &set)?;
-        let status = handle.map_or_else(|| node.status(), |handle| status(&handle.file))?;
-        self.attr_out(&node, &status)
+        self.attributes_now(request.header.node, &node, handle.as_deref())
     }
 
     fn set_mode(&self, node: &Node, set: &abi::SetattrIn) -> Result<(), Errno> {

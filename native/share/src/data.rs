@@ -49,6 +49,8 @@ impl Server {
         } else {
             write()?
         };
+        // The guest's kernel knows that it has changed.
+        handle.node.trust.set_told(0);
         reply(abi::WriteOut { size: low(length as u64), padding: 0 })
     }
 
@@ -66,7 +68,9 @@ impl Server {
     pub(crate) fn fallocate(&self, mut request: Request<'_>) -> Answer {
         let asked: abi::FallocateIn = request.take()?;
         let flags = FallocateFlags::from_bits(asked.mode).ok_or(Errno::OPNOTSUPP)?;
-        rustix::fs::fallocate(&self.handle(&request, asked.handle)?.file, flags, asked.offset, asked.length)?;
+        let handle = self.handle(&request, asked.handle)?;
+        rustix::fs::fallocate(&handle.file, flags, asked.offset, asked.length)?;
+        handle.node.trust.set_told(0);
         done()
     }
 
@@ -88,6 +92,7 @@ impl Server {
         let (mut from_offset, mut to_offset) = (asked.offset_in, asked.offset_out);
         let copied =
             rustix::fs::copy_file_range(&from.file, Some(&mut from_offset), &to.file, Some(&mut to_offset), length)?;
+        to.node.trust.set_told(0);
         reply(abi::WriteOut { size: low(copied as u64), padding: 0 })
     }
 

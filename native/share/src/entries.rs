@@ -8,6 +8,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, openat};
 use rustix::io::Errno;
 
 use crate::abi::{self, EntryOut, opcode};
+use crate::coverage::{Coverage, Reading};
 use crate::node::Node;
 use crate::owner::Maker;
 use crate::reply::{Answer, done, reply};
@@ -15,27 +16,41 @@ use crate::request::Request;
 use crate::server::Server;
 
 impl Server {
-    /// Tells the guest of a file (O_PATH) of the share.
-    pub(crate) fn told(&self, file: OwnedFd, share: usize) -> Result<(EntryOut, Arc<Node>), Errno> {
-        let (node, status) = Node::new(file, share)?;
+    /// Tells the guest of a file (O_PATH) of the share, which has that name in the directory that is being read.
+    pub(crate) fn told(
+        &self,
+        file: OwnedFd,
+        share: usize,
+        reading: Option<Reading>,
+        name: &CStr,
+    ) -> Result<(EntryOut, Arc<Node>), Errno> {
+        let (node, mut status) = Node::new(file, share)?;
         let (number, node) = self.nodes().tell(node)?;
-        Ok((self.entry_out(number, &node, &status)?, node))
+        if Coverage::needs_mark(&node, &status, reading) && self.coverage.mark(number, &node) {
+            status = node.status()?;
+        }
+        let valid = self.coverage.tell(reading, name.to_bytes(), number, &node, &status);
+        Ok((self.entry_out(number, &node, &status, valid), node))
     }
 
     /// The file of that name, which is not followed if it is a link.
-    pub(crate) fn find(&self, parent: &Node, name: &CStr) -> Result<EntryOut, Errno> {
+    pub(crate) fn find(&self, parent: &Node, name: &CStr, reading: Option<Reading>) -> Result<EntryOut, Errno> {
         let file = openat(parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(self.told(file, parent.identity.share)?.0)
+        Ok(self.told(file, parent.identity.share, reading, name)?.0)
     }
 
     pub(crate) fn lookup(&self, mut request: Request<'_>) -> Answer {
         let parent = self.node(request.header.node)?;
-        reply(self.find(&parent, request.name()?)?)
+        let reading = self.coverage.reading(request.header.node, &parent);
+        match self.find(&parent, request.name()?, reading) {
+            Err(Errno::NOENT) if self.coverage.is_absence_valid(reading) => reply(self.no_entry()),
+            found => reply(found?),
+        }
     }
 
     pub(crate) fn forget(&self, mut request: Request<'_>) -> Answer {
         let forgotten: abi::ForgetIn = request.take()?;
-        self.nodes().forget(request.header.node, forgotten.lookups);
+        self.forget_one(request.header.node, forgotten.lookups);
         Ok(None)
     }
 
@@ -43,9 +58,16 @@ impl Server {
         let many: abi::BatchForgetIn = request.take()?;
         for _ in 0..many.count {
             let Ok(one) = request.take::<abi::ForgetOne>() else { break };
-            self.nodes().forget(one.node, one.lookups);
+            self.forget_one(one.node, one.lookups);
         }
         Ok(None)
+    }
+
+    pub(crate) fn forget_one(&self, number: u64, lookups: u64) {
+        let (is_forgotten, node) = self.nodes().forget(number, lookups);
+        if is_forgotten {
+            self.coverage.forgotten(number, node.as_deref());
+        }
     }
 
     /// Makes something in a directory as the user who asked for it.
@@ -66,8 +88,9 @@ impl Server {
     pub(crate) fn symlink(&self, mut request: Request<'_>) -> Answer {
         let parent = self.node(request.header.node)?;
         let (name, target) = (request.name()?, request.text()?);
+        let reading = self.coverage.reading(request.header.node, &parent);
         self.making(&parent, &request, 0, || rustix::fs::symlinkat(target, &*parent, name))?;
-        reply(self.find(&parent, name)?)
+        reply(self.find(&parent, name, reading)?)
     }
 
     pub(crate) fn mknod(&self, mut request: Request<'_>) -> Answer {
@@ -80,8 +103,9 @@ impl Server {
             return Err(Errno::PERM);
         }
         let mode = Mode::from_raw_mode(asked.mode & 0o7777);
+        let reading = self.coverage.reading(request.header.node, &parent);
         self.making(&parent, &request, asked.umask, || rustix::fs::mknodat(&*parent, name, kind, mode, 0))?;
-        reply(self.find(&parent, name)?)
+        reply(self.find(&parent, name, reading)?)
     }
 
     pub(crate) fn mkdir(&self, mut request: Request<'_>) -> Answer {
@@ -89,18 +113,21 @@ impl Server {
         let asked: abi::MkdirIn = request.take()?;
         let name = request.name()?;
         let mode = Mode::from_raw_mode(asked.mode & 0o7777);
+        let reading = self.coverage.reading(request.header.node, &parent);
         self.making(&parent, &request, asked.umask, || rustix::fs::mkdirat(&*parent, name, mode))?;
-        reply(self.find(&parent, name)?)
+        reply(self.find(&parent, name, reading)?)
     }
 
     pub(crate) fn unlink(&self, mut request: Request<'_>, flags: AtFlags) -> Answer {
-        rustix::fs::unlinkat(&*self.node(request.header.node)?, request.name()?, flags)?;
+        let name = request.name()?;
+        rustix::fs::unlinkat(&*self.node(request.header.node)?, name, flags)?;
+        self.coverage.removed(request.header.node, name.to_bytes());
         done()
     }
 
     pub(crate) fn rename(&self, mut request: Request<'_>) -> Answer {
         let parent = self.node(request.header.node)?;
-        let (new_parent, flags) = if request.header.opcode == opcode::RENAME2 {
+        let (new_number, flags) = if request.header.opcode == opcode::RENAME2 {
             let asked: abi::Rename2In = request.take()?;
             (asked.new_parent, RenameFlags::from_bits(asked.flags).ok_or(Errno::INVAL)?)
         } else {
@@ -109,9 +136,13 @@ impl Server {
         if flags.contains(RenameFlags::WHITEOUT) {
             return Err(Errno::INVAL);
         }
-        let new_parent = self.node(new_parent)?;
+        let new_parent = self.node(new_number)?;
         same_share(&parent, &new_parent)?;
-        rustix::fs::renameat_with(&*parent, request.name()?, &*new_parent, request.name()?, flags)?;
+        let (name, new_name) = (request.name()?, request.name()?);
+        let reading = self.coverage.reading(new_number, &new_parent);
+        rustix::fs::renameat_with(&*parent, name, &*new_parent, new_name, flags)?;
+        let (from, to) = ((request.header.node, name.to_bytes()), (new_number, new_name.to_bytes()));
+        self.coverage.renamed(from, to, reading, flags.contains(RenameFlags::EXCHANGE));
         done()
     }
 
@@ -120,8 +151,9 @@ impl Server {
         let node = self.node(request.take::<abi::LinkIn>()?.node)?;
         same_share(&node, &parent)?;
         let name = request.name()?;
+        let reading = self.coverage.reading(request.header.node, &parent);
         rustix::fs::linkat(&self.descriptors, node.number(), &*parent, name, AtFlags::SYMLINK_FOLLOW)?;
-        reply(self.find(&parent, name)?)
+        reply(self.find(&parent, name, reading)?)
     }
 }
 

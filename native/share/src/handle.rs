@@ -23,7 +23,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    fn new(file: OwnedFd, number: u64, node: Arc<Node>) -> Arc<Self> {
+    pub fn new(file: OwnedFd, number: u64, node: Arc<Node>) -> Arc<Self> {
         Arc::new(Self { file, number, node, position: Mutex::new(0), lock_holder: AtomicU32::new(0) })
     }
 

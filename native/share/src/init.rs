@@ -23,6 +23,7 @@ const WANTED: u64 = init::ASYNC_READ
     | init::PARALLEL_DIROPS
     | init::POSIX_ACL
     | init::MAX_PAGES
+    | init::CACHE_SYMLINKS
     | init::HANDLE_KILLPRIV_V2
     | init::INIT_EXT;
 
@@ -35,6 +36,7 @@ impl Server {
         let extension: abi::InitInExtension = request.take().unwrap_or_default();
         let offered = u64::from(asked.flags) | u64::from(extension.flags2) << 32;
         let agreed = offered & WANTED;
+        self.opens_directories.store(offered & init::NO_OPENDIR_SUPPORT == 0, Ordering::Release);
         self.started.store(true, Ordering::Release);
         reply(abi::InitOut {
             major: abi::MAJOR,

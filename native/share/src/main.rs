@@ -23,6 +23,8 @@ use serde::{Deserialize, Serialize};
 
 const STREAM: RawFd = 3;
 const CONTROL: RawFd = 4;
+/// How long the guest may believe what it was told, where it is told of changes. Not for ever, for those that make no event (`coverage`).
+const VALID: Duration = Duration::from_secs(3600);
 /// How much of the guest's requests is read at once.
 const BUFFER: usize = 256 * 1024;
 
@@ -102,7 +104,7 @@ fn start(line: &Line, guest: File) -> Result<(Server, Answer), Refused> {
     let plan = Plan::parse(&line.text)?;
     let shares = plan.open()?;
     let refused = |errno| Refused { errno, what: "the server".to_owned() };
-    let server = Server::new(shares, Duration::ZERO, Arc::new(Mutex::new(guest))).map_err(refused)?;
+    let server = Server::new(shares, VALID, Arc::new(Mutex::new(guest))).map_err(refused)?;
     let loaded = match &plan.state {
         Some(path) => load(&server, path).map_err(|error| Refused {
             errno: Errno::from_io_error(&error).unwrap_or(Errno::INVAL),

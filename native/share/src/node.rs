@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, makedev, statx};
 use rustix::io::Errno;
 
+use crate::trust::Trust;
+
 /// Which file it is, on this host.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct Identity {
@@ -23,6 +25,7 @@ pub struct Node {
     /// When the file was made, in nanoseconds; 0 where the file system does not know. With the identity it tells a file from a later one that
     /// was given the same inode.
     pub born: u64,
+    pub trust: Trust,
 }
 
 impl Node {
@@ -32,7 +35,7 @@ impl Node {
         let identity =
             Identity { share, device: makedev(status.stx_dev_major, status.stx_dev_minor), inode: status.stx_ino };
         let kind = FileType::from_raw_mode(status.stx_mode.into());
-        Ok((Self { file, identity, kind, born: born(&status) }, status))
+        Ok((Self { file, identity, kind, born: born(&status), trust: Trust::default() }, status))
     }
 
     pub fn status(&self) -> Result<Statx, Errno> {

@@ -162,25 +162,28 @@ impl Nodes {
         Ok((number, node))
     }
 
-    /// The guest has forgotten that it was told of a file so many times. Shares stay.
-    pub fn forget(&mut self, number: u64, lookups: u64) {
+    /// The guest has forgotten that it was told of a file so many times. Shares stay. True: the guest knows that number no more.
+    pub fn forget(&mut self, number: u64, lookups: u64) -> (bool, Option<Arc<Node>>) {
         if number < self.first {
-            return;
+            return (false, None);
         }
-        let Some(known) = self.by_number.get_mut(&number) else { return };
+        let Some(known) = self.by_number.get_mut(&number) else { return (true, None) };
         known.lookups = known.lookups.saturating_sub(lookups);
-        if known.lookups == 0 {
-            self.remove(number);
-        }
+        if known.lookups > 0 { (false, None) } else { (true, self.remove(number)) }
     }
 
-    fn remove(&mut self, number: u64) {
-        let Some(known) = self.by_number.remove(&number) else { return };
+    /// The file, if it was held.
+    fn remove(&mut self, number: u64) -> Option<Arc<Node>> {
+        let known = self.by_number.remove(&number)?;
         self.held -= usize::from(matches!(known.state, State::Held(_)));
         if let Some(identity) = known.identity()
             && self.by_identity.get(&identity) == Some(&number)
         {
             self.by_identity.remove(&identity);
+        }
+        match known.state {
+            State::Held(node) => Some(node),
+            _ => None,
         }
     }
 
@@ -361,7 +364,7 @@ mod tests {
             assert_eq!(nodes.tell(node(&paths[n])).unwrap().0, numbers[n]);
         }
         // Each was told twice, once of them by the walk here or not; all are forgotten in the end.
-        numbers.iter().for_each(|number| nodes.forget(*number, 3));
+        numbers.iter().for_each(|number| drop(nodes.forget(*number, 3)));
         assert_eq!(nodes.len(), 2);
     }
 

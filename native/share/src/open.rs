@@ -1,5 +1,6 @@
 //! Opening files, and their ends.
 
+use std::ffi::CStr;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -7,6 +8,7 @@ use rustix::fs::{FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
 
 use crate::abi::{self, OpenOut, flag};
+use crate::coverage::Reading;
 use crate::node::{Node, status};
 use crate::privilege;
 use crate::reply::{Answer, done, last_errno, reply};
@@ -40,7 +42,12 @@ impl Server {
         let open = || self.reopen(&node, flags);
         let file =
             if asked.open_flags & flag::OPEN_KILL_SUIDGID != 0 { privilege::without_fsetid(open)? } else { open()? };
-        reply(self.opened(file, request.header.node, node)?)
+        if flags.contains(OFlags::TRUNC) {
+            node.trust.set_told(0);
+        }
+        let keep = self.coverage.opened(request.header.node, &node, &status(&file)?);
+        let open_flags = if keep { flag::OPENED_KEEP_CACHE } else { 0 };
+        reply(OpenOut { open_flags, ..self.opened(file, request.header.node, node)? })
     }
 
     pub(crate) fn create(&self, mut request: Request<'_>) -> Answer {
@@ -51,8 +58,9 @@ impl Server {
         let flags = open_flags(asked.flags) | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let flags = flags | OFlags::from_bits_retain(asked.flags) & OFlags::EXCL;
         let mode = Mode::from_raw_mode(asked.mode & 0o7777);
+        let reading = self.coverage.reading(request.header.node, &parent);
         let file = self.making(&parent, &request, asked.umask, || openat(&*parent, name, flags, mode))?;
-        self.created(file, &parent)
+        self.created(file, &parent, reading, name)
     }
 
     pub(crate) fn temporary(&self, mut request: Request<'_>) -> Answer {
@@ -62,10 +70,10 @@ impl Server {
         let mode = Mode::from_raw_mode(asked.mode & 0o7777);
         let file =
             self.making(&parent, &request, asked.umask, || openat(&self.descriptors, parent.number(), flags, mode))?;
-        self.created(file, &parent)
+        self.created(file, &parent, None, c"")
     }
 
-    pub(crate) fn created(&self, file: OwnedFd, parent: &Node) -> Answer {
+    fn created(&self, file: OwnedFd, parent: &Node, reading: Option<Reading>, name: &CStr) -> Answer {
         if FileType::from_raw_mode(status(&file)?.stx_mode.into()) != FileType::RegularFile {
             return Err(Errno::NXIO);
         }
@@ -73,8 +81,8 @@ impl Server {
         // The file itself, not what has its name by now.
         let path = OFlags::PATH | OFlags::CLOEXEC;
         let path = openat(&self.descriptors, file.as_raw_fd().to_string(), path, Mode::empty())?;
-        let (entry, node) = self.told(path, parent.identity.share)?;
-        let open = self.opened(file, entry.node, node).inspect_err(|_| self.nodes().forget(entry.node, 1))?;
+        let (entry, node) = self.told(path, parent.identity.share, reading, name)?;
+        let open = self.opened(file, entry.node, node).inspect_err(|_| self.forget_one(entry.node, 1))?;
         reply(abi::CreateOut { entry, open })
     }
 

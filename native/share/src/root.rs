@@ -4,7 +4,8 @@ use std::ffi::CStr;
 
 use rustix::io::Errno;
 
-use crate::abi::{self, Attr, AttrOut, EntryOut, ROOT, opcode};
+use crate::abi::{self, Attr, EntryOut, ROOT, opcode};
+use crate::coverage::Valid;
 use crate::directory;
 use crate::nodes::Nodes;
 use crate::reply::{Answer, done, reply};
@@ -20,7 +21,7 @@ impl Server {
     pub(crate) fn serve_root(&self, mut request: Request<'_>) -> Answer {
         match request.header.opcode {
             opcode::LOOKUP => reply(self.find_share(request.name()?)?),
-            opcode::GETATTR => reply(AttrOut { attr: self.root_attributes(), ..AttrOut::default() }),
+            opcode::GETATTR => self.attr_out(self.root_attributes(), true),
             opcode::OPENDIR => reply(abi::OpenOut { handle: HANDLE, ..abi::OpenOut::default() }),
             opcode::RELEASEDIR | opcode::FSYNCDIR | opcode::SYNCFS => done(),
             opcode::READDIR => self.read_root(request, false),
@@ -44,7 +45,10 @@ impl Server {
         let place = share::by_tag(&self.shares, tag).ok_or(Errno::NOENT)?;
         let number = Nodes::of_share(place);
         let node = self.node(number)?;
-        self.entry_out(number, &node, &node.status()?)
+        self.coverage.mark(number, &node);
+        let status = node.status()?;
+        let attributes = self.coverage.tell(None, b"", number, &node, &status).attributes;
+        Ok(self.entry_out(number, &node, &status, Valid { name: true, attributes }))
     }
 
     fn read_root(&self, mut request: Request<'_>, plus: bool) -> Answer {

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use zerocopy::FromBytes;
 
 use crate::abi::{self, ROOT, opcode};
+use crate::coverage::Coverage;
 use crate::devices::Devices;
 use crate::handle::{Handle, Handles};
 use crate::limits::Limits;
@@ -22,11 +23,15 @@ use crate::reply::{self, Answer, last_errno};
 use crate::request::Request;
 use crate::share::Share;
 use crate::waiting::Waiting;
+use crate::watch::Watch;
+use crate::watcher::{self, Pace};
 
 pub struct Server {
     pub(crate) shares: Vec<Share>,
-    /// How long the guest may believe what it was told of names and attributes.
+    /// How long the guest may believe what it was told of names and attributes whose changes are watched.
     pub(crate) valid: Duration,
+    pub(crate) coverage: Coverage,
+    pub(crate) pace: Pace,
     pub(crate) outlet: Arc<dyn Outlet>,
     nodes: Mutex<Nodes>,
     handles: Mutex<Handles>,
@@ -36,6 +41,8 @@ pub struct Server {
     /// /proc/self/fd, where a file that is held can be opened anew whatever its name is by now.
     pub(crate) descriptors: OwnedFd,
     pub(crate) started: AtomicBool,
+    /// The guest cannot read directories without opening them.
+    pub(crate) opens_directories: AtomicBool,
 }
 
 impl Server {
@@ -54,6 +61,9 @@ impl Server {
         Ok(Self {
             shares,
             valid,
+            // A host without it is served as well, without caches.
+            coverage: Coverage::new(if valid.is_zero() { None } else { Watch::new().ok() })?,
+            pace: Pace::default(),
             outlet,
             nodes: Mutex::new(Nodes::new(roots, limits.nodes, nodes::MOST)),
             handles: Mutex::new(Handles::new(limits.handles)),
@@ -62,6 +72,7 @@ impl Server {
             waiting: Waiting::new()?,
             descriptors: rustix::fs::open("/proc/self/fd", directory, Mode::empty())?,
             started: AtomicBool::new(false),
+            opens_directories: AtomicBool::new(true),
         })
     }
 
@@ -77,10 +88,26 @@ impl Server {
         self.outlet.send(message)
     }
 
+    /// Sends notices until `stop_watching` or an error. Must have a thread of its own.
+    ///
+    /// # Errors
+    /// Those of `send`.
+    pub fn watch(&self, paced: bool, send: impl Fn(&[u8]) -> std::io::Result<()>) -> std::io::Result<()> {
+        watcher::run(&self.coverage, &self.pace, paced, send)
+    }
+
+    pub fn stop_watching(&self) {
+        watcher::end(&self.coverage, &self.pace);
+    }
+
     fn serve(&self, request: Request<'_>) -> Answer {
         let asked = request.header.opcode;
         if asked == opcode::INIT {
             return self.init(request);
+        }
+        if asked == opcode::NOTIFY_REPLY {
+            self.pace.taken(request.header.node);
+            return Ok(None);
         }
         if !self.started.load(Ordering::Acquire) {
             return Err(Errno::PROTO);
@@ -101,7 +128,8 @@ impl Server {
             opcode::READ => self.read(request),
             opcode::FLUSH => self.flush(request),
             opcode::RELEASE | opcode::RELEASEDIR => self.release(request),
-            opcode::FSYNC | opcode::FSYNCDIR => self.fsync(request),
+            opcode::FSYNC => self.fsync(request),
+            opcode::FSYNCDIR => self.fsyncdir(request),
             opcode::OPENDIR => self.opendir(request),
             opcode::READDIR => self.readdir(request, false),
             opcode::READDIRPLUS => self.readdir(request, true),

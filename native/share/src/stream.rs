@@ -19,7 +19,11 @@ pub fn serve(server: &Server, input: impl Read + Send) -> io::Result<()> {
     let input = Mutex::new(Some(input));
     thread::scope(|scope| {
         let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(|| work(server, &input))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap_or(Ok(()))).find(Result::is_err).unwrap_or(Ok(()))
+        // When it cannot send, the others cannot either.
+        scope.spawn(|| server.watch(true, |message| server.send(message)));
+        let ends: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap_or(Ok(()))).collect();
+        server.stop_watching();
+        ends.into_iter().find(Result::is_err).unwrap_or(Ok(()))
     })
 }
 

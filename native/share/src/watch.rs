@@ -28,10 +28,6 @@ const LOCAL: [u64; 7] = [0xEF53, 0x5846_5342, 0x9123_683E, 0x0102_1994, 0xF2F5_2
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Key(u64);
 
-impl Key {
-    pub const FIRST: Self = Self(0);
-}
-
 /// A change that somebody made.
 #[derive(Debug, Eq, PartialEq)]
 pub struct Event<'a> {

@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use common::{Program, as_structure, names, plan, text};
-use machinen_share::abi::{self, AttrOut, EntryOut, GetattrIn, LockIn, ROOT, ReadIn, opcode};
+use machinen_share::abi::{self, AttrOut, EntryOut, GetattrIn, LockIn, ROOT, ReadIn, notify, opcode};
 use zerocopy::IntoBytes;
 
 #[test]
@@ -68,6 +68,29 @@ fn what_is_read_only_is_that_and_gets_no_second_name_in_another_share() {
     let handle = guest.open(kept.node, libc::O_RDONLY).unwrap();
     assert_eq!(guest.write(other.node, handle, 0, b"x").unwrap_err(), libc::EBADF);
     assert_eq!(fs::read(ro.path().join("kept")).unwrap(), b"kept");
+}
+
+#[test]
+fn a_guest_is_told_of_what_others_change_and_told_no_faster_than_it_takes_it() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    let mut guest = Program::serving(&[("work", dir.path(), false)]);
+    // The server must have read the acknowledgement of its first notice before it lets a guest believe anything.
+    let file = std::iter::repeat_with(|| guest.walk("work/file").unwrap()).find(|file| file.entry_valid > 0).unwrap();
+    let work = guest.walk("work").unwrap();
+    assert!(file.attr_valid > 0 && work.attr_valid > 0);
+    fs::write(dir.path().join("file"), "more").unwrap();
+    let told: abi::InvalidateInode = as_structure(&guest.wait_for_notice(notify::INVALIDATE_INODE));
+    assert_eq!(told.node, file.node);
+    let told: abi::InvalidateEntry = as_structure(&guest.wait_for_notice(notify::INVALIDATE_ENTRY));
+    assert_eq!((told.parent, told.flags), (work.node, notify::EXPIRE_ONLY));
+    // More than are sent at once: they only come if the first have been acknowledged.
+    for n in 0..1000 {
+        fs::write(dir.path().join(n.to_string()), "").unwrap();
+    }
+    for _ in 0..1000 {
+        guest.wait_for_notice(notify::INVALIDATE_ENTRY);
+    }
 }
 
 #[test]

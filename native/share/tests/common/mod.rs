@@ -19,6 +19,8 @@ pub struct Program {
     pub guest: UnixStream,
     pub control: BufReader<UnixStream>,
     unique: u64,
+    /// What nobody asked for, by code.
+    pub notices: Vec<(i32, Vec<u8>)>,
 }
 
 impl Program {
@@ -52,7 +54,7 @@ impl Program {
             });
         }
         let child = command.spawn().unwrap();
-        Self { child, guest, control: BufReader::new(control), unique: 0 }
+        Self { child, guest, control: BufReader::new(control), unique: 0, notices: Vec::new() }
     }
 
     /// Starts it with shares, each a tag, a path and whether it is read-only, and begins a connection.
@@ -74,7 +76,9 @@ impl Program {
     }
 
     pub fn init(&mut self) -> InitOut {
-        let init = InitIn { major: abi::MAJOR, minor: abi::MINOR, max_readahead: 1 << 17, flags: u32::MAX };
+        // This guest opens directories.
+        let flags = !u32::try_from(abi::init::NO_OPENDIR_SUPPORT).unwrap();
+        let init = InitIn { major: abi::MAJOR, minor: abi::MINOR, max_readahead: 1 << 17, flags };
         let extension = abi::InitInExtension { flags2: u32::MAX, ..abi::InitInExtension::default() };
         let body = [init.as_bytes(), extension.as_bytes()].concat();
         as_structure(&self.call(opcode::INIT, 0, &body).unwrap())
@@ -97,14 +101,50 @@ impl Program {
         self.unique
     }
 
-    /// The next message: whose answer it is, and what follows its header, or the errno.
+    /// The next answer: whose it is, and what follows its header, or the errno.
     pub fn receive(&mut self) -> (u64, Result<Vec<u8>, i32>) {
+        loop {
+            let (header, body) = self.message();
+            if header.unique != 0 {
+                return (header.unique, if header.error == 0 { Ok(body) } else { Err(-header.error) });
+            }
+            self.notice(header.error, body);
+        }
+    }
+
+    /// Waits until the guest has been told something with that code.
+    pub fn wait_for_notice(&mut self, code: i32) -> Vec<u8> {
+        loop {
+            if let Some(place) = self.notices.iter().position(|(found, _)| *found == code) {
+                return self.notices.remove(place).1;
+            }
+            let (header, body) = self.message();
+            assert_eq!(header.unique, 0);
+            self.notice(header.error, body);
+        }
+    }
+
+    fn notice(&mut self, code: i32, body: Vec<u8>) {
+        if code == abi::notify::SYNC {
+            self.acknowledge(as_structure(&body));
+        } else {
+            self.notices.push((code, body));
+        }
+    }
+
+    /// As the guest's relay does when its kernel has taken all notices before.
+    fn acknowledge(&mut self, number: u64) {
+        let header = InHeader { len: 40, opcode: opcode::NOTIFY_REPLY, node: number, ..InHeader::default() };
+        self.guest.write_all(header.as_bytes()).unwrap();
+    }
+
+    fn message(&mut self) -> (OutHeader, Vec<u8>) {
         let mut header = [0; size_of::<OutHeader>()];
         self.guest.read_exact(&mut header).unwrap();
         let header: OutHeader = as_structure(&header);
         let mut body = vec![0; header.len as usize - size_of::<OutHeader>()];
         self.guest.read_exact(&mut body).unwrap();
-        (header.unique, if header.error == 0 { Ok(body) } else { Err(-header.error) })
+        (header, body)
     }
 
     /// Sends a request and returns its answer.
@@ -116,7 +156,9 @@ impl Program {
     }
 
     pub fn lookup(&mut self, parent: u64, name: &str) -> Result<EntryOut, i32> {
-        self.call(opcode::LOOKUP, parent, &text(name)).map(|body| as_structure(&body))
+        let found: EntryOut = self.call(opcode::LOOKUP, parent, &text(name)).map(|body| as_structure(&body))?;
+        // So a guest is told that it may believe it.
+        if found.node == 0 { Err(libc::ENOENT) } else { Ok(found) }
     }
 
     /// The file at a path below the root, whose first part is a tag.
