@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use crate::abi::{self, LockIn, flag, opcode};
 use crate::lock::{self, Held};
 use crate::reply::{self, Answer, done, reply};
-use crate::request::Request;
+use crate::request::{MAX_DATA, Request};
 use crate::server::Server;
 
 impl Server {
@@ -106,6 +106,26 @@ impl Server {
     pub(crate) fn interrupt(&self, mut request: Request<'_>) -> Answer {
         self.waiting.interrupt(request.take::<abi::InterruptIn>()?.unique);
         Ok(None)
+    }
+
+    /// The locks that are held, for a guest that is to be copied: its copy would not have them.
+    pub(crate) fn list_locks(&self) -> Answer {
+        let mut body = Vec::new();
+        for Held { node, pid } in self.locks_held() {
+            let node = self.node(node)?;
+            let root = self.path_of(&self.share(&node).file)?;
+            let path = self.path_of(&*node)?;
+            let path = path.strip_prefix(&root[..]).and_then(|path| path.strip_prefix(b"/")).unwrap_or(&path);
+            let length = u32::try_from(path.len()).map_err(|_| Errno::NAMETOOLONG)?;
+            // The guest takes no longer message, and names a few of them.
+            if body.len() + path.len() + 8 > MAX_DATA {
+                break;
+            }
+            for part in [&pid.to_ne_bytes()[..], &length.to_ne_bytes(), path] {
+                body.extend_from_slice(part);
+            }
+        }
+        Ok(Some(body))
     }
 
     /// The locks of the guest's processes, each once.

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use machinen_protocol::share::LOCKS;
 use rustix::fs::{AtFlags, Mode, OFlags, Statx, makedev};
 use rustix::io::Errno;
 use zerocopy::FromBytes;
@@ -113,6 +114,7 @@ impl Server {
             return Err(Errno::PROTO);
         }
         match asked {
+            LOCKS => return self.list_locks(),
             opcode::FORGET => return self.forget(request),
             opcode::BATCH_FORGET => return self.forget_many(request),
             opcode::INTERRUPT => return self.interrupt(request),

@@ -190,7 +190,7 @@ type Paths = HashMap<(usize, Vec<u8>), (u64, Fate)>;
 
 impl Server {
     /// The path that leads to a file now, as this process sees it.
-    fn path_of(&self, file: impl AsFd) -> Result<Vec<u8>, Errno> {
+    pub(crate) fn path_of(&self, file: impl AsFd) -> Result<Vec<u8>, Errno> {
         let number = file.as_fd().as_raw_fd().to_string();
         readlinkat(&self.descriptors, number, Vec::new()).map(std::ffi::CString::into_bytes)
     }

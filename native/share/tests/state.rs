@@ -11,7 +11,8 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use common::{Program, names, plan};
-use machinen_share::abi::{ForgetIn, ReadIn, opcode};
+use machinen_protocol::share::LOCKS;
+use machinen_share::abi::{FlushIn, ForgetIn, LockIn, ReadIn, flag, opcode};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 use zerocopy::IntoBytes;
@@ -158,4 +159,36 @@ fn nonsense_is_refused_and_nothing_is_the_state_of_a_server_that_had_ended() {
     assert_eq!(answer["ok"], true);
     guest.init();
     guest.walk("work").unwrap();
+}
+
+#[test]
+fn locks_are_listed_as_long_as_they_are_held() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "0123456789").unwrap();
+    let mut guest = Program::serving(&[("work", dir.path(), false)]);
+    let node = guest.walk("work/file").unwrap().node;
+    let handle = guest.open(node, libc::O_RDWR).unwrap();
+    let lock = |kind: i32, start, end, flags| LockIn {
+        handle,
+        owner: 9,
+        start,
+        end,
+        kind: kind.cast_unsigned(),
+        pid: 77,
+        flags,
+        ..LockIn::default()
+    };
+    let held = |guest: &mut Program| guest.call(LOCKS, 0, &[]).unwrap();
+    let one = [&77u32.to_ne_bytes()[..], &4u32.to_ne_bytes(), b"file"].concat();
+    for flags in [0, flag::LOCK_FLOCK] {
+        assert_eq!(held(&mut guest), b"");
+        guest.call(opcode::SETLK, node, lock(libc::F_WRLCK, 2, 5, flags).as_bytes()).unwrap();
+        assert_eq!(held(&mut guest), one);
+        guest.call(opcode::SETLK, node, lock(libc::F_UNLCK, 2, 5, flags).as_bytes()).unwrap();
+    }
+    guest.call(opcode::SETLK, node, lock(libc::F_WRLCK, 2, 5, 0).as_bytes()).unwrap();
+    guest.call(opcode::SETLK, node, lock(libc::F_UNLCK, 3, 3, 0).as_bytes()).unwrap();
+    assert_eq!(held(&mut guest), one);
+    guest.call(opcode::FLUSH, node, FlushIn { handle, lock_owner: 9, ..FlushIn::default() }.as_bytes()).unwrap();
+    assert_eq!(held(&mut guest), b"");
 }
