@@ -77,12 +77,14 @@ const hasOpen = (pid: number, dir: string): boolean => {
 }
 
 /**
- * Processes of a home (shims, VMMs and gvproxies): those that have its path in their command line or environment, or a file open below it.
+ * Processes of a home (shims, VMMs, gvproxies and servers of shared files): those that have its path in their command line or environment, or a file open below it.
  */
 export const processesOf = (home: string): ReadonlyArray<{ readonly pid: number; readonly argv: string }> =>
   hostProcesses()
     .map(({ argv, environment, pid }) => ({ argv: argv.join(" "), environment, pid }))
-    .filter(({ argv }) => ["machinen-shim", "qemu-system", "gvproxy -mtu"].some((program) => argv.includes(program)))
+    .filter(({ argv }) =>
+      ["machinen-shim", "machinen-share", "qemu-system", "gvproxy -mtu"].some((program) => argv.includes(program))
+    )
     .filter(
       ({ argv, environment, pid }) =>
         argv.includes(home) ||
