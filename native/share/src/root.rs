@@ -33,7 +33,7 @@ impl Server {
             opcode::SETATTR | opcode::SYMLINK | opcode::MKNOD | opcode::MKDIR | opcode::UNLINK => Err(Errno::ROFS),
             opcode::RMDIR | opcode::RENAME | opcode::RENAME2 | opcode::LINK => Err(Errno::ROFS),
             opcode::CREATE | opcode::TMPFILE | opcode::SETXATTR | opcode::REMOVEXATTR => Err(Errno::ROFS),
-            _ => Err(Errno::INVAL),
+            _ => Err(Errno::NOSYS),
         }
     }
 

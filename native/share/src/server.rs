@@ -150,26 +150,28 @@ impl Server {
 
     /// What changes the node that the request is about, or what is in it.
     fn change(&self, request: Request<'_>) -> Answer {
+        let change: fn(&Self, Request<'_>) -> Answer = match request.header.opcode {
+            opcode::SETATTR => Self::setattr,
+            opcode::SYMLINK => Self::symlink,
+            opcode::MKNOD => Self::mknod,
+            opcode::MKDIR => Self::mkdir,
+            opcode::UNLINK => |server, request| server.unlink(request, AtFlags::empty()),
+            opcode::RMDIR => |server, request| server.unlink(request, AtFlags::REMOVEDIR),
+            opcode::RENAME | opcode::RENAME2 => Self::rename,
+            opcode::LINK => Self::link,
+            opcode::WRITE => Self::write,
+            opcode::CREATE => Self::create,
+            opcode::TMPFILE => Self::temporary,
+            opcode::SETXATTR => Self::setxattr,
+            opcode::REMOVEXATTR => Self::removexattr,
+            opcode::FALLOCATE => Self::fallocate,
+            // Said before anything about the share: the guest's kernel asks no more, and does it in another way (STATX).
+            _ => return Err(Errno::NOSYS),
+        };
         if self.share(&*self.node(request.header.node)?).read_only {
             return Err(Errno::ROFS);
         }
-        match request.header.opcode {
-            opcode::SETATTR => self.setattr(request),
-            opcode::SYMLINK => self.symlink(request),
-            opcode::MKNOD => self.mknod(request),
-            opcode::MKDIR => self.mkdir(request),
-            opcode::UNLINK => self.unlink(request, AtFlags::empty()),
-            opcode::RMDIR => self.unlink(request, AtFlags::REMOVEDIR),
-            opcode::RENAME | opcode::RENAME2 => self.rename(request),
-            opcode::LINK => self.link(request),
-            opcode::WRITE => self.write(request),
-            opcode::CREATE => self.create(request),
-            opcode::TMPFILE => self.temporary(request),
-            opcode::SETXATTR => self.setxattr(request),
-            opcode::REMOVEXATTR => self.removexattr(request),
-            opcode::FALLOCATE => self.fallocate(request),
-            _ => Err(Errno::NOSYS),
-        }
+        change(self, request)
     }
 
     pub(crate) fn nodes(&self) -> MutexGuard<'_, Nodes> {

@@ -11,6 +11,9 @@ use common::{Program, as_structure, names, plan, text};
 use machinen_share::abi::{self, AttrOut, EntryOut, GetattrIn, LockIn, ROOT, ReadIn, notify, opcode};
 use zerocopy::IntoBytes;
 
+/// `FUSE_STATX`, which the server does not know.
+const STATX: u32 = 52;
+
 #[test]
 fn a_guest_finds_its_shares_and_reads_and_writes_files() {
     let dir = tempfile::tempdir().unwrap();
@@ -60,6 +63,10 @@ fn what_is_read_only_is_that_and_gets_no_second_name_in_another_share() {
     assert_eq!(guest.open(kept.node, libc::O_RDWR).unwrap_err(), libc::EROFS);
     let chmod = abi::SetattrIn { valid: abi::setattr::MODE, mode: 0o777, ..abi::SetattrIn::default() };
     assert_eq!(guest.call(opcode::SETATTR, kept.node, chmod.as_bytes()).unwrap_err(), libc::EROFS);
+    // What the server does not know is that, whatever the share: the guest then does without it (STATX).
+    for node in [kept.node, ROOT] {
+        assert_eq!(guest.call(STATX, node, &[0; 24]).unwrap_err(), libc::ENOSYS);
+    }
     let link = [abi::LinkIn { node: kept.node }.as_bytes(), &text("mine")].concat();
     assert_eq!(guest.call(opcode::LINK, into.node, &link).unwrap_err(), libc::EXDEV);
     // Its handle is of no use with a node that may be written.
