@@ -22,6 +22,8 @@ pub const LOCKS_UNIQUE: u64 = 1 << 63;
 pub const NOTIFICATIONS: usize = 64;
 /// The `error` of a message of the server, not for the kernel, whose `unique` is 0 and whose body is a number (u64).
 pub const SYNC: i32 = 0x5359;
+/// A bit of that number: a copy has not been told everything yet that changed since the original was frozen.
+pub const SYNC_MORE: u64 = 1 << 63;
 /// The opcode of the agent's message that everything before a `SYNC` has been given to the kernel. It has nothing but a header, whose `nodeid` is
 /// the number, and gets no answer. Linux sends this opcode (`FUSE_NOTIFY_REPLY`) only after notifications that the server does not send.
 pub const SYNCED: u32 = 41;

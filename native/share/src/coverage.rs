@@ -16,8 +16,9 @@
 //! Where changes cannot be watched (network, FUSE and overlay file systems, no more marks or groups of fanotify, directories this user may not
 //! read) everything is valid for no time, and contents are cached only while a file is open.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -30,7 +31,7 @@ use crate::trust::stamp;
 use crate::watch::{Key, Watch};
 
 /// The most names that are told as valid for long. Each costs about 100 bytes.
-const MOST_NAMES: usize = 200_000;
+pub(crate) const MOST_NAMES: usize = 200_000;
 
 /// A name that the guest believes to be this file's.
 pub(crate) struct Child {
@@ -60,8 +61,11 @@ pub(crate) struct State {
     /// By key and number: a file has a number in each share, and two files may have one key.
     pub marked: BTreeMap<(Key, u64), Weak<Node>>,
     pub directories: HashMap<u64, Directory>,
+    /// Notices that wait to be sent, and those that were sent and are not acknowledged yet.
+    pub waiting: BTreeSet<Notice>,
+    pub sent: Vec<Notice>,
     /// How many names there are, and how many files were forgotten whose names may still be among them.
-    names: usize,
+    pub names: usize,
     forgotten: usize,
     /// Whether changes to a file system can be watched, by device.
     devices: HashMap<u64, bool>,
@@ -84,9 +88,10 @@ pub struct Valid {
 pub struct Coverage {
     pub(crate) watch: Option<Watch>,
     state: Mutex<State>,
-    /// Notices that do not come from events. The eventfd wakes the watcher.
-    pending: Mutex<Vec<Notice>>,
+    /// An eventfd, which wakes the watcher.
     pub(crate) wake: OwnedFd,
+    /// The guest believes what another server told it, which has to be compared with what there is.
+    pub(crate) is_behind: AtomicBool,
 }
 
 impl Coverage {
@@ -96,20 +101,16 @@ impl Coverage {
     /// No descriptor is left.
     pub fn new(watch: Option<Watch>) -> Result<Self, Errno> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { watch, state: Mutex::default(), pending: Mutex::default(), wake })
+        Ok(Self { watch, state: Mutex::default(), wake, is_behind: AtomicBool::new(false) })
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn take_pending(&self) -> Vec<Notice> {
-        std::mem::take(&mut *self.pending.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
     /// Has the watcher send it: a thread that answers requests must not wait for the guest to take a notice.
     fn notify(&self, notice: Notice) {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner).push(notice);
+        self.state().waiting.insert(notice);
         self.wake();
     }
 
@@ -169,26 +170,19 @@ impl Coverage {
     fn believe(&self, reading: Reading, name: &[u8], number: u64, node: &Arc<Node>) -> bool {
         let mut guard = self.state();
         let state = &mut *guard;
-        if state.names >= MOST_NAMES && !state.sweep() {
+        let directory = state.directories.get(&reading.parent);
+        if directory.is_none_or(|directory| directory.changes != reading.changes) {
             return false;
         }
-        let Some(directory) = state.directories.get_mut(&reading.parent) else { return false };
-        if directory.changes != reading.changes {
-            return false;
+        let is_added = state.add(reading.parent, name, Child { number, node: Arc::downgrade(node) });
+        if is_added {
+            // What is a directory or has several names is marked itself, but they lose nothing by this.
+            node.trust.set_named(node.kind != FileType::Directory);
         }
-        // What is a directory or has several names is marked itself, but they lose nothing by this.
-        node.trust.set_named(node.kind != FileType::Directory);
-        let before = directory.names.insert(name.into(), Child { number, node: Arc::downgrade(node) });
-        match before {
-            None => state.names += 1,
-            Some(before) if before.number != number => {
-                before.lose_name();
-                drop(guard);
-                self.notify(Notice::Inode { node: before.number, pages: true });
-            }
-            Some(_) => {}
+        if !state.waiting.is_empty() {
+            self.wake();
         }
-        true
+        is_added
     }
 
     /// Whether the guest may believe that there is no such name.
@@ -291,9 +285,32 @@ impl Coverage {
 }
 
 impl State {
+    /// The guest must ask for the file's attributes and contents again.
+    pub fn changed(&mut self, node: u64) {
+        self.waiting.insert(Notice::Inode { node, pages: true });
+    }
+
     /// The numbers of the marked files with that key.
     pub fn numbers(&self, key: Key) -> Vec<u64> {
         self.marked.range((key, 0)..=(key, u64::MAX)).map(|((_, number), _)| *number).collect()
+    }
+
+    /// The guest believes that the name is that file's. False: there are too many names.
+    pub fn add(&mut self, parent: u64, name: &[u8], child: Child) -> bool {
+        if self.names >= MOST_NAMES && !self.sweep() {
+            return false;
+        }
+        let Some(directory) = self.directories.get_mut(&parent) else { return false };
+        let number = child.number;
+        match directory.names.insert(name.into(), child) {
+            None => self.names += 1,
+            Some(before) if before.number != number => {
+                before.lose_name();
+                self.changed(before.number);
+            }
+            Some(_) => {}
+        }
+        true
     }
 
     pub fn remove(&mut self, parent: u64, name: &[u8]) -> Option<Child> {

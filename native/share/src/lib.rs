@@ -27,6 +27,7 @@ mod privilege;
 mod ranges;
 mod reply;
 pub mod request;
+mod resume;
 mod root;
 pub mod server;
 pub mod share;

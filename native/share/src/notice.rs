@@ -1,17 +1,20 @@
 //! What the guest's kernel is told without having asked: that it should no longer believe something.
 
+use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
 use crate::abi::{InvalidateEntry, InvalidateInode, OutHeader, notify};
 
-#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+/// Their order is that in which they are sent. The guest's kernel takes one about a name only when no lookup in that directory is under way; so
+/// what a notice of a file is about is known to it.
+#[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub enum Notice {
-    /// The attributes, and the contents that it has cached if `pages`.
-    Inode { node: u64, pages: bool },
     /// The name means another file, or none. What the guest has mounted there is detached.
     Renamed { parent: u64, name: Box<[u8]> },
     /// The name is to be looked up before it is believed again.
     Doubtful { parent: u64, name: Box<[u8]> },
+    /// The attributes, and the contents that it has cached if `pages`.
+    Inode { node: u64, pages: bool },
     /// Not for the kernel: the relay sends the number back once all notices before it have been taken (opcode FUSE_NOTIFY_REPLY).
     Sync(u64),
 }

@@ -16,8 +16,11 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags, open
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::coverage;
 use crate::node::Node;
 use crate::nodes::Nodes;
+use crate::notice::Notice;
+use crate::resume::Belief;
 use crate::server::Server;
 
 const VERSION: u32 = 1;
@@ -35,6 +38,9 @@ struct Head {
     devices: Vec<u64>,
     nodes: usize,
     handles: usize,
+    /// What the guest believes of names, and the notices that it may not have got.
+    names: usize,
+    notices: usize,
 }
 
 /// A file that the guest knows.
@@ -46,6 +52,7 @@ struct SavedNode {
     /// From the share, each byte as the character with its number; `None`: it has no name any more.
     path: Option<String>,
     looks: Looks,
+    belief: Belief,
 }
 
 /// What a file is told by.
@@ -55,9 +62,6 @@ struct Looks {
     inode: u64,
     kind: u32,
     born: Option<(i64, u32)>,
-    /// When it was changed last, and its size.
-    changed: (i64, u32),
-    size: u64,
 }
 
 /// A file that the guest has open.
@@ -76,29 +80,10 @@ pub struct Lost {
     why: String,
 }
 
-/// A name that the guest knows, and what has become of it since.
-#[derive(Debug, Eq, PartialEq)]
-pub struct Known {
-    pub parent: u64,
-    pub name: Box<[u8]>,
-    pub node: u64,
-    pub fate: Fate,
-}
-
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Fate {
-    Same,
-    /// The same file, but with other contents or attributes.
-    Changed,
-    /// The name is gone, or means another file.
-    Other,
-}
-
 /// What a server found when it went on.
 #[derive(Debug, Default)]
 pub struct Loaded {
     pub lost: Vec<Lost>,
-    pub names: Vec<Known>,
 }
 
 impl Server {
@@ -110,6 +95,7 @@ impl Server {
         let mut file = io::BufWriter::new(file);
         let nodes = self.nodes().list();
         let (handles, next_handle) = self.handles().list();
+        let (names, notices) = self.coverage.beliefs();
         let roots = self.shares.iter().map(|share| self.path_of(&share.file)).collect::<Result<Vec<_>, _>>()?;
         let head = Head {
             version: VERSION,
@@ -120,6 +106,8 @@ impl Server {
             devices: self.devices().list(),
             nodes: nodes.len(),
             handles: handles.len(),
+            names: names.len(),
+            notices: notices.len(),
         };
         line(&mut file, &head)?;
         for (number, lookups, node) in nodes {
@@ -129,12 +117,24 @@ impl Server {
             // A name may be another file's by now.
             let is_same = |found: &Node| Looks::of(found).is_ok_and(|found| looks.is(&found));
             let path = path.filter(|path| self.open_below(share, path).is_ok_and(|found| is_same(&found)));
-            line(&mut file, &SavedNode { number, lookups, share, path: path.as_deref().map(escaped), looks })?;
+            line(
+                &mut file,
+                &SavedNode {
+                    number,
+                    lookups,
+                    share,
+                    path: path.as_deref().map(escaped),
+                    looks,
+                    belief: Belief::of(&node),
+                },
+            )?;
         }
         for (number, handle) in handles {
             let flags = rustix::fs::fcntl_getfl(&handle.file)?.bits();
             line(&mut file, &SavedHandle { number, node: handle.number, flags })?;
         }
+        names.iter().try_for_each(|name| line(&mut file, name))?;
+        notices.iter().try_for_each(|notice| line(&mut file, notice))?;
         file.flush()
     }
 
@@ -151,26 +151,27 @@ impl Server {
         if head.version != VERSION || !tags.eq(head.tags.iter().cloned()) {
             return Err(invalid("the state is of another version, or of other shares"));
         }
-        self.devices().go_on_with(head.devices);
+        self.devices().go_on_with(head.devices.clone());
         let mut loaded = Loaded::default();
         let mut paths = Paths::new();
+        let mut beliefs = HashMap::new();
         for _ in 0..head.nodes {
             let saved: SavedNode = read(&mut file)?;
             if saved.share >= self.shares.len() {
                 return Err(invalid("a file of no share"));
             }
             let path = saved.path.as_deref().map(unescaped).transpose()?;
-            let (node, fate) = match &path {
+            beliefs.insert(saved.number, saved.belief);
+            let node = match &path {
                 Some(path) => self.found_again(saved.share, path, &saved.looks),
-                None => (None, Fate::Other),
+                None => None,
             };
             self.nodes().go_on_with(saved.number, saved.lookups, node).map_err(|_| invalid("a number is taken"))?;
             if let Some(path) = path {
-                paths.insert((saved.share, path), (saved.number, fate));
+                paths.insert((saved.share, path), saved.number);
             }
         }
         self.nodes().go_on_at(head.next_node);
-        loaded.names = names(&paths);
         for _ in 0..head.handles {
             let saved: SavedHandle = read(&mut file)?;
             let open = self.open_again(&saved);
@@ -180,13 +181,14 @@ impl Server {
             self.handles().go_on_with(saved.number, open.ok()).map_err(|_| invalid("a handle is taken"))?;
         }
         self.handles().go_on_at(head.next_handle);
+        self.go_on_believing(&head, beliefs, &mut file)?;
         self.started.store(head.started, Ordering::Release);
         Ok(loaded)
     }
 }
 
-/// By share and path: the number, and what was found there.
-type Paths = HashMap<(usize, Vec<u8>), (u64, Fate)>;
+/// The numbers, by share and path.
+type Paths = HashMap<(usize, Vec<u8>), u64>;
 
 impl Server {
     /// The path that leads to a file now, as this process sees it.
@@ -204,14 +206,38 @@ impl Server {
     }
 
     /// The file at a path if it is the one that had these looks, and what has become of the name.
-    fn found_again(&self, share: usize, path: &[u8], looks: &Looks) -> (Option<Node>, Fate) {
-        let Ok(node) = self.open_below(share, path) else { return (None, Fate::Other) };
-        match Looks::of(&node) {
-            Ok(found) if found == *looks => (Some(node), Fate::Same),
-            Ok(found) if found.is(looks) => (Some(node), Fate::Changed),
-            Ok(found) if found.kind == looks.kind && node.kind == FileType::Directory => (Some(node), Fate::Changed),
-            _ => (None, Fate::Other),
+    fn found_again(&self, share: usize, path: &[u8], looks: &Looks) -> Option<Node> {
+        let node = self.open_below(share, path).ok()?;
+        let found = Looks::of(&node).ok()?;
+        let is_directory = found.kind == looks.kind && node.kind == FileType::Directory;
+        (found.is(looks) || is_directory).then_some(node)
+    }
+
+    /// Goes on telling the guest what is no longer as it believes.
+    fn go_on_believing(
+        &self,
+        head: &Head,
+        mut beliefs: HashMap<u64, Belief>,
+        file: &mut impl BufRead,
+    ) -> io::Result<()> {
+        if head.names > coverage::MOST_NAMES || head.notices > 2 * coverage::MOST_NAMES {
+            return Err(invalid("the guest cannot believe so much"));
         }
+        let names = (0..head.names).map(|_| read(file)).collect::<io::Result<_>>()?;
+        let mut notices = (0..head.notices).map(|_| read(file)).collect::<io::Result<Vec<_>>>()?;
+        let mut files = HashMap::new();
+        for (number, _, node) in self.nodes().list() {
+            files.extend(beliefs.remove(&number).map(|belief| (number, (node, belief))));
+        }
+        for number in (0..self.shares.len()).map(Nodes::of_share) {
+            // Little enough to be asked for again.
+            notices.push(Notice::Inode { node: number, pages: true });
+            let node = self.node(number).map_err(io::Error::from)?;
+            let belief = Belief::of(&node);
+            files.insert(number, (node, belief));
+        }
+        self.coverage.go_on_with(names, notices, files);
+        Ok(())
     }
 
     fn open_again(&self, saved: &SavedHandle) -> Result<(OwnedFd, u64, Arc<Node>), Errno> {
@@ -231,8 +257,6 @@ impl Looks {
             inode: found.stx_ino,
             kind: FileType::from_raw_mode(found.stx_mode.into()).as_raw_mode(),
             born: has_born.then_some((found.stx_btime.tv_sec, found.stx_btime.tv_nsec)),
-            changed: (found.stx_ctime.tv_sec, found.stx_ctime.tv_nsec),
-            size: found.stx_size,
         })
     }
 
@@ -243,22 +267,8 @@ impl Looks {
     }
 }
 
-/// The names that the guest knows, by the numbers of the directories they are in.
-fn names(paths: &Paths) -> Vec<Known> {
-    let known = paths.iter().filter_map(|((share, path), (number, fate))| {
-        let at = path.iter().rposition(|byte| *byte == b'/');
-        let parent = match at {
-            Some(at) => paths.get(&(*share, path[..at].to_vec()))?.0,
-            None => Nodes::of_share(*share),
-        };
-        let name = path[at.map_or(0, |at| at + 1)..].into();
-        Some(Known { parent, name, node: *number, fate: *fate })
-    });
-    known.collect()
-}
-
 fn lost(tags: &[String], paths: &Paths, node: u64, errno: Errno) -> Lost {
-    let at = paths.iter().find(|(_, (number, _))| *number == node).map(|(at, _)| at);
+    let at = paths.iter().find(|(_, number)| **number == node).map(|(at, _)| at);
     let tag = at.and_then(|(share, _)| tags.get(*share)).cloned().unwrap_or_default();
     let path = at.map(|(_, path)| String::from_utf8_lossy(path).into_owned()).unwrap_or_default();
     // The standard library's words, without its number.

@@ -50,6 +50,10 @@ impl Trust {
         self.told.store(stamp, Ordering::Release);
     }
 
+    pub fn contents(&self) -> u64 {
+        self.contents.load(Ordering::Acquire)
+    }
+
     /// The stamp before.
     pub fn set_contents(&self, stamp: u64) -> u64 {
         self.contents.swap(stamp, Ordering::AcqRel)

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use common::{Program, names, plan};
 use machinen_protocol::share::LOCKS;
-use machinen_share::abi::{FlushIn, ForgetIn, LockIn, ReadIn, flag, opcode};
+use machinen_share::abi::{self, FlushIn, ForgetIn, LockIn, ReadIn, flag, notify, opcode};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 use zerocopy::IntoBytes;
@@ -191,4 +191,48 @@ fn locks_are_listed_as_long_as_they_are_held() {
     assert_eq!(held(&mut guest), one);
     guest.call(opcode::FLUSH, node, FlushIn { handle, lock_owner: 9, ..FlushIn::default() }.as_bytes()).unwrap();
     assert_eq!(held(&mut guest), b"");
+}
+
+#[test]
+fn a_copy_is_told_what_changed_and_goes_on_believing_the_rest() {
+    let (dir, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (path, state) = (dir.path(), state.path().join("state"));
+    fs::create_dir(path.join("in")).unwrap();
+    for name in ["same", "written", "renamed", "removed"] {
+        fs::write(path.join("in").join(name), name).unwrap();
+    }
+    let shares: [(&str, &Path, bool); 1] = [("work", path, false)];
+    let mut before = Program::serving(&shares);
+    let valid = std::iter::repeat_with(|| before.walk("work/in/same").unwrap()).find(|found| found.entry_valid > 0);
+    let same = valid.unwrap();
+    let [written, renamed, removed] =
+        ["written", "renamed", "removed"].map(|name| before.walk(&format!("work/in/{name}")).unwrap().node);
+    assert!(before.walk("work/in/absent").is_err());
+    let directory = before.walk("work/in").unwrap().node;
+    save(&mut before, &state);
+    drop(before);
+    fs::write(path.join("in/written"), "more").unwrap();
+    fs::rename(path.join("in/renamed"), path.join("in/absent")).unwrap();
+    fs::remove_file(path.join("in/removed")).unwrap();
+
+    let (mut guest, answer) = gone_on(&shares, &state);
+    assert_eq!(answer["ok"], true, "{answer}");
+    guest.wait_until_caught_up();
+    let named = |code: i32| guest.notices.iter().filter(move |notice| notice.0 == code);
+    let inodes: Vec<_> = named(notify::INVALIDATE_INODE)
+        .map(|(_, body)| common::as_structure::<abi::InvalidateInode>(body).node)
+        .collect();
+    assert!([written, renamed, removed, directory].iter().all(|node| inodes.contains(node)), "{inodes:?}");
+    assert!(!inodes.contains(&same.node));
+    let mut names: Vec<_> = named(notify::INVALIDATE_ENTRY)
+        .filter(|(_, body)| common::as_structure::<abi::InvalidateEntry>(body).parent == directory)
+        .map(|(_, body)| String::from_utf8_lossy(&body[size_of::<abi::InvalidateEntry>()..body.len() - 1]).into_owned())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["absent", "removed", "renamed", "written"]);
+    // What has not changed is still watched.
+    guest.notices.clear();
+    fs::write(path.join("in/same"), "not any more").unwrap();
+    let told: abi::InvalidateInode = common::as_structure(&guest.wait_for_notice(notify::INVALIDATE_INODE));
+    assert_eq!(told.node, same.node);
 }

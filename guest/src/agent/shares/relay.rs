@@ -11,7 +11,7 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use machinen_protocol::share::{ANSWER_HEADER, LOCKS, LOCKS_UNIQUE, MAX_MESSAGE, REQUEST_HEADER, SYNCED};
+use machinen_protocol::share::{ANSWER_HEADER, LOCKS, LOCKS_UNIQUE, MAX_MESSAGE, REQUEST_HEADER, SYNC_MORE, SYNCED};
 use rustix::io::Errno;
 use tokio::sync::Notify;
 
@@ -162,7 +162,7 @@ impl Relay {
     /// Everything before a `SYNC` has been given to the kernel.
     fn tell_synced(&self, number: u64) -> io::Result<()> {
         self.send(SYNCED, 0, number)?;
-        self.state().synced += 1;
+        self.state().synced += u64::from(is_last(number));
         self.answered.notify_waiters();
         Ok(())
     }
@@ -220,7 +220,7 @@ impl Relay {
     fn take(&self, message: &[u8], notifications: &SyncSender<Vec<u8>>) -> io::Result<()> {
         match u64::from_ne_bytes(message[8..16].try_into().unwrap_or_default()) {
             0 => {
-                self.state().syncs += u64::from(invalidation::sync_number(message).is_some());
+                self.state().syncs += u64::from(invalidation::sync_number(message).is_some_and(is_last));
                 // Never waits: the server waits for an answer before it sends more than there is room for.
                 notifications.try_send(message.to_vec()).map_err(io::Error::other)?;
             }
@@ -250,6 +250,11 @@ fn locks(mut body: &[u8]) -> Vec<Lock> {
         body = rest;
     }
     locks
+}
+
+/// Whether the server has said everything with that `SYNC` that a copy has to know.
+fn is_last(number: u64) -> bool {
+    number & SYNC_MORE == 0
 }
 
 #[cfg(test)]
@@ -348,6 +353,16 @@ mod tests {
         .await
         .unwrap();
         drained.await.unwrap();
+        assert!(tokio::time::timeout(Duration::ZERO, relay.caught_up()).await.is_err());
+        let mut sync_with_more = sync.clone();
+        sync_with_more[16..].copy_from_slice(&(7 | SYNC_MORE).to_ne_bytes());
+        server.write_all(&sync_with_more).unwrap();
+        let mut server = tokio::task::spawn_blocking(move || {
+            assert_eq!(received(&mut server)[16..24], (7 | SYNC_MORE).to_ne_bytes());
+            server
+        })
+        .await
+        .unwrap();
         assert!(tokio::time::timeout(Duration::ZERO, relay.caught_up()).await.is_err());
         server.write_all(&[notification.clone(), sync].concat()).unwrap();
         let mut seen = [0; 64];

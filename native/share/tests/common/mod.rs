@@ -9,6 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command};
 
+use machinen_protocol::share::SYNC_MORE;
 use machinen_share::abi::{self, EntryOut, InHeader, InitIn, InitOut, OpenIn, OpenOut, OutHeader, ReadIn, opcode};
 use serde_json::{Value, json};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -21,6 +22,7 @@ pub struct Program {
     unique: u64,
     /// What nobody asked for, by code.
     pub notices: Vec<(i32, Vec<u8>)>,
+    is_caught_up: bool,
 }
 
 impl Program {
@@ -54,7 +56,7 @@ impl Program {
             });
         }
         let child = command.spawn().unwrap();
-        Self { child, guest, control: BufReader::new(control), unique: 0, notices: Vec::new() }
+        Self { child, guest, control: BufReader::new(control), unique: 0, notices: Vec::new(), is_caught_up: false }
     }
 
     /// Starts it with shares, each a tag, a path and whether it is read-only, and begins a connection.
@@ -124,9 +126,20 @@ impl Program {
         }
     }
 
+    /// Waits until a copy has been told everything that changed.
+    pub fn wait_until_caught_up(&mut self) {
+        while !self.is_caught_up {
+            let (header, body) = self.message();
+            assert_eq!(header.unique, 0);
+            self.notice(header.error, body);
+        }
+    }
+
     fn notice(&mut self, code: i32, body: Vec<u8>) {
         if code == abi::notify::SYNC {
-            self.acknowledge(as_structure(&body));
+            let number: u64 = as_structure(&body);
+            self.is_caught_up |= number & SYNC_MORE == 0;
+            self.acknowledge(number);
         } else {
             self.notices.push((code, body));
         }
