@@ -8,6 +8,9 @@ mod other;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use machinen_share::abi::opcode;
 
@@ -199,4 +202,71 @@ fn what_is_known_costs_no_request() {
         assert!(costs.keys().all(|opcode| [OPEN, STATFS, RELEASE, FLUSH].contains(opcode)), "{costs:?}");
         assert_eq!(costs[&OPEN], 1);
     });
+}
+
+/// What is under way when something changes must not be believed afterwards.
+#[test]
+fn changes_are_seen_while_everything_is_being_looked_at() {
+    with_guests(|guest| {
+        guest.on_host("mkdir dir; echo 0 > dir/written; echo 0 > dir/replaced; echo 0 > dir/moves0");
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        for entry in fs::read_dir(guest.share.join("dir")).unwrap() {
+                            // It may be gone by now.
+                            let _ = fs::read(entry.unwrap().path());
+                        }
+                        let _ = fs::metadata(guest.share.join("dir/moves0"));
+                    }
+                });
+            }
+            let change = "echo $n > dir/written; echo $n > dir/new; mv dir/new dir/replaced; mv dir/moves* dir/moves$n";
+            for n in 1..=100 {
+                guest.on_host(&format!("n={n}; {change}"));
+                let text = format!("{n}\n");
+                let dir = guest.share.join("dir");
+                guest.sees(&format!("change {n}"), || {
+                    ["written", "replaced"].iter().all(|name| fs::read(dir.join(name)).unwrap() == text.as_bytes())
+                        && dir.join(format!("moves{n}")).exists()
+                        && !dir.join(format!("moves{}", n - 1)).exists()
+                        && !dir.join("new").exists()
+                        && fs::read_dir(&dir).unwrap().count() == 3
+                });
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+    });
+}
+
+#[test]
+#[ignore = "prints figures"]
+fn figures() {
+    let dir = directory();
+    let make = "for d in $(seq 40); do mkdir $d; for f in $(seq 25); do head -c 5000 /dev/zero > $d/$f; done; done;
+        git init -q .; git -c user.name=x -c user.email=x add .; git -c user.name=x -c user.email=x commit -qm x";
+    let operations = [
+        ("find", "find . -path ./.git -prune -o -ls > /dev/null"),
+        ("git status", "git -c safe.directory='*' status --short"),
+        ("tar", "tar cf /dev/zero --exclude .git ."),
+        ("read all", "cat */* > /dev/null"),
+    ];
+    Command::new("sh").args(["-ec", make]).current_dir(dir.path()).status().unwrap();
+    for valid in [Duration::ZERO, Duration::from_secs(3600)] {
+        let path = dir.path().to_owned();
+        let measure = move || {
+            let guest = Guest::valid_for(&path, 0, valid);
+            for (name, command) in operations {
+                for turn in ["first", "second", "third"] {
+                    guest.requests();
+                    let start = Instant::now();
+                    guest.in_guest(command);
+                    let (took, costs) = (start.elapsed(), guest.requests());
+                    println!("{valid:?} {name} {turn}: {} requests, {took:?}: {costs:?}", costs.values().sum::<u64>());
+                }
+            }
+        };
+        std::thread::spawn(measure).join().unwrap();
+    }
 }
