@@ -12,7 +12,7 @@ const handlers: Array<Handler> = []
 let end: Handler = () => {}
 
 /** Passes signals to the handler until the scope closes, instead of ending the program. */
-export const intercept = (handler: Handler): Effect.Effect<void, never, Scope.Scope> =>
+const intercept = (handler: Handler): Effect.Effect<void, never, Scope.Scope> =>
   Effect.acquireRelease(
     Effect.sync(() => void handlers.push(handler)),
     () => Effect.sync(() => void handlers.splice(handlers.lastIndexOf(handler), 1))

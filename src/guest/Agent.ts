@@ -16,7 +16,7 @@ import * as Tunnel from "./Tunnel.ts"
 import { Vsock } from "./Vsock.ts"
 
 /** The host port that the agent dials when it can serve. */
-export const doorbellPort = 1979
+const doorbellPort = 1979
 
 /** The operations of one guest's agent. */
 export interface AgentClient

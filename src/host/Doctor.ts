@@ -18,7 +18,7 @@ import {
 } from "./hostRequirements.ts"
 
 /** One requirement of a host. `broken`: it is there but does not work. `optional`: VMs run without it, only slower. */
-export const Requirement = Schema.Struct({
+const Requirement = Schema.Struct({
   id: Schema.String,
   title: Schema.String,
   status: Schema.Literal("found", "missing", "broken"),

@@ -3,7 +3,7 @@ import { Effect, Schema } from "effect"
 import { BootError } from "../errors.ts"
 
 /** Whether the guest may write to a shared host directory. */
-export const MountMode = Schema.Literal("ro", "rw")
+const MountMode = Schema.Literal("ro", "rw")
 export type MountMode = typeof MountMode.Type
 
 /** A host directory that is shared with a guest. */
@@ -51,7 +51,7 @@ export interface MountPlan {
   readonly liveMounts: ReadonlyArray<LiveMount>
 }
 
-export const maxLiveMounts = 5
+const maxLiveMounts = 5
 export const defaultMountUpperBytes = 4 * 1024 ** 3
 
 const invalid = (message: string, hint: string) => new BootError({ code: "BOOT_MOUNT_INVALID", message, hint })
