@@ -12,10 +12,10 @@ export interface Ended {
  * Starts the command with stderr joined to stdout. A watcher in the same process group kills the group when our end of the pipe on stdin
  * closes, also by our death: a build whose starter was killed must not go on writing.
  */
-const tethered = 'exec 3<&0 </dev/null 2>&1; (read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 & exec 3<&-; exec "$@"'
+const watchedScript = 'exec 3<&0 </dev/null 2>&1; (read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 & exec 3<&-; exec "$@"'
 
 /** Time between SIGTERM and SIGKILL. A compiler ends at once at SIGTERM, or never. */
-const grace = "5 seconds"
+const killDelay = "5 seconds"
 
 const tailLength = 40
 
@@ -30,7 +30,7 @@ export const run = (
 ): Effect.Effect<Ended, PlatformErrors.PlatformError, CommandExecutor.CommandExecutor> =>
   Effect.scoped(
     Effect.gen(function* () {
-      const command = Command.make("sh", "-c", tethered, "sh", ...argv).pipe(
+      const command = Command.make("sh", "-c", watchedScript, "sh", ...argv).pipe(
         Command.env({ PATH: searchPath(), ...options.env })
       )
       const child = yield* Command.start(
@@ -40,7 +40,7 @@ export const run = (
         Effect.whenEffect(
           child.kill("SIGTERM").pipe(
             Effect.interruptible, // finalizers run uninterruptibly: without this the timeout cannot fire
-            Effect.timeout(grace),
+            Effect.timeout(killDelay),
             Effect.catchAll(() => Effect.ignore(child.kill("SIGKILL")))
           ),
           Effect.orElseSucceed(child.isRunning, () => false)

@@ -7,7 +7,7 @@ import { Effect, FastCheck as fc, Layer, Option, Schema } from "effect"
 import { Assets } from "../../../src/host/Assets.ts"
 import { SourceTree } from "../../../src/host/SourceTree.ts"
 import { ImageName, withTag } from "../../../src/image/Image.ts"
-import { applied, type ImageConfig, over } from "../../../src/image/ImageConfig.ts"
+import { type ImageConfig, overlaid, withImageDefaults } from "../../../src/image/ImageConfig.ts"
 import { parsePackages } from "../../../src/image/ImageStore.ts"
 import { RootfsImage } from "../../../src/image/RootfsImage.ts"
 import { defaultRootDiskBytes } from "../../../src/machine/BootOptions.ts"
@@ -151,32 +151,32 @@ describe("what an image says", () => {
         user: "image"
       }
       const rest = { name: undefined, memoryMib: 1, vcpus: 1, rootDiskSizeBytes: defaultRootDiskBytes, detached: false }
-      const base = { ...plan, ...rest } as unknown as Parameters<typeof applied>[0]
-      const alone = yield* applied(base, image)
+      const base = { ...plan, ...rest } as unknown as Parameters<typeof withImageDefaults>[0]
+      const alone = yield* withImageDefaults(base, image)
       assert.deepStrictEqual(
         [alone.command, alone.env, alone.cwd, alone.user],
         [["entry", "default"], { A: "image", B: "image" }, "/image", "image"]
       )
       const asked = { ...base, command: ["mine"] as const, env: { B: "mine" }, cwd: "/mine", user: "mine" }
-      const both = yield* applied(asked, image)
+      const both = yield* withImageDefaults(asked, image)
       assert.deepStrictEqual(
         [both.command, both.env, both.cwd, both.user],
         [["entry", "mine"], { A: "image", B: "mine" }, "/mine", "mine"]
       )
-      assert.strictEqual((yield* applied(base, {})).command, undefined)
-      const large = yield* Effect.flip(applied(base, { env: { A: "x".repeat(200_000) } }))
+      assert.strictEqual((yield* withImageDefaults(base, {})).command, undefined)
+      const large = yield* Effect.flip(withImageDefaults(base, { env: { A: "x".repeat(200_000) } }))
       assert.strictEqual(large.code, "BOOT_ENV_INVALID")
     })
   )
 
   it("is what the base said with what is put over it", () => {
     const base = { cmd: ["base"], env: { A: "1", B: "1" }, cwd: "/base" } as const
-    assert.deepStrictEqual(over(base, { env: { B: "2" }, cwd: "/top" }), {
+    assert.deepStrictEqual(overlaid(base, { env: { B: "2" }, cwd: "/top" }), {
       cmd: ["base"],
       env: { A: "1", B: "2" },
       cwd: "/top"
     })
-    assert.deepStrictEqual(over({}, {}), {})
+    assert.deepStrictEqual(overlaid({}, {}), {})
   })
 })
 
