@@ -106,7 +106,7 @@ export const ShimEvent = Schema.Union(
     event: Schema.Literal("failed"),
     step: Schema.Literal("plan", "network", "files", "registry", "shares", "vmm"),
     code: Schema.String,
-    /** A path, or the host's socket of a forwarded port. */
+    /** At `network` the host's socket of a forwarded port. At other steps a path, a program, or words. */
     subject: Schema.String,
     message: Schema.String
   }),
