@@ -74,7 +74,7 @@ const allowed = (file: string): ReadonlySet<string> => {
 }
 
 describe("host requirements", () => {
-  it("lists every program that the sources start, for who starts it", () => {
+  it("lists every program that the sources start, as needed to run, build or test", () => {
     const unlisted = [...started].flatMap(([name, files]) =>
       ours.has(name)
         ? []
