@@ -24,6 +24,9 @@ const kvmDevice = "/dev/kvm"
 /** Time limit of a probe. A kernel without a root panics and resets in under 1 s on a working KVM, in about 1.3 s on one nested in TCG. */
 const kvmDeadline = "6 seconds"
 
+/** Time limit of the question for the VMM's version. QEMU answers in 15 ms on an idle host; a VMM that hangs must not hold up a restore for ever. */
+const versionTimeout = "10 seconds"
+
 /**
  * How long a failed probe counts. The failure may be temporary (a busy host, a device that another hypervisor holds), but a probe that hangs costs
  * its whole time limit.
@@ -113,7 +116,12 @@ export const layer = Layer.effect(
       const subject = JSON.stringify(yield* Effect.firstSuccessOf(places.map(fileState.read)))
       const known = (yield* read).versions[subject]
       if (known !== undefined) return known
-      const { stdout } = yield* command.run([binary, "--version"])
+      const { stdout } = yield* command.run([binary, "--version"]).pipe(
+        Effect.timeoutFail({
+          duration: versionTimeout,
+          onTimeout: () => new Error(`it did not answer within ${versionTimeout}`)
+        })
+      )
       const version = /version (\S+)/.exec(stdout)?.[1]
       if (version === undefined)
         return yield* Effect.fail(new Error(`it answered ${JSON.stringify(stdout.slice(0, 80))}`))
