@@ -144,7 +144,7 @@ pub struct Transferred {
 
 /// Result of `push`, `pull`, `image` and `list`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Archived {
+pub struct EntryCount {
     pub entries: u64,
 }
 

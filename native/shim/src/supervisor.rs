@@ -143,7 +143,7 @@ impl Vm {
         // Kills helpers that the VMM may have started, because they would hold its sockets open.
         self.state.over.send_replace(true);
         let console = timeout(REST, &mut self.console);
-        let _ = tokio::join!(console, self.vmm.silence(REST));
+        let _ = tokio::join!(console, self.vmm.drain_output(REST));
         self.console.abort();
         let rest = async { while self.channel.join_next().await.is_some() {} };
         let _ = timeout(REST, rest).await;

@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::pty::Pty;
 use super::screen::Screen;
-use super::session::{Client, Keyboard, Seen, Session};
+use super::session::{Client, Seen, Session, TerminalInput};
 use super::size::Size;
 use crate::agent::context::Context;
 use crate::agent::exchange::Exchange;
@@ -130,7 +130,7 @@ where
         biased;
         () = taken => {}
         shown = &mut shown => return shown,
-        abort = attend::obey(input, Some(Keyboard(Arc::clone(session))), session.as_ref(), &credit) => return Err(abort),
+        abort = attend::handle_frames(input, Some(TerminalInput(Arc::clone(session))), session.as_ref(), &credit) => return Err(abort),
     }
     // Its input is no longer passed on. The host may have stopped reading; it gets the reason once it reads again.
     tokio::select! {
