@@ -4,6 +4,7 @@
 
 mod chunk_writer;
 mod error;
+mod holes;
 mod pack;
 mod sparse;
 #[cfg(test)]
@@ -13,5 +14,6 @@ mod unpack;
 
 pub use chunk_writer::ChunkWriter;
 pub use error::{Error, errno};
+pub use holes::next_data;
 pub use pack::Source;
 pub use unpack::Target;

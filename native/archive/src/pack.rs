@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use machinen_protocol::names::GUEST_CONFIG;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 use tar::{Builder, EntryType, Header};
@@ -50,9 +51,6 @@ struct Whole {
     device: u64,
     newest: Option<u64>,
 }
-
-/// The guest configuration, which the host writes. It is left out, because the image to come gets its own.
-const CONFIG: &str = "machinen-config.json";
 
 impl Source {
     /// Opens the source at `path`. With `follow`, a symbolic link stands for its target.
@@ -145,7 +143,8 @@ impl Source {
                 continue;
             }
             let child = relative.join(OsStr::from_bytes(name));
-            let config = self.whole.is_some() && child == Path::new(CONFIG);
+            // The image to come gets a configuration of its own from the host.
+            let config = self.whole.is_some() && child == Path::new(GUEST_CONFIG);
             if !config && !self.excluded(&child)? {
                 children.push(child);
             }

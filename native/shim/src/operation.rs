@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 
 use machinen_archive::ChunkWriter;
-use machinen_protocol::frame::{HEADER, Kind};
+use machinen_protocol::frame::{HEADER, Kind, header};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
 use crate::error::Error;
@@ -32,15 +32,15 @@ pub fn send(
     });
     let mut refused = false;
     let packed = pack(ChunkWriter::new(HEADER, |mut chunk| {
-        let length = u32::try_from(chunk.len() - HEADER).unwrap_or(u32::MAX);
-        chunk[..HEADER].copy_from_slice(&Head::new(Kind::Data, length).to_bytes());
+        let header = header(Kind::Data, chunk.len() - HEADER).map_err(io::Error::other)?;
+        chunk[..HEADER].copy_from_slice(&header);
         let sent = stream.write_all(&chunk);
         refused = sent.is_err();
         sent.map(|()| chunk)
     }));
     if !refused {
         packed?;
-        let _ = stream.write_all(&Head::new(Kind::Eof, 0).to_bytes());
+        let _ = frame::encode(Kind::Eof, &[]).and_then(|end| stream.write_all(&end));
     }
     let _ = listening.join();
     Ok(())
@@ -79,7 +79,7 @@ fn begin(request: &str) -> io::Result<Option<UnixStream>> {
     let mut stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     // Node leaves the socket non-blocking, but the copies here need it blocking.
     stream.set_nonblocking(false)?;
-    stream.write_all(&frame::request(request.as_bytes()))?;
+    stream.write_all(&frame::encode(Kind::Request, request.as_bytes())?)?;
     let answer = relay(&mut stream)?.and_then(Head::kind);
     Ok((answer == Some(Kind::Started)).then_some(stream))
 }

@@ -2,7 +2,6 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use machinen_protocol::frame::Kind;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -15,7 +14,7 @@ use crate::agent::context::Context;
 use crate::agent::exchange::Exchange;
 use crate::agent::stream::{Abort, CHUNK, FrameReader};
 use crate::agent::threads::COMMANDS;
-use crate::agent::{attend, command, lookup};
+use crate::agent::{attend, clock, command, lookup};
 use crate::reply::{Code, ErrorReply, Exit, Started};
 use crate::request::{Exec, Pty as Request};
 
@@ -73,9 +72,7 @@ async fn start<R: AsyncRead + Unpin>(
     let pty = Pty::open(size).map_err(failed)?;
     let slave = pty.slave().try_clone_to_owned().map_err(failed)?;
     let process = command::start_in(slave, context, command, input).await?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-    let created_ms = u64::try_from(now).unwrap_or(u64::MAX);
-    let session = Arc::new(Session::new(name, argv, created_ms, size, pty, process));
+    let session = Arc::new(Session::new(name, argv, clock::now_ms(), size, pty, process));
     context.terminals.add(Arc::clone(&session));
     let (context, running) = (Arc::clone(context), Arc::clone(&session));
     tokio::spawn(async move {
