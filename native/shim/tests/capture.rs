@@ -211,9 +211,15 @@ fn a_guest_whose_maker_is_gone_is_given_the_time() {
     drop(maker);
     assert_eq!(qmp(&listener), ["one", "two"]);
     shim.until(|_| !making.is_there());
-    let printed = std::fs::read_to_string(shim.path("vmm.log")).unwrap();
-    let told = printed.lines().find_map(|line| line.strip_prefix("clock: ")).unwrap();
-    let now_ms = serde_json::from_str::<Value>(told).unwrap()["nowMs"].as_u64().unwrap();
+    // A thread of the shim writes the log, so the line may come later than the guest's answer.
+    let told = || {
+        let printed = std::fs::read_to_string(shim.path("vmm.log")).unwrap();
+        printed
+            .split_inclusive('\n')
+            .find_map(|line| Some(line.strip_prefix("clock: ")?.strip_suffix('\n')?.to_owned()))
+    };
+    shim.until(|_| told().is_some());
+    let now_ms = serde_json::from_str::<Value>(&told().unwrap()).unwrap()["nowMs"].as_u64().unwrap();
     assert!(u128::from(now_ms) >= since);
 }
 

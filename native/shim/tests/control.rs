@@ -11,7 +11,7 @@ use std::io::{BufRead, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const OK: &str = r#"{"ok":true}"#;
 
@@ -223,7 +223,7 @@ fn ticks(shim: &Shim) -> u64 {
 fn out_of_descriptors_it_neither_spins_nor_goes_deaf() {
     let mut limited = Command::new("prlimit");
     limited.args(["--nofile=64:64", SHIM]);
-    let mut shim = start_as(limited, &["serve"], |_| ());
+    let mut shim = start_as(limited, &["serve"], |plan| plan["graceMs"] = json!(3_600_000));
     shim.event();
     shim.until(|shim| shim.status()["ready"] == true);
     let mut waiting = shim.control(r#"{"op":"wait"}"#);
@@ -237,11 +237,9 @@ fn out_of_descriptors_it_neither_spins_nor_goes_deaf() {
     let before = ticks(&shim);
     std::thread::sleep(Duration::from_secs(1));
     assert!(ticks(&shim) - before < 30, "{} of 100 ticks", ticks(&shim) - before);
-    let since = Instant::now();
     assert_eq!(line(&mut shim.control(r#"{"op":"stop"}"#)), ok());
     drop((guests, silent));
     assert_eq!(shim.exited()["orderly"], true);
-    assert!(since.elapsed() < Duration::from_secs(9));
     assert_eq!(line(&mut waiting)["event"], "exited");
 }
 
