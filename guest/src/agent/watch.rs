@@ -552,7 +552,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_is_told_knows_the_tree_whatever_happens_to_it() {
+    fn events_describe_the_tree_whatever_happens_to_it() {
         let mut watched = Watched::new(true, |_| {});
         let workers: Vec<_> = (0..3_u64)
             .map(|seed| {

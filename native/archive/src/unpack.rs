@@ -147,7 +147,7 @@ impl Target {
         let parent = self.make_directory(name.parent().unwrap_or(Path::new("")))?;
         let parent = parent.as_fd();
         match kind {
-            // The older form of GNU tar is refused, because nobody sends it and 512 bytes of it can stand for any number of zeros.
+            // The older form of GNU tar is refused, because no peer of ours sends it and 512 bytes of it can stand for any number of zeros.
             EntryType::GNUSparse => return Err(invalid("a file with holes in another form than PAX 1.0")),
             EntryType::Regular | EntryType::Continuous => {
                 let draft = Draft::begin(parent)?;

@@ -41,7 +41,7 @@ pub(crate) const TAKEOVER_PADS: usize = 65_544;
 pub(crate) enum Reason {
     /// The stream's user has dropped it.
     Dropped = 0,
-    /// Nobody listens at the port.
+    /// There is no listener at the port.
     Refused = 1,
     /// There are too many streams.
     Busy = 2,

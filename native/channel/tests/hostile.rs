@@ -159,7 +159,7 @@ async fn flood(peer: &mut Peer, bytes: &[u8], times: usize, bound: usize) {
 }
 
 #[tokio::test]
-async fn opens_beyond_the_limit_are_refused_until_nobody_hears_it() {
+async fn opens_beyond_the_limit_are_refused_until_the_refusals_are_not_read() {
     bounded(async {
         let mut peer = Peer::new().await;
         let mut kept = Vec::new();
@@ -186,7 +186,7 @@ async fn what_is_opened_and_reset_for_ever_costs_no_more_than_what_is_open() {
         let bytes: Vec<u8> = (1..1000)
             .flat_map(|n| [open(2 * n, 5), frame(DATA, 2 * n, &[1; 64]), frame(RESET, 2 * n, &[0])].concat())
             .collect();
-        // Nobody takes the incoming streams, so they wait to be accepted.
+        // The test does not take the incoming streams, so they wait to be accepted.
         flood(&mut peer, &bytes, 200, SESSION + 2 * MAX_GUEST_STREAMS * WINDOW).await;
         // Then they are refused, and the refusals cannot be sent either.
         let mut incoming = std::mem::replace(&mut peer.incoming, mpsc::channel(1).1);
@@ -309,7 +309,7 @@ async fn readers_that_keep_up_get_a_large_window_as_far_as_there_are_any() {
             assert_eq!(peer.next().await, (CREDIT, id, granted.to_be_bytes().to_vec()), "{n}");
             streams.push((stream, id));
         }
-        // Nobody reads any more: the host takes a whole window, and no byte more.
+        // The stream is not read any more: the host takes a whole window, and no byte more.
         let held = peer.opener.held();
         for _ in 0..LARGE_WINDOW / piece.len() {
             peer.say(&frame(DATA, streams[0].1, &piece)).await;
@@ -364,7 +364,7 @@ async fn data_beyond_a_window_ends_the_session() {
 }
 
 #[tokio::test]
-async fn small_frames_into_a_window_nobody_reads_cost_their_bytes() {
+async fn small_frames_into_a_window_that_is_not_read_cost_their_bytes() {
     bounded(async {
         let mut peer = Peer::new().await;
         let (stream, id) = peer.accepted().await;
@@ -497,7 +497,7 @@ async fn half_a_hello_is_waited_for_and_a_wrong_one_starts_over() {
 }
 
 #[tokio::test]
-async fn a_stream_that_is_neither_accepted_nor_refused_holds_back_nobody() {
+async fn a_stream_that_is_neither_accepted_nor_refused_holds_back_no_other() {
     bounded(async {
         let mut peer = Peer::new().await;
         for _ in 0..MAX_STREAMS - 1 {

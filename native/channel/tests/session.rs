@@ -94,7 +94,7 @@ async fn round_trip(stream: Stream, sent: Vec<u8>) -> Vec<u8> {
 async fn eight_streams_of_which_one_is_stalled() {
     bounded(async {
         let (host, mut guest) = pair();
-        // Nobody reads this stream at the other end, so it fills its window and waits.
+        // The other end does not read this stream, so it fills its window and waits.
         let mut stalled = host.opener.open(100).await.unwrap();
         let (_, mut unread) = guest.streams.recv().await.unwrap();
         let stalled = tokio::spawn(async move {
@@ -462,7 +462,7 @@ async fn a_small_request_takes_its_turn_among_those_that_send_much() {
             assert!(meanwhile < 16 << 20, "{meanwhile} bytes went first");
         }
         drop(host.opener.open(ECHO).await.unwrap());
-        assert!(host.opener.held() > 1 << 20, "nobody was in the way");
+        assert!(host.opener.held() > 1 << 20, "the other streams have sent nothing");
     })
     .await;
 }

@@ -28,7 +28,7 @@ pub async fn serve(mut arrivals: mpsc::Receiver<Incoming>, vsock_path: PathBuf, 
     let lifecycle = Arc::new(Semaphore::new(lifecycle::MAX_CALLS));
     while let Some(incoming) = arrivals.recv().await {
         while calls.try_join_next().is_some() {}
-        // One session has fewer. Calls of an earlier session may be stuck in a socket that nobody reads.
+        // One session has fewer. Calls of an earlier session may wait for a socket whose peer does not read.
         if calls.len() >= MAX_CALLS {
             incoming.refuse();
             continue;

@@ -97,7 +97,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     #[test]
-    fn nobody_changes_its_size() {
+    fn its_size_cannot_be_changed() {
         let memory = create(1 << 20).unwrap();
         memory.write_all_at(b"x", (1 << 20) - 1).unwrap();
         let refused = Some(Errno::PERM.raw_os_error());

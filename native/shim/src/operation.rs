@@ -63,7 +63,7 @@ pub fn receive(
         Some(End::Frame(Some(Kind::Eof))) | None => unpacked?,
         Some(End::Frame(_)) => {
             return Err(machinen_archive::Error::Refused(
-                "the guest said its last word before the end of its data".into(),
+                "the guest ended the copy before it had sent all of its data".into(),
             )
             .into());
         }

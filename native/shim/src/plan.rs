@@ -98,7 +98,7 @@ pub enum Memory {
         fd: RawFd,
         size_bytes: u64,
     },
-    /// A file that the VMM maps privately and nobody ever writes to.
+    /// A file that the VMM maps privately, and that is never written to.
     File {
         fd: RawFd,
         from: PathBuf,

@@ -150,7 +150,7 @@ impl Vm {
         self.channel.shutdown().await;
         self.asks.close();
         let state = self.state;
-        // A capture is undone before anybody hears that nothing is left. No other can begin any more.
+        // Waits until a capture has been undone, because `exited` says that nothing is left. The permit is kept, so that no other begins.
         let _last = state.capturing.acquire().await;
         let logs = [&state.console.log, &state.output, &state.vmm_prints.log];
         logs.iter().for_each(|log| log.close());

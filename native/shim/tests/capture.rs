@@ -225,7 +225,7 @@ fn a_guest_whose_maker_is_gone_is_given_the_time() {
 
 /// QEMU may send the shim the answer to an earlier client's command, of any length.
 #[test]
-fn a_long_answer_to_somebody_else_does_not_leave_the_vm_stopped() {
+fn a_long_answer_to_another_client_does_not_leave_the_vm_stopped() {
     let (shim, making) = (start_shared(), Making::new());
     let listener = making.listen();
     let mut maker = shim.control(&making.request().to_string());
@@ -249,7 +249,7 @@ fn a_maker_that_only_stops_talking() {
 }
 
 #[test]
-fn nobody_answers_the_lines() {
+fn lines_that_are_not_answered() {
     let (shim, making) = (start_shared(), Making::new());
     let _listener = making.listen();
     let mut maker = shim.control(&making.request().to_string());

@@ -20,7 +20,7 @@ fn ok() -> Value {
 }
 
 #[test]
-fn stop_and_everybody_who_waits() {
+fn stop_and_all_clients_that_wait() {
     let mut shim = start_ready(&["serve"]);
     let mut waiting: Vec<_> = (0..3).map(|_| shim.control(r#"{"op":"wait"}"#)).collect();
     for client in &mut waiting {
@@ -55,7 +55,7 @@ fn kill() {
 }
 
 #[test]
-fn whoever_asks_first_is_the_reason() {
+fn the_first_request_to_end_is_the_reason() {
     let mut shim = start_with(&["serve", "--deaf"], |plan| plan["graceMs"] = json!(3_600_000));
     shim.event();
     shim.until(|shim| shim.status()["ready"] == true);
@@ -131,7 +131,7 @@ fn logs_that_are_followed_to_the_end() {
 }
 
 #[test]
-fn followers_see_everything_across_rotations_and_slow_ones_hold_nobody_back() {
+fn followers_see_everything_across_rotations_and_slow_ones_hold_back_no_other() {
     let mut shim = start_with(&["serve"], |plan| plan["console"]["maxBytes"] = json!(400_000));
     shim.event();
     let follow = r#"{"op":"logs","source":"console","follow":true}"#;

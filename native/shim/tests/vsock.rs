@@ -107,7 +107,7 @@ fn the_guest_dials_the_host() {
 }
 
 #[test]
-fn nobody_listens_where_the_guest_dials() {
+fn the_guest_dials_a_port_without_a_listener() {
     let shim = start_ready(&["serve"]);
     let mut near = shim.dial(10);
     near.write_all(&5001u32.to_be_bytes()).unwrap();
@@ -124,7 +124,7 @@ fn the_doorbell_is_answered_by_the_shim() {
 }
 
 #[test]
-fn the_doorbell_is_passed_on_to_whoever_waits_for_it() {
+fn the_doorbell_is_passed_on_to_a_starter_that_listens() {
     // The listener exists before the VMM, as a starter's does.
     let home = tempfile::tempdir().unwrap();
     let plan = common::plan(home.path(), &[&common::fake_vmm(), "serve"]);

@@ -16,7 +16,7 @@ use crate::agent::child::Child;
 use crate::agent::lookup;
 use crate::reply::{Code, ErrorReply};
 
-/// The log level for errors only: nobody reads more, and writing it takes time.
+/// The log level for errors only: the agent reads no other lines, and writing them takes time.
 const QUIET: &str = "-v1";
 
 /// The path of the program in the image.

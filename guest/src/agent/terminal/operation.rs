@@ -117,7 +117,7 @@ where
                 Seen::Output(bytes) => output.send(Kind::Stdout, &bytes).await?,
                 Seen::Ended(exit) => return Ok(exit),
                 Seen::Taken => {
-                    return Err(ErrorReply::new(Code::SessionInUse, "somebody else has taken the session").into());
+                    return Err(ErrorReply::new(Code::SessionInUse, "another client has taken the session").into());
                 }
             }
         }
