@@ -1,26 +1,21 @@
-//! Why the shim could not do something.
+//! Why the shim could not do something for a VM.
 
 use machinen_protocol::errno;
 use rustix::io::Errno;
 use std::fmt::Display;
 use std::io;
 
+/// The system refused something about `subject`: a path, the host's socket of a forwarded port, or what was being done.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The system refused something about `subject`: a path, the host's socket of a forwarded port, or what was being done.
-    #[error("{subject}: {error}")]
-    Io { subject: String, error: io::Error },
-    /// A tree could not be packed or unpacked.
-    #[error(transparent)]
-    Archive(#[from] machinen_archive::Error),
-    /// The guest sent more than so many bytes, which is what the caller takes.
-    #[error("the guest sent more than {0} bytes")]
-    TooLarge(u64),
+#[error("{subject}: {error}")]
+pub struct Error {
+    pub subject: String,
+    error: io::Error,
 }
 
 impl Error {
     pub fn io(subject: impl Display, error: io::Error) -> Self {
-        Error::Io { subject: subject.to_string(), error }
+        Error { subject: subject.to_string(), error }
     }
 
     /// What the shim itself refuses, by the number of the error that comes nearest.
@@ -30,10 +25,6 @@ impl Error {
 
     /// Name of the errno. An error that is not the system's own has none; the nearest is what the caller did wrong.
     pub fn code(&self) -> String {
-        let number = match self {
-            Error::Io { error, .. } => error.raw_os_error(),
-            Error::Archive(_) | Error::TooLarge(_) => None,
-        };
-        errno::text(number.unwrap_or(Errno::INVAL.raw_os_error()))
+        errno::text(self.error.raw_os_error().unwrap_or(Errno::INVAL.raw_os_error()))
     }
 }

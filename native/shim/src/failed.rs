@@ -33,11 +33,7 @@ impl Failed {
     pub fn at(step: Step) -> impl Fn(Error) -> Failed {
         move |error| {
             let (code, message) = (error.code(), error.to_string());
-            let subject = match error {
-                Error::Io { subject, .. } => subject,
-                Error::Archive(_) | Error::TooLarge(_) => message.clone(),
-            };
-            Failed { step, code, subject, message }
+            Failed { step, code, subject: error.subject, message }
         }
     }
 

@@ -18,11 +18,25 @@ use crate::frame::{self, Head};
 /// How many bytes are read from the stream at once.
 const BUFFER: usize = 256 * 1024;
 
+/// Why a copy failed on this side.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyError {
+    /// The tree's path cannot be opened.
+    #[error(transparent)]
+    Io(#[from] Error),
+    /// A tree could not be packed or unpacked.
+    #[error(transparent)]
+    Archive(#[from] machinen_archive::Error),
+    /// The guest sent more than so many bytes, which is what the caller takes.
+    #[error("the guest sent more than {0} bytes")]
+    TooLarge(u64),
+}
+
 /// Begins the operation and sends the chunks that `pack` writes, each as a frame.
 pub fn send(
     request: &str,
     pack: impl FnOnce(ChunkWriter) -> Result<u64, machinen_archive::Error>,
-) -> Result<(), Error> {
+) -> Result<(), CopyError> {
     let Ok(Some(mut stream)) = begin(request) else { return Ok(()) };
     let Ok(mut answers) = stream.try_clone() else { return Ok(()) };
     let listening = thread::spawn(move || {
@@ -51,13 +65,13 @@ pub fn receive(
     request: &str,
     limit: u64,
     unpack: impl FnOnce(&mut dyn Read) -> Result<u64, machinen_archive::Error>,
-) -> Result<(), Error> {
+) -> Result<(), CopyError> {
     let Ok(Some(stream)) = begin(request) else { return Ok(()) };
     let mut data = BufReader::with_capacity(BUFFER, Receiving { stream, left: 0, allowed: limit, end: None });
     let unpacked = unpack(&mut data);
     let mut data = data.into_inner();
     match data.end {
-        Some(End::TooLarge) => return Err(Error::TooLarge(limit)),
+        Some(End::TooLarge) => return Err(CopyError::TooLarge(limit)),
         // The guest has failed or is gone; the caller knows why.
         Some(End::Frame(Some(Kind::Error))) => return Ok(()),
         Some(End::Frame(Some(Kind::Eof))) | None => unpacked?,
