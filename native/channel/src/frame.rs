@@ -1,4 +1,4 @@
-//! Encodes and decodes frames. These are pure functions; `link.rs` and `mux.rs` decide when they are called.
+//! Encodes and decodes frames. These are pure functions; `link.rs` and `mux/` decide when they are called.
 
 /// Identifies one session; random, chosen by the host.
 pub(crate) type Epoch = [u8; 16];

@@ -26,9 +26,9 @@ use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
-use super::exchange::Exchange;
-use super::stream::{Abort, CHUNK};
-use super::threads::{self, WATCHES};
+use crate::agent::exchange::Exchange;
+use crate::agent::stream::{Abort, CHUNK};
+use crate::agent::threads::{self, WATCHES};
 use crate::errno;
 use crate::file_names;
 use crate::reply::{Code, Done, ErrorReply};
@@ -658,7 +658,7 @@ mod tests {
 
     #[test]
     fn changes_are_written_as_the_host_reads_them() {
-        let golden: Value = serde_json::from_str(include_str!("../../../test/golden/agent-frames.json")).unwrap();
+        let golden: Value = serde_json::from_str(include_str!("../../../../test/golden/agent-frames.json")).unwrap();
         let frames = golden["valid"].as_array().unwrap();
         let wanted = frames.iter().find(|frame| frame["name"] == "data, changes").unwrap()["bytes"].as_str().unwrap();
         let (pieces, mut written) = mpsc::channel(1);
