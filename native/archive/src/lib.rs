@@ -2,9 +2,15 @@
 
 #![warn(clippy::missing_errors_doc)]
 
+mod attributes;
 mod chunk_writer;
+mod content;
+mod draft;
+mod entries;
 mod error;
+mod held;
 mod holes;
+mod metadata;
 mod pack;
 mod sparse;
 #[cfg(test)]
