@@ -1,5 +1,6 @@
 import { Command, type CommandExecutor, type Error as PlatformErrors } from "@effect/platform"
 import { Effect, Stream } from "effect"
+import { start } from "./command.ts"
 import { searchPath } from "./searchPath.ts"
 
 /** How a long command ended: its exit code and the last lines it wrote. */
@@ -13,9 +14,6 @@ export interface Ended {
  * closes, also by our death: a build whose starter was killed must not go on writing.
  */
 const watchedScript = 'exec 3<&0 </dev/null 2>&1; (read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 & exec 3<&-; exec "$@"'
-
-/** Time between SIGTERM and SIGKILL. A compiler ends at once at SIGTERM, or never. */
-const killDelay = "5 seconds"
 
 const tailLength = 40
 
@@ -33,19 +31,7 @@ export const run = (
       const command = Command.make("sh", "-c", watchedScript, "sh", ...argv).pipe(
         Command.env({ PATH: searchPath(), ...options.env })
       )
-      const child = yield* Command.start(
-        options.cwd === undefined ? command : Command.workingDirectory(command, options.cwd)
-      )
-      yield* Effect.addFinalizer(() =>
-        Effect.whenEffect(
-          child.kill("SIGTERM").pipe(
-            Effect.interruptible, // finalizers run uninterruptibly: without this the timeout cannot fire
-            Effect.timeout(killDelay),
-            Effect.catchAll(() => Effect.ignore(child.kill("SIGKILL")))
-          ),
-          Effect.orElseSucceed(child.isRunning, () => false)
-        )
-      )
+      const child = yield* start(options.cwd === undefined ? command : Command.workingDirectory(command, options.cwd))
 
       const tail: Array<string> = []
       yield* child.stdout.pipe(
