@@ -5,11 +5,15 @@
 mod attributes;
 mod chunk_writer;
 mod content;
+#[cfg(test)]
+mod damaged_tests;
 mod draft;
 mod entries;
 mod error;
 mod held;
 mod holes;
+#[cfg(test)]
+mod holes_tests;
 mod metadata;
 mod pack;
 mod sparse;
