@@ -30,7 +30,7 @@ export const proportionalMib = (pid: number): Effect.Effect<number> =>
   Effect.sync(() => mibIn(readFileSync(`/proc/${pid}/smaps_rollup`, "utf8"), "Pss"))
 
 /** MiB of a booted VM's memory that the host has allocated: blocks of its memfd. */
-export const allocatedMib = (vm: Vm): Effect.Effect<number> =>
+const allocatedMib = (vm: Vm): Effect.Effect<number> =>
   Effect.sync(() => (statSync(`/proc/${vm.pid}/fd/${memoryFd}`).blocks * 512) / 2 ** 20)
 
 /** Writes random data into the guest's tmpfs until the host has allocated `wantedMib` of guest memory. */

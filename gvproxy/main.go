@@ -55,7 +55,7 @@ func (f *forwards) String() string { return "" }
 func (f *forwards) Set(text string) error {
 	fdText, portText, found := strings.Cut(text, "=")
 	if !found {
-		return errors.New("it has the form FD=PORT")
+		return errors.New("want FD=PORT, an inherited descriptor and a port of the guest")
 	}
 	fd, err := strconv.ParseUint(fdText, 10, 16)
 	if err != nil {
@@ -96,7 +96,7 @@ func run(mtu int, exposed forwards) error {
 		return fmt.Errorf("descriptor %d: %w", cardFd, err)
 	}
 	if mtu < 68 || mtu > 65535 {
-		return fmt.Errorf("an MTU of %d", mtu)
+		return fmt.Errorf("-mtu %d: the MTU must be between 68 and 65535", mtu)
 	}
 	network, err := newNetwork(mtu)
 	if err != nil {

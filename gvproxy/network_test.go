@@ -170,7 +170,7 @@ func TestAddressesThatDoNotAnswerKeepAGuestFromNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer listener.Close()
-	// A backlog of one that nobody accepts from: Linux does not answer further connections.
+	// A backlog of one whose connections are not accepted: Linux does not answer further connections.
 	silent, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)

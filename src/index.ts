@@ -15,7 +15,7 @@ export {
 } from "./guest/AgentProtocol.ts"
 export type { CommandOutput, CommandSpec, ExecOptions, ExecResult, MainCommand, RunningCommand } from "./guest/Exec.ts"
 export type { FileRange, WriteFileOptions } from "./guest/Files.ts"
-export { Entrusted } from "./guest/SecretStore.ts"
+export { StoredSecrets } from "./guest/SecretStore.ts"
 export type { Terminal, TerminalCommand, TerminalOptions, TerminalSize } from "./guest/Terminal.ts"
 export type { TunnelConnection, TunnelListener } from "./guest/Tunnel.ts"
 export { ImageConfig } from "./image/ImageConfig.ts"

@@ -9,7 +9,7 @@ import { Machinen } from "../src/Machinen.ts"
 import type { BootOptions } from "../src/machine/BootOptions.ts"
 import { VmEntry } from "../src/machine/VmEntry.ts"
 import type { Vm } from "../src/vm/Vm.ts"
-import { environment, leftovers, live, nothing, processesOf, temporaryDirectory } from "./host.ts"
+import { environment, leftovers, live, nothing, processesOf, temporaryDirectory, temporaryHome } from "./host.ts"
 
 export * from "./host.ts"
 
@@ -273,10 +273,9 @@ export const cli = (home: string, args: ReadonlyArray<string>, options: CliOptio
     Effect.scoped
   )
 
-const emptyCache = temporaryDirectory()
 /** Runs `machinen gc` for one home, with an empty cache: a test must not count or remove what other checkouts have left in the user's. */
 export const collectGarbage = (home: string, ...flags: ReadonlyArray<string>): Effect.Effect<CliResult> =>
-  cli(home, ["gc", "--json", ...flags], { env: { MACHINEN_CACHE_DIR: emptyCache } })
+  Effect.suspend(() => cli(home, ["gc", "--json", ...flags], { env: { MACHINEN_CACHE_DIR: temporaryHome() } }))
 
 /** Runs the CLI, which must succeed, and gives what it printed without the last newline. */
 export const cliPrints = (home: string, ...args: ReadonlyArray<string>): Effect.Effect<string> =>

@@ -105,6 +105,7 @@ const ready = record(
 )
 record("types", check("types", bin("tsc"), ["--noEmit"]))
 record("lint and format", check("lint and format", bin("biome"), ["check", "."]))
+record("unused", check("unused exports, files and packages", bin("knip"), []))
 record("unit", vitest("unit", 5))
 record("Rust format", check("Rust format", "cargo", ["fmt", "--check"]))
 record(

@@ -32,7 +32,7 @@ export class Fake extends Context.Tag("machinen/Fake")<
   {
     /** Events in order: acquired (`launch+`), released (`launch-`), asked for. */
     readonly events: Effect.Effect<ReadonlyArray<string>>
-    readonly when: (step: Step, mood: FaultMode) => Effect.Effect<void>
+    readonly when: (step: Step, mode: FaultMode) => Effect.Effect<void>
     /** Completes when a boot has reached the step. */
     readonly reached: (step: Step) => Effect.Effect<void>
     /** Ends the VMM of the VM that was launched last, after it has printed `console`. */
@@ -51,46 +51,46 @@ const ended = (reason: ExitRecord["reason"], consoleTail: string) =>
     vmmLogTail: ""
   })
 
-const nobody = Effect.fail(new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "a fake guest runs nothing" }))
-const unknown = Effect.fail(
+const noAgent = Effect.fail(new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "a fake guest runs nothing" }))
+const noSecrets = Effect.fail(
   new SecretsError({ code: "SECRETS_AGENT_UNAVAILABLE", message: "a fake guest keeps no secret" })
 )
-const untunnelled = Effect.fail(
+const noTunnel = Effect.fail(
   new TunnelError({ code: "TUNNEL_AGENT_UNAVAILABLE", message: "a fake guest serves nobody" })
 )
 const nowhere = Effect.fail(new FilesError({ code: "FILES_AGENT_UNAVAILABLE", message: "a fake guest has no files" }))
 
 /** The agent of a guest that does not exist: no operation is expected. */
 const silent: AgentClient = {
-  secrets: () => unknown,
-  forgetSecrets: unknown,
+  secrets: () => noSecrets,
+  forgetSecrets: noSecrets,
   list: () => nowhere,
   makeDirectory: () => nowhere,
   rename: () => nowhere,
   remove: () => nowhere,
   watch: () => nowhere,
-  connect: () => untunnelled,
-  tunnel: () => untunnelled,
-  start: () => nobody,
-  terminal: () => nobody,
-  sessions: nobody,
-  killSession: () => nobody,
-  exec: () => nobody,
-  execRaw: () => nobody,
-  startMain: () => nobody,
-  startMainDetached: nobody,
+  connect: () => noTunnel,
+  tunnel: () => noTunnel,
+  start: () => noAgent,
+  terminal: () => noAgent,
+  sessions: noAgent,
+  killSession: () => noAgent,
+  exec: () => noAgent,
+  execRaw: () => noAgent,
+  startMain: () => noAgent,
+  startMainDetached: noAgent,
   writeFile: () => nowhere,
   readFile: () => Stream.fromEffect(nowhere),
   push: () => nowhere,
   pull: () => nowhere,
   image: () => Stream.fromEffect(nowhere),
   stat: () => nowhere,
-  freeze: () => nobody,
-  rejuvenate: () => nobody,
-  dump: () => nobody,
-  revive: () => nobody,
-  setClock: nobody,
-  stats: nobody
+  freeze: () => noAgent,
+  rejuvenate: () => noAgent,
+  dump: () => noAgent,
+  revive: () => noAgent,
+  setClock: noAgent,
+  stats: noAgent
 }
 
 const noMachine = Effect.fail(new VmmControlFailed({ message: "a fake has no machine" }))
@@ -100,22 +100,22 @@ const unsupported = { pause: noMachine, resume: noMachine, save: () => noMachine
 export const layer = Layer.unwrapEffect(
   Effect.gen(function* () {
     const log = yield* Ref.make<ReadonlyArray<string>>([])
-    const moods = yield* Ref.make<ReadonlyMap<Step, FaultMode>>(new Map())
+    const modes = yield* Ref.make<ReadonlyMap<Step, FaultMode>>(new Map())
     const running = yield* Ref.make<
       ReadonlyArray<{ spec: MachineSpec; supervision: ShimOptions; exited: Deferred.Deferred<ExitRecord> }>
     >([])
     const note = (event: string) => Ref.update(log, (events) => [...events, event])
     const reached = new Map<Step, Deferred.Deferred<void>>(
-      yield* Effect.forEach(steps, (step) => Effect.map(Deferred.make<void>(), (door) => [step, door] as const))
+      yield* Effect.forEach(steps, (step) => Effect.map(Deferred.make<void>(), (deferred) => [step, deferred] as const))
     )
-    const doorOf = (step: Step) => reached.get(step) ?? Deferred.unsafeMake<void>(FiberId.none)
+    const reachedOf = (step: Step) => reached.get(step) ?? Deferred.unsafeMake<void>(FiberId.none)
     const at = <E>(step: Step, failure: E) =>
       Effect.flatMap(
-        Effect.zipRight(Deferred.succeed(doorOf(step), undefined), Ref.get(moods)),
+        Effect.zipRight(Deferred.succeed(reachedOf(step), undefined), Ref.get(modes)),
         (set): Effect.Effect<void, E> => {
-          const mood = set.get(step)
-          if (mood === undefined || mood === "work") return Effect.void
-          return mood === "fail" ? Effect.fail(failure) : Effect.never
+          const mode = set.get(step)
+          if (mode === undefined || mode === "work") return Effect.void
+          return mode === "fail" ? Effect.fail(failure) : Effect.never
         }
       )
     const asset = (step: Step) =>
@@ -150,8 +150,8 @@ export const layer = Layer.unwrapEffect(
     return Layer.mergeAll(
       Layer.succeed(Fake, {
         events: Ref.get(log),
-        reached: (step) => Deferred.await(doorOf(step)),
-        when: (step, mood) => Ref.update(moods, (set) => new Map(set).set(step, mood)),
+        reached: (step) => Deferred.await(reachedOf(step)),
+        when: (step, mode) => Ref.update(modes, (set) => new Map(set).set(step, mode)),
         crash: (console) =>
           Effect.flatMap(Ref.get(running), (all) =>
             Effect.forEach(all.slice(-1), ({ exited }) => Deferred.succeed(exited, ended("vmm", console)))

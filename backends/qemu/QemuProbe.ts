@@ -24,6 +24,9 @@ const kvmDevice = "/dev/kvm"
 /** Time limit of a probe. A kernel without a root panics and resets in under 1 s on a working KVM, in about 1.3 s on one nested in TCG. */
 const kvmDeadline = "6 seconds"
 
+/** Time limit of the question for the VMM's version. QEMU answers in 15 ms on an idle host; a VMM that hangs must not hold up a restore for ever. */
+const versionTimeout = "10 seconds"
+
 /**
  * How long a failed probe counts. The failure may be temporary (a busy host, a device that another hypervisor holds), but a probe that hangs costs
  * its whole time limit.
@@ -47,7 +50,7 @@ const Findings = Schema.Struct({
   kvm: Schema.optionalWith(Schema.Record({ key: Schema.String, value: KvmFinding }), { default: emptyRecord })
 })
 type Findings = typeof Findings.Type
-const nothing: Findings = { versions: {}, kvm: {} }
+const noFindings: Findings = { versions: {}, kvm: {} }
 const FindingsJson = Schema.parseJson(Findings)
 
 /** Probes the host with QEMU and keeps the answers until the host reboots, in `<cacheDir>/host-<boot id>.json`. */
@@ -66,7 +69,7 @@ export const layer = Layer.effect(
 
     const read: Effect.Effect<Findings> = fs.readFileString(findingsPath).pipe(
       Effect.flatMap(Schema.decode(FindingsJson)),
-      Effect.orElseSucceed(() => nothing)
+      Effect.orElseSucceed(() => noFindings)
     )
 
     /** Keeps a finding. Never fails: a lost finding costs another probe. */
@@ -113,7 +116,12 @@ export const layer = Layer.effect(
       const subject = JSON.stringify(yield* Effect.firstSuccessOf(places.map(fileState.read)))
       const known = (yield* read).versions[subject]
       if (known !== undefined) return known
-      const { stdout } = yield* command.run([binary, "--version"])
+      const { stdout } = yield* command.run([binary, "--version"]).pipe(
+        Effect.timeoutFail({
+          duration: versionTimeout,
+          onTimeout: () => new Error(`it did not answer within ${versionTimeout}`)
+        })
+      )
       const version = /version (\S+)/.exec(stdout)?.[1]
       if (version === undefined)
         return yield* Effect.fail(new Error(`it answered ${JSON.stringify(stdout.slice(0, 80))}`))
@@ -185,7 +193,7 @@ export const layer = Layer.effect(
       const exit = yield* Effect.timeoutOption(running.exited, kvmDeadline)
       if (Option.isNone(exit)) {
         yield* running.kill
-        return forNow(`${kvmDevice} is there, but our kernel hangs on it (probed for ${kvmDeadline})`)
+        return temporaryFailure(`${kvmDevice} is there, but our kernel hangs on it (probed for ${kvmDeadline})`)
       }
       const { consoleTail, vmm, vmmLogTail } = exit.value
       if (consoleTail.includes("Kernel panic") && vmm.code === 0) {
@@ -193,7 +201,7 @@ export const layer = Layer.effect(
       }
       const reason = `${kvmDevice} is there, but QEMU cannot use it: ${lastLine(vmmLogTail)}`
       // QEMU aborts (SIGABRT) when KVM fails it; other ends may have temporary causes
-      return vmm.signal === os.constants.signals.SIGABRT ? { works: false, reason } : forNow(reason)
+      return vmm.signal === os.constants.signals.SIGABRT ? { works: false, reason } : temporaryFailure(reason)
     }).pipe(Effect.scoped)
 
     const knownKvm = (subject: string) =>
@@ -218,19 +226,19 @@ export const layer = Layer.effect(
       }).pipe(
         HostLock.withLock(path.join(settings.cacheDir, "probe.lock"), identity),
         // a probe that could not be run is no lasting finding: it is tried again
-        Effect.catchAll((error) => Effect.succeed(forNow(`KVM could not be probed: ${error.message}`)))
+        Effect.catchAll((error) => Effect.succeed(temporaryFailure(`KVM could not be probed: ${error.message}`)))
       )
     })
 
     const accelerator = Effect.gen(function* () {
       if (settings.accel !== "auto") {
-        return established({ accel: settings.accel, reason: `MACHINEN_ACCEL=${settings.accel}` })
+        return lastingChoice({ accel: settings.accel, reason: `MACHINEN_ACCEL=${settings.accel}` })
       }
       const usable = yield* Effect.isSuccess(fs.access(kvmDevice, { readable: true, writable: true }))
       if (!usable) {
         const there = yield* Effect.orElseSucceed(fs.exists(kvmDevice), () => false)
         const why = there ? `no permission to open ${kvmDevice}` : `there is no ${kvmDevice}`
-        return established({ accel: "tcg", reason: `${why}; guests are emulated` })
+        return lastingChoice({ accel: "tcg", reason: `${why}; guests are emulated` })
       }
       const { reason, untilMs, works } = yield* probeKvm
       const choice: AcceleratorChoice = works
@@ -250,8 +258,8 @@ export const layer = Layer.effect(
   })
 )
 
-const established = (choice: AcceleratorChoice) => ({ choice, isEstablished: true })
+const lastingChoice = (choice: AcceleratorChoice) => ({ choice, isEstablished: true })
 
-const forNow = (reason: string): KvmFinding => ({ works: false, reason, untilMs: Date.now() + retryAfterMs })
+const temporaryFailure = (reason: string): KvmFinding => ({ works: false, reason, untilMs: Date.now() + retryAfterMs })
 
 const lastLine = (text: string) => text.trim().split("\n").at(-1) ?? ""

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use machinen_protocol::exit::ExitReport;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::{errno, file_names};
@@ -97,18 +98,10 @@ pub enum Exit {
 
 impl Serialize for Exit {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        #[derive(Serialize)]
-        #[serde(rename_all = "camelCase")]
-        struct Wire {
-            code: i32,
-            signal: Option<i32>,
-            #[serde(skip_serializing_if = "Option::is_none")]
-            oom_killed: Option<bool>,
-        }
         match *self {
-            Self::Code(code) => Wire { code, signal: None, oom_killed: None },
+            Self::Code(code) => ExitReport { code: Some(code), signal: None, oom_killed: None },
             Self::Signal { signal, oom_killed } => {
-                Wire { code: 128 + signal, signal: Some(signal), oom_killed: Some(oom_killed) }
+                ExitReport { code: Some(128 + signal), signal: Some(signal), oom_killed: Some(oom_killed) }
             }
         }
         .serialize(serializer)
@@ -144,7 +137,7 @@ pub struct Transferred {
 
 /// Result of `push`, `pull`, `image` and `list`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Archived {
+pub struct EntryCount {
     pub entries: u64,
 }
 

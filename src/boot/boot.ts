@@ -5,7 +5,7 @@ import { BootError, type ExecError, type SecretsError } from "../errors.ts"
 import { Agent, type AgentClient } from "../guest/Agent.ts"
 import type * as Initramfs from "../guest/Initramfs.ts"
 import { Assets } from "../host/Assets.ts"
-import { applied } from "../image/ImageConfig.ts"
+import { withImageDefaults } from "../image/ImageConfig.ts"
 import { RootfsImage } from "../image/RootfsImage.ts"
 import { type BootOptions, type BootPlan, validate } from "../machine/BootOptions.ts"
 import { type Disk, MachineSpec, type Start } from "../machine/MachineSpec.ts"
@@ -131,7 +131,7 @@ const start = Effect.fnUntraced(function* (
     ...(template === undefined ? {} : { prepared: true })
   })
   const guest = guestOf(plan, complete)
-  const beginning =
+  const startMethod =
     template === undefined
       ? yield* fromKernel(kernel, entry.vsockPath, Launch.writeInitramfs(dir, guest).pipe(phase("initramfs-pack")))
       : yield* fromTemplate(template, dir, complete, guest)
@@ -142,7 +142,7 @@ const start = Effect.fnUntraced(function* (
       new MachineSpec({
         id,
         dir,
-        start: beginning.start,
+        start: startMethod.start,
         memoryMib: plan.memoryMib,
         vcpus: plan.vcpus,
         disks,
@@ -167,7 +167,7 @@ const start = Effect.fnUntraced(function* (
 
   // 5. Wait until the guest is ready, raced against the machine's end and the deadline. Then send the secrets, which no file may hold.
   const client = agent.client(entry.vsockPath, machine.exited)
-  const ready = Effect.zipRight(beginning.ready(client), Launch.sendSecrets(client, secrets))
+  const ready = Effect.zipRight(startMethod.ready(client), Launch.sendSecrets(client, secrets))
   yield* Launch.untilReady(
     template === undefined ? ready : Launch.afterTheEnd(ready, machine),
     machine,
@@ -219,7 +219,7 @@ const isTemplateFault = (error: BootError | ExecError | SecretsError, machine: V
 const externalKillSignals: ReadonlySet<number | null> = new Set([9, 15])
 
 /** How a machine starts, and when its guest is ready. */
-interface Beginning {
+interface StartMethod {
   readonly start: Start
   readonly ready: (client: AgentClient) => Effect.Effect<unknown, BootError | ExecError>
 }
@@ -231,8 +231,8 @@ const fromKernel = Effect.fnUntraced(function* (
   initramfs: ReturnType<typeof Launch.writeInitramfs>
 ) {
   const [initrd, doorbell] = yield* Effect.all([initramfs, (yield* Agent).doorbell(vsockPath)], { concurrency: 2 })
-  const beginning: Beginning = { start: { _tag: "Kernel", kernel, initrd }, ready: () => doorbell }
-  return beginning
+  const startMethod: StartMethod = { start: { _tag: "Kernel", kernel, initrd }, ready: () => doorbell }
+  return startMethod
 })
 
 /** Starts from a template, then sends the guest the configuration that the initramfs carries in a kernel boot. */
@@ -243,7 +243,7 @@ const fromTemplate = Effect.fnUntraced(function* (
   { boot, config }: Initramfs.GuestConfig
 ) {
   const revival = yield* engine.revive(bundle.dir, { dir, entry, lazy: false })
-  const beginning: Beginning = {
+  const startMethod: StartMethod = {
     start: revival.start,
     ready: (client) =>
       revival.ready(client, {
@@ -254,7 +254,7 @@ const fromTemplate = Effect.fnUntraced(function* (
         config
       })
   }
-  return beginning
+  return startMethod
 })
 
 const noDisks = Effect.succeed({ disks: [], files: [] })
@@ -286,7 +286,12 @@ const rootDisks = Effect.fnUntraced(function* (
     { id: "root", path: base, readOnly: true },
     { id: "upper", path: upper, readOnly: false }
   ]
-  return { plan: yield* applied(plan, config), disks, files: [{ from: template?.upper ?? empty, to: upper }], template }
+  return {
+    plan: yield* withImageDefaults(plan, config),
+    disks,
+    files: [{ from: template?.upper ?? empty, to: upper }],
+    template
+  }
 })
 
 /** The guest's configuration. */

@@ -24,7 +24,7 @@ export interface Prepared {
 }
 
 /** A command that is run before the template is saved, so that its memory holds what every first command reads from the disk. */
-const rehearsal = { argv: ["true"], user: "0:0", cwd: "/" } as const
+const warmUpCommand = { argv: ["true"], user: "0:0", cwd: "/" } as const
 
 /**
  * Makes the template of such a machine, unless it exists: boots a machine, lets it come to rest and saves it. Any number of concurrent callers
@@ -36,7 +36,7 @@ export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) 
     ...given({ image, memoryMib, network, rootDiskSizeBytes, vcpus })
   }
   const plan = yield* check(wanted)
-  const engine = yield* templates.wholeMachines
+  const engine = yield* templates.machineEngine
   if (engine === undefined) {
     return yield* new BootError({
       code: "BOOT_SNAPSHOT_ENGINE_INVALID",
@@ -50,13 +50,13 @@ export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) 
   const { dir, shape } = yield* templates
     .shapeOf(plan, base)
     .pipe(Effect.catchTag("FileUnreadable", (error) => unwritable(cacheDir, error)))
-  return yield* templates.exclusively(dir, (cause) => unwritable(cacheDir, cause))(
+  return yield* templates.withTemplateLock(dir, (cause) => unwritable(cacheDir, cause))(
     Effect.gen(function* () {
       const fs = yield* FileSystem.FileSystem
       const there = yield* templates.find(plan, base)
       // reads the whole template: here is time to find damage, at a boot there is not
       if (Option.isSome(there) && (yield* Bundle.verify(there.value.bundle)).length === 0) {
-        return preparedAs(there.value.bundle, false)
+        return toPrepared(there.value.bundle, false)
       }
       const outDir = templates.stagingDir(dir)
       // left by a killed maker: we hold the lock
@@ -65,19 +65,19 @@ export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) 
         Effect.gen(function* () {
           const { vm } = yield* boot({ ...wanted, prepared: false })
           // an image without this command is prepared all the same
-          yield* Effect.ignore(vm.execRaw(rehearsal))
+          yield* Effect.ignore(vm.execRaw(warmUpCommand))
           const source = { entry: vm.entry, machine: vm.machine, agent: vm }
           return yield* snapshot(source, { outDir, engine: engine.name })
         })
       )
       yield* failed(
         Effect.gen(function* () {
-          yield* templates.describe(bundle, shape)
+          yield* templates.writeRecord(bundle, shape)
           yield* fs.remove(dir, { recursive: true, force: true })
           yield* fs.rename(outDir, dir)
         })
       )
-      return preparedAs({ ...bundle, dir }, true)
+      return toPrepared({ ...bundle, dir }, true)
     }).pipe(Effect.onError(() => removeUnfinished(templates.stagingDir(dir))))
   )
 })
@@ -85,7 +85,7 @@ export const prepare = Effect.fn("prepare")(function* (options: PrepareOptions) 
 const removeUnfinished = (dir: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) => Effect.ignore(fs.remove(dir, { recursive: true, force: true })))
 
-const preparedAs = ({ dir, manifest }: Bundle.Bundle, made: boolean): Prepared => ({
+const toPrepared = ({ dir, manifest }: Bundle.Bundle, made: boolean): Prepared => ({
   dir,
   dataBytes: manifest.blobs.reduce((sum, { dataBytes }) => sum + dataBytes, 0),
   made

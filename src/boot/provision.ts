@@ -4,7 +4,7 @@ import { FileSystem } from "@effect/platform"
 import { Cause, Duration, Effect, Option, Schema, Stream } from "effect"
 import { ProvisionError } from "../errors.ts"
 import * as baseAssets from "../host/baseAssets.ts"
-import { configFile, type ImageConfig, ImageConfigJson, isEmpty, over } from "../image/ImageConfig.ts"
+import { configFile, type ImageConfig, ImageConfigJson, isEmpty, overlaid } from "../image/ImageConfig.ts"
 import { RootfsImage } from "../image/RootfsImage.ts"
 import { type BootOptions, defaultImage } from "../machine/BootOptions.ts"
 import { type ExitRecord, howEnded } from "../machine/ShimPlan.ts"
@@ -101,7 +101,7 @@ export const provision = Effect.fn("provision")(
             yield* enter("install")
             yield* runHook(vm, options.install).pipe(timer.phase("install"))
             yield* enter("archive")
-            const bytes = archive(vm, over(baked, options.config ?? {}), options.newest, maxBytes, said)
+            const bytes = archive(vm, overlaid(baked, options.config ?? {}), options.newest, maxBytes, said)
             const plain = out.endsWith(".tar")
             return yield* compressed.write(draft, bytes, { plain }).pipe(
               Effect.mapError((e) => (e instanceof ProvisionError ? e : outUnwritable(out, e))),

@@ -40,7 +40,7 @@ const RecordJson = Schema.parseJson(TemplateRecord)
 const templatesDir = Effect.map(Settings, ({ cacheDir }) => path.join(cacheDir, "templates"))
 
 /** Runs an effect while no other process makes or removes the template. */
-export const exclusively = <F>(dir: string, onFailure: (cause: Error) => F) =>
+export const withTemplateLock = <F>(dir: string, onFailure: (cause: Error) => F) =>
   HostLock.withLock(HostLock.fileFor(dir), onFailure)
 
 /** The directory in which a template is made, before it gets its name. */
@@ -71,12 +71,12 @@ export const shapeOf = Effect.fn("templates.shapeOf")(function* (plan: Shaping, 
 })
 
 /** The engine that saves whole machines; `undefined` when there is none. */
-export const wholeMachines = Effect.map(SnapshotEngines, (engines) =>
+export const machineEngine = Effect.map(SnapshotEngines, (engines) =>
   [...engines.values()].find(({ sameMachine }) => sameMachine)
 )
 
 /** Time limit of the search, which takes milliseconds: a VMM that hangs when asked for its version must not hold up a boot. */
-const lookWithin = "5 seconds"
+const searchTimeout = "5 seconds"
 
 /** The template for a boot; `None` when there is no undamaged one that fits. */
 export const find = Effect.fn("templates.find")(
@@ -88,7 +88,7 @@ export const find = Effect.fn("templates.find")(
     if (!(yield* fs.exists(dir))) return Option.none<Template>()
     return Option.some(yield* open(dir, shape))
   },
-  Effect.timeoutFail({ duration: lookWithin, onTimeout: () => new Error(`no answer within ${lookWithin}`) }),
+  Effect.timeoutFail({ duration: searchTimeout, onTimeout: () => new Error(`no answer within ${searchTimeout}`) }),
   Effect.catchAll((error) => Effect.as(Effect.logDebug(`no template: ${error.message}`), Option.none<Template>()))
 )
 
@@ -99,7 +99,7 @@ export const find = Effect.fn("templates.find")(
 const open = Effect.fnUntraced(function* (dir: string, shape: TemplateShape) {
   const [bundle, { files, shape: made }] = yield* Effect.all([Bundle.read(dir), recordOf(dir)], { concurrency: 2 })
   const { manifest } = bundle
-  const engine = yield* wholeMachines
+  const engine = yield* machineEngine
   if (engine?.name !== manifest.engine) return yield* unusable(dir, "no engine here can go on with it")
   const [root, upper] = manifest.disks.map(({ source }) => source)
   const blob = (name: string) => manifest.blobs.find((blob) => blob.name === name)
@@ -139,7 +139,7 @@ const sameFiles = Schema.equivalence(Schema.Array(FileState))
 const unusable = (dir: string, why: string) => Effect.fail(new Error(`${dir}: ${why}`))
 
 /** Writes the record of a template. */
-export const describe = Effect.fnUntraced(function* (bundle: Bundle.Bundle, shape: TemplateShape) {
+export const writeRecord = Effect.fnUntraced(function* (bundle: Bundle.Bundle, shape: TemplateShape) {
   const fs = yield* FileSystem.FileSystem
   const record = new TemplateRecord({ shape, files: yield* statesOf(bundle.dir, bundle) })
   const text = yield* Effect.orDie(Schema.encode(RecordJson)(record))
@@ -154,13 +154,13 @@ export const collect = Effect.fn("templates.collect")(function* (options: { read
   const found = yield* Effect.forEach(names, (name) => {
     const at = path.join(dir, name)
     const making = name.endsWith(stagingDir(""))
-    return exclusively(
+    return withTemplateLock(
       making ? at.slice(0, -stagingDir("").length) : at,
       identity
     )(
       Effect.gen(function* () {
         // the maker may have renamed it while we waited for the lock
-        if (!(yield* fs.exists(at)) || (!making && (yield* isOfUse(at)))) return []
+        if (!(yield* fs.exists(at)) || (!making && (yield* isUsable(at)))) return []
         const removed = options.dryRun === true || (yield* Effect.isSuccess(fs.remove(at, { recursive: true })))
         const leftover: Leftover = {
           id: name,
@@ -175,7 +175,7 @@ export const collect = Effect.fn("templates.collect")(function* (options: { read
   return found.flat()
 })
 
-const isOfUse = (dir: string) =>
+const isUsable = (dir: string) =>
   Effect.gen(function* () {
     const fs = yield* FileSystem.FileSystem
     const { shape } = yield* recordOf(dir)

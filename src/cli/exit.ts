@@ -6,6 +6,9 @@ import { Console, Data, Effect } from "effect"
  */
 export class ExitWith extends Data.TaggedError("ExitWith")<{ readonly code: number }> {}
 
+/** Exits with the code of a command in a terminal, or with 128 + SIGHUP when the terminal here has gone before the command's end. */
+export const exitWithTerminal = (code: number | "detached") => new ExitWith({ code: code === "detached" ? 129 : code })
+
 /** Says that the guest's kernel killed a command for want of memory, which its code (137) alone does not tell. */
 export const tellOutOfMemory = ({ oomKilled }: { readonly oomKilled: boolean }): Effect.Effect<void> =>
   oomKilled

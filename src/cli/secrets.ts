@@ -18,7 +18,7 @@ const malformed = (name: string, why: string) =>
     hint: "--secret NAME takes the value from this environment, --secret NAME=@FILE from a file (less a newline at its end)"
   })
 
-export const isName = (name: string): boolean => /^[A-Za-z_][A-Za-z0-9_]*$/.test(name)
+const isName = (name: string): boolean => /^[A-Za-z_][A-Za-z0-9_]*$/.test(name)
 
 /** Reads the secrets that the flags name, from the environment or from files. */
 export const readSecrets = Effect.fnUntraced(function* (flags: ReadonlyArray<string>) {

@@ -12,14 +12,14 @@ const handlers: Array<Handler> = []
 let end: Handler = () => {}
 
 /** Passes signals to the handler until the scope closes, instead of ending the program. */
-export const intercept = (handler: Handler): Effect.Effect<void, never, Scope.Scope> =>
+const intercept = (handler: Handler): Effect.Effect<void, never, Scope.Scope> =>
   Effect.acquireRelease(
     Effect.sync(() => void handlers.push(handler)),
     () => Effect.sync(() => void handlers.splice(handlers.lastIndexOf(handler), 1))
   )
 
 /** After so many ending signals in so short a time the program ends, though the guest ignores or cannot get them. */
-const insistence = { times: 3, withinMs: 5000 }
+const forcedEnd = { times: 3, withinMs: 5000 }
 const ending: ReadonlySet<Forwarded> = new Set(["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
 
 /**
@@ -32,8 +32,8 @@ export const relay = (send: Handler): Effect.Effect<void, never, Scope.Scope> =>
     return intercept((signal) => {
       if (ending.has(signal)) {
         const now = performance.now()
-        sent = [...sent.filter((then) => now - then < insistence.withinMs), now]
-        if (sent.length >= insistence.times) return end(signal)
+        sent = [...sent.filter((then) => now - then < forcedEnd.withinMs), now]
+        if (sent.length >= forcedEnd.times) return end(signal)
       }
       send(signal)
     })

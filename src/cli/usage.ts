@@ -50,7 +50,7 @@ const unknown = (name: string, part: string, flags: ReadonlyArray<Flag>) => {
 }
 
 /** Splits a cluster like `-it` into `-i -t`. Only the last option may take a value, which is the next argument. */
-const unclustered = (
+const splitCluster = (
   part: string,
   flags: ReadonlyArray<Flag>
 ): Effect.Effect<ReadonlyArray<readonly [name: string, flag: Flag]>, ParseError> =>
@@ -90,7 +90,7 @@ export const normalize = Effect.fnUntraced(function* (own: ReadonlyArray<Flag>, 
     const long = equals === -1 ? arg : arg.slice(0, equals)
     const flag = flags.find(({ names }) => names.includes(long))
     if (isLong && flag === undefined) return yield* unknown(long, long, flags)
-    const given = flag === undefined ? yield* unclustered(arg, flags) : [[long, flag] as const]
+    const given = flag === undefined ? yield* splitCluster(arg, flags) : [[long, flag] as const]
     for (const [name, flag] of given) {
       if (seen.has(flag) && flag.takesValue && !flag.repeatable) {
         return yield* new ParseError({

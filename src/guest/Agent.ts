@@ -8,6 +8,7 @@ import { protocolError, toExecError, unavailable } from "./agentErrors.ts"
 import * as Exec from "./Exec.ts"
 import * as Files from "./Files.ts"
 import * as FileTree from "./FileTree.ts"
+import * as GuestSystem from "./GuestSystem.ts"
 import * as operation from "./operation.ts"
 import * as SecretStore from "./SecretStore.ts"
 import * as Standstill from "./Standstill.ts"
@@ -16,7 +17,7 @@ import * as Tunnel from "./Tunnel.ts"
 import { Vsock } from "./Vsock.ts"
 
 /** The host port that the agent dials when it can serve. */
-export const doorbellPort = 1979
+const doorbellPort = 1979
 
 /** The operations of one guest's agent. */
 export interface AgentClient
@@ -26,6 +27,7 @@ export interface AgentClient
     Terminal.TerminalClient,
     Tunnel.Tunnels,
     SecretStore.SecretStore,
+    GuestSystem.GuestSystem,
     Standstill.Standstill {}
 
 /**
@@ -113,6 +115,7 @@ const makeClient = (
     ...FileTree.make(operations),
     ...Exec.make(operations),
     ...Files.make(operations, fs, archiver),
+    ...GuestSystem.make(operations),
     ...Standstill.make(operations)
   }
 }

@@ -38,8 +38,8 @@ const fixedLengths: ReadonlyMap<number, number> = new Map([
   [FrameType.credit, 4]
 ])
 
-export const maxPayload = 1024 * 1024
-export const maxRequest = 4 * 1024 * 1024
+const maxPayload = 1024 * 1024
+const maxRequest = 4 * 1024 * 1024
 /** Bytes of input that a command may be sent before the guest grants credit for more. */
 export const inputWindow = 1024 * 1024
 /** Largest piece of input in bytes. The guest may keep back up to a quarter of the window before it grants credit, so a piece must be smaller. */
@@ -53,7 +53,7 @@ export interface Frame {
 }
 
 /** Encodes a header alone, so that the payload need not be copied into the same buffer. */
-export const encodeHeader = (type: FrameType, length: number): Buffer => {
+const encodeHeader = (type: FrameType, length: number): Buffer => {
   const header = Buffer.allocUnsafe(headerSize)
   header.writeUInt8(type, 0)
   header.writeUInt32BE(length, 1)

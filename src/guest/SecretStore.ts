@@ -4,7 +4,7 @@ import { type Secrets, validateSecrets } from "../machine/Secrets.ts"
 import type { Operations } from "./operation.ts"
 
 /** The agent's answer to `secrets`. */
-export class Entrusted extends Schema.Class<Entrusted>("Entrusted")({
+export class StoredSecrets extends Schema.Class<StoredSecrets>("StoredSecrets")({
   /** Number of secrets that the guest has now. */
   stored: Schema.Int,
   /** Names that no variable can have; their values were not stored. */
@@ -14,7 +14,7 @@ export class Entrusted extends Schema.Class<Entrusted>("Entrusted")({
 /** A guest's secrets. They are in the agent's memory and in the environment of the commands that name them; no copy of the guest has them. */
 export interface SecretStore {
   /** Adds secrets, or changes values. Sends nothing when a value is refused (SECRETS_VALUE_INVALID). */
-  readonly secrets: (values: Secrets) => Effect.Effect<Entrusted, SecretsError>
+  readonly secrets: (values: Secrets) => Effect.Effect<StoredSecrets, SecretsError>
   /** Makes the agent overwrite all secrets. Processes keep the variables that they have. */
   readonly forgetSecrets: Effect.Effect<void, SecretsError>
 }
@@ -22,7 +22,7 @@ export interface SecretStore {
 export const make = ({ ask }: Operations): SecretStore => {
   const send = (values: Readonly<Record<string, string>>, forget: boolean) =>
     ask({ op: "secrets", values, forget }).pipe(
-      Effect.flatMap(Schema.decodeUnknown(Entrusted)),
+      Effect.flatMap(Schema.decodeUnknown(StoredSecrets)),
       Effect.mapError(toSecretsError)
     )
   return {

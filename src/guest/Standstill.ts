@@ -2,8 +2,9 @@ import { randomBytes } from "node:crypto"
 import { Duration, Effect, Schema, type Scope } from "effect"
 import type { ExecError } from "../errors.ts"
 import { given } from "../platform/given.ts"
-import { type AgentRequest, encodeFrame, FrameType, GuestStats, Rejuvenation } from "./AgentProtocol.ts"
+import { type AgentRequest, encodeFrame, FrameType, Rejuvenation } from "./AgentProtocol.ts"
 import { toAnswerError, toExecError } from "./agentErrors.ts"
+import { askWithTime, sendTime } from "./GuestSystem.ts"
 import type { GuestConfig } from "./Initramfs.ts"
 import { forEachOf, type Operations } from "./operation.ts"
 
@@ -20,7 +21,7 @@ export interface Identity {
   readonly config?: GuestConfig["config"]
 }
 
-/** Operations of snapshots and copies: holding a guest still, giving a copy its identity, and the guest's statistics. */
+/** Operations of snapshots and copies: holding a guest still, and giving a copy its identity. */
 export interface Standstill {
   /**
    * Freezes the guest's commands until the scope closes; with `sync` the guest writes its filesystems out first. Operations that are asked for
@@ -46,23 +47,10 @@ export interface Standstill {
   readonly revive: (identity: Identity, options: { readonly lazy: boolean }) => Effect.Effect<Rejuvenation, ExecError>
   /** Gives a restored guest an identity of its own, and only then lets its commands go on. */
   readonly rejuvenate: (identity: Identity) => Effect.Effect<Rejuvenation, ExecError>
-  /** Sets the guest's wall clock to the host's, after a standstill of the machine. Works while commands are frozen. */
-  readonly setClock: Effect.Effect<void, ExecError>
-  readonly stats: Effect.Effect<GuestStats, ExecError>
 }
 
-export const make = ({ ask, operate }: Operations): Standstill => {
-  /** Sends a request that holds the time. The guest's clock is late by the transport time; `lateMs`, the delay of the answer, bounds that. */
-  const tell = Effect.fnUntraced(function* (request: () => AgentRequest) {
-    let sentMs = 0
-    const json = yield* ask(() => {
-      sentMs = Date.now()
-      return request()
-    })
-    return { json, lateMs: Date.now() - sentMs }
-  })
-
-  const tellTime = tell(() => ({ op: "clock", nowMs: Date.now() }))
+export const make = (operations: Operations): Standstill => {
+  const { ask, operate } = operations
 
   /** Runs an operation that holds the guest still from `started` on. Closing the scope sends `eof`, which lets the guest go on. */
   const held = Effect.fnUntraced(function* (request: AgentRequest) {
@@ -88,10 +76,10 @@ export const make = ({ ask, operate }: Operations): Standstill => {
       return frozenMs
     }),
     rejuvenate: Effect.fn("Agent.rejuvenate")(function* (identity) {
-      const { json, lateMs } = yield* tell(() => ({ op: "rejuvenate", ...renewed(identity) }))
+      const { json, lateMs } = yield* askWithTime(operations, () => ({ op: "rejuvenate", ...renewed(identity) }))
       // on a busy host the copy's clock may be far behind: set it again, which takes less time than the first answer
       if (lateMs > maxLateMs) {
-        yield* Effect.repeat(tellTime, { until: ({ lateMs }) => lateMs <= maxLateMs, times: 2 })
+        yield* Effect.repeat(sendTime(operations), { until: (lateMs) => lateMs <= maxLateMs, times: 2 })
       }
       return yield* decodeRejuvenation(json)
     }, Effect.mapError(toAnswerError)),
@@ -102,9 +90,7 @@ export const make = ({ ask, operate }: Operations): Standstill => {
           decodeRejuvenation
         ),
       Effect.mapError(toAnswerError)
-    ),
-    setClock: Effect.asVoid(Effect.mapError(tellTime, toAnswerError)),
-    stats: ask({ op: "stats" }).pipe(Effect.flatMap(decodeStats), Effect.mapError(toAnswerError))
+    )
   }
 }
 
@@ -124,4 +110,3 @@ const renewed = ({ config, env, generation, hostname, mac }: Identity) => ({
 })
 
 const decodeRejuvenation = Schema.decodeUnknown(Rejuvenation)
-const decodeStats = Schema.decodeUnknown(GuestStats)

@@ -80,7 +80,7 @@ interface Wire {
 }
 
 export const make = (wire: Wire): TerminalClient => ({
-  terminal: Effect.fn("Terminal.terminal")(function* (command, { columns, rows, session, steal = false }) {
+  terminal: Effect.fn("Agent.terminal")(function* (command, { columns, rows, session, steal = false }) {
     const { argv = [], env = {}, ...rest } = typeof command === "string" ? { argv: ["sh", "-c", command] } : command
     const bad =
       checkSize({ columns, rows }) ??
@@ -121,7 +121,7 @@ export const make = (wire: Wire): TerminalClient => ({
     Effect.flatMap(wire.ask({ op: "sessions" }), decodeWith(SessionList)),
     ({ sessions }) => sessions
   ),
-  killSession: Effect.fn("Terminal.killSession")(function* (name) {
+  killSession: Effect.fn("Agent.killSession")(function* (name) {
     const bad = checkSession(name)
     if (bad !== undefined) return yield* bad
     yield* wire.ask({ op: "session-kill", session: name })

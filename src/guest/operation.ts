@@ -18,7 +18,7 @@ import { AgentRefusal, lostConnection, protocolError, StreamEnded, unavailable, 
 import type { Vsock } from "./Vsock.ts"
 
 /** The guest port on which the agent serves operations. */
-export const agentPort = 1978
+const agentPort = 1978
 
 /** An operation that the agent has accepted. */
 export interface Operation {

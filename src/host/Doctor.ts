@@ -18,7 +18,7 @@ import {
 } from "./hostRequirements.ts"
 
 /** One requirement of a host. `broken`: it is there but does not work. `optional`: VMs run without it, only slower. */
-export const Requirement = Schema.Struct({
+const Requirement = Schema.Struct({
   id: Schema.String,
   title: Schema.String,
   status: Schema.Literal("found", "missing", "broken"),
@@ -67,7 +67,7 @@ for (const name of assetNames) {
 const tools: ReadonlyArray<Tool> = [...runTools, ...buildTools.values()]
 
 /** A program that does not print its version within this counts as broken. */
-const patience = "10 seconds"
+const versionTimeout = "10 seconds"
 
 const GiB = 1024 ** 3
 /** Free bytes for builds: the kernel's source tree and objects (2 GB), the bases and their staging. */
@@ -95,7 +95,7 @@ export class Doctor extends Context.Tag("machinen/Doctor")<
         const run = (argv: readonly [string, ...ReadonlyArray<string>]) =>
           command
             .run(argv, { LC_ALL: "C" })
-            .pipe(Effect.provideService(CommandExecutor.CommandExecutor, executor), Effect.timeout(patience))
+            .pipe(Effect.provideService(CommandExecutor.CommandExecutor, executor), Effect.timeout(versionTimeout))
 
         const node: Requirement = {
           id: "node",

@@ -91,12 +91,12 @@ export class Setup extends Context.Tag("machinen/Setup")<
           run: (onLine) => assets.build(name, (dirs) => make[name](dirs, onLine))
         })
 
-        const bringStep = (from: string, name: AssetName): Step => ({
+        const prebuiltStep = (from: string, name: AssetName): Step => ({
           id: name,
           title: `${titles[name]} (from ${from})`,
           check: isBuilt(name),
           run: (onLine) =>
-            prebuiltAssets.bring(from, name).pipe(
+            prebuiltAssets.fetchAsset(from, name).pipe(
               Effect.provideService(Assets, assets),
               Effect.provideService(FileSystem.FileSystem, fs),
               Effect.flatMap((brought) =>
@@ -119,7 +119,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
                   return Effect.zipRight(log(line), onProgress({ _tag: "Line", step, line }))
                 }
                 const [elapsed] = yield* Effect.timed(
-                  Effect.mapError(run(onLine), (error) => (printed ? toldIn(logFile, error) : error))
+                  Effect.mapError(run(onLine), (error) => (printed ? withLogFile(logFile, error) : error))
                 )
                 yield* onProgress({ _tag: "Done", step, title, elapsed })
               }).pipe(
@@ -129,7 +129,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
 
             yield* Effect.forEach(assetNames, (name) => isSound(name, verify), { concurrency: 2 })
             // before the toolchain check: fetched assets need no toolchain
-            if (from !== undefined) yield* Effect.forEach(assetNames, (name) => perform(bringStep(from, name)))
+            if (from !== undefined) yield* Effect.forEach(assetNames, (name) => perform(prebuiltStep(from, name)))
             yield* perform(toolchainStep(host.nodeVersion, isBuilt, tools))
             yield* perform(packagesStep(host, withTests, isBuilt, tools))
             // In parallel: a base uses one thread and a download, the kernel the rest. If a mirror is down, the kernel is built all the same.
@@ -154,7 +154,7 @@ export class Setup extends Context.Tag("machinen/Setup")<
   }).pipe(Layer.unwrapEffect, Layer.provide(SourceTree.layer))
 }
 
-const toldIn = (logFile: string, error: AssetError) => {
+const withLogFile = (logFile: string, error: AssetError) => {
   const { cause, code, hint, message } = error
   if (code !== "ASSET_BUILD_FAILED") return error
   return new AssetError({ code, message, hint: `all that it printed is in ${logFile}; ${hint}`, cause })

@@ -14,7 +14,7 @@ const programs: ReadonlySet<AssetName> = new Set(["programs", "gvproxy"])
  * Fetches an asset from another host's asset store, a directory or a URL. Returns whether the store has it for the same inputs. Fails with
  * AssetError when a file differs from the store's manifest, or the store does not answer.
  */
-export const bring = Effect.fn("prebuiltAssets.bring")(function* (from: string, name: AssetName) {
+export const fetchAsset = Effect.fn("prebuiltAssets.fetchAsset")(function* (from: string, name: AssetName) {
   const assets = yield* Assets
   const { directory, inputs } = yield* assets.identity(name)
   const unusable = (message: string, cause?: unknown) =>
@@ -28,14 +28,14 @@ export const bring = Effect.fn("prebuiltAssets.bring")(function* (from: string, 
 
   const found = yield* reading(remoteFile.open(remoteFile.join(from, directory, "asset.json")))
   if (Option.isNone(found)) return false
-  const text = yield* reading(whole(found.value))
+  const text = yield* reading(manifestText(found.value))
   const manifest = yield* Effect.mapError(Schema.decode(ManifestJson)(text), (cause) =>
     unusable("its manifest makes no sense", cause)
   )
   const files = Object.entries(manifest.files)
   if (manifest.name !== name || manifest.inputs !== inputs) return yield* unusable("it was built from something else")
-  const odd = files.find(([file]) => !/^[A-Za-z0-9][A-Za-z0-9._-]*$/.test(file))
-  if (odd !== undefined || files.length === 0) return yield* unusable("its manifest lists what no asset has")
+  const invalidName = files.find(([file]) => !/^[A-Za-z0-9][A-Za-z0-9._-]*$/.test(file))
+  if (invalidName !== undefined || files.length === 0) return yield* unusable("its manifest lists what no asset has")
 
   yield* assets.build(name, ({ out }) =>
     Effect.forEach(
@@ -64,7 +64,7 @@ export const bring = Effect.fn("prebuiltAssets.bring")(function* (from: string, 
   return true
 })
 
-const whole = (bytes: Stream.Stream<Uint8Array, Error>) =>
+const manifestText = (bytes: Stream.Stream<Uint8Array, Error>) =>
   bytes.pipe(
     Stream.runFoldEffect(Buffer.alloc(0), (all, piece) =>
       all.length + piece.length > maxManifest

@@ -29,7 +29,7 @@ export const ImageConfigJson = Schema.parseJson(ImageConfig)
 export const configFile = "machinen-config.json"
 
 /** Overlays `base` with `top`: each field as a whole, the environment variable by variable. */
-export const over = (base: ImageConfig, top: ImageConfig): ImageConfig => ({
+export const overlaid = (base: ImageConfig, top: ImageConfig): ImageConfig => ({
   ...base,
   ...top,
   ...(base.env === undefined && top.env === undefined ? {} : { env: { ...base.env, ...top.env } })
@@ -39,7 +39,7 @@ export const over = (base: ImageConfig, top: ImageConfig): ImageConfig => ({
 export const isEmpty = (config: ImageConfig): boolean => Object.values(config).every((value) => value === undefined)
 
 /** Completes a boot plan with the image's defaults. The image's entrypoint is put before any command. */
-export const applied = Effect.fnUntraced(function* (plan: BootPlan, image: ImageConfig) {
+export const withImageDefaults = Effect.fnUntraced(function* (plan: BootPlan, image: ImageConfig) {
   const env = { ...image.env, ...plan.env }
   yield* validateEnv(env)
   const [first, ...rest] = [...(image.entrypoint ?? []), ...(plan.command ?? image.cmd ?? [])]

@@ -37,9 +37,9 @@ const pullLimit = "1 hour"
  * Runs `use` with the image of a reference, which is fetched first unless it is in a layout on this host. Pulls of one reference run one after
  * the other, so that the second finds what the first has fetched. Fails with IMAGE_PULL_FAILED, IMAGE_INVALID, IMAGE_NOT_FOUND or ROOTFS_IMG_*.
  */
-export const withImage = Effect.fn("Oci.withImage")(function* <A, E, R>(
+export const withImage = Effect.fn("ociPull.withImage")(function* <A, E, R>(
   reference: string,
-  own: string,
+  ociDirectory: string,
   tool: Tool,
   use: (image: OciImage) => Effect.Effect<A, E, R>
 ) {
@@ -55,17 +55,17 @@ export const withImage = Effect.fn("Oci.withImage")(function* <A, E, R>(
   }
   const key = createHash("sha256").update(reference).digest("hex").slice(0, 24)
   return yield* HostLock.withLock(
-    HostLock.fileFor(path.join(pullsOf(own), key)),
-    cacheUnwritable(own)
+    HostLock.fileFor(path.join(pullsOf(ociDirectory), key)),
+    cacheUnwritable(ociDirectory)
   )(
     Effect.scoped(
       Effect.gen(function* () {
-        const layout = yield* pullLayout(own, key)
-        yield* bring(reference, layout, tool)
+        const layout = yield* pullLayout(ociDirectory, key)
+        yield* fetchImage(reference, layout, tool)
         const index = yield* readIndex(reference, layout)
         const image = yield* readImage(reference, layout, pulledTag, yield* tagged(reference, index, pulledTag))
         const used = yield* use(image)
-        yield* keepBlobs(image, own)
+        yield* keepBlobs(image, ociDirectory)
         return used
       })
     )
@@ -73,52 +73,52 @@ export const withImage = Effect.fn("Oci.withImage")(function* <A, E, R>(
 })
 
 const pulledTag = "pulled"
-const poolOf = (own: string) => path.join(own, "blobs", "sha256")
-const pullsOf = (own: string) => path.join(own, "pulls")
+const poolOf = (ociDirectory: string) => path.join(ociDirectory, "blobs", "sha256")
+const pullsOf = (ociDirectory: string) => path.join(ociDirectory, "pulls")
 
 /** Makes a layout that has every layer of the pool; the scope removes it. Its name holds the process, for the case that this one is killed. */
-const pullLayout = Effect.fnUntraced(function* (own: string, key: string) {
+const pullLayout = Effect.fnUntraced(function* (ociDirectory: string, key: string) {
   const fs = yield* FileSystem.FileSystem
   const me = yield* processes.self
   const boot = (yield* processes.bootId).slice(0, 8)
-  const layout = path.join(pullsOf(own), `${key}-${me.pid}-${me.startTime}-${boot}`)
+  const layout = path.join(pullsOf(ociDirectory), `${key}-${me.pid}-${me.startTime}-${boot}`)
   const blobs = path.join(layout, "blobs", "sha256")
-  yield* removeDeadPulls(own)
+  yield* removeDeadPulls(ociDirectory)
   return yield* Effect.acquireRelease(
     Effect.gen(function* () {
       yield* fs.makeDirectory(blobs, { recursive: true, mode: 0o700 })
-      for (const name of yield* Effect.orElseSucceed(fs.readDirectory(poolOf(own)), () => [])) {
+      for (const name of yield* Effect.orElseSucceed(fs.readDirectory(poolOf(ociDirectory)), () => [])) {
         // a layer that is removed from the pool at this moment is fetched again
-        yield* Effect.ignore(fs.link(path.join(poolOf(own), name), path.join(blobs, name)))
+        yield* Effect.ignore(fs.link(path.join(poolOf(ociDirectory), name), path.join(blobs, name)))
       }
       return layout
-    }).pipe(Effect.mapError(cacheUnwritable(own))),
+    }).pipe(Effect.mapError(cacheUnwritable(ociDirectory))),
     () => Effect.ignore(fs.remove(layout, { recursive: true, force: true }))
   )
 })
 
 /** Removes the layouts of killed processes. */
-const removeDeadPulls = Effect.fnUntraced(function* (own: string) {
+const removeDeadPulls = Effect.fnUntraced(function* (ociDirectory: string) {
   const fs = yield* FileSystem.FileSystem
   const boot = (yield* processes.bootId).slice(0, 8)
-  for (const name of yield* Effect.orElseSucceed(fs.readDirectory(pullsOf(own)), () => [])) {
+  for (const name of yield* Effect.orElseSucceed(fs.readDirectory(pullsOf(ociDirectory)), () => [])) {
     const [, pid, startTime, madeIn] = name.split("-")
     const isAlive = yield* processes.isAlive({ pid: Number(pid), startTime: Number(startTime) })
     if (madeIn === boot && isAlive) continue
-    yield* Effect.ignore(fs.remove(path.join(pullsOf(own), name), { recursive: true, force: true }))
+    yield* Effect.ignore(fs.remove(path.join(pullsOf(ociDirectory), name), { recursive: true, force: true }))
   }
 })
 
 /** Adds the blobs of a built image to the pool: the build has checked their digests. */
-const keepBlobs = Effect.fnUntraced(function* ({ configBlob, id, layers, layout }: OciImage, own: string) {
+const keepBlobs = Effect.fnUntraced(function* ({ configBlob, id, layers, layout }: OciImage, ociDirectory: string) {
   const fs = yield* FileSystem.FileSystem
-  yield* Effect.ignore(fs.makeDirectory(poolOf(own), { recursive: true, mode: 0o700 }))
+  yield* Effect.ignore(fs.makeDirectory(poolOf(ociDirectory), { recursive: true, mode: 0o700 }))
   for (const file of [blobOf(layout, `sha256:${id}`), configBlob.file, ...layers.map(({ file }) => file)]) {
-    yield* Effect.ignore(fs.link(file, path.join(poolOf(own), path.basename(file))))
+    yield* Effect.ignore(fs.link(file, path.join(poolOf(ociDirectory), path.basename(file))))
   }
 })
 
-const bring = Effect.fnUntraced(function* (reference: string, layout: string, tool: Tool) {
+const fetchImage = Effect.fnUntraced(function* (reference: string, layout: string, tool: Tool) {
   const fs = yield* FileSystem.FileSystem
   const hasPolicy = yield* Effect.orElseSucceed(fs.exists("/etc/containers/policy.json"), () => false)
   const host = /^docker:\/\/(\[::1\]|[^/:]+)/.exec(reference)?.[1] ?? ""
@@ -140,14 +140,14 @@ const bring = Effect.fnUntraced(function* (reference: string, layout: string, to
   ])
   yield* copy.pipe(
     Effect.catchTag("ToolFailed", (failed) =>
-      Effect.flatMap(whyNotBrought(reference, inspect), Effect.zipRight(failed))
+      Effect.flatMap(refuseOtherPlatforms(reference, inspect), Effect.zipRight(failed))
     ),
-    explained(layout, (failed) => notBrought(reference, failed)),
-    Effect.timeoutFail({ duration: pullLimit, onTimeout: () => notBroughtInTime(reference) })
+    explained(layout, (failed) => pullFailed(reference, failed)),
+    Effect.timeoutFail({ duration: pullLimit, onTimeout: () => pullTimedOut(reference) })
   )
 })
 
-const IndexOfMachines = Schema.parseJson(
+const PlatformIndex = Schema.parseJson(
   Schema.Struct({
     manifests: Schema.Array(
       Schema.Struct({
@@ -158,9 +158,9 @@ const IndexOfMachines = Schema.parseJson(
 )
 
 /** Fails with IMAGE_INVALID when the reference is an index without an image for linux/amd64. Completes when the pull failed for another reason. */
-const whyNotBrought = (reference: string, inspect: Effect.Effect<string, ToolError>) =>
+const refuseOtherPlatforms = (reference: string, inspect: Effect.Effect<string, ToolError>) =>
   inspect.pipe(
-    Effect.flatMap(Schema.decode(IndexOfMachines)),
+    Effect.flatMap(Schema.decode(PlatformIndex)),
     Effect.option,
     Effect.map((index) => {
       const platforms = Option.match(index, {
@@ -180,10 +180,10 @@ const whyNotBrought = (reference: string, inspect: Effect.Effect<string, ToolErr
   )
 
 /** Removes blobs from the pool whose images are not in `keep`. Running pulls have links of their own. */
-export const collect = Effect.fn("Oci.collect")(function* (own: string, keep: ReadonlySet<string>) {
+export const collect = Effect.fn("ociPull.collect")(function* (ociDirectory: string, keep: ReadonlySet<string>) {
   const fs = yield* FileSystem.FileSystem
-  yield* removeDeadPulls(own)
-  const pool = poolOf(own)
+  yield* removeDeadPulls(ociDirectory)
+  const pool = poolOf(ociDirectory)
   const all = yield* Effect.orElseSucceed(fs.readDirectory(pool), () => [])
   const needed = yield* Effect.forEach(
     all.filter((name) => keep.has(name)),
@@ -203,7 +203,7 @@ export const collect = Effect.fn("Oci.collect")(function* (own: string, keep: Re
   }
 })
 
-const notBrought = (reference: string, cause: Error) =>
+const pullFailed = (reference: string, cause: Error) =>
   new ProvisionError({
     code: "IMAGE_PULL_FAILED",
     message: `${reference} could not be fetched: ${cause.message}`,
@@ -211,7 +211,7 @@ const notBrought = (reference: string, cause: Error) =>
     cause
   })
 
-const notBroughtInTime = (reference: string) =>
+const pullTimedOut = (reference: string) =>
   new ProvisionError({
     code: "IMAGE_PULL_FAILED",
     message: `${reference} could not be fetched within ${pullLimit}`,

@@ -12,7 +12,7 @@ import { blobOf, invalid, type Layer, manifestType, type OciImage, plainLayer, r
  * Applies the layers to `tree`, which is made. `work` is an empty directory for temporary files. Fails with ROOTFS_IMG_TOO_LARGE when the layers
  * hold more than `limitBytes`.
  */
-export const unpack = Effect.fn("Oci.unpack")(function* (
+export const unpack = Effect.fn("ociUnpack.unpack")(function* (
   original: OciImage,
   tree: string,
   work: string,

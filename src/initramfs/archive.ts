@@ -7,10 +7,10 @@ import { type CpioEntry, cpioPieces } from "../guest/Initramfs.ts"
 import { configFile } from "../image/ImageConfig.ts"
 import { given } from "../platform/given.ts"
 
-export const directory = 0o040000
-export const regular = 0o100000
-export const symlink = 0o120000
-export const characterDevice = 0o020000
+const directory = 0o040000
+const regular = 0o100000
+const symlink = 0o120000
+const characterDevice = 0o020000
 
 /** An entry of the archive. A file's content is read only when it is written, so that the archive need not fit into memory. */
 export type Node = Omit<CpioEntry, "name" | "data"> & {
@@ -35,10 +35,10 @@ export const parseExcludes = (text: string): ReadonlyArray<string> =>
 export const fnmatch = (patterns: ReadonlyArray<string>): ((relative: string) => boolean) =>
   patterns.length === 0 ? () => false : picomatch([...patterns], { dot: true, bash: true })
 
-export const isDirectory = (node: Node | undefined) => node !== undefined && (node.mode & 0o170000) === directory
+const isDirectory = (node: Node | undefined) => node !== undefined && (node.mode & 0o170000) === directory
 
 /** Sets the node of a name. If a directory is replaced by something else, its entries are removed. */
-export const put = (tree: Tree, name: string, node: Node) => {
+const put = (tree: Tree, name: string, node: Node) => {
   // only a directory has entries below it: searching for them at every file would take quadratic time
   if (isDirectory(tree.get(name)) && !isDirectory(node)) {
     for (const other of [...tree.keys()]) if (other.startsWith(`${name}/`)) tree.delete(other)

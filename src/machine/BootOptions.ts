@@ -113,7 +113,7 @@ export const defaultImage = "debian"
 export const defaultMemoryMib = 512
 export const defaultRootDiskBytes = 2 * 1024 ** 3
 /** Our kernel does not reach user space with less. Measured: `micro` needs about 40 MiB. */
-export const minMemoryMib = 64
+const minMemoryMib = 64
 
 /** Half of the host's memory, from 512 MiB to 16 GiB. */
 export const autoMemoryMib = (hostBytes: number): number =>

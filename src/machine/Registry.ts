@@ -96,7 +96,8 @@ export class Registry extends Context.Tag("machinen/Registry")<
       })
 
       /** Makes a pin. link(2) is the atomic step: of several processes one succeeds. */
-      const link = (from: string, to: string) => fs.link(from, to).pipe(Effect.as(true), orWhen("AlreadyExists", false))
+      const link = (from: string, to: string) =>
+        fs.link(from, to).pipe(Effect.as(true), fallbackWhen("AlreadyExists", false))
 
       const takeName = Effect.fnUntraced(function* (name: VmName, id: VmId) {
         yield* fs.makeDirectory(namesDir, { recursive: true, mode: 0o700 })
@@ -146,7 +147,7 @@ export class Registry extends Context.Tag("machinen/Registry")<
         yield* Effect.ignore(fs.remove(dirOf(id), { recursive: true, force: true }))
       })
 
-      const names = (dir: string) => fs.readDirectory(dir).pipe(orWhen("NotFound", noStrings))
+      const names = (dir: string) => fs.readDirectory(dir).pipe(fallbackWhen("NotFound", noStrings))
 
       const list = Effect.gen(function* () {
         const ids = (yield* names(vmsDir)).filter(Schema.is(VmId))
@@ -293,7 +294,7 @@ const filterEffect =
       onSome: (a) => Effect.map(keep(a), (yes) => (yes ? option : Option.none()))
     })
 
-const orWhen =
+const fallbackWhen =
   <B>(reason: PlatformErrors.SystemErrorReason, fallback: B) =>
   <A, R>(effect: Effect.Effect<A, PlatformErrors.PlatformError, R>) =>
     Effect.catchIf(

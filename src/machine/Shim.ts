@@ -14,8 +14,8 @@ import {
   endOf,
   type LogOptions,
   type LogSource,
-  lost,
   request,
+  shimLost,
   stopRequest
 } from "./shimControl.ts"
 import { shimMissing, startFailed } from "./shimFailures.ts"
@@ -154,7 +154,7 @@ const follow = (
   exited: Deferred.Deferred<ExitRecord>
 ) =>
   Effect.gen(function* () {
-    let record = lost
+    let record = shimLost
     yield* Stream.runForEach(process.lines, (line) =>
       Effect.gen(function* () {
         const event = yield* Schema.decodeUnknown(Schema.parseJson(ShimEvent))(line)

@@ -125,7 +125,7 @@ export const ShimEvent = Schema.Union(
     event: Schema.Literal("failed"),
     step: Schema.Literal("plan", "network", "files", "registry", "shares", "vmm"),
     code: Schema.String,
-    /** A path, the host's socket of a forwarded port, or the program that failed. */
+    /** At `network` the host's socket of a forwarded port. At other steps a path, a program, or words. */
     subject: Schema.String,
     message: Schema.String
   }),

@@ -5,7 +5,7 @@ import { given } from "../platform/given.ts"
 import { OwnerId } from "./MachineSpec.ts"
 
 /** Whether the guest may write to a shared host directory. */
-export const MountMode = Schema.Literal("ro", "rw")
+const MountMode = Schema.Literal("ro", "rw")
 export type MountMode = typeof MountMode.Type
 
 /** A directory or file of the host that is shared with a guest. */
@@ -63,7 +63,7 @@ export interface MountPlan {
   readonly liveMounts: ReadonlyArray<LiveMount>
 }
 
-export const maxLiveMounts = 64
+const maxLiveMounts = 64
 export const defaultMountUpperBytes = 4 * 1024 ** 3
 
 const invalid = (message: string, hint: string) => new BootError({ code: "BOOT_MOUNT_INVALID", message, hint })

@@ -89,7 +89,7 @@ const Answer = Schema.parseJson(
 const decodeAnswer = Schema.decode(Answer)
 
 /** How long to wait for an undo: the shim gives the VMM 2 s to go on and the guest 2 s to set its clock, then it removes files. */
-const undoneWithin = "7 seconds"
+const undoTimeout = "7 seconds"
 
 const startCapture = Effect.fn("Shim.capture")(function* (controlPath: string, capture: CaptureRequest) {
   const connection = yield* Effect.mapError(UnixSocket.connect(controlPath), captureLost)
@@ -99,14 +99,14 @@ const startCapture = Effect.fn("Shim.capture")(function* (controlPath: string, c
     connection.end.pipe(
       Effect.zipRight(Effect.ignore(Effect.forever(nextLine))),
       Effect.interruptible,
-      Effect.timeout(undoneWithin),
+      Effect.timeout(undoTimeout),
       Effect.ignore
     )
   )
   const ask = (body: object) =>
     Effect.gen(function* () {
       yield* Effect.mapError(connection.write(Buffer.from(`${JSON.stringify(body)}\n`)), captureLost)
-      const line = yield* Effect.mapError(nextLine, (end) => captureLost(Option.getOrElse(end, () => gone)))
+      const line = yield* Effect.mapError(nextLine, (end) => captureLost(Option.getOrElse(end, () => connectionClosed)))
       const answer = yield* Effect.mapError(decodeAnswer(line), captureLost)
       if (answer.ok) return answer
       return yield* new CaptureFailed({ code: answer.code ?? "EIO", message: answer.message ?? "the shim refused" })
@@ -127,11 +127,13 @@ export const request = (controlPath: string, body: object) =>
   Effect.gen(function* () {
     const connection = yield* UnixSocket.connect(controlPath)
     yield* connection.write(Buffer.from(`${JSON.stringify(body)}\n`))
-    const { after, line } = yield* firstLine(connection, { ended: () => gone })
+    const { after, line } = yield* firstLine(connection, { ended: () => connectionClosed })
     return { answer: line, rest: after.bytes }
   })
 
-const gone: NodeJS.ErrnoException = Object.assign(new Error("the shim closed the connection"), { code: "ECONNRESET" })
+const connectionClosed: NodeJS.ErrnoException = Object.assign(new Error("the shim closed the connection"), {
+  code: "ECONNRESET"
+})
 
 /** Sends a request and discards the answer. */
 export const ask = (controlPath: string, body: object) => Effect.scoped(request(controlPath, body))
@@ -147,15 +149,15 @@ export const endOf = (
     const { message = "it refused", ok } = yield* decodeAnswer(answer)
     if (!ok) return yield* Effect.fail(new Error(message))
     const line = yield* rest.pipe(Stream.decodeText(), Stream.splitLines, Stream.runHead)
-    if (Option.isNone(line)) return yield* Effect.fail(gone)
+    if (Option.isNone(line)) return yield* Effect.fail(connectionClosed)
     const event = yield* Schema.decodeUnknown(Schema.parseJson(ShimEvent))(line.value)
-    return event.event === "exited" ? event.exit : lost
+    return event.event === "exited" ? event.exit : shimLost
   }).pipe(
     Effect.scoped,
     Effect.catchAll((cause) =>
       Effect.flatMap(endsWithin(shim, isEnding(controlPath, cause) ? "30 seconds" : "1 second"), (ended) =>
         ended
-          ? Effect.succeed(existsSync(path.dirname(controlPath)) ? lost : unseen)
+          ? Effect.succeed(existsSync(path.dirname(controlPath)) ? shimLost : endUnseen)
           : new RegistryError({
               code: "REGISTRY_VM_UNREACHABLE",
               message: `the supervisor of VM "${label}" (pid ${shim.pid}) does not answer: ${cause.message}`,
@@ -179,7 +181,7 @@ const endsWithin = (identity: ProcessIdentity, limit: Duration.DurationInput) =>
   )
 
 /** The record of a VM whose shim was killed: the VMM died with the shim (PDEATHSIG), and no process recorded how. */
-export const lost = new ExitRecord({
+export const shimLost = new ExitRecord({
   vmm: { code: null, signal: null },
   main: null,
   orderly: false,
@@ -189,4 +191,4 @@ export const lost = new ExitRecord({
 })
 
 /** The record of a VM whose shim cleaned up and ended before it could be asked. */
-const unseen = new ExitRecord({ ...lost, reason: "unseen" })
+const endUnseen = new ExitRecord({ ...shimLost, reason: "unseen" })

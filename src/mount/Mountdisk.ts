@@ -264,12 +264,12 @@ export class Mountdisk extends Context.Tag("machinen/Mountdisk")<
             const now = yield* Effect.mapError(treeScan.scan(host), unreadable(host))
             if (now.stamp !== tree.stamp) return yield* new TreeChanged()
           })
-        const asTold = yield* publish(dir, wanted.lowerPath, build).pipe(
+        const isPublished = yield* publish(dir, wanted.lowerPath, build).pipe(
           phase("staging-rename"),
           Effect.as(true),
           Effect.catchTag("TreeChanged", () => Effect.succeed(false))
         )
-        if (asTold) {
+        if (isPublished) {
           // a file that changes within one clock tick of the scan has the same times before and after the change
           if (tree.changedMs < began - fileState.clockTickMs) yield* remember(memo, { stamp: tree.stamp, key })
           yield* collectUnasked

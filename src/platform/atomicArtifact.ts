@@ -19,7 +19,7 @@ export const isComplete = (target: string) =>
   )
 
 /** Makes the marker of a file that the caller knows to be whole. */
-export const markComplete = (target: string) =>
+const markComplete = (target: string) =>
   Effect.flatMap(FileSystem.FileSystem, (fs) => fs.writeFileString(marker(target), ""))
 
 /** Removes the marker of a file. */

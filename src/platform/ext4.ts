@@ -5,12 +5,10 @@ import { searchPath } from "./searchPath.ts"
 import { ToolFailed, ToolMissing } from "./tool.ts"
 
 /** The image's file system, or the file in it, cannot be read. */
-export class Ext4Unreadable extends Data.TaggedError("Ext4Unreadable")<{ readonly message: string }> {}
+class Ext4Unreadable extends Data.TaggedError("Ext4Unreadable")<{ readonly message: string }> {}
 
 /** The file is longer than the caller's `maxBytes`. */
-export class Ext4TooLarge extends Data.TaggedError("Ext4TooLarge")<{ readonly message: string }> {}
-
-export type Ext4Error = Ext4Unreadable | Ext4TooLarge | ToolMissing | ToolFailed
+class Ext4TooLarge extends Data.TaggedError("Ext4TooLarge")<{ readonly message: string }> {}
 
 const missing = (cause: unknown) => new ToolMissing({ tool: "debugfs", cause })
 

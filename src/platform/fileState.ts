@@ -48,7 +48,7 @@ export const read = (file: string): Effect.Effect<FileState, FileUnreadable> =>
  * Whether the last change is so long ago that another change would show in the state. Two changes within one tick of the clock have the same
  * time.
  */
-export const isAtRest = ({ changedNs }: FileState): boolean =>
+const isAtRest = ({ changedNs }: FileState): boolean =>
   Number(BigInt(changedNs) / 1_000_000n) < Date.now() - clockTickMs
 
 /**

@@ -5,7 +5,7 @@ import { Effect } from "effect"
 const fullBelow = 1024 * 1024
 
 /** The bytes that can still be written below a directory; infinity when the file system cannot be asked. */
-export const freeBytes = (dir: string): Effect.Effect<number> =>
+const freeBytes = (dir: string): Effect.Effect<number> =>
   Effect.try(() => statfsSync(dir)).pipe(
     // a file system may run out of inodes first; some report a total of 0 because they have no limit
     Effect.map(({ bavail, bsize, ffree, files }) => (files > 0 && ffree === 0 ? 0 : bavail * bsize)),

@@ -9,7 +9,7 @@ export const join = (base: string, ...parts: ReadonlyArray<string>): string =>
   [base.replace(/\/+$/, ""), ...parts.map((part) => (isUrl(base) ? encodeURIComponent(part) : part))].join("/")
 
 /** How long to wait for a server's answer, and for each piece of the body. */
-const patience: Record<"answer" | "nextPiece", Duration.DurationInput & string> = {
+const timeLimits: Record<"answer" | "nextPiece", Duration.DurationInput & string> = {
   answer: "30 seconds",
   nextPiece: "1 minute"
 }
@@ -17,25 +17,22 @@ const patience: Record<"answer" | "nextPiece", Duration.DurationInput & string> 
 /** Opens a file or an http(s) URL for reading. `None` when there is no such file (ENOENT, ENOTDIR, 404); fails on any other answer. */
 export const open = (
   location: string,
-  waiting = patience
+  limits = timeLimits
 ): Effect.Effect<Option.Option<Stream.Stream<Uint8Array, Error>>, Error> =>
   isUrl(location)
-    ? Effect.flatMap(HttpClient.HttpClient, (client) => untraced(client).get(location)).pipe(
-        Effect.mapError(withoutClient),
+    ? Effect.flatMap(HttpClient.HttpClient, (client) => withoutTracing(client).get(location)).pipe(
+        Effect.mapError(toFetchError),
         Effect.provide(FetchHttpClient.layer),
         Effect.timeoutFail({
-          duration: waiting.answer,
-          onTimeout: () => new Error(`${location}: no answer within ${waiting.answer}`)
+          duration: limits.answer,
+          onTimeout: () => new Error(`${location}: no answer within ${limits.answer}`)
         }),
         Effect.flatMap(({ status, stream }) => {
           if (status === 404) return Effect.succeedNone
           if (status < 200 || status > 299) return Effect.fail(new Error(`${location}: HTTP ${status}`))
           return Effect.succeedSome(
-            Stream.mapError(stream, withoutClient).pipe(
-              Stream.timeoutFail(
-                () => new Error(`${location}: nothing came for ${waiting.nextPiece}`),
-                waiting.nextPiece
-              )
+            Stream.mapError(stream, toFetchError).pipe(
+              Stream.timeoutFail(() => new Error(`${location}: nothing came for ${limits.nextPiece}`), limits.nextPiece)
             )
           )
         })
@@ -49,10 +46,10 @@ export const open = (
       })
 
 /** A server is told nothing of this program's traces. */
-const untraced = HttpClient.withTracerPropagation(false)
+const withoutTracing = HttpClient.withTracerPropagation(false)
 
 /** The client's errors name the request; what fetch said is their cause. */
-const withoutClient = (error: HttpClientError.HttpClientError) => toError(error.cause ?? error)
+const toFetchError = (error: HttpClientError.HttpClientError) => toError(error.cause ?? error)
 
 const toError = (cause: unknown) => {
   if (!(cause instanceof Error)) return new Error(String(cause))

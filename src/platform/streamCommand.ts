@@ -1,5 +1,6 @@
 import { Command, type CommandExecutor, type Error as PlatformErrors } from "@effect/platform"
 import { Effect, Stream } from "effect"
+import { start } from "./command.ts"
 import { searchPath } from "./searchPath.ts"
 
 /** How a long command ended: its exit code and the last lines it wrote. */
@@ -12,10 +13,7 @@ export interface Ended {
  * Starts the command with stderr joined to stdout. A watcher in the same process group kills the group when our end of the pipe on stdin
  * closes, also by our death: a build whose starter was killed must not go on writing.
  */
-const tethered = 'exec 3<&0 </dev/null 2>&1; (read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 & exec 3<&-; exec "$@"'
-
-/** Time between SIGTERM and SIGKILL. A compiler ends at once at SIGTERM, or never. */
-const grace = "5 seconds"
+const watchedScript = 'exec 3<&0 </dev/null 2>&1; (read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 & exec 3<&-; exec "$@"'
 
 const tailLength = 40
 
@@ -30,22 +28,10 @@ export const run = (
 ): Effect.Effect<Ended, PlatformErrors.PlatformError, CommandExecutor.CommandExecutor> =>
   Effect.scoped(
     Effect.gen(function* () {
-      const command = Command.make("sh", "-c", tethered, "sh", ...argv).pipe(
+      const command = Command.make("sh", "-c", watchedScript, "sh", ...argv).pipe(
         Command.env({ PATH: searchPath(), ...options.env })
       )
-      const child = yield* Command.start(
-        options.cwd === undefined ? command : Command.workingDirectory(command, options.cwd)
-      )
-      yield* Effect.addFinalizer(() =>
-        Effect.whenEffect(
-          child.kill("SIGTERM").pipe(
-            Effect.interruptible, // finalizers run uninterruptibly: without this the timeout cannot fire
-            Effect.timeout(grace),
-            Effect.catchAll(() => Effect.ignore(child.kill("SIGKILL")))
-          ),
-          Effect.orElseSucceed(child.isRunning, () => false)
-        )
-      )
+      const child = yield* start(options.cwd === undefined ? command : Command.workingDirectory(command, options.cwd))
 
       const tail: Array<string> = []
       yield* child.stdout.pipe(

@@ -42,22 +42,22 @@ export interface Pulled {
 export class PulledTooMuch extends Error {}
 
 export const push = (shim: string, connection: Connection, request: string, { excludes, follow, name, path }: Pushed) =>
-  courier([shim, "push", request, follow ? "follow" : "link", path, name, ...excludes], connection)
+  startTransfer([shim, "push", request, follow ? "follow" : "link", path, name, ...excludes], connection)
 
 /** Receives what the request asks for. Files belong to the caller; devices are left out, and no file gets a set-id bit. */
 export const pull = (shim: string, connection: Connection, request: string, { kind, maxBytes, path }: Pulled) =>
-  courier([shim, "pull", request, kind, path, String(maxBytes ?? 2n ** 64n - 1n)], connection)
+  startTransfer([shim, "pull", request, kind, path, String(maxBytes ?? 2n ** 64n - 1n)], connection)
 
 /** The shim's exit code when the guest sent more than `maxBytes`. */
 const tooLarge = 3
 
 /** Hands the connection to a child. The child ends with the scope at the latest, and with this process (PDEATHSIG). */
-const courier = ([bin, ...args]: readonly [string, ...ReadonlyArray<string>], { socket }: Connection) =>
+const startTransfer = ([bin, ...args]: readonly [string, ...ReadonlyArray<string>], { socket }: Connection) =>
   Effect.gen(function* () {
     const ended = yield* Deferred.make<void, Error>()
     const child = yield* Effect.acquireRelease(
-      Effect.async<ReturnType<typeof begin>, Error>((resume) => {
-        const child = begin(bin, args, socket)
+      Effect.async<ReturnType<typeof spawnChild>, Error>((resume) => {
+        const child = spawnChild(bin, args, socket)
         // destroyed in the same turn, so that this process reads no byte of the child's
         socket.destroy()
         const said: Array<Buffer> = []
@@ -85,17 +85,17 @@ const courier = ([bin, ...args]: readonly [string, ...ReadonlyArray<string>], { 
     // Node discards the output of a child that has ended while no listener is there, as between two of our reads.
     stdout.on("readable", () => {})
     const { read } = fromSocket(stdout)
-    const courier: TransferProcess = {
+    const transfer: TransferProcess = {
       answers: read,
       // reads to the end of its output first: the child ends after that
       succeeded: Effect.zipRight(Effect.ignore(Effect.forever(read)), Deferred.await(ended)),
       failed: Effect.zipRight(Deferred.await(ended), Effect.never)
     }
-    return courier
+    return transfer
   })
 
 const failureOf = (code: number | null, message: string) =>
   code === tooLarge ? new PulledTooMuch(message) : new Error(message)
 
-const begin = (bin: string, args: ReadonlyArray<string>, stdin: net.Socket) =>
+const spawnChild = (bin: string, args: ReadonlyArray<string>, stdin: net.Socket) =>
   spawn(bin, args, { stdio: [stdin, "pipe", "pipe"] })

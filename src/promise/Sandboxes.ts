@@ -28,7 +28,7 @@ export interface SandboxEntry<Vm extends SandboxVm = SandboxVm> {
 export type OutputSource = "stdout" | "stderr"
 export type OnOutputListener = (chunk: Buffer, source: OutputSource) => void
 
-interface Held<Vm> {
+interface Sandbox<Vm> {
   readonly vm: Vm
   readonly addedAt: number
   readonly scrollback: Tail
@@ -42,7 +42,7 @@ interface Held<Vm> {
 export class Sandboxes<Vm extends SandboxVm = SandboxVm> {
   /** Bytes of output that are kept of each sandbox. */
   readonly scrollbackBytes: number
-  readonly #held = new Map<string, Held<Vm>>()
+  readonly #sandboxes = new Map<string, Sandbox<Vm>>()
 
   constructor({ scrollbackBytes = 65_536 }: { readonly scrollbackBytes?: number } = {}) {
     this.scrollbackBytes = scrollbackBytes
@@ -50,7 +50,7 @@ export class Sandboxes<Vm extends SandboxVm = SandboxVm> {
 
   /** Adds a sandbox: reads its output from now on, and waits for its end. Throws SandboxError (SANDBOX_ID_DUPLICATE). */
   add(id: string, vm: Vm): void {
-    if (this.#held.has(id)) {
+    if (this.#sandboxes.has(id)) {
       throw new SandboxError({
         code: "SANDBOX_ID_DUPLICATE",
         message: `there is a sandbox ${JSON.stringify(id)} already`,
@@ -74,7 +74,7 @@ export class Sandboxes<Vm extends SandboxVm = SandboxVm> {
       for (const leave of followed) leave()
       listeners.clear()
     }
-    const held: Held<Vm> = {
+    const sandbox: Sandbox<Vm> = {
       vm,
       addedAt: Date.now(),
       scrollback,
@@ -83,50 +83,50 @@ export class Sandboxes<Vm extends SandboxVm = SandboxVm> {
       isEnded: false,
       ended: Promise.resolve()
     }
-    this.#held.set(id, held)
-    held.ended = untilEnd(vm, () => this.#held.get(id) === held).then(() => {
-      held.isEnded = true
+    this.#sandboxes.set(id, sandbox)
+    sandbox.ended = waitForEnd(vm, () => this.#sandboxes.get(id) === sandbox).then(() => {
+      sandbox.isEnded = true
     })
   }
 
   /** Removes a sandbox from the set. The VM keeps running. */
   remove(id: string): void {
-    this.#held.get(id)?.forget()
-    this.#held.delete(id)
+    this.#sandboxes.get(id)?.forget()
+    this.#sandboxes.delete(id)
   }
 
   /** The sandboxes, in the order in which they were added. */
   list(): Array<{ id: string; addedAt: number }> {
-    return [...this.#held].map(([id, { addedAt }]) => ({ id, addedAt }))
+    return [...this.#sandboxes].map(([id, { addedAt }]) => ({ id, addedAt }))
   }
 
   get(id: string): SandboxEntry<Vm> | undefined {
-    const held = this.#held.get(id)
-    if (held === undefined) return undefined
-    const { addedAt, scrollback, vm } = held
+    const sandbox = this.#sandboxes.get(id)
+    if (sandbox === undefined) return undefined
+    const { addedAt, scrollback, vm } = sandbox
     return { id, vm, scrollback: scrollback.bytes, addedAt }
   }
 
   /** Whether a sandbox has ended, and a promise that resolves when it does. */
   end(id: string): { readonly isEnded: boolean; readonly ended: Promise<void> } | undefined {
-    return this.#held.get(id)
+    return this.#sandboxes.get(id)
   }
 
   /** Writes to a sandbox's stdin. False: there is no such sandbox. */
   send(id: string, data: string | Uint8Array): boolean {
-    const held = this.#held.get(id)
-    held?.vm.stdin.write(data)
-    return held !== undefined
+    const sandbox = this.#sandboxes.get(id)
+    sandbox?.vm.stdin.write(data)
+    return sandbox !== undefined
   }
 
   /** Calls the listener with every new chunk of output. The returned function ends that. */
   onOutput(id: string, listener: OnOutputListener): () => void {
-    const held = this.#held.get(id)
-    if (held === undefined) throw unknownSandbox(id)
+    const sandbox = this.#sandboxes.get(id)
+    if (sandbox === undefined) throw unknownSandbox(id)
     // a new function, because the same listener may be given twice
     const own: OnOutputListener = (chunk, source) => listener(chunk, source)
-    held.listeners.add(own)
-    return () => void held.listeners.delete(own)
+    sandbox.listeners.add(own)
+    return () => void sandbox.listeners.delete(own)
   }
 }
 
@@ -138,8 +138,8 @@ export const unknownSandbox = (id: string) =>
   })
 
 /** Waits for a VM's end while `matters`. Repeats a `wait` that ends at its time limit (BOOT_TIMEOUT); any other failure counts as the end. */
-const untilEnd = async (vm: SandboxVm, matters: () => boolean): Promise<void> => {
-  while (matters()) {
+const waitForEnd = async (vm: SandboxVm, isListed: () => boolean): Promise<void> => {
+  while (isListed()) {
     try {
       await (vm.ended?.() ?? vm.wait())
       return

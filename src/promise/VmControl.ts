@@ -45,7 +45,7 @@ export const tailBytes = 1024 * 1024
  * Starts a VM that ends with this process, unless it is detached. At the VM's end or detaching, its scope is closed. `within` adds to the scope
  * what the VM is started with.
  */
-export const own = <E, E2, R>(
+export const startOwned = <E, E2, R>(
   start: Effect.Effect<Started, E, R | Scope.Scope>,
   within: (
     scope: Scope.Scope
@@ -55,7 +55,7 @@ export const own = <E, E2, R>(
   Effect.uninterruptibleMask((restore) =>
     Effect.gen(function* () {
       const scope = yield* Scope.make()
-      return yield* Effect.flatMap(start, (started) => attend(started, scope, onConsole)).pipe(
+      return yield* Effect.flatMap(start, (started) => controlOf(started, scope, onConsole)).pipe(
         Scope.extend(scope),
         within(scope),
         restore,
@@ -68,21 +68,21 @@ export const own = <E, E2, R>(
  * Starts a VM that is to outlive this process. It is started attached, and detached once its main command runs: a failure or an interruption
  * before that ends it.
  */
-export const release = <E, R>(start: Effect.Effect<Started, E, R | Scope.Scope>) =>
+export const startDetached = <E, R>(start: Effect.Effect<Started, E, R | Scope.Scope>) =>
   Effect.uninterruptibleMask((restore) =>
     Effect.gen(function* () {
       const { main, vm } = yield* restore(start)
       if (main) yield* restore(vm.startMainDetached)
       const later = yield* restore((yield* Machinen).attach(vm.id))
       yield* vm.detach
-      return unowned(later)
+      return attachedControl(later)
     })
   ).pipe(Effect.scoped)
 
 /** A VM that this process does not own. */
-export const unowned = (vm: Vm): VmControl => ({
+export const attachedControl = (vm: Vm): VmControl => ({
   vm: () => vm,
-  stdin: nowhere(),
+  stdin: discardingStream(),
   stdout: Readable.from([]),
   stderr: Readable.from([]),
   tail: () => "",
@@ -91,22 +91,22 @@ export const unowned = (vm: Vm): VmControl => ({
 })
 
 /** Starts the main command and copies the output of command and console, until the VM ends. */
-const attend = (
+const controlOf = (
   { main, vm }: Started,
   scope: Scope.CloseableScope,
   onConsole: ((bytes: Uint8Array) => Effect.Effect<void>) | undefined
 ) =>
   Effect.gen(function* () {
     const input = new PassThrough()
-    const outlets = { stdout: new TailReadable(tailBytes), stderr: new TailReadable(tailBytes) }
-    const all = (use: (outlet: TailReadable) => Effect.Effect<void>) => Effect.forEach(Object.values(outlets), use)
+    const outputs = { stdout: new TailReadable(tailBytes), stderr: new TailReadable(tailBytes) }
+    const all = (use: (outlet: TailReadable) => Effect.Effect<void>) => Effect.forEach(Object.values(outputs), use)
     let detachMain: Effect.Effect<void, ExecError> = Effect.void
-    const carriers: Array<Fiber.Fiber<void>> = []
-    const carry = <A, E>(from: Stream.Stream<A, E>, to: (a: A) => Effect.Effect<void>) =>
+    const forwarders: Array<Fiber.Fiber<void>> = []
+    const forward = <A, E>(from: Stream.Stream<A, E>, to: (a: A) => Effect.Effect<void>) =>
       // a stream that breaks has ended with the VM, which `wait` reports
-      Effect.map(Effect.forkIn(Effect.ignore(Stream.runForEach(from, to)), scope), (it) => void carriers.push(it))
+      Effect.map(Effect.forkIn(Effect.ignore(Stream.runForEach(from, to)), scope), (it) => void forwarders.push(it))
 
-    if (onConsole !== undefined) yield* carry(vm.logs("console", { follow: true }), onConsole)
+    if (onConsole !== undefined) yield* forward(vm.logs("console", { follow: true }), onConsole)
     if (main) {
       const stdin = NodeStream.fromReadable<unknown, Uint8Array>(() => input, identity)
       // a stream that the caller destroys counts as ended
@@ -116,12 +116,12 @@ const attend = (
         command.output,
         all(({ end }) => end)
       )
-      yield* carry(ending, ({ bytes, channel }) => outlets[channel].write(bytes))
+      yield* forward(ending, ({ bytes, channel }) => outputs[channel].write(bytes))
     } else yield* all(({ end }) => end)
 
     const ended = yield* vm.wait.pipe(
       Effect.zipLeft(all(({ unlimit }) => unlimit)),
-      Effect.zipLeft(Effect.suspend(() => Fiber.awaitAll(carriers))),
+      Effect.zipLeft(Effect.suspend(() => Fiber.awaitAll(forwarders))),
       Effect.zipLeft(Scope.close(scope, Exit.void)),
       Effect.map(toExit),
       Effect.forkDaemon
@@ -130,9 +130,9 @@ const attend = (
     let current = vm
     const control: VmControl = {
       vm: () => current,
-      stdin: main ? input : nowhere(),
-      ...outlets,
-      tail: (channel) => outlets[channel].tail.toString(),
+      stdin: main ? input : discardingStream(),
+      ...outputs,
+      tail: (channel) => outputs[channel].tail.toString(),
       wait: Effect.suspend(() =>
         current === vm
           ? Effect.raceFirst(Fiber.join(ended), Deferred.await(detached))
@@ -144,7 +144,7 @@ const attend = (
           const machinen = yield* Machinen
           // the interruptible steps come first: before they succeed nothing has changed
           const later = yield* restore(machinen.attach(vm.id))
-          yield* restore(Effect.timeoutFail(detachMain, guestIsSilent(vm)))
+          yield* restore(Effect.timeoutFail(detachMain, detachTimeout(vm)))
           yield* vm.detach
           current = later
           yield* Deferred.succeed(detached, { code: null, signal: null })
@@ -157,7 +157,7 @@ const attend = (
   })
 
 /** The error of a guest that does not answer, as while it is paused: the guest itself must redirect the main command's output. */
-const guestIsSilent = ({ entry }: Vm) =>
+const detachTimeout = ({ entry }: Vm) =>
   ({
     duration: "5 seconds",
     onTimeout: () =>
@@ -168,7 +168,7 @@ const guestIsSilent = ({ entry }: Vm) =>
       })
   }) as const
 
-const nowhere = () => new Writable({ write: (_chunk, _encoding, done) => done() })
+const discardingStream = () => new Writable({ write: (_chunk, _encoding, done) => done() })
 
 const signalNames = new Map(Object.entries(os.constants.signals).map(([name, number]) => [number, name]))
 

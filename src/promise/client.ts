@@ -74,7 +74,7 @@ export const make = <E>(layer: Layer.Layer<Machinen, E>): Client => {
             config: given({ cmd: first === undefined ? undefined : ([first, ...rest] as const), env }),
             install: (vm) =>
               Effect.tryPromise({
-                try: () => options.install(toHandle(VmControl.unowned(vm), log, null)),
+                try: () => options.install(toHandle(VmControl.attachedControl(vm), log, null)),
                 catch: (cause) => cause
               })
           })
@@ -87,13 +87,14 @@ export const make = <E>(layer: Layer.Layer<Machinen, E>): Client => {
       const vm = await run(
         Effect.gen(function* () {
           yield* refuseOthers("attach", others, {})
-          if ((name === undefined) === (pid === undefined)) return yield* neitherOrBoth()
+          if ((name === undefined) === (pid === undefined)) return yield* attachTargetInvalid()
           return yield* (yield* Machinen).attach(name ?? String(pid))
         })
       )
-      return toHandle(VmControl.unowned(vm), logger(onLog), null)
+      return toHandle(VmControl.attachedControl(vm), logger(onLog), null)
     },
-    list: () => run(Effect.flatMap(Machinen, ({ list }) => Effect.map(list, (entries) => entries.flatMap(toRow)))),
+    list: () =>
+      run(Effect.flatMap(Machinen, ({ list }) => Effect.map(list, (entries) => entries.flatMap(toRegistryEntries)))),
     runGc: (options = {}) =>
       run(
         Effect.gen(function* () {
@@ -119,7 +120,7 @@ export const make = <E>(layer: Layer.Layer<Machinen, E>): Client => {
   }
 }
 
-const toRow = (entry: VmEntry): ReadonlyArray<RegistryEntry> => {
+const toRegistryEntries = (entry: VmEntry): ReadonlyArray<RegistryEntry> => {
   const { createdAt, detached, forkedFrom, id, image, liveMounts, liveMountsLost, memoryMib, name, vmm, vsockPath } =
     entry
   // a VM that is still being started cannot be attached to
@@ -168,7 +169,7 @@ const checkCommand = ({ cmd, image, rootDisk }: BootOptions): Effect.Effect<void
       })
 }
 
-const neitherOrBoth = () =>
+const attachTargetInvalid = () =>
   new RegistryError({
     code: "REGISTRY_VM_NOT_FOUND",
     message: "attach() finds a VM by its pid or by its name",

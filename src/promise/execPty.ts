@@ -17,7 +17,7 @@ export interface VsockExecPtyOptions {
 }
 
 /** A session whose streams are connected. Running `result` starts the command. */
-export interface Begun {
+export interface PtySession {
   readonly result: Effect.Effect<{ readonly exitCode: number }, ExecError>
   /** @throws ExecError (EXEC_TERMINAL_SIZE_INVALID) */
   readonly resize: (cols: number, rows: number) => void
@@ -27,9 +27,9 @@ export interface Begun {
 }
 
 /** Chunks of input that may wait for the guest; beyond that the input stream is held back. */
-const ahead = 16
+const maxWaitingChunks = 16
 
-export const begin = (vm: () => Vm, cmd: string, options: VsockExecPtyOptions): Begun => {
+export const openSession = (vm: () => Vm, cmd: string, options: VsockExecPtyOptions): PtySession => {
   const { cols, connectTimeoutMs = 5000, rows, stdin, stdout } = options
   const keys = Effect.runSync(Queue.unbounded<Uint8Array>())
   const sizes = Effect.runSync(Queue.sliding<TerminalSize>(1))
@@ -39,10 +39,10 @@ export const begin = (vm: () => Vm, cmd: string, options: VsockExecPtyOptions): 
   let waiting = 0
   const listen = (chunk: Buffer | string) => {
     waiting += 1
-    if (waiting >= ahead) stdin.pause()
+    if (waiting >= maxWaitingChunks) stdin.pause()
     keys.unsafeOffer(typeof chunk === "string" ? Buffer.from(chunk) : chunk)
   }
-  const taken = Effect.sync(() => {
+  const chunkSent = Effect.sync(() => {
     waiting -= 1
     if (waiting === 0) stdin.resume()
   })
@@ -50,14 +50,14 @@ export const begin = (vm: () => Vm, cmd: string, options: VsockExecPtyOptions): 
 
   const show = (bytes: Uint8Array) =>
     Effect.async<void, ExecError>((resume) => {
-      stdout.write(bytes, (cause) => resume(cause == null ? Effect.void : unwritable(cause)))
+      stdout.write(bytes, (cause) => resume(cause == null ? Effect.void : outputUnwritable(cause)))
     })
   const env = { TERM: process.env["TERM"] || "xterm" }
   const result = Effect.gen(function* () {
     const opened = vm().terminal({ argv: ["sh", "-c", cmd], env }, { columns: cols, rows })
-    const terminal = yield* Effect.timeoutFail(opened, { duration: connectTimeoutMs, onTimeout: notTaken })
+    const terminal = yield* Effect.timeoutFail(opened, { duration: connectTimeoutMs, onTimeout: startTimedOut })
     yield* Stream.fromQueue(keys).pipe(
-      Stream.runForEach((bytes) => Effect.zipLeft(terminal.write(bytes), taken)),
+      Stream.runForEach((bytes) => Effect.zipLeft(terminal.write(bytes), chunkSent)),
       // the output says why the terminal takes no more
       Effect.ignore,
       Effect.forkScoped
@@ -75,7 +75,7 @@ export const begin = (vm: () => Vm, cmd: string, options: VsockExecPtyOptions): 
       if (bad !== undefined) throw bad
       sizes.unsafeOffer({ columns, rows })
     },
-    cancel: () => Deferred.unsafeDone(cancelled, wasCancelled),
+    cancel: () => Deferred.unsafeDone(cancelled, sessionCancelled),
     release: () => {
       stdin.off("data", listen)
       // later input does not belong to this session
@@ -84,14 +84,14 @@ export const begin = (vm: () => Vm, cmd: string, options: VsockExecPtyOptions): 
   }
 }
 
-const wasCancelled = new ExecError({ code: "EXEC_CANCELLED", message: "the session was cancelled and is hung up" })
+const sessionCancelled = new ExecError({ code: "EXEC_CANCELLED", message: "the session was cancelled and is hung up" })
 
-const notTaken = () =>
+const startTimedOut = () =>
   new ExecError({
     code: "EXEC_AGENT_UNAVAILABLE",
     message: "the guest did not take the command in time",
     hint: "is the VM paused, or being captured?"
   })
 
-const unwritable = (cause: unknown) =>
+const outputUnwritable = (cause: unknown) =>
   new ExecError({ code: "EXEC_FAILED", message: "what the terminal shows cannot be written to its stream", cause })

@@ -6,7 +6,7 @@ type Supported = Readonly<Record<string, (value: unknown) => boolean>>
 const any = () => true
 const only = (wanted: unknown) => (value: unknown) => value === wanted
 
-export const startOptions: Supported = {
+const startOptions: Supported = {
   name: any,
   env: any,
   portForward: any,

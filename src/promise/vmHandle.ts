@@ -27,8 +27,8 @@ export const make = ({ run, within }: Services) => {
     const onConsole = (bytes: Uint8Array) => log({ source: "guest-console", chunk: toBuffer(bytes) })
     const control: Effect.Effect<VmControl.VmControl, F | MachinenError, Machinen> =
       detached === true
-        ? VmControl.release(start)
-        : VmControl.own(start, within, onLog === undefined ? undefined : onConsole)
+        ? VmControl.startDetached(start)
+        : VmControl.startOwned(start, within, onLog === undefined ? undefined : onConsole)
     return toHandle(await run(control), log, waitMs)
   }
 
@@ -61,7 +61,7 @@ export const make = ({ run, within }: Services) => {
       exec: execute("exec"),
       execRaw: execute("execRaw"),
       execPty: (cmd, options) => {
-        const { cancel, release, resize, result } = execPty.begin(vm, cmd, options)
+        const { cancel, release, resize, result } = execPty.openSession(vm, cmd, options)
         return { cancel, resize, result: run(result).finally(release) }
       },
       writeFile: (guestPath, contents, options) => run(vm().writeFile(guestPath, contents, options)),

@@ -21,7 +21,7 @@ export interface VsockFilesOptions {
 }
 
 /** Runs an effect on the agent behind a VM's socket. Tries again while the agent may be reached later. */
-const onAgent = async <A, E extends FilesError | SecretsError>(
+const withAgent = async <A, E extends FilesError | SecretsError>(
   udsPath: string,
   { retryMs = 250, timeoutMs }: { readonly retryMs?: number | undefined; readonly timeoutMs: number },
   use: (client: AgentClient) => Effect.Effect<A, E>
@@ -56,14 +56,14 @@ const filesDefaults = ({ retryMs, timeoutMs = 5000 }: VsockFilesOptions) => ({ r
 export const VsockFiles = {
   /** Copies a directory's contents into a guest directory, which is made if missing. Existing files are replaced. */
   push: (udsPath: string, hostDir: string, guestPath: string, options: VsockFilesOptions = {}): Promise<void> =>
-    onAgent(udsPath, filesDefaults(options), (client) =>
+    withAgent(udsPath, filesDefaults(options), (client) =>
       Effect.suspend(() => isDirectory(hostDir)).pipe(
         Effect.zipRight(client.push(hostDir, guestPath, { excludes: options.excludes ?? [] }))
       )
     ),
   /** Copies from the guest to the host in the same way. */
   pull: (udsPath: string, guestPath: string, hostDir: string, options: VsockFilesOptions = {}): Promise<void> =>
-    onAgent(udsPath, filesDefaults(options), (client) =>
+    withAgent(udsPath, filesDefaults(options), (client) =>
       client.pull(guestPath, hostDir, { excludes: options.excludes ?? [] })
     )
 }
@@ -75,5 +75,5 @@ export const VsockSecrets = {
     udsPath: string,
     secrets: Readonly<Record<string, string>>,
     { retryMs, timeoutMs = 10_000 }: VsockSecretsOptions = {}
-  ): Promise<void> => onAgent(udsPath, { retryMs, timeoutMs }, (client) => Effect.asVoid(client.secrets(secrets)))
+  ): Promise<void> => withAgent(udsPath, { retryMs, timeoutMs }, (client) => Effect.asVoid(client.secrets(secrets)))
 }

@@ -12,7 +12,7 @@ import { Settings } from "../Settings.ts"
 const keyFile = "bundle.key"
 const keyBytes = 32
 /** Permission bits of the group and of others. */
-const othersBits = 0o077
+const groupAndOtherBits = 0o077
 
 const keyPath = Effect.map(Settings, ({ home }) => path.join(home, keyFile))
 
@@ -21,7 +21,7 @@ const find = Effect.gen(function* () {
   const fs = yield* FileSystem.FileSystem
   const file = yield* keyPath
   const { mode, size, type } = yield* fs.stat(file)
-  if (type !== "File" || Number(size) !== keyBytes || (mode & othersBits) !== 0) return Option.none<Uint8Array>()
+  if (type !== "File" || Number(size) !== keyBytes || (mode & groupAndOtherBits) !== 0) return Option.none<Uint8Array>()
   return Option.some(yield* fs.readFile(file))
 })
 

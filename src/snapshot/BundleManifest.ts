@@ -14,7 +14,7 @@ export const channelVersion = 3
 const BlobName = Schema.String.pipe(Schema.pattern(/^[a-z][a-z.-]*$/))
 
 /** One file of a bundle. */
-export const Blob = Schema.Struct({
+const Blob = Schema.Struct({
   name: BlobName,
   sizeBytes: Schema.Number,
   /** Bytes of the blocks of 4096 that are not all zero. */

@@ -36,7 +36,10 @@ export const disksOf = Effect.fnUntraced(function* ({ dir, manifest }: Bundle, i
 })
 
 /** Reasons why this host cannot restore a bundle; empty when it can. */
-export const misfits = Effect.fn("restore.misfits")(function* (bundle: Bundle, options: { readonly image?: string }) {
+export const misfits = Effect.fn("compatibility.misfits")(function* (
+  bundle: Bundle,
+  options: { readonly image?: string }
+) {
   const { manifest } = bundle
   const { sameMachine } = yield* engineOf(manifest)
   const digests = yield* FileHasher

@@ -12,7 +12,7 @@ import { defaultFreeMemoryThreshold, refusal } from "./forkBackpressure.ts"
 import { restoreAttached } from "./restore.ts"
 import { detachAll, type Restored, type ReviveOptions, revive } from "./revive.ts"
 import type { Source } from "./SnapshotEngine.ts"
-import { checkSource, chooseEngine, defaultTimeoutMs, held, snapshot } from "./snapshot.ts"
+import { checkSource, chooseEngine, defaultTimeoutMs, holdTimed, snapshot } from "./snapshot.ts"
 
 /** Options of a fork. Every option has a default. */
 export interface ForkOptions extends ReviveOptions {
@@ -115,7 +115,7 @@ const start = Effect.fnUntraced(function* (source: Source, options: ForkOptions)
       const registry = yield* Registry
       const chosen = yield* chooseEngine(engine)
       const dir = yield* Effect.provideService(registry.scratch, Scope.Scope, files)
-      const taking = yield* chosen
+      const capture = yield* chosen
         .take(source, {
           dir,
           remove: [],
@@ -125,8 +125,8 @@ const start = Effect.fnUntraced(function* (source: Source, options: ForkOptions)
           timeoutMs: timeoutMs ?? defaultTimeoutMs
         })
         .pipe(Effect.provideService(Scope.Scope, files))
-      const pausedMs = yield* held(taking)
-      yield* taking.commit
+      const pausedMs = yield* holdTimed(capture)
+      yield* capture.commit
       const { entry } = source
       const seed = {
         engine: chosen,

@@ -140,7 +140,7 @@ export const revive = Effect.fn("revive")(
     // 4. Choose a name, if none was given: it holds the VMM's pid, which is known only now. Then give the guest its identity, before which it serves
     // nobody.
     const client = agent.client(entry.vsockPath, machine.exited)
-    const becoming = Effect.gen(function* () {
+    const giveIdentity = Effect.gen(function* () {
       const assigned =
         name === undefined && seed.sourceName !== undefined
           ? yield* registry.assign(id, childNames(seed.sourceName, machine.vmm.pid), machine.rename)
@@ -163,7 +163,7 @@ export const revive = Effect.fn("revive")(
       return { named, rejuvenation }
     })
     const { named, rejuvenation } = yield* Launch.untilReady(
-      Launch.afterTheEnd(becoming, machine),
+      Launch.afterTheEnd(giveIdentity, machine),
       machine,
       settings.bootTimeout
     ).pipe(

@@ -113,7 +113,7 @@ export const snapshot = Effect.fn("snapshot")(function* (source: Source, options
       // now, while the running VM protects the images from removal
       const shared = (source.entry.disks ?? []).filter(({ readOnly }) => readOnly)
       yield* Effect.forEach(shared, (disk) => images.noteBundle(disk.path, claim.dir))
-      const taking = yield* engine
+      const capture = yield* engine
         .take(source, {
           dir: claim.dir,
           remove: claim.remove,
@@ -123,15 +123,15 @@ export const snapshot = Effect.fn("snapshot")(function* (source: Source, options
           timeoutMs: options.timeoutMs ?? defaultTimeoutMs
         })
         .pipe(phase("prepare"))
-      const carried = yield* carry(source, claim.dir)
+      const mountImages = yield* copyMountDisks(source, claim.dir)
       const facts = yield* Effect.fork(factsOf(source, engine))
       let pausedMs: number | null = null
-      if (leaveRunning) pausedMs = yield* held(taking).pipe(phase("hold"))
-      else yield* taking.hold.pipe(phase("hold"))
-      const bundle = yield* Bundle.finish(claim.dir, [...taking.blobs, ...carried], yield* facts).pipe(
+      if (leaveRunning) pausedMs = yield* holdTimed(capture).pipe(phase("hold"))
+      else yield* capture.hold.pipe(phase("hold"))
+      const bundle = yield* Bundle.finish(claim.dir, [...capture.blobs, ...mountImages], yield* facts).pipe(
         phase("finalize")
       )
-      yield* taking.commit.pipe(
+      yield* capture.commit.pipe(
         Effect.zipRight(claim.keep),
         Effect.zipRight(leaveRunning ? Effect.void : phase("poweroff")(source.machine.kill)),
         Effect.uninterruptible
@@ -165,10 +165,10 @@ const possibleBlobs = [
 ]
 
 /** Copies into the bundle the read-only disks that exist for their VMs alone (`mountlower`). Returns the names of the blobs. */
-const carry = Effect.fnUntraced(
+const copyMountDisks = Effect.fnUntraced(
   function* ({ entry }: Source, dir: string) {
     const fs = yield* FileSystem.FileSystem
-    return yield* Effect.forEach((entry.disks ?? []).filter(isCarried), (disk) => {
+    return yield* Effect.forEach((entry.disks ?? []).filter(isMountImage), (disk) => {
       const name = `${disk.id}.img`
       // these files never change, so a hard link is as good as a copy, where one can be made
       return Effect.as(
@@ -188,11 +188,11 @@ const carry = Effect.fnUntraced(
   )
 )
 
-const isCarried = ({ id, readOnly }: Disk) => id === "mountlower" && readOnly
+const isMountImage = ({ id, readOnly }: Disk) => id === "mountlower" && readOnly
 
 /** Holds the source while the blobs are made. Returns for how many milliseconds it stood still. */
-export const held = Effect.fnUntraced(function* (taking: PendingCapture) {
-  const since = yield* Effect.scoped(taking.hold)
+export const holdTimed = Effect.fnUntraced(function* (capture: PendingCapture) {
+  const since = yield* Effect.scoped(capture.hold)
   return performance.now() - since
 })
 
@@ -218,7 +218,7 @@ const factsOf = Effect.fnUntraced(
         const { id, path, readOnly } = disk
         const blob = { _tag: "Blob", name: `${id}.img`, readOnly } as const
         const source: BundleDisk["source"] =
-          readOnly && !isCarried(disk) ? { _tag: "Image", path, sha256: yield* digests.remembered(path) } : blob
+          readOnly && !isMountImage(disk) ? { _tag: "Image", path, sha256: yield* digests.remembered(path) } : blob
         return { id, source }
       })
     )

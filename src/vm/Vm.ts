@@ -27,19 +27,25 @@ export interface Vm extends AgentClient {
   readonly name: string | undefined
   /** The VMM's pid. */
   readonly pid: number
-  /** Completes when the VM has ended and nothing of it is left on the host. */
+  /**
+   * Completes when the VM has ended and nothing of it is left on the host. Of a handle from `Machinen.attach` it fails with
+   * REGISTRY_VM_UNREACHABLE when the shim does not answer but lives on; `stop` and `kill` do so too.
+   */
   readonly wait: Effect.Effect<ExitRecord, RegistryError>
   /** Asks the guest to power off, and kills the VMM after the grace (default: MACHINEN_STOP_GRACE). Succeeds when the VM has ended already. */
   readonly stop: (graceMs?: number) => Effect.Effect<ExitRecord, RegistryError>
   /** Kills the VMM. Completes as `wait`, also when the VM had ended before. */
   readonly kill: Effect.Effect<ExitRecord, RegistryError>
-  /** Lets the VM outlive the scope and the process that booted it, from now on. */
+  /**
+   * Lets the VM outlive the scope and the process that booted it, from now on. Fails with BOOT_DETACHED_READINESS_FAILED when the shim does not
+   * answer.
+   */
   readonly detach: Effect.Effect<void, BootError>
-  /** Stops the vCPUs until `resume`. */
+  /** Stops the vCPUs until `resume`. Both fail with VMM_CONTROL_FAILED when the VM has ended. */
   readonly pause: Effect.Effect<void, VmmControlFailed>
   /** Lets a paused VM go on and sets the guest's clock to the host's, if the guest answers. */
   readonly resume: Effect.Effect<void, VmmControlFailed>
-  /** `console`: the output of kernel and init. `output`: the output of a detached main command. */
+  /** `console`: the output of kernel and init. `output`: the output of a detached main command. Fails with REGISTRY_VM_NOT_FOUND at an ended VM. */
   readonly logs: (source: LogSource, options?: LogOptions) => Stream.Stream<Uint8Array, RegistryError>
   /** Memory use of the VM. Never fails: values that are not known are null or 0. */
   readonly memoryStats: Effect.Effect<MemoryStats>

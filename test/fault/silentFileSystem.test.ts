@@ -82,7 +82,7 @@ layer(guest(home, { image: "debian" }), { excludeTestServices: true, timeout: 60
   "a file system that does not answer",
   (it) => {
     for (const [what, attempt] of attempts) {
-      it.scoped(`holds nobody else up with ${what}`, () =>
+      it.scoped(`delays no other operation with ${what}`, () =>
         Effect.gen(function* () {
           const vm = yield* Guest
           const before = yield* held(vm)

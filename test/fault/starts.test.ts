@@ -136,7 +136,7 @@ describe("a fork into several detached siblings", () => {
     Effect.forEach(all, (name) => (name === "src" ? Effect.void : cli(home, ["stop", "--force", name])))
   )
 
-  it.scopedLive("of which one fails leaves none of them, and the source", () =>
+  it.scopedLive("of which one fails leaves none of them, and the source goes on", () =>
     Effect.gen(function* () {
       const id = yield* source
       // the third machine that is started as a copy ends at once

@@ -43,7 +43,7 @@ describe("a supervisor that cannot be reached", () => {
     }).pipe(Effect.provide(live(home)))
   )
 
-  it.live("is told by the end of its starter's pipe", () =>
+  it.live("ends its VM when the starter closes the pipe", () =>
     Effect.gen(function* () {
       const machinen = yield* Machinen
       yield* Effect.scoped(
@@ -59,7 +59,7 @@ describe("a supervisor that cannot be reached", () => {
     }).pipe(Effect.provide(live(home)))
   )
 
-  it.scopedLive("and that is killed ends a wait at once", () =>
+  it.scopedLive("and is killed ends a wait at once", () =>
     Effect.gen(function* () {
       const vm = yield* detached
       const waiting = yield* Effect.fork(vm.wait)

@@ -27,7 +27,7 @@ describe("errors", () => {
     assert.strictEqual((back.cause as Error).message, "ENOSPC")
   })
 
-  it("are retryable by code", () => {
+  it("are retryable or not by their code", () => {
     assert.isTrue(new ExecError({ code: "EXEC_AGENT_UNAVAILABLE", message: "" }).retryable)
     // it was under way: nobody knows what a second run would do
     assert.isFalse(new ExecError({ code: "EXEC_AGENT_TIMEOUT", message: "" }).retryable)

@@ -163,7 +163,7 @@ layer(live(home), { excludeTestServices: true })("a VM", (it) => {
     })
   )
 
-  it.scoped("has memory whose size nobody changes, not even its VMM", () =>
+  it.scoped("has memory whose size cannot be changed, even by its VMM", () =>
     Effect.gen(function* () {
       const { vm } = yield* (yield* Machinen).boot({ image: "micro", prepared: false })
       const fd = `/proc/${vm.pid}/fd/5`

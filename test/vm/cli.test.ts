@@ -40,8 +40,8 @@ const shell = (line: string) =>
     encoding: "utf8"
   })
 
-describe("output that nobody takes", () => {
-  it.scopedLive("ends every verb alike: quietly when its reader has left, with a word when it cannot be written", () =>
+describe("output that cannot be written", () => {
+  it.scopedLive("ends every verb: silently when the reader has closed the pipe, otherwise with an error message", () =>
     Effect.gen(function* () {
       yield* detached("talker", ["--", "sh", "-c", "while :; do echo line; sleep 0.01; done"])
       const verbs = [
@@ -191,7 +191,7 @@ describe("machinen run", () => {
     })
   )
 
-  it.live("ends when nobody reads its output any more", () =>
+  it.live("ends when the reader of its output has closed the pipe", () =>
     Effect.sync(() => {
       const { status, stdout } = spawnSync(
         "bash",
@@ -381,7 +381,7 @@ describe("usage", () => {
     ["watch", "nobody", "/srv"],
     ["cp", "nobody:/etc/passwd", home]
   ]) {
-    it.live(`does not know the VM of \`${args.slice(0, 2).join(" ")}\``, () =>
+    it.live(`reports that there is no VM for \`${args.slice(0, 2).join(" ")}\``, () =>
       Effect.gen(function* () {
         const result = yield* machinen(args)
         assert.strictEqual(result.code, args[0] === "exec" ? 125 : 1)

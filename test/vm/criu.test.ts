@@ -332,7 +332,7 @@ describe("the engine criu", { timeout: 240_000 }, () => {
     }).pipe(Effect.provide(machine))
   )
 
-  it.scopedLive("has pids of its own range, so that those of a dump are free", () =>
+  it.scopedLive("uses another range of pids, so that those of a dump are free", () =>
     Effect.gen(function* () {
       const source = yield* boot()
       assert.isAbove(Number(yield* sh(source, "echo $$")), 1000)
@@ -345,7 +345,7 @@ describe("the engine criu", { timeout: 240_000 }, () => {
     }).pipe(Effect.provide(machine))
   )
 
-  it.scopedLive("waits for the end of a vfork, in the middle of which CRIU stops nobody", () =>
+  it.scopedLive("waits for the end of a vfork, during which CRIU cannot stop the process", () =>
     Effect.gen(function* () {
       const vm = yield* boot()
       yield* vforking(vm)

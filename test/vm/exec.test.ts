@@ -121,7 +121,7 @@ layer(guest(home, { memoryMib: 512, rootDiskSizeBytes: 4 * 2 ** 30 }), { exclude
       })
     )
 
-    it.scoped("tells how it ended to somebody who reads none of its output", () =>
+    it.scoped("reports how it ended even when its output is not read", () =>
       Effect.gen(function* () {
         const running = yield* (yield* Guest).start("head -c 10000000 /dev/zero; exit 5")
         assert.strictEqual((yield* Effect.timeout(running.exit, "20 seconds")).code, 5)
@@ -161,7 +161,7 @@ layer(guest(home, { memoryMib: 512, rootDiskSizeBytes: 4 * 2 ** 30 }), { exclude
     )
 
     it.scoped(
-      "waits for a reader that stalls, and holds nobody else back",
+      "waits for a reader that stalls, without delaying other commands",
       () =>
         Effect.gen(function* () {
           const vm = yield* Guest

@@ -88,7 +88,7 @@ describe("a bundle of this user's own", { timeout: 120_000 }, () => {
     }).pipe(Effect.provide(ours))
   )
 
-  it.live("that somebody has changed is not one's own any more", () =>
+  it.live("that was changed is no longer the user's own", () =>
     Effect.gen(function* () {
       const dir = forged(made.own, (manifest) => Object.assign(manifest, wholeHost))
       const { code, hint, message } = yield* refused(dir)
@@ -166,7 +166,7 @@ describe("a bundle of another", { timeout: 120_000 }, () => {
   )
 })
 
-it.live("a whole machine keeps its memory; the CLI says so, and whose a bundle is", () =>
+it.live("a whole machine keeps its memory, and the CLI shows that and the maker of a bundle", () =>
   Effect.gen(function* () {
     const larger = yield* cli(home, ["restore", made.plain, "--memory", "768", "-d"])
     assert.strictEqual(larger.code, 1)

@@ -124,7 +124,7 @@ describe("a control group of a command's own choice", () => {
 
 describe("the end from within", () => {
   for (const command of ["poweroff -f", "halt -f", "reboot -f"]) {
-    it.scopedLive(`${command} ends the VM, and whoever waits for a command`, () =>
+    it.scopedLive(`${command} ends the VM and the commands that are waited for`, () =>
       run(
         Effect.gen(function* () {
           const vm = yield* boot({ image: "micro" })
@@ -151,7 +151,7 @@ describe("the end from within", () => {
     ["kill -9 -1; sleep 600", /^the guest failed: machinen-init: agent: killed by signal 9 during the operation$/]
   ]
   for (const [command, message] of failures) {
-    it.scopedLive(`${command} is a failure, and whoever waits for a command is told of it`, () =>
+    it.scopedLive(`${command} is reported as a failure to callers that wait for a command`, () =>
       run(
         Effect.gen(function* () {
           const vm = yield* boot({ image: "micro" })
@@ -183,7 +183,7 @@ describe("the end from within", () => {
     )
   )
 
-  it.scopedLive("is known as an end to a program that asks when the shim has gone", () =>
+  it.scopedLive("is reported to a program that asks when the shim has already ended", () =>
     run(
       Effect.gen(function* () {
         const vm = yield* boot({ image: "micro" })

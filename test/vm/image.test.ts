@@ -121,7 +121,7 @@ layer(live(home, cache), { excludeTestServices: true })("a container image", (it
     }).pipe(Effect.scoped)
   )
 
-  it.scoped("has the working directory it names made, if none of its layers has it", () =>
+  it.scoped("makes the working directory it names, if none of its layers has it", () =>
     Effect.gen(function* () {
       const workingDirectory = ["--tag", "nowhere", "--config.workingdir", "/not/there"]
       umoci("config", "--image", `${layout}:v1`, ...workingDirectory)

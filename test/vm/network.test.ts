@@ -116,14 +116,12 @@ describe("the network", () => {
     )
   )
 
-  it.scopedLive(
-    "of the gateway nothing answers but its name server: no port of the host can be opened through it",
-    () =>
-      run(
-        Effect.gen(function* () {
-          const vm = yield* boot({ image: "debian" })
-          const target = yield* freePort
-          const ask = `
+  it.scopedLive("the gateway answers as a name server only: no port of the host can be opened through it", () =>
+    run(
+      Effect.gen(function* () {
+        const vm = yield* boot({ image: "debian" })
+        const target = yield* freePort
+        const ask = `
 import json, socket, http.client
 def tcp(host, port):
     s = socket.socket(); s.settimeout(5)
@@ -145,12 +143,12 @@ for host in ("192.168.127.1", "gateway.machinen.internal"):
             said.append(type(e).__name__)
 print(json.dumps([open_, sorted(set(map(str, said)))]))
 `
-          const { exitCode, stderr, stdout } = yield* vm.execRaw({ argv: ["python3", "-c", ask] })
-          assert.strictEqual(exitCode, 0, String(stderr))
-          assert.deepStrictEqual(JSON.parse(Buffer.from(stdout).toString()), [[53], ["ConnectionRefusedError"]])
-          assert.strictEqual(yield* Effect.flip(get(`http://127.0.0.1:${target}/`)), "ECONNREFUSED")
-        })
-      )
+        const { exitCode, stderr, stdout } = yield* vm.execRaw({ argv: ["python3", "-c", ask] })
+        assert.strictEqual(exitCode, 0, String(stderr))
+        assert.deepStrictEqual(JSON.parse(Buffer.from(stdout).toString()), [[53], ["ConnectionRefusedError"]])
+        assert.strictEqual(yield* Effect.flip(get(`http://127.0.0.1:${target}/`)), "ECONNREFUSED")
+      })
+    )
   )
 
   it.scopedLive("comes back after gvproxy was killed: the VM goes on, and says so", () =>
@@ -177,7 +175,7 @@ print(json.dumps([open_, sorted(set(map(str, said)))]))
     )
   )
 
-  it.scopedLive("of a copy works at once, with an address of its own and no forwards but those it is given", () =>
+  it.scopedLive("of a copy works at once, with its own address and only the forwards it is given", () =>
     run(
       Effect.gen(function* () {
         const machinen = yield* Machinen

@@ -212,7 +212,7 @@ describe("a prepared machine", { timeout: 240_000 }, () => {
     }).pipe(Effect.provide(program))
   )
 
-  it.scopedLive("is only for boots of its shape", () =>
+  it.scopedLive("is used only by boots of its shape", () =>
     Effect.gen(function* () {
       const rootDisk = busyboxExt4(home, "own")
       mkdirSync(path.join(home, "shared"))
@@ -255,7 +255,7 @@ describe("a template", { timeout: 240_000 }, () => {
     ["gone", (dir) => rmSync(dir, { recursive: true })],
     ["without its manifest", (dir) => rmSync(path.join(dir, "meta.json"))],
     ["with a manifest that makes no sense", (dir) => writeFileSync(path.join(dir, "meta.json"), "{}")],
-    ["without a word of what it is one of", (dir) => rmSync(path.join(dir, "template.json"))],
+    ["without its record", (dir) => rmSync(path.join(dir, "template.json"))],
     ["without its memory", (dir) => rmSync(path.join(dir, "memory"))],
     ["whose memory was cut", (dir) => truncateSync(path.join(dir, "memory"), 2 ** 20)],
     ["whose disk was written to", (dir) => writeFileSync(path.join(dir, "upper.img"), "x", { flag: "r+" })],
@@ -311,7 +311,7 @@ describe("a template", { timeout: 240_000 }, () => {
     }).pipe(Effect.provide(program))
   )
 
-  it.live("is made once, however many ask for it", () =>
+  it.live("is made once for any number of concurrent callers", () =>
     Effect.gen(function* () {
       rmSync(templatesDir, { recursive: true, force: true })
       const all = yield* Effect.all([prepare(), prepare(), prepare()], { concurrency: "unbounded" })
@@ -320,7 +320,7 @@ describe("a template", { timeout: 240_000 }, () => {
     }).pipe(Effect.provide(program))
   )
 
-  it.live("whose image is another one now, and what a killed maker left, is removed by gc alone", () =>
+  it.live("whose image has changed is removed by gc alone, as is what a killed maker left", () =>
     Effect.gen(function* () {
       const machinen = yield* Machinen
       const image = busyboxExt4(home, "changing")
@@ -342,7 +342,7 @@ describe("a template", { timeout: 240_000 }, () => {
     }).pipe(Effect.provide(program))
   )
 
-  it.scopedLive("whose maker is killed is not there, nor anything else", () =>
+  it.scopedLive("whose maker is killed leaves nothing", () =>
     Effect.gen(function* () {
       const made = () => (existsSync(templatesDir) ? readdirSync(templatesDir) : [])
       const steps: ReadonlyArray<readonly [string, () => boolean]> = [

@@ -80,7 +80,7 @@ describe("a main command", () => {
     assert.strictEqual((await rejection(vm.exec("true"))).code, "EXEC_AGENT_UNAVAILABLE")
   })
 
-  it("keeps the end of what nobody reads", async () => {
+  it("keeps the end of output that is not read", async () => {
     const vm = await boot({ image: "micro", cmd: ["sh", "-c", "yes | head -c 3000000; echo the end; kill -TERM $$"] })
     assert.deepStrictEqual(await vm.wait(), { code: 143, signal: "SIGTERM" })
     const output = await vm.output()
@@ -127,7 +127,7 @@ describe("exec", () => {
     await vm.kill()
   })
 
-  it("ends with what its callback throws, or its signal aborts, and so does the command", async () => {
+  it("fails with the error of its callback or its abort signal, and the command ends", async () => {
     const vm = await boot(idle)
     const running = async () => (await vm.exec("ps | grep -c 'root  *sleep 100[12]$' || true")).stdout.trim()
     const mine = new Error("enough")

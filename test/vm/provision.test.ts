@@ -182,7 +182,7 @@ os.setxattr("/srv/marked", "security.capability", bytes.fromhex("010000020004000
     })
   )
 
-  it.scoped("is one of two that are built into one file at once, and whole", () =>
+  it.scoped("is whole when two are built into one file at the same time", () =>
     Effect.gen(function* () {
       const machinen = yield* Machinen
       const dir = temporaryDirectory()
@@ -296,7 +296,7 @@ layer(live(home, cache), { excludeTestServices: true })("a build that fails", (i
     })
   )
 
-  it.effect("for want of a base has tried nothing", () =>
+  it.effect("because there is no base has tried nothing", () =>
     Effect.gen(function* () {
       const machinen = yield* Machinen
       const dir = temporaryDirectory()
@@ -314,7 +314,7 @@ layer(live(home, cache), { excludeTestServices: true })("a build that fails", (i
     })
   )
 
-  it.scoped("for want of space for its image leaves none", () =>
+  it.scoped("because there is no space for its image leaves no image", () =>
     Effect.gen(function* () {
       const disk = yield* smallDisk("1m")
       const error = yield* failing({

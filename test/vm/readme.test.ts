@@ -1,9 +1,8 @@
 import { spawn } from "node:child_process"
 import { chmodSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs"
-import * as os from "node:os"
 import * as path from "node:path"
 import { Effect } from "effect"
-import { afterAll, assert, describe, it } from "vitest"
+import { assert, describe, it } from "vitest"
 import { environment, freePort, leftovers, nothing, temporaryHome } from "../fixtures.ts"
 
 const root = path.resolve(import.meta.dirname, "..", "..")
@@ -12,8 +11,7 @@ const fences = (language: string) =>
   [...readme.matchAll(new RegExp(`^\`\`\`${language}\\n([\\s\\S]*?)^\`\`\``, "gm"))].map(([, body = ""]) => body)
 
 const home = temporaryHome()
-const work = mkdtempSync(path.join(os.tmpdir(), "mn-readme-"))
-afterAll(() => rmSync(work, { recursive: true, force: true }))
+const work = temporaryHome()
 
 const run = (command: string, args: ReadonlyArray<string>, cwd: string) =>
   new Promise<{ code: number | null; stdout: string; stderr: string }>((resolve) => {

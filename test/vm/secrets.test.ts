@@ -98,7 +98,7 @@ describe("secrets", () => {
   )
 
   it.scoped(
-    "are refused before anything is sent or started: no line, or too large; a name that is none is skipped",
+    "are refused before anything is sent or started when a value has a newline or is too large; invalid names are skipped",
     () =>
       Effect.gen(function* () {
         const { vm } = yield* boot({})

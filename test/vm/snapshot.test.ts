@@ -107,7 +107,7 @@ for (const { image, name, program } of engines)
     afterEach(() => settled(home))
 
     // Slow with criu (40 s): three boots of Debian and a dump, which an emulated guest reads and writes.
-    it.scopedLive("a copy goes on with everything its original had, and apart from it", () =>
+    it.scopedLive("a copy goes on with everything its original had, independently of it", () =>
       Effect.gen(function* () {
         const source = yield* boot({ image: "debian", name: "original", env: { BOOTED: "yes" } })
         yield* sh(source, "mkdir -p /srv/held; echo nonce-$RANDOM-$(cat /proc/sys/kernel/random/uuid) > /dev/shm/nonce")

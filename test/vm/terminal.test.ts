@@ -631,7 +631,7 @@ layer(guest(home, { image: "debian", name: "tty" }), { excludeTestServices: true
       })
     )
 
-    it.effect("keeps CRIU from saving processes, by name, until it is closed", () =>
+    it.effect("keeps CRIU from saving processes until it is closed, and the error names it", () =>
       Effect.gen(function* () {
         const vm = yield* Guest
         const machinen = yield* Machinen

@@ -156,7 +156,7 @@ layer(guest(home, { image: "debian" }), { excludeTestServices: true, timeout: 60
     })
   )
 
-  it.scoped("lets a client that stalls hold back nobody but its server", () =>
+  it.scoped("delays no other client when a client stalls", () =>
     Effect.gen(function* () {
       const vm = yield* serving
       const endless = yield* vm.tunnel({ guest: { port: 7004 } })
@@ -223,7 +223,7 @@ layer(guest(home, { image: "debian" }), { excludeTestServices: true, timeout: 60
     })
   )
 
-  it.scoped("tells who holds a port of the host, which is free again with its scope", () =>
+  it.scoped("names the holder of a port of the host, which is free again when the scope closes", () =>
     Effect.gen(function* () {
       const vm = yield* serving
       const outer = yield* Effect.scope

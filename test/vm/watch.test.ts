@@ -122,7 +122,7 @@ layer(guest(home, { memoryMib: 256 }), { excludeTestServices: true, timeout: 60_
     })
   )
 
-  it.scoped("that nobody reads costs the guest no memory, and says that it lost changes", () =>
+  it.scoped("that is not read costs the guest no memory, and reports that it lost changes", () =>
     Effect.gen(function* () {
       const vm = yield* Guest
       const queue = "/proc/sys/fs/inotify/max_queued_events"

@@ -12,7 +12,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::exchange::Exchange;
 use super::stream::{Abort, CHUNK};
 use super::threads::{ARCHIVES, Incoming, Outgoing};
-use crate::reply::{Archived, Code, ErrorReply};
+use crate::reply::{Code, EntryCount, ErrorReply};
 use crate::request;
 use crate::system::host_name::{self, Names};
 
@@ -37,7 +37,7 @@ pub async fn load(file: &'static str, directory: &'static str) -> Result<(), Abo
 }
 
 /// Unpacks the stream into a directory, or as one file.
-pub async fn push<R, W>(request: request::Push, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
+pub async fn push<R, W>(request: request::Push, exchange: &mut Exchange<R, W>) -> Result<EntryCount, Abort>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -46,13 +46,13 @@ where
         let opened = if request.file { Target::file(&request.path) } else { Target::open(&request.path) };
         let target = opened.map_err(|error| ErrorReply::io(&request.path, &error))?;
         incoming.opened();
-        Ok(Archived { entries: target.unpack(incoming)? })
+        Ok(EntryCount { entries: target.unpack(incoming)? })
     };
     ARCHIVES.receive(exchange, unpacking).await
 }
 
 /// Packs a directory's contents, or one file, into the stream.
-pub async fn pull<R, W>(request: request::Pull, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
+pub async fn pull<R, W>(request: request::Pull, exchange: &mut Exchange<R, W>) -> Result<EntryCount, Abort>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -66,7 +66,7 @@ where
 }
 
 /// Packs the root filesystem into the stream, for another machine to start from.
-pub async fn image<R, W>(request: request::Image, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
+pub async fn image<R, W>(request: request::Image, exchange: &mut Exchange<R, W>) -> Result<EntryCount, Abort>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -81,10 +81,10 @@ where
     ARCHIVES.send(exchange, packing).await
 }
 
-fn send(source: Source, outgoing: &mut Outgoing) -> Result<Archived, ErrorReply> {
+fn send(source: Source, outgoing: &mut Outgoing) -> Result<EntryCount, ErrorReply> {
     outgoing.opened().map_err(|error| ErrorReply::io("archive", &error))?;
     let entries = source.pack(ChunkWriter::new(HEADER, |chunk| outgoing.hand_on(chunk)))?;
-    Ok(Archived { entries })
+    Ok(EntryCount { entries })
 }
 
 impl From<Error> for ErrorReply {

@@ -36,16 +36,16 @@ where
     let stdin = running.stdin.take();
     let started = Started { pid: running.process.pid.as_raw_pid().cast_unsigned() };
     let Exchange { input, output: stream, session } = exchange;
-    let bond = Bond { session, is_detached };
+    let attachment = Attachment { session, is_detached };
     let attended = async {
         match stream.send_json(Kind::Started, &started).await {
-            Err(abort) if !bond.is_outlived(&abort) => return Err(abort),
+            Err(abort) if !attachment.is_outlived(&abort) => return Err(abort),
             _ => {}
         }
         let credit = Credit::default();
-        let obeyed = async {
-            let abort = obey(input, stdin, &running, &credit).await;
-            if bond.is_outlived(&abort) {
+        let handled = async {
+            let abort = handle_frames(input, stdin, &running, &credit).await;
+            if attachment.is_outlived(&abort) {
                 std::future::pending::<()>().await;
             }
             abort
@@ -63,10 +63,10 @@ where
             std::future::pending().await
         };
         let mut granted = pin!(granted);
-        let mut outlet = Outlet { stream: &stream, bond, detached };
+        let mut outlet = Outlet { stream: &stream, attachment, detached };
         let ended = tokio::select! {
             ended = pump_until_end(&running, &mut outlet) => ended,
-            abort = obeyed => Err(abort),
+            abort = handled => Err(abort),
             () = &mut granted => Err(Abort::Gone),
         };
         if ended.is_ok() {
@@ -89,12 +89,12 @@ where
 
 /// What ties a command to its stream.
 #[derive(Clone, Copy)]
-struct Bond<'a> {
+struct Attachment<'a> {
     session: &'a Opener,
     is_detached: &'a AtomicBool,
 }
 
-impl Bond<'_> {
+impl Attachment<'_> {
     fn is_detached(&self) -> bool {
         self.is_detached.load(Ordering::Relaxed)
     }
@@ -120,18 +120,18 @@ impl<W: AsyncWrite + Unpin> Output for FrameWriter<W> {
 /// Sends output to the stream until the stream is lost, and from then on to `detached`.
 struct Outlet<'a, W, D> {
     stream: &'a Mutex<&'a mut FrameWriter<W>>,
-    bond: Bond<'a>,
+    attachment: Attachment<'a>,
     /// Takes the output once the stream is lost.
     detached: &'a mut D,
 }
 
 impl<W: AsyncWrite + Unpin, D: Output> Output for Outlet<'_, W, D> {
     async fn send_chunk(&mut self, chunk: &mut Chunk, kind: Kind, length: usize) -> Result<(), Abort> {
-        if self.bond.is_detached() {
+        if self.attachment.is_detached() {
             return self.detached.send_chunk(chunk, kind, length).await;
         }
         match self.stream.lock().await.send_chunk(chunk, kind, length).await {
-            Err(abort) if self.bond.is_outlived(&abort) => self.detached.send_chunk(chunk, kind, length).await,
+            Err(abort) if self.attachment.is_outlived(&abort) => self.detached.send_chunk(chunk, kind, length).await,
             sent => sent,
         }
     }
@@ -257,7 +257,7 @@ impl Credit {
 }
 
 /// Input on its way to a command.
-struct Ahead<I> {
+struct PendingInput<I> {
     stdin: Option<I>,
     pieces: VecDeque<Bytes>,
     /// The total length of all pieces.
@@ -266,7 +266,7 @@ struct Ahead<I> {
     finished: bool,
 }
 
-impl<I: Input> Ahead<I> {
+impl<I: Input> PendingInput<I> {
     /// Takes what the host has sent. Input that no command will read counts as used at once.
     fn push(&mut self, piece: Bytes, credit: &Credit) -> Result<(), Abort> {
         if self.stdin.is_none() || self.finished {
@@ -319,25 +319,25 @@ impl<I: Input> Ahead<I> {
     }
 }
 
-/// Obeys the host's frames until there are no more: passes input on and steers the command. Returns why the frames ended.
-pub async fn obey<R: AsyncRead + Unpin>(
+/// Handles the host's frames until there are no more: passes input on and steers the command. Returns why the frames ended.
+pub async fn handle_frames<R: AsyncRead + Unpin>(
     input: &mut FrameReader<R>,
     stdin: Option<impl Input>,
     command: &impl Steered,
     credit: &Credit,
 ) -> Abort {
-    let mut ahead = Ahead { stdin, pieces: VecDeque::new(), bytes: 0, finished: false };
+    let mut pending = PendingInput { stdin, pieces: VecDeque::new(), bytes: 0, finished: false };
     loop {
-        let obeyed = tokio::select! {
-            () = ahead.writable(), if ahead.bytes > 0 => {
-                ahead.feed(credit);
+        let handled = tokio::select! {
+            () = pending.writable(), if pending.bytes > 0 => {
+                pending.feed(credit);
                 Ok(())
             }
             frame = input.next() => match frame {
-                Ok(Frame { kind: Kind::Data, payload }) => ahead.push(payload, credit),
+                Ok(Frame { kind: Kind::Data, payload }) => pending.push(payload, credit),
                 Ok(Frame { kind: Kind::Eof, .. }) => {
-                    ahead.finished = true;
-                    ahead.feed(credit);
+                    pending.finished = true;
+                    pending.feed(credit);
                     Ok(())
                 }
                 Ok(Frame { kind: Kind::Signal, payload }) => match payload.first() {
@@ -355,7 +355,7 @@ pub async fn obey<R: AsyncRead + Unpin>(
                 Err(abort) => Err(abort),
             },
         };
-        if let Err(abort) = obeyed {
+        if let Err(abort) = handled {
             return abort;
         }
     }

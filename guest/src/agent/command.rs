@@ -10,7 +10,7 @@ use tokio::io::AsyncRead;
 
 use super::context::Context;
 use super::lookup;
-use super::process::{self, Image, Process, Running, Stdio};
+use super::process::{self, PreparedCommand, Process, Running, Stdio};
 use super::stream::{Abort, FrameReader};
 use super::threads::COMMANDS;
 use super::user::User;
@@ -26,7 +26,7 @@ pub async fn start<R: AsyncRead + Unpin>(
     input: &mut FrameReader<R>,
 ) -> Result<Running, Abort> {
     let with_stdin = request.stdin;
-    let spawn = move |image: &Image, user: Option<&User>| process::spawn_with_pipes(image, user, with_stdin);
+    let spawn = move |image: &PreparedCommand, user: Option<&User>| process::spawn_with_pipes(image, user, with_stdin);
     start_by(spawn, context, request, input).await
 }
 
@@ -37,7 +37,7 @@ pub async fn start_in<R: AsyncRead + Unpin>(
     request: Exec,
     input: &mut FrameReader<R>,
 ) -> Result<Process, Abort> {
-    let spawn = move |image: &Image, user: Option<&User>| {
+    let spawn = move |image: &PreparedCommand, user: Option<&User>| {
         user.map_or(Ok(()), |user| user.own(&terminal))?;
         process::spawn(image, user, Stdio::Terminal(terminal.as_fd()))
     };
@@ -46,7 +46,7 @@ pub async fn start_in<R: AsyncRead + Unpin>(
 
 /// Starts the command by `spawn`, with the configuration and the secrets of this moment.
 async fn start_by<R: AsyncRead + Unpin, T: Send + 'static>(
-    spawn: impl FnOnce(&Image, Option<&User>) -> io::Result<T> + Send + 'static,
+    spawn: impl FnOnce(&PreparedCommand, Option<&User>) -> io::Result<T> + Send + 'static,
     context: &Context,
     request: Exec,
     input: &mut FrameReader<R>,
@@ -67,7 +67,7 @@ fn execute<T>(
     secrets: &[(String, Secret)],
     request: &Exec,
     start: Arc<Start>,
-    spawn: impl FnOnce(&Image, Option<&User>) -> io::Result<T>,
+    spawn: impl FnOnce(&PreparedCommand, Option<&User>) -> io::Result<T>,
 ) -> Result<T, ErrorReply> {
     let user = request.user.as_deref().or(config.user.as_deref());
     let user = user.map(|spec| User::find(spec, Path::new("/"))).transpose()?;
@@ -84,11 +84,11 @@ fn execute<T>(
     let program = lookup::resolve(name, lookup::path_of(&environment), &cwd)?;
     // Looked at by this thread first: a process that waits for a file system cannot be frozen with the others; a thread need not be.
     let _ = fs::metadata(cwd.join(&program));
-    let image = Image::new(start, &request.argv, &environment, &cwd, &program)
+    let prepared = PreparedCommand::new(start, &request.argv, &environment, &cwd, &program)
         .map_err(|error| lookup::refused(name, &error))?;
-    spawn(&image, user.as_ref()).map_err(|error| match image.step() {
-        Image::ENTERS => lookup::cwd_refused(&cwd, &error),
-        Image::EXECUTES => lookup::refused_program(name, &cwd.join(&program), &error),
+    spawn(&prepared, user.as_ref()).map_err(|error| match prepared.step() {
+        PreparedCommand::ENTERS => lookup::cwd_refused(&cwd, &error),
+        PreparedCommand::EXECUTES => lookup::refused_program(name, &cwd.join(&program), &error),
         _ => lookup::refused(name, &error),
     })
 }

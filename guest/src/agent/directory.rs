@@ -15,7 +15,7 @@ use super::files;
 use super::stream::{Abort, CHUNK};
 use super::threads::{FILES, Outgoing};
 use crate::file_names;
-use crate::reply::{Archived, Code, Done, ErrorReply, Stat};
+use crate::reply::{Code, Done, EntryCount, ErrorReply, Stat};
 use crate::request;
 
 /// One line of `list`.
@@ -28,7 +28,7 @@ struct Line {
 }
 
 /// Sends a line of JSON for each entry of a directory, in no particular order. An entry that vanishes meanwhile is left out.
-pub async fn list<R, W>(request: request::List, exchange: &mut Exchange<R, W>) -> Result<Archived, Abort>
+pub async fn list<R, W>(request: request::List, exchange: &mut Exchange<R, W>) -> Result<EntryCount, Abort>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -36,7 +36,7 @@ where
     FILES.send(exchange, move |outgoing| entries(&request.path, outgoing)).await
 }
 
-fn entries(path: &Path, outgoing: &mut Outgoing) -> Result<Archived, ErrorReply> {
+fn entries(path: &Path, outgoing: &mut Outgoing) -> Result<EntryCount, ErrorReply> {
     let failed = |error: io::Error| ErrorReply::io(path, &error);
     let directory = fs::read_dir(path).map_err(failed)?;
     outgoing.opened().map_err(failed)?;
@@ -58,7 +58,7 @@ fn entries(path: &Path, outgoing: &mut Outgoing) -> Result<Archived, ErrorReply>
         }
     }
     outgoing.hand_on(lines).map_err(failed)?;
-    Ok(Archived { entries })
+    Ok(EntryCount { entries })
 }
 
 /// Makes a directory. With `recursive` it also makes the directories above it, and a directory that exists already is no error.

@@ -58,8 +58,8 @@ impl Disks {
         tokio::task::spawn_blocking(move || trim(&disk)).await.map_err(io::Error::other)?
     }
 
-    /// Leaves the root's disk as clean as an unmounted one, at the end of the machine. A failure is not reported, because nobody is left to
-    /// report it to; it shows in the disk.
+    /// Leaves the root's disk as clean as an unmounted one, at the end of the machine. A failure is not reported, because the host has
+    /// been told the end already; it shows in the disk.
     pub fn freeze_root(&self) {
         let _ = freeze(&self.writable);
     }

@@ -3,22 +3,15 @@
 use std::io;
 
 use machinen_channel::Opener;
+use machinen_protocol::doorbell::{Answer, MAX_ANSWER, Ring, VERSION};
 use machinen_protocol::ports::DOORBELL;
-use serde::Deserialize;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use serde::Serialize;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::clock;
 
 /// A clock that differs by no more than this is not set.
 const TOLERANCE_MS: u64 = 2;
-/// The longest answer that is read, in bytes. An answer holds one number.
-const MAX_ANSWER: u64 = 1024;
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Answer {
-    now_ms: u64,
-}
 
 /// Rings, runs `meanwhile` while the host acts on that, and sets the clock to the host's time. A host that does not listen is no error.
 pub async fn ring(opener: &Opener, meanwhile: impl FnOnce()) {
@@ -26,8 +19,7 @@ pub async fn ring(opener: &Opener, meanwhile: impl FnOnce()) {
         Ok(stream) => stream,
         Err(_) => return meanwhile(),
     };
-    let line = format!("{{\"version\":1,\"agent\":\"{}\"}}\n", env!("CARGO_PKG_VERSION"));
-    let rung = stream.write_all(line.as_bytes()).await;
+    let rung = send_line(&mut stream, &Ring { version: VERSION, agent: env!("CARGO_PKG_VERSION") }).await;
     // Gives the channel's own task the chance to send.
     tokio::task::yield_now().await;
     meanwhile();
@@ -38,9 +30,15 @@ pub async fn ring(opener: &Opener, meanwhile: impl FnOnce()) {
     }
 }
 
-async fn set_clock(stream: &mut (impl tokio::io::AsyncRead + Unpin)) -> io::Result<()> {
+async fn send_line(stream: &mut (impl AsyncWrite + Unpin), message: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    stream.write_all(&line).await
+}
+
+async fn set_clock(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
     let mut line = Vec::new();
-    let mut limited = stream.take(MAX_ANSWER);
+    let mut limited = stream.take(MAX_ANSWER as u64);
     while line.last() != Some(&b'\n') {
         if limited.read_buf(&mut line).await? == 0 {
             break;

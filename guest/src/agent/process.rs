@@ -142,7 +142,7 @@ pub enum Stdio<'a> {
     Terminal(BorrowedFd<'a>),
 }
 
-pub fn spawn_with_pipes(image: &Image, user: Option<&User>, with_stdin: bool) -> io::Result<Running> {
+pub fn spawn_with_pipes(prepared: &PreparedCommand, user: Option<&User>, with_stdin: bool) -> io::Result<Running> {
     let (stdout, child_stdout) = pipe_with(PipeFlags::CLOEXEC)?;
     let (stderr, child_stderr) = pipe_with(PipeFlags::CLOEXEC)?;
     // The kernel refuses this when the user's share of pipe memory is used up. The default size works too.
@@ -158,18 +158,19 @@ pub fn spawn_with_pipes(image: &Image, user: Option<&User>, with_stdin: bool) ->
             user.own(pipe)?;
         }
     }
-    let process = spawn(image, user, Stdio::Pipes([child_stdin.as_fd(), child_stdout.as_fd(), child_stderr.as_fd()]))?;
+    let process =
+        spawn(prepared, user, Stdio::Pipes([child_stdin.as_fd(), child_stdout.as_fd(), child_stderr.as_fd()]))?;
     // Closes the command's ends here, so that their end is seen as end of file.
     drop((child_stdin, child_stdout, child_stderr));
     let (stdout, stderr) = (pipe::Receiver::from_owned_fd(stdout)?, pipe::Receiver::from_owned_fd(stderr)?);
     Ok(Running { process, stdin, stdout, stderr })
 }
 
-pub fn spawn(image: &Image, user: Option<&User>, stdio: Stdio<'_>) -> io::Result<Process> {
+pub fn spawn(prepared: &PreparedCommand, user: Option<&User>, stdio: Stdio<'_>) -> io::Result<Process> {
     let oom_kills = oom::kills()?;
     let workload = workload()?;
     // SAFETY: `become_command` makes system calls on memory prepared before, and nothing else.
-    let spawned = unsafe { vfork::spawn(&image.start, &|| image.become_command(workload, user, stdio)) }?;
+    let spawned = unsafe { vfork::spawn(&prepared.start, &|| prepared.become_command(workload, user, stdio)) }?;
     Ok(Process::new(spawned.pid, Child::by_pidfd(spawned.pidfd)?, oom_kills))
 }
 
@@ -180,7 +181,7 @@ pub fn workload() -> io::Result<&'static File> {
 }
 
 /// Everything the child needs, laid out before it is made, because the child may not allocate.
-pub struct Image {
+pub struct PreparedCommand {
     start: Arc<Start>,
     program: CString,
     cwd: CString,
@@ -192,7 +193,7 @@ pub struct Image {
     step: AtomicU8,
 }
 
-impl Image {
+impl PreparedCommand {
     /// The child changes to its working directory.
     pub const ENTERS: u8 = 1;
     /// The child executes its program.
@@ -260,7 +261,7 @@ impl Image {
 }
 
 /// Overwrites the strings, because they may hold secrets.
-impl Drop for Image {
+impl Drop for PreparedCommand {
     fn drop(&mut self) {
         self.strings.zeroize();
     }

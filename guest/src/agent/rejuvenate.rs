@@ -21,7 +21,10 @@ const RESEED: Opcode = opcode::none(b'R', 7);
 /// machine stays frozen.
 pub async fn rejuvenate(context: &Arc<Context>, request: Rejuvenate) -> Result<Rejuvenated, ErrorReply> {
     if !context.gate.is_restored() {
-        return Err(ErrorReply::new(Code::BadRequest, "this machine is not a copy that waits to be made itself"));
+        return Err(ErrorReply::new(
+            Code::BadRequest,
+            "this machine is not a copy that still has the identity of its original",
+        ));
     }
     let done = renew(context, request)?;
     shares::resume_copy(context).await;
@@ -33,8 +36,9 @@ pub async fn rejuvenate(context: &Arc<Context>, request: Rejuvenate) -> Result<R
 /// Renews what identifies the machine; the identity files must have been prepared.
 pub fn renew(context: &Context, request: Rejuvenate) -> Result<Rejuvenated, ErrorReply> {
     let identity = context.identity_files();
-    let identity =
-        identity.as_ref().ok_or_else(|| ErrorReply::new(Code::BadRequest, "nothing was opened before the copying"))?;
+    let identity = identity.as_ref().ok_or_else(|| {
+        ErrorReply::new(Code::BadRequest, "the identity files were not opened before this machine was copied")
+    })?;
     let random = identity.random().and_then(|random| reseed(random, &request.seed));
     random.map_err(|error| ErrorReply::io("random", &error))?;
     let clock_step_ms = clock::set(request.now_ms).map_err(|error| ErrorReply::io("clock", &error))?;

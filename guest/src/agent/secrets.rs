@@ -18,7 +18,7 @@ pub struct Secrets(BTreeMap<String, Secret>);
 
 /// Result of `secrets`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Entrusted {
+pub struct StoredSecrets {
     /// How many secrets there are now.
     stored: usize,
     /// Names that were skipped, because no variable can have them.
@@ -27,7 +27,7 @@ pub struct Entrusted {
 
 impl Secrets {
     /// Stores secrets. With `forget`, those that there are go first. A refused request changes nothing.
-    pub fn take(&mut self, request: request::Secrets) -> Result<Entrusted, ErrorReply> {
+    pub fn take(&mut self, request: request::Secrets) -> Result<StoredSecrets, ErrorReply> {
         let (fine, skipped): (Vec<_>, Vec<_>) = request.values.into_iter().partition(|(name, _)| is_name(name));
         let size = |(name, value): (&String, &Secret)| name.len() + value.len();
         let stay = if request.forget { &BTreeMap::new() } else { &self.0 };
@@ -42,7 +42,7 @@ impl Secrets {
             self.forget();
         }
         self.0.extend(fine);
-        Ok(Entrusted { stored: self.0.len(), skipped: skipped.into_iter().map(|(name, _)| name).collect() })
+        Ok(StoredSecrets { stored: self.0.len(), skipped: skipped.into_iter().map(|(name, _)| name).collect() })
     }
 
     pub fn forget(&mut self) {

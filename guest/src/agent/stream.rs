@@ -23,7 +23,7 @@ const MAX_WAITING: usize = 2 * INPUT_WINDOW;
 pub enum Abort {
     /// The host is told this.
     Reply(ErrorReply),
-    /// The host has gone, so nobody is told.
+    /// The host has gone and cannot be told.
     Gone,
 }
 

@@ -84,7 +84,7 @@ impl Threads {
     }
 
     /// Takes all threads of this kind: waits until none is at work, at most for `limit` and as long as `input`'s stream lasts.
-    pub async fn rest<R: AsyncRead + Unpin>(
+    pub async fn acquire_all<R: AsyncRead + Unpin>(
         &'static self,
         limit: Duration,
         input: &mut FrameReader<R>,
@@ -92,7 +92,7 @@ impl Threads {
         let all = u32::try_from(self.number).unwrap_or(u32::MAX);
         tokio::select! {
             biased;
-            resting = tokio::time::timeout(limit, self.free.acquire_many(all)) => match resting {
+            acquired = tokio::time::timeout(limit, self.free.acquire_many(all)) => match acquired {
                 Ok(Ok(all)) => Ok(all),
                 _ => {
                     let message = format!("{} wait for a file system that does not answer", self.work);

@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_nobody_is_refused() {
+    fn users_and_groups_that_do_not_exist_are_refused() {
         for spec in ["nobody", "web:nothing", "", ":", "4294967295", "web:4294967295", "-1", "99999999999"] {
             assert_eq!(find(spec).unwrap_err().code, Code::BadRequest, "{spec}");
         }

@@ -95,7 +95,7 @@ pub unsafe fn spawn(start: &Start, become_program: &dyn Fn() -> io::Error) -> io
 }
 
 extern "C" fn run(task: *mut c_void) -> libc::c_int {
-    // SAFETY: it is the parent's `task`, which nobody else uses while the parent stands still.
+    // SAFETY: it is the parent's `task`, which nothing else uses while the parent stands still.
     let task = unsafe { &mut *task.cast::<Task<'_>>() };
     task.began = task.start.begins(task.pidfd);
     task.failed = Some(match default_signals() {
@@ -138,7 +138,7 @@ mod tests {
 
     fn exit_code(child: &Spawned) -> i32 {
         let mut status = 0;
-        // SAFETY: a child of ours that nobody has waited for.
+        // SAFETY: a child of ours that has not been waited for.
         assert_eq!(unsafe { libc::waitpid(child.pid.as_raw_pid(), &raw mut status, 0) }, child.pid.as_raw_pid());
         libc::WEXITSTATUS(status)
     }

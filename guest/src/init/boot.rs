@@ -11,6 +11,7 @@
 use std::convert::Infallible;
 use std::{fs, io};
 
+use machinen_protocol::names::GUEST_CONFIG;
 use serde::de::DeserializeOwned;
 
 use super::reaper;
@@ -21,7 +22,6 @@ use crate::system::phases::Phases;
 use crate::system::step::{Failed, Step};
 use crate::system::{mounts, root};
 
-const GUEST_CONFIG: &str = "/machinen-config.json";
 const BOOT_CONFIG: &str = "/machinen-boot.json";
 /// The only version of `/machinen-boot.json` there is.
 const BOOT_VERSION: u32 = 1;
@@ -32,7 +32,7 @@ const BOOT_VERSION: u32 = 1;
 /// The first step that failed.
 pub fn boot(agent: impl FnOnce(Guest) -> Result<Infallible, Failed>) -> Result<Infallible, Failed> {
     let mut phases = Phases::start();
-    let guest: GuestConfig = read_json(GUEST_CONFIG)?;
+    let guest: GuestConfig = read_json(&format!("/{GUEST_CONFIG}"))?;
     let boot: BootConfig = read_json(BOOT_CONFIG)?;
     if boot.version != BOOT_VERSION {
         return Err(Failed::new(BOOT_CONFIG, io::Error::other(format!("unknown version {}", boot.version))));
@@ -64,7 +64,7 @@ pub fn boot(agent: impl FnOnce(Guest) -> Result<Infallible, Failed>) -> Result<I
     }
 }
 
-fn read_json<T: DeserializeOwned>(path: &'static str) -> Result<T, Failed> {
-    let text = fs::read(path).step(path)?;
-    serde_json::from_slice(&text).map_err(|error| Failed::new(path, error.into()))
+fn read_json<T: DeserializeOwned>(path: &str) -> Result<T, Failed> {
+    let read = || Ok(serde_json::from_slice(&fs::read(path)?)?);
+    read().map_err(|error| Failed::new(path.to_owned(), error))
 }

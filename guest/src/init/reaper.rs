@@ -4,7 +4,7 @@ use rustix::process::{WaitOptions, WaitStatus, wait};
 
 use crate::system::console::{reset, say};
 
-/// Reaps orphans until the agent ends. That ends the machine, because nobody could reach it any more.
+/// Reaps orphans until the agent ends, and resets the machine then: without the agent, the host cannot reach it.
 pub fn reap_until_agent_ends(agent: i32) -> ! {
     loop {
         match wait(WaitOptions::empty()) {

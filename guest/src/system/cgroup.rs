@@ -33,7 +33,7 @@ pub fn workload_pids() -> io::Result<Vec<i32>> {
     let mut pids = Vec::new();
     let mut groups = workload_groups()?;
     while let Some(group) = groups.pop() {
-        let Some(listed) = there(fs::read_to_string(group.join("cgroup.procs")))? else { continue };
+        let Some(listed) = if_exists(fs::read_to_string(group.join("cgroup.procs")))? else { continue };
         pids.extend(listed.lines().filter_map(|pid| pid.parse::<i32>().ok()));
         groups.extend(groups_in(&group)?);
     }
@@ -53,7 +53,7 @@ fn workload_groups() -> io::Result<Vec<PathBuf>> {
 
 fn groups_in(group: &Path) -> io::Result<Vec<PathBuf>> {
     let mut groups = Vec::new();
-    for entry in there(fs::read_dir(group))?.into_iter().flatten() {
+    for entry in if_exists(fs::read_dir(group))?.into_iter().flatten() {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             groups.push(entry.path());
@@ -63,7 +63,7 @@ fn groups_in(group: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// `None` for a group that has been removed meanwhile: no process is in it.
-fn there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+fn if_exists<T>(found: io::Result<T>) -> io::Result<Option<T>> {
     match found {
         Err(error) if error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
         found => found.map(Some),
@@ -98,9 +98,11 @@ pub fn freeze_workload() -> io::Result<Vec<File>> {
     let mut frozen = FROZEN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut events = Vec::new();
     for group in workload_groups()? {
-        let Some(event) = there(File::open(group.join("cgroup.events")))? else { continue };
-        let Some(freeze) = there(OpenOptions::new().write(true).open(group.join("cgroup.freeze")))? else { continue };
-        if there(freeze.write_all_at(b"1", 0))?.is_some() {
+        let Some(event) = if_exists(File::open(group.join("cgroup.events")))? else { continue };
+        let Some(freeze) = if_exists(OpenOptions::new().write(true).open(group.join("cgroup.freeze")))? else {
+            continue;
+        };
+        if if_exists(freeze.write_all_at(b"1", 0))?.is_some() {
             frozen.push(freeze);
             events.push(event);
         }
@@ -112,7 +114,7 @@ pub fn freeze_workload() -> io::Result<Vec<File>> {
 pub fn thaw_workload() -> io::Result<()> {
     let mut frozen = FROZEN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut failed = Ok(());
-    frozen.retain(|freeze| match there(freeze.write_all_at(b"0", 0)) {
+    frozen.retain(|freeze| match if_exists(freeze.write_all_at(b"0", 0)) {
         Ok(_) => false,
         Err(error) => {
             failed = Err(error);
@@ -131,7 +133,7 @@ pub fn is_frozen(events: &[u8]) -> bool {
 pub fn kill_workload() -> io::Result<()> {
     let gathered = gather_workload();
     for group in workload_groups()? {
-        there(fs::write(group.join("cgroup.kill"), "1"))?;
+        if_exists(fs::write(group.join("cgroup.kill"), "1"))?;
     }
     gathered
 }

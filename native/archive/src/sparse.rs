@@ -6,9 +6,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::SeekFrom;
-
 use crate::error::invalid;
+use crate::holes::next_data;
 
 /// A part of a file that is no hole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,24 +32,14 @@ pub fn parts(file: &File, size: u64) -> io::Result<Vec<Part>> {
     let mut parts: Vec<Part> = Vec::new();
     let mut smallest_hole = 1;
     let mut at = 0;
-    while at < size {
-        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            // Nothing but a hole follows.
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let end = rustix::fs::seek(file, SeekFrom::Hole(start))?.clamp(start, size);
-        if start >= size || end == start {
-            break;
-        }
-        add(&mut parts, Part { offset: start, length: end - start }, smallest_hole);
+    while let Some(data) = next_data(file, at, size)?.filter(|data| !data.is_empty()) {
+        add(&mut parts, Part { offset: data.start, length: data.end - data.start }, smallest_hole);
         while parts.len() > MAX_PARTS {
             smallest_hole *= 2;
             let all = std::mem::take(&mut parts);
             all.into_iter().for_each(|part| add(&mut parts, part, smallest_hole));
         }
-        at = end;
+        at = data.end;
     }
     // By convention an empty part marks the end of a hole at the file's end.
     if parts.last().is_none_or(|last| last.offset + last.length < size) {

@@ -1,10 +1,9 @@
 //! Tests of packer and unpacker together, and of streams that never end or end too soon.
 
 use std::fs;
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, symlink};
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use tar::{Builder, EntryType, Header};
 use tempfile::TempDir;
@@ -12,11 +11,11 @@ use tempfile::TempDir;
 use super::{ChunkWriter, Source, Target};
 use crate::Error;
 
-fn unpack(target: &Path, archive: impl Read) -> Result<u64, Error> {
+pub fn unpack(target: &Path, archive: impl Read) -> Result<u64, Error> {
     Target::open(target).unwrap().unpack(archive)
 }
 
-fn pack(path: &Path, excludes: &[String]) -> (u64, Vec<u8>) {
+pub fn pack(path: &Path, excludes: &[String]) -> (u64, Vec<u8>) {
     collect(&Source::open(path, excludes, true).unwrap())
 }
 
@@ -99,89 +98,6 @@ fn what_follows_the_end_of_an_archive_is_read_and_ignored() {
     let mut rest = end.as_slice();
     assert_eq!(unpack(to.path(), &mut rest).unwrap(), 0);
     assert!(rest.is_empty());
-}
-
-fn blocks(path: &Path) -> u64 {
-    fs::metadata(path).unwrap().blocks()
-}
-
-#[test]
-fn holes_stay_holes_and_do_not_travel() {
-    let from = TempDir::new().unwrap();
-    let path = |name: &str| from.path().join(name);
-    let long = format!("{}/{}", "n".repeat(150), "sparse");
-    fs::create_dir(path(&"n".repeat(150))).unwrap();
-    for name in ["begins", "ends", &long] {
-        let file = fs::File::create(path(name)).unwrap();
-        file.set_len(1 << 30).unwrap();
-        file.write_all_at(&[7; 5000], if name == "begins" { 0 } else { (1 << 30) - 5000 }).unwrap();
-        file.write_all_at(b"middle", 100 << 20).unwrap();
-    }
-    fs::File::create(path("empty")).unwrap().set_len(1 << 20).unwrap();
-    let (_, bytes) = pack(from.path(), &[]);
-    assert!(bytes.len() < 100_000, "{}", bytes.len());
-
-    let to = TempDir::new().unwrap();
-    unpack(to.path(), bytes.as_slice()).unwrap();
-    for name in ["begins", "ends", "empty", &long] {
-        let (old, new) = (fs::File::open(path(name)).unwrap(), fs::File::open(to.path().join(name)).unwrap());
-        assert_eq!(old.metadata().unwrap().len(), new.metadata().unwrap().len(), "{name}");
-        assert!(blocks(&to.path().join(name)) < 100, "{name}");
-        for offset in [0, 4096, 100 << 20, (1 << 30) - 5000, (1 << 30) - 100] {
-            let (mut was, mut is) = ([1; 100], [2; 100]);
-            let read = old.read_at(&mut was, offset).unwrap();
-            assert_eq!(read, new.read_at(&mut is, offset).unwrap(), "{name}");
-            assert_eq!(was[..read], is[..read], "{name} at {offset}");
-        }
-    }
-}
-
-#[test]
-fn other_programs_read_holes_too() {
-    let from = TempDir::new().unwrap();
-    let file = fs::File::create(from.path().join("sparse")).unwrap();
-    file.set_len(1 << 24).unwrap();
-    file.write_all_at(b"data", 1 << 20).unwrap();
-    let (_, bytes) = pack(from.path(), &[]);
-    let to = TempDir::new().unwrap();
-    let mut tar = Command::new("tar").args(["-x", "-C"]).arg(to.path()).stdin(Stdio::piped()).spawn().unwrap();
-    tar.stdin.take().unwrap().write_all(&bytes).unwrap();
-    assert!(tar.wait().unwrap().success());
-    assert_eq!(fs::read(to.path().join("sparse")).unwrap(), fs::read(from.path().join("sparse")).unwrap());
-}
-
-/// An archive of one file whose headers claim holes.
-fn pretending(size: &str, map: &str) -> Vec<u8> {
-    let mut builder = Builder::new(Vec::new());
-    builder
-        .append_pax_extensions(
-            [("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0"), ("GNU.sparse.realsize", size)]
-                .map(|(key, value)| (key, value.as_bytes())),
-        )
-        .unwrap();
-    let mut data = map.as_bytes().to_vec();
-    data.resize(1024, 0);
-    let mut header = Header::new_gnu();
-    header.set_mode(0o644);
-    header.set_uid(0);
-    header.set_gid(0);
-    header.set_mtime(0);
-    header.set_size(1024);
-    builder.append_data(&mut header, "file", data.as_slice()).unwrap();
-    builder.into_inner().unwrap()
-}
-
-#[test]
-fn holes_that_make_no_sense_are_refused() {
-    for (size, map) in
-        [("x", "1\n0\n512\n"), ("100", "1\n0\n512\n"), ("4096", "2\n0\n512\n0\n0\n"), ("4096", "9"), ("4096", "")]
-    {
-        let to = TempDir::new().unwrap();
-        let refused = unpack(to.path(), pretending(size, map).as_slice()).unwrap_err();
-        assert!(matches!(refused, Error::Refused(_)), "{size} {map:?}: {refused}");
-    }
-    let to = TempDir::new().unwrap();
-    unpack(to.path(), pretending("4096", "1\n512\n512\n").as_slice()).unwrap();
 }
 
 #[test]
@@ -447,115 +363,4 @@ fn a_file_has_its_name_only_when_it_is_whole() {
     assert_eq!(fs::read_to_string(to.path().join("file")).unwrap(), "old");
     unpack(to.path(), bytes.as_slice()).unwrap();
     assert_eq!(fs::read(to.path().join("file")).unwrap().len(), 100_000);
-}
-
-/// The disk space, in bytes, of everything below `directory`.
-fn disk_use(directory: &Path) -> u64 {
-    let below = |entry: fs::DirEntry| {
-        let found = entry.path().symlink_metadata().unwrap();
-        if found.is_dir() { disk_use(&entry.path()) } else { found.blocks() * 512 }
-    };
-    fs::read_dir(directory).unwrap().map(|entry| below(entry.unwrap())).sum()
-}
-
-#[test]
-fn the_old_form_of_holes_is_refused() {
-    let mut header = Header::new_gnu();
-    header.set_entry_type(EntryType::GNUSparse);
-    header.set_path("bomb").unwrap();
-    header.set_mode(0o644);
-    header.set_uid(0);
-    header.set_gid(0);
-    header.set_mtime(0);
-    header.set_size(0);
-    let gnu = header.as_gnu_mut().unwrap();
-    gnu.sparse[0].offset.copy_from_slice(b"02000000000\0");
-    gnu.sparse[0].numbytes.copy_from_slice(b"00000000000\0");
-    gnu.realsize.copy_from_slice(b"02000000000\0");
-    header.set_cksum();
-    let mut bytes = header.as_bytes().to_vec();
-    bytes.resize(10_240, 0);
-    let to = TempDir::new().unwrap();
-    let refused = unpack(to.path(), bytes.as_slice()).unwrap_err();
-    assert!(refused.to_string().contains("PAX 1.0"), "{refused}");
-    assert_eq!(fs::read_dir(to.path()).unwrap().count(), 0);
-}
-
-/// A generator that gives the same numbers every time.
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 33).unwrap() % limit
-    }
-}
-
-/// Damages an archive. In half of the cases it corrects the headers' checksums afterwards, so that the damage itself is met.
-fn damaged(bytes: &[u8], numbers: &mut Numbers) -> Vec<u8> {
-    let mut bytes = bytes.to_vec();
-    for _ in 0..=numbers.below(6) {
-        let at = numbers.below(bytes.len());
-        match numbers.below(5) {
-            0 => bytes[at] = u8::try_from(numbers.below(256)).unwrap(),
-            1 => bytes[at] ^= 1 << numbers.below(8),
-            2 => bytes.truncate((at + 1).max(512)),
-            3 => {
-                let from = numbers.below(bytes.len()) / 512 * 512;
-                let block = bytes[from..bytes.len().min(from + 512)].to_vec();
-                let at = at / 512 * 512;
-                let room = block.len().min(bytes.len() - at);
-                bytes[at..at + room].copy_from_slice(&block[..room]);
-            }
-            // The kind of an entry, or a digit of its size.
-            _ => {
-                let field = if numbers.below(2) == 0 { 156 } else { 124 + numbers.below(11) };
-                let at = at / 512 * 512 + field;
-                if at < bytes.len() {
-                    bytes[at] = b"01234567LKxgSDVM"[numbers.below(16)];
-                }
-            }
-        }
-    }
-    if numbers.below(2) == 0 {
-        for header in bytes.chunks_exact_mut(512).filter(|header| header[257..].starts_with(b"ustar")) {
-            let sum: u32 =
-                header[..148].iter().chain(&header[156..]).map(|&byte| u32::from(byte)).sum::<u32>() + 8 * 32;
-            header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-        }
-    }
-    bytes
-}
-
-#[test]
-fn no_archive_leads_out_or_fills_the_disk_or_panics() {
-    let from = TempDir::new().unwrap();
-    let path = |name: &str| from.path().join(name);
-    fs::create_dir_all(path(&format!("d/{}", "n".repeat(120)))).unwrap();
-    fs::write(path(&format!("d/{}/f", "n".repeat(120))), "long").unwrap();
-    fs::write(path("d/file"), vec![7; 3000]).unwrap();
-    fs::hard_link(path("d/file"), path("d/same")).unwrap();
-    symlink("d/file", path("link")).unwrap();
-    let sparse = fs::File::create(path("sparse")).unwrap();
-    sparse.set_len(1 << 20).unwrap();
-    sparse.write_all_at(b"middle", 500_000).unwrap();
-    let (_, whole) = pack(from.path(), &[]);
-
-    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
-    let (mut refused, mut taken) = (0, 0);
-    for _ in 0..3000 {
-        let bytes = damaged(&whole, &mut numbers);
-        let around = TempDir::new_in("/dev/shm").unwrap();
-        let target = around.path().join("target");
-        match Target::open(&target).unwrap().for_caller().unpack(bytes.as_slice()) {
-            Ok(_) => taken += 1,
-            Err(_) => refused += 1,
-        }
-        assert_eq!(fs::read_dir(around.path()).unwrap().count(), 1);
-        assert!(disk_use(&target) <= 8 * bytes.len() as u64, "{} for {}", disk_use(&target), bytes.len());
-        rustix::fs::chmod(&target, 0o700.into()).unwrap();
-    }
-    assert!(refused > 500 && taken > 200, "{refused} refused, {taken} taken");
 }

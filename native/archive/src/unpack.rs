@@ -2,21 +2,21 @@
 //! target. The kernel enforces that (`openat2`), so no race can get round it.
 
 use std::cell::Cell;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use tar::{Entry, EntryType};
 
+use crate::content::{copy, copy_parts, sparse_size};
+use crate::draft::{Draft, remove};
 use crate::error::{Error, errno, invalid};
-use crate::sparse::{self, Part};
-use crate::times;
+use crate::metadata::Metadata;
 
 /// How many bytes are written at once. In an emulated machine the number of system calls decides the speed.
 const CHUNK: usize = 256 * 1024;
@@ -122,7 +122,7 @@ impl Target {
         directories: &mut Directories,
         buffer: &mut [u8],
     ) -> io::Result<()> {
-        let attributes = Attributes::of(entry, self.keeps_owners)?;
+        let metadata = Metadata::of(entry, self.keeps_owners)?;
         let kind = entry.header().entry_type();
         if self.name.is_some() {
             match kind {
@@ -139,15 +139,15 @@ impl Target {
         if kind.is_dir() {
             let directory = self.make_directory(name)?;
             // Only the owner is set here; mode and time are set when everything in the directory has been made.
-            attributes.set_owner(&directory)?;
-            rustix::fs::fchmod(&directory, attributes.mode | Mode::RWXU)?;
-            directories.open.push((name.to_owned(), attributes));
+            metadata.set_owner(&directory)?;
+            rustix::fs::fchmod(&directory, metadata.mode | Mode::RWXU)?;
+            directories.open.push((name.to_owned(), metadata));
             return Ok(());
         }
         let parent = self.make_directory(name.parent().unwrap_or(Path::new("")))?;
         let parent = parent.as_fd();
         match kind {
-            // The older form of GNU tar is refused, because nobody sends it and 512 bytes of it can stand for any number of zeros.
+            // The older form of GNU tar is refused, because no peer of ours sends it and 512 bytes of it can stand for any number of zeros.
             EntryType::GNUSparse => return Err(invalid("a file with holes in another form than PAX 1.0")),
             EntryType::Regular | EntryType::Continuous => {
                 let draft = Draft::begin(parent)?;
@@ -155,9 +155,9 @@ impl Target {
                     Some(size) => copy_parts(entry, &draft.file, size, buffer)?,
                     None => copy(entry, &draft.file, buffer)?,
                 }
-                attributes.set_on(&draft.file)?;
-                rustix::fs::futimens(&draft.file, &attributes.times)?;
-                attributes.check_time(&rustix::fs::fstat(&draft.file)?)?;
+                metadata.set_on(&draft.file)?;
+                rustix::fs::futimens(&draft.file, &metadata.times)?;
+                metadata.check_time(&rustix::fs::fstat(&draft.file)?)?;
                 draft.place(last)?;
             }
             EntryType::Link => self.link(entry, name, parent)?,
@@ -165,14 +165,14 @@ impl Target {
                 let to = entry.link_name()?.ok_or_else(|| invalid("a symbolic link to nothing"))?;
                 remove(parent, last.as_ref())?;
                 rustix::fs::symlinkat(to.as_ref(), parent, last)?;
-                attributes.set_at(parent, last.as_ref(), false)?;
+                metadata.set_at(parent, last.as_ref(), false)?;
             }
             EntryType::Char | EntryType::Block if !self.keeps_owners => {}
             EntryType::Fifo | EntryType::Char | EntryType::Block => {
                 remove(parent, last.as_ref())?;
                 let (node, device) = node(entry)?;
-                rustix::fs::mknodat(parent, last, node, attributes.mode, device)?;
-                attributes.set_at(parent, last.as_ref(), true)?;
+                rustix::fs::mknodat(parent, last, node, metadata.mode, device)?;
+                metadata.set_at(parent, last.as_ref(), true)?;
             }
             EntryType::XGlobalHeader => {}
             other => return Err(invalid(&format!("an entry of type {other:?}"))),
@@ -227,17 +227,17 @@ impl Target {
 /// so a hostile archive fills no memory; an archive that comes back to a directory later changes its time.
 struct Directories<'a> {
     target: &'a Target,
-    open: Vec<(PathBuf, Attributes)>,
+    open: Vec<(PathBuf, Metadata)>,
 }
 
 impl Directories<'_> {
     /// Finishes the directories in which the next entry, `name`, is not.
     fn leave(&mut self, name: &Path) {
-        while let Some((directory, attributes)) = self.open.pop_if(|(directory, _)| !is_below(name, directory)) {
+        while let Some((directory, metadata)) = self.open.pop_if(|(directory, _)| !is_below(name, directory)) {
             // A directory that another process has renamed since is left as it is.
             if let Ok(directory) = self.target.open_directory(&directory) {
-                let _ = rustix::fs::fchmod(&directory, attributes.mode);
-                let _ = rustix::fs::futimens(directory, &attributes.times);
+                let _ = rustix::fs::fchmod(&directory, metadata.mode);
+                let _ = rustix::fs::futimens(directory, &metadata.times);
             }
         }
     }
@@ -245,125 +245,6 @@ impl Directories<'_> {
 
 fn is_below(name: &Path, directory: &Path) -> bool {
     name != directory && name.starts_with(directory)
-}
-
-struct Attributes {
-    mode: Mode,
-    uid: Option<Uid>,
-    gid: Option<Gid>,
-    times: Timestamps,
-}
-
-impl Attributes {
-    fn of(entry: &mut Entry<impl Read>, keeps_owners: bool) -> io::Result<Self> {
-        let time = time(entry)?;
-        let header = entry.header();
-        let id =
-            |id: u64| u32::try_from(id).ok().filter(|id| *id != u32::MAX).ok_or_else(|| invalid("an impossible owner"));
-        Ok(Self {
-            mode: Mode::from_raw_mode(header.mode()? & if keeps_owners { 0o7777 } else { 0o1777 }),
-            uid: keeps_owners.then(|| id(header.uid()?).map(Uid::from_raw)).transpose()?,
-            gid: keeps_owners.then(|| id(header.gid()?).map(Gid::from_raw)).transpose()?,
-            times: Timestamps { last_access: time, last_modification: time },
-        })
-    }
-
-    /// Sets the owner first, because changing it clears set-id bits.
-    fn set_on(&self, file: impl AsFd) -> rustix::io::Result<()> {
-        self.set_owner(&file)?;
-        rustix::fs::fchmod(&file, self.mode)
-    }
-
-    fn set_owner(&self, file: impl AsFd) -> rustix::io::Result<()> {
-        if self.uid.is_some() { rustix::fs::fchown(&file, self.uid, self.gid) } else { Ok(()) }
-    }
-
-    fn set_at(&self, parent: BorrowedFd, name: &Path, has_mode: bool) -> rustix::io::Result<()> {
-        if self.uid.is_some() {
-            rustix::fs::chownat(parent, name, self.uid, self.gid, AtFlags::SYMLINK_NOFOLLOW)?;
-        }
-        if has_mode {
-            rustix::fs::chmodat(parent, name, self.mode, AtFlags::empty())?;
-        }
-        rustix::fs::utimensat(parent, name, &self.times, AtFlags::SYMLINK_NOFOLLOW)?;
-        self.check_time(&rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?)
-    }
-
-    /// Checks the time that the file got, because a file system silently stores the nearest time it can hold. FAT counts in steps of two
-    /// seconds.
-    fn check_time(&self, found: &Stat) -> rustix::io::Result<()> {
-        let difference = found.st_mtime.abs_diff(self.times.last_modification.tv_sec);
-        if difference <= 2 { Ok(()) } else { Err(Errno::OVERFLOW) }
-    }
-}
-
-fn time(entry: &mut Entry<impl Read>) -> io::Result<Timespec> {
-    let impossible = || invalid("an impossible time");
-    for extension in entry.pax_extensions()?.into_iter().flatten() {
-        let extension = extension?;
-        if extension.key() == Ok(times::KEY) {
-            return extension.value().ok().and_then(times::read).ok_or_else(impossible);
-        }
-    }
-    let seconds = i64::try_from(entry.header().mtime()?).map_err(|_| impossible())?;
-    Ok(Timespec { tv_sec: seconds, tv_nsec: 0 })
-}
-
-/// A file that gets its name only when it is whole. Until then it has no name, so that nothing of it is left even if this process is
-/// killed. On a file system without such files it has a temporary name, which is removed with the draft.
-struct Draft<'a> {
-    parent: BorrowedFd<'a>,
-    file: OwnedFd,
-    name: Option<String>,
-}
-
-static DRAFTS: AtomicU64 = AtomicU64::new(0);
-
-impl<'a> Draft<'a> {
-    fn begin(parent: BorrowedFd<'a>) -> rustix::io::Result<Self> {
-        let (flags, mode) = (OFlags::WRONLY | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
-        match rustix::fs::openat(parent, ".", flags | OFlags::TMPFILE, mode) {
-            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => {}
-            file => return Ok(Self { parent, file: file?, name: None }),
-        }
-        loop {
-            let name = format!(".machinen-{}-{}", std::process::id(), DRAFTS.fetch_add(1, Ordering::Relaxed));
-            let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-            match rustix::fs::openat(parent, &name, flags, mode) {
-                Err(Errno::EXIST) => {}
-                file => return Ok(Self { parent, file: file?, name: Some(name) }),
-            }
-        }
-    }
-
-    /// Gives the draft its name and replaces what has that name. Writing into an old file would change its other names too.
-    fn place(mut self, last: &OsStr) -> rustix::io::Result<()> {
-        if let Some(name) = &self.name {
-            rustix::fs::renameat(self.parent, name, self.parent, last)?;
-            self.name = None;
-            return Ok(());
-        }
-        let link = || {
-            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-            rustix::fs::linkat(CWD, path, self.parent, last, AtFlags::SYMLINK_FOLLOW)
-        };
-        match link() {
-            Err(Errno::EXIST) => {
-                remove(self.parent, last.as_ref())?;
-                link()
-            }
-            linked => linked,
-        }
-    }
-}
-
-impl Drop for Draft<'_> {
-    fn drop(&mut self) {
-        if let Some(name) = &self.name {
-            // The earlier failure is reported, not one of this removal.
-            let _ = rustix::fs::unlinkat(self.parent, name, AtFlags::empty());
-        }
-    }
 }
 
 fn node(entry: &Entry<impl Read>) -> io::Result<(FileType, u64)> {
@@ -375,74 +256,6 @@ fn node(entry: &Entry<impl Read>) -> io::Result<(FileType, u64)> {
     };
     let (major, minor) = (header.device_major()?.unwrap_or(0), header.device_minor()?.unwrap_or(0));
     Ok((kind, rustix::fs::makedev(major, minor)))
-}
-
-/// Removes the old file of this name. It is not written into, because it may have other names.
-fn remove(parent: BorrowedFd, name: &Path) -> rustix::io::Result<()> {
-    match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
-        Err(Errno::NOENT) => Ok(()),
-        done => done,
-    }
-}
-
-/// The real size of a file with holes. The real name in the headers is ignored in favour of the entry's own.
-fn sparse_size(entry: &mut Entry<impl Read>) -> io::Result<Option<u64>> {
-    let Some(extensions) = entry.pax_extensions()? else { return Ok(None) };
-    let (mut form, mut size) = ([None, None], None);
-    for extension in extensions {
-        let extension = extension?;
-        let number = || extension.value().ok().and_then(|digits| digits.parse::<u64>().ok());
-        match extension.key() {
-            Ok(sparse::MAJOR) => form[0] = number(),
-            Ok(sparse::MINOR) => form[1] = number(),
-            Ok(sparse::SIZE) => size = number(),
-            _ => {}
-        }
-    }
-    match (form, size) {
-        ([None, None], None) => Ok(None),
-        ([Some(1), Some(0)], Some(size)) => Ok(Some(size)),
-        _ => Err(invalid("a file with holes in another form than PAX 1.0")),
-    }
-}
-
-/// Writes the parts of a file with holes.
-fn copy_parts(entry: &mut Entry<impl Read>, file: &OwnedFd, size: u64, buffer: &mut [u8]) -> io::Result<()> {
-    let left = entry.size();
-    let parts = sparse::read_map(entry, left, size)?;
-    rustix::fs::ftruncate(file, size)?;
-    for Part { mut offset, length } in parts {
-        let end = offset + length;
-        while offset < end {
-            let wanted = usize::try_from(end - offset).unwrap_or(usize::MAX).min(buffer.len());
-            let n = entry.read(&mut buffer[..wanted])?;
-            if n == 0 {
-                return Err(invalid("the archive ends within it"));
-            }
-            let mut piece = &buffer[..n];
-            while !piece.is_empty() {
-                let written = rustix::io::pwrite(file, piece, offset)?;
-                offset += written as u64;
-                piece = &piece[written..];
-            }
-        }
-    }
-    Ok(())
-}
-
-fn copy(entry: &mut Entry<impl Read>, file: &OwnedFd, buffer: &mut [u8]) -> io::Result<()> {
-    let mut copied = 0;
-    loop {
-        let mut piece = match entry.read(buffer)? {
-            0 => break,
-            n => &buffer[..n],
-        };
-        copied += piece.len() as u64;
-        while !piece.is_empty() {
-            piece = &piece[rustix::io::write(file, piece)?..];
-        }
-    }
-    if copied == entry.size() { Ok(()) } else { Err(invalid("the archive ends within it")) }
 }
 
 /// The path without `.` components. Fails if it could lead out of the target.

@@ -40,7 +40,7 @@ where
         let unsent = running.0.lock().end();
         match end {
             End::Hello(epoch) => next = Some(epoch),
-            End::OutOfSync => link.complain(unsent.into_bytes()),
+            End::OutOfSync => link.announce_end(unsent.into_bytes()),
             End::Port(None) => return Ok(()),
             End::Port(Some(error)) => return Err(error),
         }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Stream, Opener, Incoming     what users hold                          stream.rs
-//! Mux                          the streams of a session, bounded        mux.rs, output.rs
+//! Mux                          the streams of a session, bounded        mux/, output.rs
 //! Link                         frames in, frames out, hellos            link.rs
 //! Frame                        as bytes, pure functions                 frame.rs
 //! the port                     any AsyncRead + AsyncWrite

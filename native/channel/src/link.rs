@@ -55,7 +55,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Link<T> {
 
     /// Tells the host, which cannot know otherwise, that the session which left `unsent` is over. A byte that begins no frame puts the host
     /// out of sync.
-    pub(crate) fn complain(&mut self, unsent: Vec<u8>) {
+    pub(crate) fn announce_end(&mut self, unsent: Vec<u8>) {
         self.sent = 0;
         self.output = unsent;
         self.output.push(frame::NO_FRAME);

@@ -120,7 +120,7 @@ impl Incoming {
         self.stream.take().ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
-    /// Tells the opener that nobody listens there.
+    /// Tells the opener that there is no listener at this port.
     pub fn refuse(self) {
         drop(self);
     }

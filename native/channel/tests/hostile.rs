@@ -4,143 +4,18 @@
 // Clippy exempts test functions only, not what they call.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use machinen_channel::{
-    HostSession, Incoming, LARGE_WINDOW, MAX_GUEST_STREAMS, MAX_LARGE, MAX_STREAMS, Opener, Stream, WINDOW,
-    connect_host,
-};
+mod peer;
+
+use machinen_channel::{LARGE_WINDOW, MAX_GUEST_STREAMS, MAX_LARGE, MAX_STREAMS, Stream, WINDOW};
+use peer::{ACCEPT, CREDIT, DATA, FINISH, HELLO, OPEN, Peer, RESET, frame, open};
 use std::io::ErrorKind;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
-
-const OPEN: u8 = 2;
-const ACCEPT: u8 = 3;
-const DATA: u8 = 4;
-const CREDIT: u8 = 5;
-const FINISH: u8 = 6;
-const RESET: u8 = 7;
-/// A hello before its epoch.
-const HELLO: [u8; 6] = [1, 0, 0, 0, 17, 3];
 
 /// How many bytes a session may hold besides its streams: its output (1 MiB, 64 KiB and a frame, in a buffer that has doubled), and its
 /// tables.
 const SESSION: usize = 4 << 20;
-
-fn frame(kind: u8, id: u32, rest: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(4 + rest.len()).unwrap();
-    [&[kind], &length.to_be_bytes()[..], &id.to_be_bytes(), rest, &[0x5a]].concat()
-}
-
-fn open(id: u32, port: u32) -> Vec<u8> {
-    frame(OPEN, id, &[&port.to_be_bytes()[..], &[0]].concat())
-}
-
-/// A guest that sends raw bytes, and the host it talks to.
-struct Peer {
-    port: DuplexStream,
-    opener: Opener,
-    incoming: mpsc::Receiver<Incoming>,
-    /// Bytes that were read and not yet decoded.
-    heard: Vec<u8>,
-}
-
-impl Peer {
-    /// A session that has just begun.
-    async fn new() -> Peer {
-        let (near, far) = duplex(256 * 1024);
-        let HostSession { opener, incoming, driver } = connect_host(near, false);
-        tokio::spawn(driver);
-        let mut peer = Peer { port: far, opener, incoming, heard: Vec::new() };
-        peer.greet().await;
-        peer
-    }
-
-    /// Answers the next hello of the host, whatever comes before it.
-    async fn greet(&mut self) {
-        loop {
-            let at = self.heard.windows(6).position(|bytes| bytes == HELLO);
-            if let Some(at) = at
-                && self.heard.len() >= at + 23
-            {
-                let hello = self.heard[at..at + 23].to_vec();
-                self.heard.drain(..at + 23);
-                self.port.write_all(&hello).await.unwrap();
-                break;
-            }
-            self.hear().await;
-        }
-        while !self.opener.is_connected() {
-            tokio::task::yield_now().await;
-        }
-    }
-
-    async fn hear(&mut self) {
-        assert_ne!(self.port.read_buf(&mut self.heard).await.unwrap(), 0);
-    }
-
-    async fn say(&mut self, bytes: &[u8]) {
-        self.port.write_all(bytes).await.unwrap();
-    }
-
-    /// The next frame: kind, id, the rest of its body.
-    async fn next(&mut self) -> (u8, u32, Vec<u8>) {
-        loop {
-            if let Some(head) = self.heard.first_chunk::<5>() {
-                let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
-                if self.heard.len() > 5 + length {
-                    let frame: Vec<u8> = self.heard.drain(..5 + length + 1).collect();
-                    assert_eq!(frame.last(), Some(&0x5a));
-                    return (
-                        frame[0],
-                        u32::from_be_bytes([frame[5], frame[6], frame[7], frame[8]]),
-                        frame[9..5 + length].to_vec(),
-                    );
-                }
-            }
-            self.hear().await;
-        }
-    }
-
-    /// A stream that the host has opened and this peer has accepted.
-    async fn accepted(&mut self) -> (Stream, u32) {
-        let opener = self.opener.clone();
-        let opening = tokio::spawn(async move { opener.open(1).await });
-        // Skips the ends of streams that the test has dropped before.
-        let id = loop {
-            match self.next().await {
-                (OPEN, id, _) => break id,
-                (kind, ..) => assert_eq!(kind, RESET),
-            }
-        };
-        self.say(&frame(ACCEPT, id, &[])).await;
-        (opening.await.unwrap().unwrap(), id)
-    }
-
-    /// Checks that the session goes on: a stream can be opened and carries bytes.
-    async fn goes_on(&mut self) {
-        let (mut stream, id) = self.accepted().await;
-        self.say(&frame(DATA, id, b"x")).await;
-        assert_eq!(stream.read_u8().await.unwrap(), b'x');
-    }
-
-    /// Waits until the host has dropped the session.
-    async fn is_dropped(&self) {
-        while self.opener.is_connected() {
-            tokio::task::yield_now().await;
-        }
-    }
-
-    /// Waits until the host has dropped the session and says hello anew, behind pads, which complete the frame it had begun.
-    async fn is_refused(&mut self, stream: Option<Stream>) {
-        self.is_dropped().await;
-        if let Some(mut stream) = stream {
-            let mut rest = Vec::new();
-            assert_eq!(stream.read_to_end(&mut rest).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
-        }
-        self.greet().await;
-        self.goes_on().await;
-    }
-}
 
 /// Fails a test that takes too long, so that none hangs.
 async fn bounded(work: impl Future<Output = ()>) {
@@ -159,7 +34,7 @@ async fn flood(peer: &mut Peer, bytes: &[u8], times: usize, bound: usize) {
 }
 
 #[tokio::test]
-async fn opens_beyond_the_limit_are_refused_until_nobody_hears_it() {
+async fn opens_beyond_the_limit_are_refused_until_the_refusals_are_not_read() {
     bounded(async {
         let mut peer = Peer::new().await;
         let mut kept = Vec::new();
@@ -186,7 +61,7 @@ async fn what_is_opened_and_reset_for_ever_costs_no_more_than_what_is_open() {
         let bytes: Vec<u8> = (1..1000)
             .flat_map(|n| [open(2 * n, 5), frame(DATA, 2 * n, &[1; 64]), frame(RESET, 2 * n, &[0])].concat())
             .collect();
-        // Nobody takes the incoming streams, so they wait to be accepted.
+        // The test does not take the incoming streams, so they wait to be accepted.
         flood(&mut peer, &bytes, 200, SESSION + 2 * MAX_GUEST_STREAMS * WINDOW).await;
         // Then they are refused, and the refusals cannot be sent either.
         let mut incoming = std::mem::replace(&mut peer.incoming, mpsc::channel(1).1);
@@ -309,7 +184,7 @@ async fn readers_that_keep_up_get_a_large_window_as_far_as_there_are_any() {
             assert_eq!(peer.next().await, (CREDIT, id, granted.to_be_bytes().to_vec()), "{n}");
             streams.push((stream, id));
         }
-        // Nobody reads any more: the host takes a whole window, and no byte more.
+        // The stream is not read any more: the host takes a whole window, and no byte more.
         let held = peer.opener.held();
         for _ in 0..LARGE_WINDOW / piece.len() {
             peer.say(&frame(DATA, streams[0].1, &piece)).await;
@@ -364,7 +239,7 @@ async fn data_beyond_a_window_ends_the_session() {
 }
 
 #[tokio::test]
-async fn small_frames_into_a_window_nobody_reads_cost_their_bytes() {
+async fn small_frames_into_a_window_that_is_not_read_cost_their_bytes() {
     bounded(async {
         let mut peer = Peer::new().await;
         let (stream, id) = peer.accepted().await;
@@ -497,7 +372,7 @@ async fn half_a_hello_is_waited_for_and_a_wrong_one_starts_over() {
 }
 
 #[tokio::test]
-async fn a_stream_that_is_neither_accepted_nor_refused_holds_back_nobody() {
+async fn a_stream_that_is_neither_accepted_nor_refused_holds_back_no_other() {
     bounded(async {
         let mut peer = Peer::new().await;
         for _ in 0..MAX_STREAMS - 1 {

@@ -9,7 +9,7 @@ use tokio::time::sleep;
 
 /// How many descriptors are kept back. Each lets one more client in.
 const RESERVE: usize = 8;
-/// How long to wait if nothing else helps. The listener stays readable, so accepting again at once would spin, and no event reports that
+/// How long to wait when a client cannot be accepted. The listener stays readable, so accepting again at once would spin, and no event reports that
 /// the process has closed a descriptor.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -44,6 +44,16 @@ impl Reserve {
                 // A reserved descriptor has just been closed, and nothing else runs on this thread in between.
                 Err(_) => {}
             }
+        }
+    }
+}
+
+/// Accepts the next client, and waits as long as that is not possible, e.g. for want of a descriptor.
+pub async fn next_client(listener: &UnixListener) -> UnixStream {
+    loop {
+        match listener.accept().await {
+            Ok((client, _)) => return client,
+            Err(_) => sleep(PAUSE).await,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The shim's own requests to the guest's agent: to power off, and to set the clock.
 
-use crate::{frame, line};
+use crate::{clock, frame, line};
 use machinen_channel::Opener;
 use machinen_protocol::frame::Kind;
 use machinen_protocol::names::{CLOCK, POWER_OFF};
@@ -8,7 +8,6 @@ use machinen_protocol::ports::OPERATIONS;
 use serde_json::{Value, json};
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -43,9 +42,7 @@ impl Agent {
     /// # Errors
     /// When no guest is connected, it has no stream left, or the agent refuses.
     pub async fn set_clock(self) -> io::Result<()> {
-        // A host's clock before 1970 counts as 1970.
-        let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_millis());
-        self.ask(|| json!({"op": CLOCK, "nowMs": u64::try_from(now()).unwrap_or(u64::MAX)})).await
+        self.ask(|| json!({"op": CLOCK, "nowMs": clock::now_ms()})).await
     }
 
     /// Sends the request `what`, which is made only when there is a stream to send it on.
@@ -75,7 +72,7 @@ impl Agent {
 
 /// Sends the request and keeps the stream open until the guest ends it, because closing it early would cancel the operation.
 async fn request(mut stream: impl AsyncRead + AsyncWrite + Unpin, what: &Value) -> io::Result<()> {
-    stream.write_all(&frame::request(what.to_string().as_bytes())).await?;
+    stream.write_all(&frame::encode(Kind::Request, what.to_string().as_bytes())?).await?;
     stream.flush().await?;
     while let Ok(Some(head)) = frame::head(&mut stream).await {
         if head.kind() == Some(Kind::Error) {

@@ -1,6 +1,7 @@
 //! The digest of a file's content, which does not depend on where its holes are.
 
 use crate::files;
+use machinen_archive::next_data;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use std::ffi::OsString;
@@ -45,10 +46,10 @@ fn digest(path: &Path) -> io::Result<Digest> {
     let size = file.metadata()?.len();
     let mut hash = Sha256::new();
     let (mut at, mut data) = (0, 0);
-    while let Some((start, end)) = files::next_data(&file, at, size)? {
+    while let Some(range) = next_data(&file, at, size)? {
         // A range of data need not begin and end at the blocks' borders.
-        let start = (start - start % BLOCK).max(at);
-        at = end.next_multiple_of(BLOCK).min(size);
+        let start = (range.start - range.start % BLOCK).max(at);
+        at = range.end.next_multiple_of(BLOCK).min(size);
         data += add(&mut hash, &file, start, at)?;
     }
     hash.update(size.to_be_bytes());

@@ -35,7 +35,7 @@ impl Failed {
             let (code, message) = (error.code(), error.to_string());
             let subject = match error {
                 Error::Io { subject, .. } => subject,
-                Error::Archive(_) | Error::TooLarge(_) | Error::Told { .. } => message.clone(),
+                Error::Told { .. } => message.clone(),
             };
             Failed { step, code, subject, message }
         }

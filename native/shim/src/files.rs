@@ -2,7 +2,8 @@
 
 use crate::error::Error;
 use crate::plan::FileCopy;
-use rustix::fs::{SeekFrom, copy_file_range, seek};
+use machinen_archive::next_data;
+use rustix::fs::copy_file_range;
 use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -63,27 +64,12 @@ fn copy(plan: &FileCopy, cancel: &AtomicBool) -> io::Result<u64> {
 pub fn copy_content(from: &File, to: &File, size: u64, cancel: &AtomicBool) -> io::Result<u64> {
     let length = from.metadata()?.len();
     let (mut at, mut bytes) = (0, 0);
-    while let Some((start, end)) = next_data(from, at, length)? {
-        bytes += copy_range(from, to, start, end, cancel)?;
-        at = end;
+    while let Some(data) = next_data(from, at, length)? {
+        bytes += copy_range(from, to, data.start, data.end, cancel)?;
+        at = data.end;
     }
     to.set_len(length.max(size))?;
     Ok(bytes)
-}
-
-/// The first range of data at or after `at`.
-pub fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<(u64, u64)>> {
-    if at >= length {
-        return Ok(None);
-    }
-    let find = |what| match seek(file, what) {
-        Ok(found) => Ok(Some(found)),
-        Err(Errno::NXIO) => Ok(None),
-        Err(error) => Err(error),
-    };
-    let Some(start) = find(SeekFrom::Data(at))? else { return Ok(None) };
-    let end = find(SeekFrom::Hole(start))?.unwrap_or(length);
-    Ok(Some((start, end)))
 }
 
 fn copy_range(from: &File, to: &File, start: u64, end: u64, cancel: &AtomicBool) -> io::Result<u64> {

@@ -1,6 +1,6 @@
 //! Frames of the agent's protocol. The shim reads only their heads, and passes payloads on or drops them.
 
-use machinen_protocol::frame::{HEADER, Kind, MAX_PAYLOAD};
+use machinen_protocol::frame::{self, HEADER, Kind, MAX_PAYLOAD};
 use std::io::{self, ErrorKind};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
@@ -13,10 +13,6 @@ pub struct Head {
 }
 
 impl Head {
-    pub fn new(kind: Kind, length: u32) -> Self {
-        Head { number: kind as u8, length }
-    }
-
     pub fn from_bytes([number, length @ ..]: [u8; HEADER]) -> Self {
         Head { number, length: u32::from_be_bytes(length) }
     }
@@ -50,10 +46,12 @@ pub async fn head(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Head
     if head.fits() { Ok(Some(head)) } else { Err(ErrorKind::InvalidData.into()) }
 }
 
-/// A request frame. Its payload must be short, so that its length fits.
-pub fn request(payload: &[u8]) -> Vec<u8> {
-    let head = Head::new(Kind::Request, u32::try_from(payload.len()).unwrap_or(u32::MAX));
-    [&head.to_bytes()[..], payload].concat()
+/// The bytes of a frame.
+///
+/// # Errors
+/// `InvalidInput` when the payload is longer than frames of this kind may be.
+pub fn encode(kind: Kind, payload: &[u8]) -> io::Result<Vec<u8>> {
+    frame::encode(kind, payload).map_err(|error| io::Error::new(ErrorKind::InvalidInput, error))
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Guest to host: serves the streams that a guest opens to ports of its host.
 
+use crate::accept::next_client;
 use crate::state::State;
-use crate::{doorbell, lifecycle, proxy, vsock};
+use crate::{doorbell, lifecycle, proxy};
 use machinen_channel::Incoming;
 use machinen_protocol::ports;
 use std::io;
@@ -27,7 +28,7 @@ pub async fn serve(mut arrivals: mpsc::Receiver<Incoming>, vsock_path: PathBuf, 
     let lifecycle = Arc::new(Semaphore::new(lifecycle::MAX_CALLS));
     while let Some(incoming) = arrivals.recv().await {
         while calls.try_join_next().is_some() {}
-        // One session has fewer. Calls of an earlier session may be stuck in a socket that nobody reads.
+        // One session has fewer. Calls of an earlier session may wait for a socket whose peer does not read.
         if calls.len() >= MAX_CALLS {
             incoming.refuse();
             continue;
@@ -38,7 +39,7 @@ pub async fn serve(mut arrivals: mpsc::Receiver<Incoming>, vsock_path: PathBuf, 
     while calls.join_next().await.is_some() {}
 }
 
-/// Serves one call. A failure ends the call for the guest too, so nobody else is told.
+/// Serves one call. A failure ends the stream, which tells the guest.
 async fn call(incoming: Incoming, listener: PathBuf, state: Arc<State>, lifecycle: Arc<Semaphore>) -> io::Result<()> {
     match incoming.port {
         ports::LIFECYCLE => match lifecycle.try_acquire() {
@@ -66,7 +67,7 @@ pub async fn serve_lifecycle(listener: UnixListener, state: Arc<State>, mut over
         tokio::select! {
             biased;
             // A VM announces one end. Further calls wait.
-            stream = vsock::next_client(&listener), if calls.len() < lifecycle::MAX_CALLS => {
+            stream = next_client(&listener), if calls.len() < lifecycle::MAX_CALLS => {
                 let state = Arc::clone(&state);
                 calls.spawn(async move { lifecycle::record(stream, &state).await });
             }

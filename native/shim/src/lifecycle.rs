@@ -3,23 +3,14 @@
 use crate::event::MainExit;
 use crate::frame;
 use crate::state::State;
+use machinen_protocol::exit::{ExitReport, MAX_EXIT};
 use machinen_protocol::frame::Kind;
-use serde::Deserialize;
 use std::io::{self, ErrorKind};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// The most streams that are served at once. A guest announces one end, and has one main command whose output it sends.
 pub const MAX_CALLS: usize = 8;
 const BUFFER: usize = 16 * 1024;
-/// Longest payload of an `end` frame, which is held in memory.
-const MAX_END: u32 = 4 * 1024;
-
-/// The payload of an `end` frame; empty if the guest powers off without a main command.
-#[derive(Deserialize)]
-struct Announcement {
-    code: Option<i32>,
-    signal: Option<i32>,
-}
 
 /// Records frames until the `end` frame, and confirms that by closing the stream.
 pub async fn record(mut stream: impl AsyncRead + AsyncWrite + Unpin, state: &State) -> io::Result<()> {
@@ -33,10 +24,10 @@ pub async fn record(mut stream: impl AsyncRead + AsyncWrite + Unpin, state: &Sta
                     state.output.write_all(&buffer[..n]).await;
                 }
             }
-            Some(Kind::End) if head.length <= MAX_END => {
+            Some(Kind::End) if head.length as usize <= MAX_EXIT => {
                 let mut json = Vec::new();
                 payload.read_to_end(&mut json).await?;
-                let Announcement { code, signal } = serde_json::from_slice(&json)?;
+                let ExitReport { code, signal, .. } = serde_json::from_slice(&json)?;
                 state.announced(code.map(|code| MainExit { code, signal }));
                 return stream.shutdown().await;
             }

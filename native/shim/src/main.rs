@@ -23,6 +23,7 @@ mod accept;
 mod agent;
 mod capture;
 mod cleanup;
+mod clock;
 mod control;
 mod digest;
 mod doorbell;

@@ -5,6 +5,7 @@ use crate::identity::Identity;
 use crate::parallel_copy::Known;
 use crate::private_memory::PrivateMemory;
 use crate::{files, parallel_copy, plan};
+use machinen_archive::next_data;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use std::ffi::CStr;
 use std::fs::File;
@@ -78,12 +79,11 @@ fn copy_shared(memory: &File, to: &File, known: &Known, cancel: &AtomicBool) -> 
     let length = memory.metadata()?.len();
     let mut at = 0;
     let ranges = std::iter::from_fn(|| {
-        let range = files::next_data(memory, at, length).transpose();
-        if let Some(Ok((_, end))) = range {
-            at = end;
-        }
-        range
-            .map(|range| range.map(|(start, end)| parallel_copy::Range { from: start, to: start, length: end - start }))
+        let data = next_data(memory, at, length).transpose()?;
+        Some(data.map(|data| {
+            at = data.end;
+            parallel_copy::Range { from: data.start, to: data.start, length: data.end - data.start }
+        }))
     });
     let bytes = parallel_copy::copy(memory, to, ranges, known, cancel)?;
     to.set_len(length)?;
@@ -97,7 +97,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     #[test]
-    fn nobody_changes_its_size() {
+    fn its_size_cannot_be_changed() {
         let memory = create(1 << 20).unwrap();
         memory.write_all_at(b"x", (1 << 20) - 1).unwrap();
         let refused = Some(Errno::PERM.raw_os_error());

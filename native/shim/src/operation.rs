@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 
 use machinen_archive::ChunkWriter;
-use machinen_protocol::frame::{HEADER, Kind};
+use machinen_protocol::frame::{HEADER, Kind, header};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
 use crate::error::Error;
@@ -18,11 +18,25 @@ use crate::frame::{self, Head};
 /// How many bytes are read from the stream at once.
 const BUFFER: usize = 256 * 1024;
 
+/// Why a copy failed on this side.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyError {
+    /// The tree's path cannot be opened.
+    #[error(transparent)]
+    Io(#[from] Error),
+    /// A tree could not be packed or unpacked.
+    #[error(transparent)]
+    Archive(#[from] machinen_archive::Error),
+    /// The guest sent more than so many bytes, which is what the caller takes.
+    #[error("the guest sent more than {0} bytes")]
+    TooLarge(u64),
+}
+
 /// Begins the operation and sends the chunks that `pack` writes, each as a frame.
 pub fn send(
     request: &str,
     pack: impl FnOnce(ChunkWriter) -> Result<u64, machinen_archive::Error>,
-) -> Result<(), Error> {
+) -> Result<(), CopyError> {
     let Ok(Some(mut stream)) = begin(request) else { return Ok(()) };
     let Ok(mut answers) = stream.try_clone() else { return Ok(()) };
     let listening = thread::spawn(move || {
@@ -32,15 +46,15 @@ pub fn send(
     });
     let mut refused = false;
     let packed = pack(ChunkWriter::new(HEADER, |mut chunk| {
-        let length = u32::try_from(chunk.len() - HEADER).unwrap_or(u32::MAX);
-        chunk[..HEADER].copy_from_slice(&Head::new(Kind::Data, length).to_bytes());
+        let header = header(Kind::Data, chunk.len() - HEADER).map_err(io::Error::other)?;
+        chunk[..HEADER].copy_from_slice(&header);
         let sent = stream.write_all(&chunk);
         refused = sent.is_err();
         sent.map(|()| chunk)
     }));
     if !refused {
         packed?;
-        let _ = stream.write_all(&Head::new(Kind::Eof, 0).to_bytes());
+        let _ = frame::encode(Kind::Eof, &[]).and_then(|end| stream.write_all(&end));
     }
     let _ = listening.join();
     Ok(())
@@ -51,19 +65,19 @@ pub fn receive(
     request: &str,
     limit: u64,
     unpack: impl FnOnce(&mut dyn Read) -> Result<u64, machinen_archive::Error>,
-) -> Result<(), Error> {
+) -> Result<(), CopyError> {
     let Ok(Some(stream)) = begin(request) else { return Ok(()) };
     let mut data = BufReader::with_capacity(BUFFER, Receiving { stream, left: 0, allowed: limit, end: None });
     let unpacked = unpack(&mut data);
     let mut data = data.into_inner();
     match data.end {
-        Some(End::TooLarge) => return Err(Error::TooLarge(limit)),
+        Some(End::TooLarge) => return Err(CopyError::TooLarge(limit)),
         // The guest has failed or is gone; the caller knows why.
         Some(End::Frame(Some(Kind::Error))) => return Ok(()),
         Some(End::Frame(Some(Kind::Eof))) | None => unpacked?,
         Some(End::Frame(_)) => {
             return Err(machinen_archive::Error::Refused(
-                "the guest said its last word before the end of its data".into(),
+                "the guest ended the copy before it had sent all of its data".into(),
             )
             .into());
         }
@@ -79,7 +93,7 @@ fn begin(request: &str) -> io::Result<Option<UnixStream>> {
     let mut stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     // Node leaves the socket non-blocking, but the copies here need it blocking.
     stream.set_nonblocking(false)?;
-    stream.write_all(&frame::request(request.as_bytes()))?;
+    stream.write_all(&frame::encode(Kind::Request, request.as_bytes())?)?;
     let answer = relay(&mut stream)?.and_then(Head::kind);
     Ok((answer == Some(Kind::Started)).then_some(stream))
 }

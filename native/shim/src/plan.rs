@@ -10,7 +10,7 @@ use std::os::fd::RawFd;
 use std::path::{Component, Path, PathBuf};
 
 /// The longest plan that is read, in bytes.
-const MAX_LINE: u64 = 4 << 20;
+const MAX_PLAN: u64 = 4 << 20;
 /// The descriptor numbers that a plan may use: not the standard ones, and below every usual limit.
 const FDS: std::ops::RangeInclusive<RawFd> = 3..=255;
 /// The most forwarded ports. Each takes a descriptor of gvproxy.
@@ -111,7 +111,7 @@ pub enum Memory {
         fd: RawFd,
         size_bytes: u64,
     },
-    /// A file that the VMM maps privately and nobody ever writes to.
+    /// A file that the VMM maps privately, and that is never written to.
     File {
         fd: RawFd,
         from: PathBuf,
@@ -158,9 +158,9 @@ impl Plan {
     pub fn read(input: impl BufRead) -> Result<Option<Self>, Error> {
         let failed = |error: io::Error| Error::io("unusable plan", error);
         let mut line = Vec::new();
-        input.take(MAX_LINE + 1).read_until(b'\n', &mut line).map_err(failed)?;
+        input.take(MAX_PLAN + 1).read_until(b'\n', &mut line).map_err(failed)?;
         if line.last() != Some(&b'\n') {
-            if line.len() as u64 > MAX_LINE {
+            if line.len() as u64 > MAX_PLAN {
                 return Err(failed(ErrorKind::FileTooLarge.into()));
             }
             return Ok(None);

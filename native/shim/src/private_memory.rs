@@ -1,4 +1,4 @@
-//! Copies memory that a VMM has mapped privately: a file that nobody writes to, and over it the pages that the VMM has made its own
+//! Copies memory that a VMM has mapped privately: a file that is never written to, and over it the pages that the VMM has made its own
 //! (proc(5)).
 
 use crate::files;
@@ -85,7 +85,7 @@ fn name_in_maps(file: &File) -> io::Result<(String, String)> {
     // SAFETY: a new mapping at an address of the kernel's choice; it is never accessed.
     let mapped = unsafe { mmap(ptr::null_mut(), length, ProtFlags::READ, MapFlags::PRIVATE, file, 0) }?;
     let maps = std::fs::read_to_string("/proc/self/maps");
-    // SAFETY: made above, and nobody else knows it.
+    // SAFETY: made above, and nothing else uses it.
     unsafe { munmap(mapped, length) }?;
     let address = mapped.addr() as u64;
     let mapping = maps?.lines().filter_map(Mapping::parse).find(|mapping| mapping.start == address);
@@ -247,7 +247,7 @@ mod tests {
             let rights = ProtFlags::READ | ProtFlags::WRITE;
             // SAFETY: a new mapping at an address of the kernel's choice.
             let mapped = unsafe { mmap(ptr::null_mut(), length, rights, MapFlags::PRIVATE, &file, 0) }.unwrap();
-            // SAFETY: it is as long as that, and nobody else has it.
+            // SAFETY: it is as long as that, and nothing else uses it.
             let memory = unsafe { std::slice::from_raw_parts_mut(mapped.cast::<u8>(), length) };
             std::hint::black_box(memory[read.min(written.len() - 1) * 4096]);
             written.iter().zip(memory.chunks_mut(4096)).filter(|(own, _)| **own).for_each(|(_, page)| page[1] = 1);

@@ -91,7 +91,7 @@ impl Process {
     }
 
     /// Waits until all its output is read, at most for `at_most`, because a process it has left behind may hold the pipe open.
-    pub async fn silence(&mut self, at_most: Duration) {
+    pub async fn drain_output(&mut self, at_most: Duration) {
         let _ = timeout(at_most, &mut self.printed).await;
         self.printed.abort();
     }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use machinen_archive::{Error as ArchiveError, Source, Target};
 
 use crate::error::Error;
-use crate::operation;
+use crate::operation::{self, CopyError};
 
 /// The exit code when a guest sends more than the caller takes.
 const TOO_LARGE: u8 = 3;
@@ -34,20 +34,20 @@ pub fn pull(arguments: &[OsString]) -> ExitCode {
     }))
 }
 
-fn texts(arguments: &[OsString]) -> Result<Vec<String>, Error> {
+fn texts(arguments: &[OsString]) -> Result<Vec<String>, CopyError> {
     arguments.iter().map(text).collect()
 }
 
-fn text(argument: &OsString) -> Result<String, Error> {
+fn text(argument: &OsString) -> Result<String, CopyError> {
     argument.clone().into_string().map_err(|_| usage())
 }
 
-fn usage() -> Error {
+fn usage() -> CopyError {
     ArchiveError::Refused("these are not the arguments of a copy".into()).into()
 }
 
-fn report(done: Result<(), Error>) -> ExitCode {
+fn report(done: Result<(), CopyError>) -> ExitCode {
     let Err(error) = done else { return ExitCode::SUCCESS };
     eprintln!("{error}");
-    if matches!(error, Error::TooLarge(_)) { ExitCode::from(TOO_LARGE) } else { ExitCode::FAILURE }
+    if matches!(error, CopyError::TooLarge(_)) { ExitCode::from(TOO_LARGE) } else { ExitCode::FAILURE }
 }

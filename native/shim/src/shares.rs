@@ -57,7 +57,7 @@ pub async fn start(
             process.kill();
             process.wait().await;
             let Some(ended) = alone else { return Err(Failed::at(Step::Shares)(error)) };
-            process.silence(REST).await;
+            process.drain_output(REST).await;
             Err(failed(io::Error::other(format!("it {}, having printed: {}", ended.how(), prints.tail().trim_end()))))
         }
     }

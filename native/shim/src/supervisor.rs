@@ -139,14 +139,14 @@ impl Vm {
         // Kills helpers that the VMM may have started, because they would hold its sockets open.
         self.state.over.send_replace(true);
         let console = timeout(REST, &mut self.console);
-        let _ = tokio::join!(console, self.vmm.silence(REST));
+        let _ = tokio::join!(console, self.vmm.drain_output(REST));
         self.console.abort();
         let rest = async { while self.channel.join_next().await.is_some() {} };
         let _ = timeout(REST, rest).await;
         self.channel.shutdown().await;
         self.asks.close();
         let state = self.state;
-        // A capture is undone before anybody hears that nothing is left. No other can begin any more.
+        // Waits until a capture has been undone, because `exited` says that nothing is left. The permit is kept, so that no other begins.
         let _last = state.capturing.acquire().await;
         let logs = [&state.console.log, &state.output, &state.vmm_prints.log];
         logs.iter().for_each(|log| log.close());

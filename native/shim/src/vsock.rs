@@ -1,10 +1,10 @@
 //! Host to guest: `vsock.sock` and its CONNECT line (docs/protocol.md, section 2).
 
+use crate::accept::next_client;
 use crate::peer_closed::peer_closed;
 use crate::{line, proxy};
 use machinen_channel::Opener;
 use std::io::{self, ErrorKind};
-use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
@@ -12,11 +12,8 @@ use tokio::task::JoinSet;
 
 /// The most connections that are served at once; the channel has no more streams either.
 const MAX_CLIENTS: usize = machinen_channel::MAX_STREAMS;
-/// How long to wait when a client cannot be accepted, e.g. for want of a descriptor. The listener stays readable, and no event reports that
-/// a descriptor has been closed.
-const PAUSE: Duration = Duration::from_millis(100);
 /// The length of the longest line, `CONNECT 4294967295`.
-const MAX_LINE: usize = 18;
+const MAX_CONNECT: usize = 18;
 
 /// Serves clients until the VM is `over`, and then until every connection has got what was still under way to it.
 pub async fn serve(listener: UnixListener, opener: Opener, mut over: watch::Receiver<bool>) {
@@ -34,19 +31,9 @@ pub async fn serve(listener: UnixListener, opener: Opener, mut over: watch::Rece
     while clients.join_next().await.is_some() {}
 }
 
-/// Accepts the next client, and waits as long as that is not possible.
-pub async fn next_client(listener: &UnixListener) -> UnixStream {
-    loop {
-        match listener.accept().await {
-            Ok((client, _)) => return client,
-            Err(_) => tokio::time::sleep(PAUSE).await,
-        }
-    }
-}
-
 /// Serves one client. If it breaks the rules, or asks for something that is refused, its connection is closed.
 async fn serve_client(mut client: UnixStream, opener: Opener) -> io::Result<()> {
-    let line = line::read(&mut client, MAX_LINE).await?;
+    let line = line::read(&mut client, MAX_CONNECT).await?;
     let port = port(&line.text).ok_or(ErrorKind::InvalidData)?;
     let gone = peer_closed(&client)?;
     let stream = tokio::select! {

@@ -211,15 +211,21 @@ fn a_guest_whose_maker_is_gone_is_given_the_time() {
     drop(maker);
     assert_eq!(qmp(&listener), ["one", "two"]);
     shim.until(|_| !making.is_there());
-    let printed = std::fs::read_to_string(shim.path("vmm.log")).unwrap();
-    let told = printed.lines().find_map(|line| line.strip_prefix("clock: ")).unwrap();
-    let now_ms = serde_json::from_str::<Value>(told).unwrap()["nowMs"].as_u64().unwrap();
+    // A thread of the shim writes the log, so the line may come later than the guest's answer.
+    let told = || {
+        let printed = std::fs::read_to_string(shim.path("vmm.log")).unwrap();
+        printed
+            .split_inclusive('\n')
+            .find_map(|line| Some(line.strip_prefix("clock: ")?.strip_suffix('\n')?.to_owned()))
+    };
+    shim.until(|_| told().is_some());
+    let now_ms = serde_json::from_str::<Value>(&told().unwrap()).unwrap()["nowMs"].as_u64().unwrap();
     assert!(u128::from(now_ms) >= since);
 }
 
 /// QEMU may send the shim the answer to an earlier client's command, of any length.
 #[test]
-fn a_long_answer_to_somebody_else_does_not_leave_the_vm_stopped() {
+fn a_long_answer_to_another_client_does_not_leave_the_vm_stopped() {
     let (shim, making) = (start_shared(), Making::new());
     let listener = making.listen();
     let mut maker = shim.control(&making.request().to_string());
@@ -243,7 +249,7 @@ fn a_maker_that_only_stops_talking() {
 }
 
 #[test]
-fn nobody_answers_the_lines() {
+fn lines_that_are_not_answered() {
     let (shim, making) = (start_shared(), Making::new());
     let _listener = making.listen();
     let mut maker = shim.control(&making.request().to_string());
@@ -376,53 +382,8 @@ fn hostile_captures() {
 }
 
 #[test]
-fn files_to_inherit() {
-    let home = tempfile::tempdir().unwrap();
-    std::fs::write(home.path().join("state"), b"content").unwrap();
-    let mut shim = start_with(&[], |plan| {
-        plan["inherit"] = json!([{"fd": 6, "path": home.path().join("state")}]);
-        plan["vmm"]["argv"] = json!(["sh", "-c", "cat <&6 >&4; echo x >&6 || echo ' read-only' >&4"]);
-    });
-    assert_eq!(shim.event()["event"], "started");
-    assert_eq!(shim.exited()["consoleTail"], "content read-only\n");
-}
-
-#[test]
-fn files_that_cannot_be_opened() {
-    for (change, code) in [
-        ((|plan| plan["memory"] = json!({"fd": 5, "from": "/missing"})) as fn(&mut Value), "ENOENT"),
-        (|plan| plan["memory"] = json!({"fd": 5, "from": "/dev/zero"}), "EINVAL"),
-        (|plan| plan["memory"] = json!({"fd": 5, "sizeBytes": u64::MAX}), "EINVAL"),
-        (|plan| plan["inherit"] = json!([{"fd": 5, "path": "/missing"}]), "ENOENT"),
-    ] {
-        let mut shim = start_with(&["serve"], change);
-        let failed = shim.failed();
-        assert_eq!((&failed["step"], &failed["code"]), (&json!("files"), &json!(code)), "{failed}");
-        shim.assert_nothing_left();
-    }
-}
-
-#[test]
 fn a_guest_that_was_running_is_running() {
     let shim = start_with(&["serve", "--quiet"], |plan| plan["channel"]["resume"] = json!(true));
     assert_eq!(shim.event()["event"], "started");
     assert_eq!((&shim.entry()["state"], &shim.status()["ready"]), (&json!("running"), &json!(true)));
-}
-
-#[test]
-fn digests() {
-    let home = tempfile::tempdir().unwrap();
-    let (hole, zeros) = (home.path().join("hole"), home.path().join("zeros"));
-    File::create(&hole).unwrap().set_len(10_000).unwrap();
-    std::fs::write(&zeros, [0; 10_000]).unwrap();
-    let shim = || std::process::Command::new(env!("CARGO_BIN_EXE_machinen-shim"));
-    let output = shim().arg("digest").args([&hole, &zeros]).output().unwrap();
-    assert!(output.status.success());
-    let text = String::from_utf8(output.stdout).unwrap();
-    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!((lines.len(), &lines[0]), (2, &lines[1]));
-    assert_eq!((&lines[0]["sizeBytes"], &lines[0]["dataBytes"]), (&json!(10_000), &json!(0)));
-    let output = shim().args(["digest", "/missing"]).output().unwrap();
-    assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0));
-    assert!(!output.stderr.is_empty());
 }

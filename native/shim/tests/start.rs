@@ -270,7 +270,7 @@ fn an_address_the_host_does_not_have() {
 }
 
 #[test]
-fn a_network_nobody_can_serve_is_said_to_be_down() {
+fn a_network_whose_program_cannot_be_started_is_reported_as_down() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let shim = start_with(&["serve", "--quiet"], |plan| plan["network"] = forward(&free.to_string()));
     assert_eq!(shim.event()["event"], "started");
@@ -356,7 +356,7 @@ fn what_a_vmm_prints_is_limited() {
 }
 
 #[test]
-fn a_disk_that_takes_no_logs_holds_nobody_up() {
+fn a_disk_that_takes_no_logs_holds_up_no_client() {
     // A fifo whose reader does not read.
     let mut shim = start_with(&[], |plan| {
         let log = plan["console"]["logPath"].as_str().unwrap();

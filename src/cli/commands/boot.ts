@@ -9,7 +9,7 @@ import * as stdio from "../stdio.ts"
 import { commandArgs, relay } from "./run.ts"
 
 /** Detaches VMs and prints their names. Uninterruptible: an interruption either ends the VMs, or comes after their names are printed. */
-export const letGo = (vms: ReadonlyArray<Vm>, announce: Effect.Effect<void>) =>
+export const detachAll = (vms: ReadonlyArray<Vm>, announce: Effect.Effect<void>) =>
   Effect.uninterruptible(
     Effect.zipRight(
       Effect.forEach(vms, ({ detach }) => detach),
@@ -41,7 +41,7 @@ export const boot = (tail: ReadonlyArray<string>) =>
         if (detached) {
           // attached until the command runs, so that a command that cannot be started ends the VM
           if (command !== undefined) yield* vm.startMainDetached
-          return yield* letGo([vm], input.json ? render.json(shown) : Console.log(vm.name ?? vm.id))
+          return yield* detachAll([vm], input.json ? render.json(shown) : Console.log(vm.name ?? vm.id))
         }
         yield* input.json
           ? render.json(shown)

@@ -6,7 +6,7 @@ import { bytes } from "../render.ts"
 import * as stdio from "../stdio.ts"
 import { setUp } from "./install.ts"
 
-const census = `
+const reportScript = `
 import collections, os, platform
 kinds = collections.Counter(os.path.splitext(f)[1] or "(none)" for _, _, fs in os.walk("/srv/work") for f in fs)
 print("  guest:", platform.platform(), "python", platform.python_version())
@@ -43,7 +43,7 @@ export const demo = Command.make(
           yield* say("pushed a directory to /srv/work")
 
           const work =
-            image === "debian" ? ["python3", "-c", census] : ["sh", "-c", "ls /srv/work | tee /srv/work/REPORT"]
+            image === "debian" ? ["python3", "-c", reportScript] : ["sh", "-c", "ls /srv/work | tee /srv/work/REPORT"]
           const [first = "true", ...rest] = work
           const running = yield* vm.start({ argv: [first, ...rest] })
           yield* Stream.runForEach(running.output, ({ bytes, channel }) => stdio.write(channel)(bytes))

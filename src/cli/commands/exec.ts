@@ -3,7 +3,7 @@ import { Command, Options } from "@effect/cli"
 import { Effect } from "effect"
 import { ParseError } from "../../errors.ts"
 import { given } from "../../platform/given.ts"
-import { ExitWith } from "../exit.ts"
+import { ExitWith, exitWithTerminal } from "../exit.ts"
 import { bootOptions, environment, json, whenGiven } from "../options.ts"
 import * as render from "../render.ts"
 import { readSecrets } from "../secrets.ts"
@@ -23,9 +23,6 @@ const jsonAndTerminal = new ParseError({
   message: "--json and --tty exclude each other",
   hint: "a terminal shows what the command prints; leave one of the two out"
 })
-
-/** Exits with a command's code; or with 128 + SIGHUP, when this terminal has gone before the command's end. */
-export const exitWith = (code: number | "detached") => new ExitWith({ code: code === "detached" ? 129 : code })
 
 /** `machinen exec VM -- COMMAND`: runs a command in a running VM. */
 export const exec = (tail: ReadonlyArray<string>) =>
@@ -79,7 +76,7 @@ export const exec = (tail: ReadonlyArray<string>) =>
         if (input.tty) {
           const spec = { argv: [first, ...rest], env: { ...terminal.environment(), ...env }, ...place }
           const running = terminal.relay(vm.terminal(spec, terminal.size()), { detachKeys: false })
-          return yield* exitWith(yield* withinLimit(running, limit))
+          return yield* exitWithTerminal(yield* withinLimit(running, limit))
         }
         const stdin = input.interactive ? yield* stdio.stdin : undefined
         const command = {

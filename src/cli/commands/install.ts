@@ -47,7 +47,7 @@ const prepareBases = Effect.gen(function* () {
 })
 
 /** Sets this host up for VMs and shows the progress. Ends with a probe of the accelerator. */
-export const setUpWith = Effect.fnUntraced(function* (options: SetupOptions) {
+const setUpWith = Effect.fnUntraced(function* (options: SetupOptions) {
   const setup = yield* Setup
   const probe = yield* HostProbe
   const [elapsed] = yield* Effect.timed(

@@ -25,7 +25,7 @@ const title = (step: Step): string =>
 const show = ({ bytes }: { readonly bytes: Uint8Array }) => Effect.ignore(stdio.write("stderr")(bytes))
 
 /** Performs a step in the guest. Its output goes to stderr, because stdout is for the result. */
-const perform = (vm: Vm, step: Step) => {
+const runStep = (vm: Vm, step: Step) => {
   const options = { keep: [], onOutput: show }
   switch (step._tag) {
     case "Copy":
@@ -60,7 +60,7 @@ const commandLine = (flag: string, text: string) =>
     })
   })
 
-const place = (text: string) => {
+const parseCopy = (text: string) => {
   const at = text.lastIndexOf(":/")
   return at > 0
     ? Effect.succeed({ _tag: "Copy" as const, from: path.resolve(text.slice(0, at)), to: text.slice(at + 1) })
@@ -112,7 +112,7 @@ export const provision = (name: "provision" | "bake") =>
     (input) =>
       Effect.gen(function* () {
         const fs = yield* FileSystem.FileSystem
-        const copies = yield* Effect.forEach(input.copy, place)
+        const copies = yield* Effect.forEach(input.copy, parseCopy)
         const recipe = yield* Effect.transposeMapOption(input.recipe, (file) =>
           fs.readFile(file).pipe(
             Effect.mapError(
@@ -159,13 +159,13 @@ export const provision = (name: "provision" | "bake") =>
           out: input.out,
           config,
           prebake: !input.noPrebake,
-          onProgress: tell,
+          onProgress: showProgress,
           install: (vm) =>
             Effect.forEach(
               steps,
               (step, i) =>
                 Console.error(`▸ ${i + 1}/${steps.length} ${title(step)}`).pipe(
-                  Effect.zipRight(perform(vm, step)),
+                  Effect.zipRight(runStep(vm, step)),
                   Effect.annotateLogs({ step: i + 1 })
                 ),
               { discard: true }
@@ -184,7 +184,7 @@ export const provision = (name: "provision" | "bake") =>
   )
 
 /** Shows progress on stderr. The number of saved bytes is shown on a terminal only, in one line that changes. */
-const tell = (progress: BuildProgress): Effect.Effect<void> =>
+const showProgress = (progress: BuildProgress): Effect.Effect<void> =>
   progress._tag === "Phase"
     ? Console.error(`… ${phases[progress.phase]}`)
     : process.stderr.isTTY

@@ -11,12 +11,12 @@ import { ExitWith } from "../exit.ts"
 import * as stdio from "../stdio.ts"
 import * as terminal from "../terminal.ts"
 import { attached, vmArg } from "../vmArgument.ts"
-import { letGo } from "./boot.ts"
+import { detachAll } from "./boot.ts"
 
 /** A line that begins with this drops an incomplete command; the rest of the line is the token of the marks from now on. */
-const fresh = "\x18"
+const resetMark = "\x18"
 /** A line that runs the text so far, complete or not. */
-const finish = "\x19"
+const runMark = "\x19"
 
 /**
  * The shell script that runs commands, each when its last line has arrived. `command` keeps a syntax error from ending the shell. Ctrl-c goes to the
@@ -58,7 +58,7 @@ const help = `a line runs in the guest's shell, which keeps its variables and di
 :help           this
 :quit           leave; the shell stays (exit ends it)`
 
-interface Typing {
+interface LineReader {
   /** The next line; `None` at the end of input. `isMore`: the line continues a command. */
   readonly next: (isMore: boolean) => Effect.Effect<Option.Option<string>>
   /** Completes at the next ctrl-c. */
@@ -66,7 +66,7 @@ interface Typing {
 }
 
 /** Reads typed lines, in a terminal with editing and history. */
-const typing: Effect.Effect<Typing, never, Scope.Scope> = Effect.gen(function* () {
+const lineReader: Effect.Effect<LineReader, never, Scope.Scope> = Effect.gen(function* () {
   const lines = yield* Queue.unbounded<Option.Option<string>>()
   const interrupts = yield* Queue.sliding<void>(1)
   const isTty = process.stdin.isTTY === true
@@ -96,7 +96,7 @@ const typing: Effect.Effect<Typing, never, Scope.Scope> = Effect.gen(function* (
 })
 
 /** Drives the shell behind a terminal: sends it lines, and reads output and exit codes. */
-const drive = Effect.fnUntraced(function* (shellOf: Terminal) {
+const shellClient = Effect.fnUntraced(function* (shellOf: Terminal) {
   const token = randomBytes(8).toString("hex")
   const marked = new CommandEndParser(token)
   const statuses = yield* Queue.unbounded<number | "more">()
@@ -114,7 +114,7 @@ const drive = Effect.fnUntraced(function* (shellOf: Terminal) {
     )
   )
   const run = (line: string) => Effect.zipRight(send(`${line}\n`), Queue.take(statuses))
-  const drop = run(`${fresh}${token}`)
+  const drop = run(`${resetMark}${token}`)
   const begin = Effect.zipRight(
     drop,
     Effect.sync(() => {
@@ -126,7 +126,7 @@ const drive = Effect.fnUntraced(function* (shellOf: Terminal) {
 })
 
 /** Obeys a line that is meant for the repl itself. False: leave the repl. */
-const obey = Effect.fnUntraced(
+const runReplCommand = Effect.fnUntraced(
   function* (vm: Vm, line: string) {
     const machinen = yield* Machinen
     const [name = "", argument = ""] = line.slice(1).trim().split(/\s+/, 2)
@@ -134,7 +134,7 @@ const obey = Effect.fnUntraced(
     if (name === "fork" && argument !== "") {
       yield* Effect.scoped(
         Effect.flatMap(machinen.fork(vm, { name: argument }), ({ siblings }) =>
-          letGo(
+          detachAll(
             siblings.map((sibling) => sibling.vm),
             Console.log(`${argument} goes on from here`)
           )
@@ -163,13 +163,13 @@ export const repl = Command.make(
   (input) =>
     Effect.gen(function* () {
       const vm = yield* attached(input.vm)
-      const { begin, drop, ended, interrupt, run } = yield* drive(
+      const { begin, drop, ended, interrupt, run } = yield* shellClient(
         yield* vm.terminal(
           { argv: ["sh", "-c", shell], env: terminal.environment() },
           { ...terminal.size(), session: input.session }
         )
       )
-      const { interrupted, next } = yield* typing
+      const { interrupted, next } = yield* lineReader
       const serve = Effect.gen(function* () {
         yield* begin
         let status = 0
@@ -190,10 +190,10 @@ export const repl = Command.make(
             yield* drop
             isMore = false
           } else if (Option.isNone(line)) {
-            if (isMore) yield* send(finish)
+            if (isMore) yield* send(runMark)
             return status
           } else if (!isMore && /^:[a-z]/.test(line.value)) {
-            if (!(yield* obey(vm, line.value))) return status
+            if (!(yield* runReplCommand(vm, line.value))) return status
           } else if (isMore || line.value.trim() !== "") yield* send(line.value)
         }
       })

@@ -16,7 +16,7 @@ import {
 import * as render from "../render.ts"
 import { readSecrets, secretOption } from "../secrets.ts"
 import { attached, vmArg } from "../vmArgument.ts"
-import { letGo } from "./boot.ts"
+import { detachAll } from "./boot.ts"
 import { engineOption, lazyUmount } from "./snapshot.ts"
 
 const name = Options.text("name").pipe(
@@ -43,7 +43,7 @@ const restoredJson = ({ phases, rejuvenation, vm }: Restored, detached: boolean)
 })
 
 /** Detaches the VMs, with --detach, or keeps them in the foreground until the last one has ended or ctrl-c. */
-const keep = Effect.fnUntraced(function* (
+const detachOrWait = Effect.fnUntraced(function* (
   restored: ReadonlyArray<Restored>,
   detached: boolean,
   shown: Option.Option<unknown>
@@ -51,7 +51,7 @@ const keep = Effect.fnUntraced(function* (
   const vms = restored.map(({ vm }) => vm)
   if (detached) {
     const names = Effect.forEach(vms, (vm) => Console.log(vm.name ?? vm.id), { discard: true })
-    return yield* letGo(vms, Option.match(shown, { onNone: () => names, onSome: render.json }))
+    return yield* detachAll(vms, Option.match(shown, { onNone: () => names, onSome: render.json }))
   }
   if (Option.isSome(shown)) yield* render.json(shown.value)
   for (const vm of vms) yield* Console.error(`${vm.name ?? vm.id} is up (pid ${vm.pid}); ctrl-c stops it`)
@@ -108,7 +108,7 @@ export const restore = Command.make(
         secrets: yield* readSecrets(input.secret),
         lazy: input.lazy
       })
-      yield* keep([restored], input.detach, whenJson(input.json, restoredJson(restored, input.detach)))
+      yield* detachOrWait([restored], input.detach, whenJson(input.json, restoredJson(restored, input.detach)))
     }).pipe(Effect.scoped)
 ).pipe(Command.withDescription("start a VM from a bundle"))
 
@@ -156,6 +156,6 @@ export const fork = Command.make(
         secrets: yield* readSecrets(input.secret)
       })
       const shown = { pausedMs, siblings: siblings.map((sibling) => restoredJson(sibling, input.detach)) }
-      yield* keep(siblings, input.detach, whenJson(input.json, shown))
+      yield* detachOrWait(siblings, input.detach, whenJson(input.json, shown))
     }).pipe(Effect.scoped)
 ).pipe(Command.withDescription("fork a running VM into siblings"))

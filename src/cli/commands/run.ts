@@ -5,7 +5,7 @@ import type { RunningCommand } from "../../guest/Exec.ts"
 import { baseNames } from "../../image/RootfsImage.ts"
 import { Machinen } from "../../Machinen.ts"
 import { defaultImage } from "../../machine/BootOptions.ts"
-import { ExitWith, tellOutOfMemory } from "../exit.ts"
+import { ExitWith, exitWithTerminal, tellOutOfMemory } from "../exit.ts"
 import { bootOptions, durationMs, toBootOptions } from "../options.ts"
 import * as signals from "../signals.ts"
 import * as stdio from "../stdio.ts"
@@ -110,7 +110,7 @@ export const run = (tail: ReadonlyArray<string>) =>
           const running = terminal.relay(vm.terminal(spec, terminal.size()), { detachKeys: false })
           const code = yield* inTime(running)
           yield* vm.stop()
-          return yield* new ExitWith({ code: code === "detached" ? 129 : code })
+          return yield* exitWithTerminal(code)
         }
         const main = Effect.flatMap(vm.startMain(yield* stdio.stdin), relay)
         const code = yield* inTime(main)

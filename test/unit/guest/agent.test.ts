@@ -196,7 +196,7 @@ const collected = (output: RunningCommand["output"]) =>
 describe("a running command", () => {
   const large = Array.from({ length: 40 }, (_, n) => out(String(n % 10).repeat(50_000)))
 
-  it.live("tells how it ended to somebody who reads none of its output", () =>
+  it.live("reports how it ended even when its output is not read", () =>
     withAgent([[...large, exit(3)]], (client) =>
       Effect.gen(function* () {
         const running = yield* client.start("x")

@@ -65,7 +65,7 @@ describe("Doctor", () => {
     })
   )
 
-  it.scoped("tells missing from broken, with the fix", () =>
+  it.scoped("tells missing programs from broken ones, and names the fix", () =>
     Effect.gen(function* () {
       const { examine, layer, programs } = yield* host
       programs.set("mksquashfs", undefined)

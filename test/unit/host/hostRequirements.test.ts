@@ -47,7 +47,7 @@ const scripts: Readonly<Record<string, string>> = JSON.parse(
 for (const script of Object.values(scripts)) for (const name of inShell(script)) note(name, "package.json")
 
 /** What `npm ci` brings, and what we are. */
-const ours = new Set(["biome", "machinen", "tsc", "tsdown", "tsx", "vitest"])
+const ours = new Set(["biome", "knip", "machinen", "tsc", "tsdown", "tsx", "vitest"])
 
 /** Started by a tool of ours, or under a name that only comes about when it runs. */
 const indirect: Readonly<Record<string, string>> = {
@@ -74,7 +74,7 @@ const allowed = (file: string): ReadonlySet<string> => {
 }
 
 describe("host requirements", () => {
-  it("lists every program that the sources start, for who starts it", () => {
+  it("lists every program that the sources start, as needed to run, build or test", () => {
     const unlisted = [...started].flatMap(([name, files]) =>
       ours.has(name)
         ? []

@@ -227,7 +227,7 @@ describe("Setup", () => {
     })
   )
 
-  it.scoped("someone who is not root gets the exact command, and nothing has been tried", () =>
+  it.scoped("a user who is not root gets the exact command, and nothing has been tried", () =>
     Effect.gen(function* () {
       const { installed, it, run } = yield* host
       it.uid = 1000

@@ -123,7 +123,7 @@ const withSkopeo = <A, E, R>(
 const go = (dir: string, name: string) => writeFileSync(path.join(dir, `go-${name}`), "")
 
 describe("names of images", () => {
-  it.effect("may be any, and what else lies beside them is none", () => {
+  it.effect("may be any, and other files beside them are ignored", () => {
     const dir = temporaryHome()
     return Effect.gen(function* () {
       const images = yield* RootfsImage
@@ -149,7 +149,7 @@ describe("names of images", () => {
 })
 
 describe("a container image", () => {
-  it.live("is not waited for by another, and keeps its layers whoever collects meanwhile", () => {
+  it.live("does not wait for another pull, and keeps its layers during a collection", () => {
     const dir = temporaryHome()
     const [slow, quick] = [layoutWith("slow"), layoutWith("quick")]
     const pool = path.join(dir, "cache", "oci", "blobs", "sha256")

@@ -7,7 +7,7 @@ import { Effect, FastCheck as fc, Layer, Option, Schema } from "effect"
 import { Assets } from "../../../src/host/Assets.ts"
 import { SourceTree } from "../../../src/host/SourceTree.ts"
 import { ImageName, withTag } from "../../../src/image/Image.ts"
-import { applied, type ImageConfig, over } from "../../../src/image/ImageConfig.ts"
+import { type ImageConfig, overlaid, withImageDefaults } from "../../../src/image/ImageConfig.ts"
 import { parsePackages } from "../../../src/image/ImageStore.ts"
 import { RootfsImage } from "../../../src/image/RootfsImage.ts"
 import { defaultRootDiskBytes } from "../../../src/machine/BootOptions.ts"
@@ -50,7 +50,7 @@ const plan = {
 }
 
 describe("what an image says", () => {
-  it.live("is read once, until its file changes; that it says nothing is remembered as well", () => {
+  it.live("is read once, until its file changes, also when it is empty", () => {
     const dir = temporaryHome()
     return Effect.gen(function* () {
       const images = yield* RootfsImage
@@ -97,7 +97,7 @@ describe("what an image says", () => {
     ["cannot open the image", "echo 'cannot open' >&2; exit 0", "IMAGE_INVALID"],
     ["gives a part of it", 'case "$2" in ls*) exec /usr/sbin/debugfs "$@";; *) echo {;; esac', "IMAGE_INVALID"]
   ] as const) {
-    it.live(`is not taken for nothing when debugfs ${what}, nor remembered`, () => {
+    it.live(`is not taken for empty when debugfs ${what}, and that is not remembered`, () => {
       const dir = temporaryHome()
       const given = process.env["PATH"] ?? ""
       return Effect.gen(function* () {
@@ -141,7 +141,7 @@ describe("what an image says", () => {
     })
   }
 
-  it.effect("goes under what the caller says, its entrypoint before any command", () =>
+  it.effect("is overridden by the caller's options, but its entrypoint precedes any command", () =>
     Effect.gen(function* () {
       const image: ImageConfig = {
         entrypoint: ["entry"],
@@ -151,32 +151,32 @@ describe("what an image says", () => {
         user: "image"
       }
       const rest = { name: undefined, memoryMib: 1, vcpus: 1, rootDiskSizeBytes: defaultRootDiskBytes, detached: false }
-      const base = { ...plan, ...rest } as unknown as Parameters<typeof applied>[0]
-      const alone = yield* applied(base, image)
+      const base = { ...plan, ...rest } as unknown as Parameters<typeof withImageDefaults>[0]
+      const alone = yield* withImageDefaults(base, image)
       assert.deepStrictEqual(
         [alone.command, alone.env, alone.cwd, alone.user],
         [["entry", "default"], { A: "image", B: "image" }, "/image", "image"]
       )
       const asked = { ...base, command: ["mine"] as const, env: { B: "mine" }, cwd: "/mine", user: "mine" }
-      const both = yield* applied(asked, image)
+      const both = yield* withImageDefaults(asked, image)
       assert.deepStrictEqual(
         [both.command, both.env, both.cwd, both.user],
         [["entry", "mine"], { A: "image", B: "mine" }, "/mine", "mine"]
       )
-      assert.strictEqual((yield* applied(base, {})).command, undefined)
-      const large = yield* Effect.flip(applied(base, { env: { A: "x".repeat(200_000) } }))
+      assert.strictEqual((yield* withImageDefaults(base, {})).command, undefined)
+      const large = yield* Effect.flip(withImageDefaults(base, { env: { A: "x".repeat(200_000) } }))
       assert.strictEqual(large.code, "BOOT_ENV_INVALID")
     })
   )
 
-  it("is what the base said with what is put over it", () => {
+  it("is the base's configuration overlaid with the build's", () => {
     const base = { cmd: ["base"], env: { A: "1", B: "1" }, cwd: "/base" } as const
-    assert.deepStrictEqual(over(base, { env: { B: "2" }, cwd: "/top" }), {
+    assert.deepStrictEqual(overlaid(base, { env: { B: "2" }, cwd: "/top" }), {
       cmd: ["base"],
       env: { A: "1", B: "2" },
       cwd: "/top"
     })
-    assert.deepStrictEqual(over({}, {}), {})
+    assert.deepStrictEqual(overlaid({}, {}), {})
   })
 })
 
@@ -213,7 +213,7 @@ describe("a tarball's image", () => {
     }).pipe(Effect.provide(store(dir, counting)))
   })
 
-  it.effect("has the tarball's owners and devices whoever makes it", () => {
+  it.effect("has the tarball's owners and devices, whether or not root makes it", () => {
     const dir = temporaryHome()
     return Effect.gen(function* () {
       const tree = path.join(dir, "content")
@@ -276,7 +276,11 @@ describe("a tarball's image", () => {
   for (const [what, script, code] of [
     ["is missing", undefined, "ROOTFS_IMG_TOOL_MISSING"],
     ["fails", "echo broken >&2; exit 1", "ROOTFS_IMG_BUILD_FAILED"],
-    ["speaks of space while there is some", "echo 'No space left on device' >&2; exit 1", "ROOTFS_IMG_BUILD_FAILED"]
+    [
+      "reports a full disk while there is space",
+      "echo 'No space left on device' >&2; exit 1",
+      "ROOTFS_IMG_BUILD_FAILED"
+    ]
   ] as const) {
     it.effect(`a tool that ${what} has its code, and leaves nothing`, () => {
       const dir = temporaryHome()
@@ -306,10 +310,10 @@ describe("a tarball's image", () => {
   )
 
   for (const [what, script, code] of [
-    ["is killed by somebody", "kill -KILL $$", "IMAGE_INVALID"],
+    ["is killed", "kill -KILL $$", "IMAGE_INVALID"],
     ["fails with the code of a kill", "exit 137", "IMAGE_INVALID"]
   ] as const) {
-    it.effect(`tar that ${what} has not met an archive that is too large`, () => {
+    it.effect(`tar that ${what} is not reported as an archive that is too large`, () => {
       const dir = temporaryHome()
       const given = process.env["PATH"] ?? ""
       return Effect.gen(function* () {

@@ -205,7 +205,7 @@ describe("an initramfs archive", () => {
     60_000
   )
 
-  it.effect("workspace: is a tree below its mount point, without what nobody wants, up to a size", () =>
+  it.effect("workspace: is a tree below its mount point, without excluded files, up to a size", () =>
     Effect.gen(function* () {
       const workspace = treeOf({
         "src/a.ts": "x",

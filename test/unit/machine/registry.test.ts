@@ -74,7 +74,7 @@ describe("registry", () => {
     }).pipe(live(home))
   })
 
-  it.effect("of many that want one name at once, one gets it", () => {
+  it.effect("of many claims of one name at the same time, one succeeds", () => {
     const home = temporaryHome()
     return Effect.gen(function* () {
       const registry = yield* Registry
@@ -95,7 +95,7 @@ describe("registry", () => {
     }).pipe(live(home))
   })
 
-  it.effect("a dead VM's name is taken over, by one of many", () => {
+  it.effect("of many claims of a dead VM's name, one succeeds", () => {
     const home = temporaryHome()
     return Effect.gen(function* () {
       plant(home, yield* entryOf(home, "fffffffffff0", { name, owner: dead }))
@@ -142,7 +142,7 @@ describe("registry", () => {
     }).pipe(live(home))
   })
 
-  it.effect("a malformed entry is nobody's, whatever pid it names", () => {
+  it.effect("a malformed entry is not listed, whatever pid it names", () => {
     const home = temporaryHome()
     return Effect.gen(function* () {
       for (const [id, text] of [
@@ -183,7 +183,7 @@ describe("registry", () => {
     )
   })
 
-  it.effect("a name is given up under the lock, so that nobody takes it between the look and the removal", () => {
+  it.effect("a name is given up under the lock, so that no process takes it between the check and the removal", () => {
     const home = temporaryHome()
     const pin = path.join(home, "names", encodeURIComponent(name))
     const looks: Array<number | null> = []
@@ -234,7 +234,7 @@ describe("registry", () => {
 })
 
 describe("processes", () => {
-  it.effect("one is told from another with the same pid", () =>
+  it.effect("a process is told from an earlier one with the same pid", () =>
     Effect.gen(function* () {
       const me = yield* processes.self
       assert.isTrue(yield* processes.isAlive(me))

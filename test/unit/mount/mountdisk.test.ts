@@ -382,7 +382,7 @@ describe("a mounted directory's image", () => {
     }).pipe(Effect.provide(using(home)))
   })
 
-  it.live("has an upper of the size asked for, almost all hole; without mke2fs there is none", () => {
+  it.live("has a sparse upper of the size asked for, and fails without mke2fs", () => {
     const home = temporaryDirectory()
     return Effect.gen(function* () {
       const upper = yield* Effect.flatMap(Mountdisk, (m) => m.upperTemplate(64 * 2 ** 20)).pipe(

@@ -29,7 +29,7 @@ describe("a file of a server", () => {
     })
   )
 
-  it.scopedLive("is asked for without a word of this program's traces", () =>
+  it.scopedLive("is requested without headers of this program's traces", () =>
     Effect.gen(function* () {
       const asked: Array<string> = []
       const location = yield* serving((request, response) => {

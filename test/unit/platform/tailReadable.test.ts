@@ -22,7 +22,7 @@ describe("a tail", () => {
 describe("an outlet", () => {
   const read = async (outlet: TailReadable) => Buffer.concat(await outlet.toArray()).toString()
 
-  it.effect("keeps the end for a reader that comes late, and holds nobody back", () =>
+  it.effect("keeps the end for a late reader, and does not block the writer", () =>
     Effect.gen(function* () {
       const outlet = new TailReadable(10)
       for (const text of ["0123456789", "abc", "def"]) yield* outlet.write(Buffer.from(text))

@@ -90,7 +90,7 @@ describe("a connection", () => {
     })
   )
 
-  it.scopedLive("that nobody asked for ends with the listener's scope", () =>
+  it.scopedLive("that was not accepted ends with the listener's scope", () =>
     Effect.gen(function* () {
       const file = path.join(yield* temporaryDirectory, "s")
       const outer = yield* Effect.scope

@@ -106,7 +106,7 @@ describe("sandboxes", () => {
     assert.strictEqual(sandboxes.get("a")?.scrollback.toString(), "the ring")
   })
 
-  it("are written to, and pass on what is new until nobody listens", async () => {
+  it("are written to, and pass on new output until the listener is removed", async () => {
     const sandboxes = new Sandboxes()
     const { typed, vm } = sandbox()
     const stdout = vm.stdout as PassThrough
@@ -134,7 +134,7 @@ describe("sandboxes", () => {
     )
   })
 
-  it("are waited for without the time limit of their own wait, which may be none at all", async () => {
+  it("are waited for beyond the time limit of their own wait", async () => {
     const { vm } = sandbox()
     let waits = 0
     const wait = () => {

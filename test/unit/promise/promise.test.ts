@@ -287,7 +287,7 @@ describe("a handle", () => {
     await vm.kill()
   })
 
-  it("ends although nobody reads on what they began to read", async () => {
+  it("ends even when its reader has paused its output", async () => {
     const { finish, say, vm } = await talker()
     const paused = new Promise((resolve) => vm.stdout.once("data", () => resolve(vm.stdout.pause())))
     const size = 65_536
@@ -393,7 +393,7 @@ describe("helpers", () => {
     for (const threshold of [0, -1]) await facade.checkForkBackpressure({ threshold, readFree: unread })
   })
 
-  it("tell our errors from others, by code too", () => {
+  it("recognise our errors, also by code", () => {
     const error = new facade.BootError({ code: "BOOT_TIMEOUT", message: "x" })
     assert.isTrue(facade.isMachinenError(error) && facade.isMachinenError(error, "BOOT_TIMEOUT"))
     assert.isFalse(facade.isMachinenError(error, "BOOT_MEMORY_INVALID"))
@@ -469,7 +469,7 @@ describe("execPty", () => {
     await vm.kill()
   })
 
-  it("gives up a guest that does not take the command, and is cancelled meanwhile", async () => {
+  it("gives up a guest that does not take the command, and can be cancelled while it waits", async () => {
     const { boot } = await client(() => ({ terminal: () => Effect.never }))
     const vm = await boot()
     const streams = { stdin: new PassThrough(), stdout: new PassThrough() }

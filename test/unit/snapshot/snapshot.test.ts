@@ -107,42 +107,40 @@ describe("snapshots", () => {
     }).pipe(Effect.provide(Settings.layerTest("/nowhere")), Effect.provide(NodeContext.layer))
   )
 
-  it.scoped(
-    "a bundle is one's own by a key that is made once, for the user alone, and only while nothing is changed",
-    () =>
-      Effect.gen(function* () {
-        const dir = yield* temporaryDirectory
-        const [mine, theirs] = [path.join(dir, "mine"), path.join(dir, "theirs")]
-        const isOwn = (home: string, at: string) => Effect.map(readAs(home, at), (bundle) => bundle.isOwn)
-        const made = yield* Effect.all(
-          [1, 2, 3, 4].map((i) => finishAs(mine, path.join(dir, `bundle${i}`))),
-          { concurrency: 4 }
-        )
-        const key = statSync(path.join(mine, "bundle.key"))
-        assert.deepStrictEqual([key.mode & 0o777, key.size], [0o600, 32])
-        for (const bundle of made) {
-          assert.isTrue(bundle.isOwn)
-          assert.isTrue(yield* isOwn(mine, bundle.dir))
-          assert.isFalse(yield* isOwn(theirs, bundle.dir))
-        }
-        // asking does not make a key
-        assert.isFalse(existsSync(path.join(theirs, "bundle.key")))
-        const another = yield* finishAs(theirs, path.join(dir, "another"))
-        assert.deepStrictEqual([yield* isOwn(mine, another.dir), yield* isOwn(theirs, another.dir)], [false, true])
+  it.scoped("a bundle is the user's own when it is signed with the user's key and unchanged", () =>
+    Effect.gen(function* () {
+      const dir = yield* temporaryDirectory
+      const [mine, theirs] = [path.join(dir, "mine"), path.join(dir, "theirs")]
+      const isOwn = (home: string, at: string) => Effect.map(readAs(home, at), (bundle) => bundle.isOwn)
+      const made = yield* Effect.all(
+        [1, 2, 3, 4].map((i) => finishAs(mine, path.join(dir, `bundle${i}`))),
+        { concurrency: 4 }
+      )
+      const key = statSync(path.join(mine, "bundle.key"))
+      assert.deepStrictEqual([key.mode & 0o777, key.size], [0o600, 32])
+      for (const bundle of made) {
+        assert.isTrue(bundle.isOwn)
+        assert.isTrue(yield* isOwn(mine, bundle.dir))
+        assert.isFalse(yield* isOwn(theirs, bundle.dir))
+      }
+      // asking does not make a key
+      assert.isFalse(existsSync(path.join(theirs, "bundle.key")))
+      const another = yield* finishAs(theirs, path.join(dir, "another"))
+      assert.deepStrictEqual([yield* isOwn(mine, another.dir), yield* isOwn(theirs, another.dir)], [false, true])
 
-        const changed = path.join(dir, "bundle1")
-        rewrite(changed, (manifest) => Object.assign(manifest, { sourceName: "changed" }))
-        assert.isFalse(yield* isOwn(mine, changed))
-        // a key that others can read is nobody's proof, and is not used
-        chmodSync(path.join(mine, "bundle.key"), 0o644)
-        assert.isFalse(yield* isOwn(mine, path.join(dir, "bundle2")))
-        const error = yield* Effect.flip(finishAs(mine, path.join(dir, "bundle5")))
-        assert.strictEqual(error.code, "SNAPSHOT_DUMP_FAILED")
-        assert.include(error.message, "chmod 600")
-      }).pipe(Effect.provide(NodeContext.layer))
+      const changed = path.join(dir, "bundle1")
+      rewrite(changed, (manifest) => Object.assign(manifest, { sourceName: "changed" }))
+      assert.isFalse(yield* isOwn(mine, changed))
+      // a key that others can read is nobody's proof, and is not used
+      chmodSync(path.join(mine, "bundle.key"), 0o644)
+      assert.isFalse(yield* isOwn(mine, path.join(dir, "bundle2")))
+      const error = yield* Effect.flip(finishAs(mine, path.join(dir, "bundle5")))
+      assert.strictEqual(error.code, "SNAPSHOT_DUMP_FAILED")
+      assert.include(error.message, "chmod 600")
+    }).pipe(Effect.provide(NodeContext.layer))
   )
 
-  it.scoped("a manifest that records what no boot would accept is refused, whoever made it", () =>
+  it.scoped("a manifest with values that no boot accepts is refused, even in the user's own bundle", () =>
     Effect.gen(function* () {
       const dir = yield* temporaryDirectory
       const share = (host: string, guest: string) => ({ liveMounts: [{ host, guest, mode: "rw" }] })

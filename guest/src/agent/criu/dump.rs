@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::place::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, remove_images};
 use super::program::Criu;
 use super::record::{Record, Tree};
-use super::{images, kdat, process_trees, vfork};
+use super::{freeze_outside_vfork, images, kdat, process_trees};
 use crate::agent::context::Context;
 use crate::agent::exchange::Exchange;
 use crate::agent::stream::Abort;
@@ -76,9 +76,9 @@ where
     let began = Instant::now();
     // Waits for commands that are just being started: such a process is neither the agent any more nor a command yet. The gate is closed,
     // so no others follow.
-    let _none_starts = COMMANDS.rest(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
+    let _none_starts = COMMANDS.acquire_all(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
     context.terminals.refuse_open()?;
-    let frozen = vfork::stop_commands(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
+    let frozen = freeze_outside_vfork::stop_commands(freeze::limit(request.timeout_ms), &mut exchange.input).await?;
     // Freezing takes a moment; the time of a dump grows with the memory in use.
     let limit = request.timeout_ms.map_or(HANGS, Duration::from_millis).min(HANGS);
     if let Some(relay) = context.shares.get() {

@@ -11,7 +11,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
 
-use super::program::{self, Criu};
+use super::program::Criu;
 use crate::agent::child::Child;
 use crate::reply::{Code, ErrorReply};
 
@@ -66,11 +66,12 @@ impl LazyPages {
         let (said, says) = pipe_with(PipeFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
         let (readied, ready) = pipe_with(PipeFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
         let mut run = criu.bare("lazy-pages");
-        run.arg(EVERYTHING).arg("-D").arg(directory).arg("--status-fd").arg(program::number(&ready).to_string());
-        run.inherit(program::number(&ready));
+        let ready = run.inherit(ready);
+        run.arg(EVERYTHING).arg("-D").arg(directory).arg("--status-fd").arg(ready.to_string());
         run.command.stderr(Stdio::from(says));
         let child = run.command.spawn().map_err(failed)?;
-        drop((run, ready));
+        // Closes the agent's copy of the pipe's end, so that the daemon's end is seen as end of file.
+        drop(run);
         let child = Child::of(Pid::from_child(&child)).map_err(failed)?;
 
         let pages = Arc::new(Pages::default());

@@ -4,6 +4,7 @@
 //! finds them there, together with every file the processes had open (CRIU does not restore a process whose open file has changed in size).
 
 mod dump;
+mod freeze_outside_vfork;
 pub mod hook;
 mod images;
 mod kdat;
@@ -13,7 +14,6 @@ mod process_trees;
 mod program;
 pub mod record;
 mod revive;
-mod vfork;
 
 pub use dump::dump;
 pub use revive::revive;

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -16,7 +16,7 @@ use crate::agent::child::Child;
 use crate::agent::lookup;
 use crate::reply::{Code, ErrorReply};
 
-/// The log level for errors only: nobody reads more, and writing it takes time.
+/// The log level for errors only: the agent reads no other lines, and writing them takes time.
 const QUIET: &str = "-v1";
 
 /// The path of the program in the image.
@@ -68,14 +68,12 @@ impl Run {
         self
     }
 
-    /// Passes a descriptor to the program under the number it has here.
-    pub fn inherit(&mut self, fd: RawFd) -> &mut Self {
-        // SAFETY: runs between fork and exec: one system call. The descriptor is borrowed in the child, which has it from the fork,
-        // where the caller kept it open.
-        unsafe {
-            self.command.pre_exec(move || Ok(rustix::io::fcntl_setfd(BorrowedFd::borrow_raw(fd), FdFlags::empty())?));
-        }
-        self
+    /// Passes a descriptor to the program. Returns its number there, which is the same here.
+    pub fn inherit(&mut self, fd: OwnedFd) -> RawFd {
+        let number = fd.as_raw_fd();
+        // SAFETY: runs between fork and exec: one system call on a descriptor that the closure owns.
+        unsafe { self.command.pre_exec(move || Ok(rustix::io::fcntl_setfd(&fd, FdFlags::empty())?)) };
+        number
     }
 
     /// Runs the program and waits for its end. It is killed only if it has not ended within `limit`, because its own code runs inside the
@@ -114,11 +112,6 @@ fn first_error_in(log: &str) -> Option<&str> {
     let line = log.lines().find(|line| line.contains("Error ("))?;
     // Cuts off the time and the process id before the message.
     line.find("Error (").map(|at| line[at..].trim_end())
-}
-
-/// The number of a descriptor, in the agent and, after `inherit`, in the program.
-pub fn number(fd: &OwnedFd) -> RawFd {
-    fd.as_raw_fd()
 }
 
 #[cfg(test)]

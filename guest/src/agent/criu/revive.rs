@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal};
 use tokio::net::unix::pipe;
 
 use super::place::{DIR, IMAGES, SHARED_MEMORY, SHARED_MEMORY_ARCHIVE, directory, remove_images};
-use super::program::{self, Criu};
+use super::program::Criu;
 use super::record::{Record, Tree};
 use super::{hook, images};
 use crate::agent::child::Child;
@@ -96,8 +96,9 @@ async fn restore(
         run.arg("--leave-stopped");
     }
     for (inode, end) in tree.pipes.iter().filter_map(|inode| Some((inode, pipes.theirs.get(inode)?))) {
-        let number = program::number(end);
-        run.inherit(number).arg("--inherit-fd").arg(format!("fd[{number}]:pipe:[{inode}]"));
+        let end = end.try_clone().map_err(|error| Abort::io("pipes", &error))?;
+        let number = run.inherit(end);
+        run.arg("--inherit-fd").arg(format!("fd[{number}]:pipe:[{inode}]"));
     }
     Ok(run.finish(LIMIT).await?)
 }

@@ -2,20 +2,19 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use machinen_protocol::frame::Kind;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::pty::Pty;
 use super::screen::Screen;
-use super::session::{Client, Keyboard, Seen, Session};
+use super::session::{Client, Seen, Session, TerminalInput};
 use super::size::Size;
 use crate::agent::context::Context;
 use crate::agent::exchange::Exchange;
 use crate::agent::stream::{Abort, CHUNK, FrameReader};
 use crate::agent::threads::COMMANDS;
-use crate::agent::{attend, command, lookup};
+use crate::agent::{attend, clock, command, lookup};
 use crate::reply::{Code, ErrorReply, Exit, Started};
 use crate::request::{Exec, Pty as Request};
 
@@ -73,9 +72,7 @@ async fn start<R: AsyncRead + Unpin>(
     let pty = Pty::open(size).map_err(failed)?;
     let slave = pty.slave().try_clone_to_owned().map_err(failed)?;
     let process = command::start_in(slave, context, command, input).await?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-    let created_ms = u64::try_from(now).unwrap_or(u64::MAX);
-    let session = Arc::new(Session::new(name, argv, created_ms, size, pty, process));
+    let session = Arc::new(Session::new(name, argv, clock::now_ms(), size, pty, process));
     context.terminals.add(Arc::clone(&session));
     let (context, running) = (Arc::clone(context), Arc::clone(&session));
     tokio::spawn(async move {
@@ -120,7 +117,7 @@ where
                 Seen::Output(bytes) => output.send(Kind::Stdout, &bytes).await?,
                 Seen::Ended(exit) => return Ok(exit),
                 Seen::Taken => {
-                    return Err(ErrorReply::new(Code::SessionInUse, "somebody else has taken the session").into());
+                    return Err(ErrorReply::new(Code::SessionInUse, "another client has taken the session").into());
                 }
             }
         }
@@ -130,7 +127,7 @@ where
         biased;
         () = taken => {}
         shown = &mut shown => return shown,
-        abort = attend::obey(input, Some(Keyboard(Arc::clone(session))), session.as_ref(), &credit) => return Err(abort),
+        abort = attend::handle_frames(input, Some(TerminalInput(Arc::clone(session))), session.as_ref(), &credit) => return Err(abort),
     }
     // Its input is no longer passed on. The host may have stopped reading; it gets the reason once it reads again.
     tokio::select! {

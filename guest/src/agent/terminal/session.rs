@@ -293,9 +293,9 @@ impl Drop for Client {
 }
 
 /// The input of a session.
-pub struct Keyboard(pub Arc<Session>);
+pub struct TerminalInput(pub Arc<Session>);
 
-impl Input for Keyboard {
+impl Input for TerminalInput {
     async fn writable(&self) {
         if let Some(pty) = self.0.pty() {
             pty.writable().await;
