@@ -29,6 +29,7 @@ mod reply;
 pub mod request;
 mod resume;
 mod root;
+mod sealed;
 pub mod server;
 pub mod share;
 pub mod state;

@@ -11,7 +11,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use machinen_protocol::errno;
-use machinen_share::confinement::confine;
 use machinen_share::control::{Control, Line};
 use machinen_share::plan::Plan;
 use machinen_share::server::Server;
@@ -61,6 +60,12 @@ fn main() {
         );
         exit(2);
     };
+    // A thread that panics would leave a request without an answer, and its caller in the guest waiting.
+    let told = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        told(panic);
+        std::process::abort();
+    }));
     let mut control = Control::new(UnixStream::from(control));
     if let Err(error) = run(File::from(guest), &mut control) {
         eprintln!("machinen-share: {error}");
@@ -112,7 +117,11 @@ fn start(line: &Line, guest: File) -> Result<(Server, Answer), Refused> {
         })?,
         None => Loaded::default(),
     };
-    Ok((server, Answer::Started { ok: true, confinement: confine(), lost: loaded.lost }))
+    let confinement = server.confine().map_err(|error| Refused {
+        errno: Errno::from_io_error(&error).unwrap_or(Errno::PERM),
+        what: format!("the server cannot be confined: {error}"),
+    })?;
+    Ok((server, Answer::Started { ok: true, confinement, lost: loaded.lost }))
 }
 
 fn load(server: &Server, path: &Path) -> io::Result<Loaded> {

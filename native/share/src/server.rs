@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use zerocopy::FromBytes;
 
 use crate::abi::{self, ROOT, opcode};
+use crate::confinement::confine;
 use crate::coverage::Coverage;
 use crate::devices::Devices;
 use crate::handle::{Handle, Handles};
@@ -75,6 +76,14 @@ impl Server {
             started: AtomicBool::new(false),
             opens_directories: AtomicBool::new(true),
         })
+    }
+
+    /// Gives up what serving does not take; which confinements are in force. For the calling thread and those that it starts.
+    ///
+    /// # Errors
+    /// See `confine`.
+    pub fn confine(&self) -> std::io::Result<Vec<&'static str>> {
+        confine(&self.shares)
     }
 
     /// The answer to a request, a whole message, unless it wants none or gets it later. The thread must have been prepared (`prepare_thread`).

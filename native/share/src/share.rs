@@ -10,6 +10,7 @@ use serde::Deserialize;
 
 use crate::node::status;
 use crate::owner::Owners;
+use crate::sealed::sealed;
 
 /// The most shares of a VM.
 pub const MOST: usize = 64;
@@ -34,6 +35,8 @@ pub struct Share {
     pub owners: Owners,
     /// The shared directory or file, opened with O_PATH.
     pub file: OwnedFd,
+    /// It is reached by a mount that is read-only.
+    pub is_sealed: bool,
 }
 
 /// Why a share cannot be served.
@@ -57,7 +60,9 @@ impl Share {
             return Err(refused(Errno::OPNOTSUPP));
         }
         let owners = Owners::new((status.stx_uid, status.stx_gid), (source.uid, source.gid));
-        Ok(Self { tag, read_only: source.read_only, owners, file })
+        let sealed = if source.read_only { sealed(&file).ok() } else { None };
+        let is_sealed = sealed.is_some();
+        Ok(Self { tag, read_only: source.read_only, owners, file: sealed.unwrap_or(file), is_sealed })
     }
 }
 

@@ -171,3 +171,34 @@ fn a_lock_is_waited_for_until_it_is_free_or_the_wait_is_interrupted() {
         guest.call(opcode::SETLK, node, lock(1, libc::F_UNLCK).as_bytes()).unwrap();
     }
 }
+
+#[test]
+fn it_serves_confined_and_as_an_ordinary_user() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "text").unwrap();
+    let mut users = vec![None];
+    if fs::metadata(dir.path()).unwrap().uid() == 0 {
+        users.push(Some(65_534));
+    }
+    for user in users {
+        if let Some(user) = user {
+            std::os::unix::fs::chown(dir.path(), Some(user), Some(user)).unwrap();
+            std::os::unix::fs::chown(dir.path().join("file"), Some(user), Some(user)).unwrap();
+        }
+        let mut guest = Program::start_as(user);
+        let answer = guest.ask(&plan(&[("work", dir.path(), false)]));
+        assert_eq!(answer["ok"], true, "{answer}");
+        guest.init();
+        eprintln!("confinement: {}", answer["confinement"]);
+        let status = fs::read_to_string(format!("/proc/{}/status", guest.child.id())).unwrap();
+        assert!(status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2"), "{status}");
+        // What is its user's is the guest's root's, and so is what is made.
+        let (work, file) = (guest.walk("work").unwrap(), guest.walk("work/file").unwrap());
+        assert_eq!((file.attr.uid, file.attr.gid), (0, 0));
+        let made = guest.create(work.node, "new", libc::O_RDWR).unwrap();
+        guest.write(made.entry.node, made.open.handle, 0, b"made").unwrap();
+        assert_eq!((made.entry.attr.uid, made.entry.attr.gid), (0, 0));
+        assert_eq!(fs::metadata(dir.path().join("new")).unwrap().uid(), user.unwrap_or(file.attr.uid));
+        fs::remove_file(dir.path().join("new")).unwrap();
+    }
+}

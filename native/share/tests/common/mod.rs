@@ -10,7 +10,9 @@ use std::path::Path;
 use std::process::{Child, Command};
 
 use machinen_protocol::share::SYNC_MORE;
-use machinen_share::abi::{self, EntryOut, InHeader, InitIn, InitOut, OpenIn, OpenOut, OutHeader, ReadIn, opcode};
+use machinen_share::abi::{
+    self, CreateIn, CreateOut, EntryOut, InHeader, InitIn, InitOut, OpenIn, OpenOut, OutHeader, ReadIn, opcode,
+};
 use serde_json::{Value, json};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -28,13 +30,21 @@ pub struct Program {
 impl Program {
     /// Starts it without a plan.
     pub fn start() -> Self {
-        Self::start_with(None)
+        Self::start_with(None, None)
     }
 
-    fn start_with(descriptors: Option<u64>) -> Self {
+    /// As a user and its group.
+    pub fn start_as(user: Option<u32>) -> Self {
+        Self::start_with(None, user)
+    }
+
+    fn start_with(descriptors: Option<u64>, user: Option<u32>) -> Self {
         let (guest, stream) = UnixStream::pair().unwrap();
         let (control, its_control) = UnixStream::pair().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_machinen-share"));
+        if let Some(user) = user {
+            command.uid(user).gid(user);
+        }
         let (stream_fd, control_fd) = (stream.as_raw_fd(), its_control.as_raw_fd());
         // SAFETY: the closure makes system calls and nothing else. The first copies are above the numbers that are wanted.
         unsafe {
@@ -66,7 +76,7 @@ impl Program {
 
     /// With so many descriptors at most.
     pub fn limited(descriptors: u64, shares: &[(&str, &Path, bool)]) -> Self {
-        Self::start_with(Some(descriptors)).serve(shares)
+        Self::start_with(Some(descriptors), None).serve(shares)
     }
 
     fn serve(self, shares: &[(&str, &Path, bool)]) -> Self {
@@ -186,6 +196,11 @@ impl Program {
     pub fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
         let body = OpenIn { flags: flags.cast_unsigned(), open_flags: 0 };
         self.call(opcode::OPEN, node, body.as_bytes()).map(|body| as_structure::<OpenOut>(&body).handle)
+    }
+
+    pub fn create(&mut self, parent: u64, name: &str, flags: i32) -> Result<CreateOut, i32> {
+        let body = CreateIn { flags: flags.cast_unsigned(), mode: 0o644, ..CreateIn::default() };
+        self.call(opcode::CREATE, parent, &[body.as_bytes(), &text(name)].concat()).map(|body| as_structure(&body))
     }
 
     pub fn read(&mut self, node: u64, handle: u64, offset: u64, size: u32) -> Result<Vec<u8>, i32> {
