@@ -62,7 +62,13 @@ describe.sequential("live mounts", () => {
     Effect.gen(function* () {
       const dir = temporaryDirectory()
       const at = (name: string) => path.join(dir, name)
-      for (const name of ["project/vendor", "vendor", "etc", ...Array.from({ length: 10 }, (_, i) => `many/${i}`)]) {
+      for (const name of [
+        "project",
+        "project/vendor",
+        "vendor",
+        "etc",
+        ...Array.from({ length: 10 }, (_, i) => `many/${i}`)
+      ]) {
         mkdirSync(at(name), { recursive: true })
         writeFileSync(path.join(at(name), "name"), name)
       }
