@@ -115,13 +115,14 @@ impl Server {
             let node = self.node(node)?;
             let root = self.path_of(&self.share(&node).file)?;
             let path = self.path_of(&*node)?;
-            let path = path.strip_prefix(&root[..]).and_then(|path| path.strip_prefix(b"/")).unwrap_or(&path);
+            // In the guest the share's tag stands for a place of its own.
+            let path = [self.share(&node).tag.to_bytes(), path.strip_prefix(&root[..]).unwrap_or(b"/?")].concat();
             let length = u32::try_from(path.len()).map_err(|_| Errno::NAMETOOLONG)?;
             // The guest takes no longer message, and names a few of them.
             if body.len() + path.len() + 8 > MAX_DATA {
                 break;
             }
-            for part in [&pid.to_ne_bytes()[..], &length.to_ne_bytes(), path] {
+            for part in [&pid.to_ne_bytes()[..], &length.to_ne_bytes(), &path] {
                 body.extend_from_slice(part);
             }
         }

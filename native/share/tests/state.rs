@@ -179,7 +179,7 @@ fn locks_are_listed_as_long_as_they_are_held() {
         ..LockIn::default()
     };
     let held = |guest: &mut Program| guest.call(LOCKS, 0, &[]).unwrap();
-    let one = [&77u32.to_ne_bytes()[..], &4u32.to_ne_bytes(), b"file"].concat();
+    let one = [&77u32.to_ne_bytes()[..], &9u32.to_ne_bytes(), b"work/file"].concat();
     for flags in [0, flag::LOCK_FLOCK] {
         assert_eq!(held(&mut guest), b"");
         guest.call(opcode::SETLK, node, lock(libc::F_WRLCK, 2, 5, flags).as_bytes()).unwrap();

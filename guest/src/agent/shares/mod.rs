@@ -32,7 +32,7 @@ pub async fn mount(context: &Context, shares: &[Share]) -> Result<(), Failed> {
     let device = port::find(SHARE).await.step("shared directories")?;
     let port = OpenOptions::new().read(true).write(true).open(&device).step(device)?;
     let (kernel, connection) = shares::mount_all()?;
-    let relay = Relay::start(kernel, port, Some(connection)).step("shared directories")?;
+    let relay = Relay::start(kernel, port, Some(connection), shares.to_vec()).step("shared directories")?;
     shares::mount_each(shares)?;
     // Shares are mounted once in the life of a machine.
     let _ = context.shares.set(relay);
@@ -53,6 +53,14 @@ pub async fn drain<R: AsyncRead + Unpin>(
             ErrorReply::new(Code::Timeout, message).into()
         }),
     }
+    .map(|locks| locks.into_iter().map(|Lock { pid, path }| Lock { pid, path: place(&relay.shares, &path) }).collect())
+}
+
+/// Where the guest has what the host's file server calls by a share's tag and a path in it.
+fn place(shares: &[Share], path: &str) -> String {
+    let (tag, _) = path.split_once('/').unwrap_or((path, ""));
+    let share = shares.iter().find(|share| share.tag == tag);
+    share.map_or_else(|| path.to_owned(), |share| format!("{}{}", share.guest, &path[tag.len()..]))
 }
 
 /// Lets the requests of a copy go on, once the kernel knows what changed on the host since the freeze.
@@ -78,4 +86,23 @@ pub fn check_locks(locks: &[Lock], may_be_lost: bool) -> Result<(), ErrorReply> 
         message.push_str(&format!(", and {more} more"));
     }
     Err(ErrorReply::new(Code::MountBusy, message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_named_by_their_places_in_the_guest() {
+        let share = |tag: &str, guest: &str| Share { tag: tag.into(), guest: guest.into(), read_only: false };
+        let shares = [share("machinen-lm1", "/work"), share("machinen-lm10", "/etc/hosts")];
+        for (path, expected) in [
+            ("machinen-lm1/a/b", "/work/a/b"),
+            ("machinen-lm10", "/etc/hosts"),
+            ("machinen-lm1/", "/work/"),
+            ("machinen-lm2/a", "machinen-lm2/a"),
+        ] {
+            assert_eq!(place(&shares, path), expected);
+        }
+    }
 }

@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 
 use super::invalidation;
 use super::messages::{Received, word};
+use crate::config::Share;
 use crate::system::{console, shares};
 
 /// Opcodes of requests that get no answer: `FORGET`, `INTERRUPT`, `BATCH_FORGET`.
@@ -26,7 +27,7 @@ const UNANSWERED: [u32; 3] = [2, 36, 42];
 #[derive(Debug, PartialEq, Eq)]
 pub struct Lock {
     pub pid: u32,
-    /// The path in the share, as the host knows it.
+    /// The share's tag and the path in it, as the host knows it.
     pub path: String,
 }
 
@@ -45,6 +46,8 @@ pub struct Relay {
     writing: Mutex<()>,
     /// The kernel's number of the connection, `None` in a test.
     connection: Option<u32>,
+    /// What it carries requests for.
+    pub shares: Vec<Share>,
 }
 
 #[derive(Default)]
@@ -66,7 +69,7 @@ impl Relay {
     ///
     /// # Errors
     /// When a thread cannot be started.
-    pub fn start(kernel: OwnedFd, host: File, connection: Option<u32>) -> io::Result<Arc<Self>> {
+    pub fn start(kernel: OwnedFd, host: File, connection: Option<u32>, shares: Vec<Share>) -> io::Result<Arc<Self>> {
         let relay = Arc::new(Self {
             kernel,
             host,
@@ -75,6 +78,7 @@ impl Relay {
             answered: Notify::new(),
             writing: Mutex::default(),
             connection,
+            shares,
         });
         let (notifications, waiting) = invalidation::queue();
         relay.spawn("share-requests", Self::carry_requests)?;
@@ -279,7 +283,7 @@ mod tests {
     fn relay() -> (Arc<Relay>, UnixDatagram, UnixStream) {
         let (kernel, ours) = UnixDatagram::pair().unwrap();
         let (host, server) = UnixStream::pair().unwrap();
-        (Relay::start(kernel.into(), File::from(OwnedFd::from(host)), None).unwrap(), ours, server)
+        (Relay::start(kernel.into(), File::from(OwnedFd::from(host)), None, Vec::new()).unwrap(), ours, server)
     }
 
     fn request(opcode: u32, unique: u64) -> Vec<u8> {
