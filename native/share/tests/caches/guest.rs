@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,8 @@ const OPCODES: usize = 64;
 struct Device {
     file: OwnedFd,
     requests: [AtomicU64; OPCODES],
+    /// Held: no notice is taken.
+    notices: Mutex<()>,
 }
 
 impl Outlet for Device {
@@ -50,9 +52,12 @@ pub struct Guest {
     device: Arc<Device>,
 }
 
+/// A file system in memory, where many files are made and removed quickly.
+pub const MEMORY: &str = "/dev/shm";
+
 /// A directory for a test to share; anyone may use it.
-pub fn directory() -> TempDir {
-    let dir = tempfile::tempdir().unwrap();
+pub fn directory(within: &Path) -> TempDir {
+    let dir = tempfile::tempdir_in(within).unwrap();
     Command::new("chmod").arg("777").arg(dir.path()).status().unwrap();
     dir
 }
@@ -73,7 +78,8 @@ impl Guest {
         let data = format!("fd={number},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions");
         let data = CString::new(data).unwrap();
         mount("share", mounted.path(), "fuse", MountFlags::empty(), Some(data.as_c_str())).unwrap();
-        let device = Arc::new(Device { file, requests: [const { AtomicU64::new(0) }; OPCODES] });
+        let device =
+            Arc::new(Device { file, requests: [const { AtomicU64::new(0) }; OPCODES], notices: Mutex::default() });
         let (path, outlet) = (host.to_owned(), Arc::clone(&device));
         let (started, is_started) = mpsc::channel();
         thread::spawn(move || {
@@ -103,6 +109,11 @@ impl Guest {
     pub fn requests(&self) -> BTreeMap<usize, u64> {
         let counts = self.device.requests.iter().map(|count| count.swap(0, Ordering::Relaxed));
         counts.enumerate().filter(|(_, count)| *count > 0).collect()
+    }
+
+    /// While this is held the guest takes no notices.
+    pub fn hold_notices(&self) -> MutexGuard<'_, ()> {
+        self.device.notices.lock().unwrap()
     }
 
     /// Waits until the guest sees what the host did, which `is_seen` looks for. There is no event for that.
@@ -146,7 +157,12 @@ fn serve(server: &Server, device: &Device) {
     thread::scope(|scope| {
         let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| work(server, device))).collect();
         // What the kernel does not know it need not forget.
-        scope.spawn(|| server.watch(false, |message| rustix::io::write(&device.file, message).map(drop).or(Ok(()))));
+        scope.spawn(|| {
+            server.watch(false, |message| {
+                drop(device.notices.lock());
+                rustix::io::write(&device.file, message).map(drop).or(Ok(()))
+            })
+        });
         threads.into_iter().for_each(|thread| thread.join().unwrap());
         server.stop_watching();
     });
@@ -176,6 +192,9 @@ pub fn missing() -> Option<&'static str> {
     }
     if fs::metadata("/dev/fuse").is_err() {
         return Some("there is no /dev/fuse");
+    }
+    if fs::metadata(MEMORY).is_err() {
+        return Some("there is no /dev/shm");
     }
     None
 }

@@ -8,13 +8,14 @@ mod other;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use machinen_share::abi::opcode;
 
-use guest::{Guest, directory, missing};
+use guest::{Guest, MEMORY, directory, missing};
 use other::Other;
 
 const USERS: [u32; 2] = [0, 1000];
@@ -26,12 +27,16 @@ const FLUSH: usize = opcode::FLUSH as usize;
 
 /// Each test is for the server of root and of an ordinary user, in a thread of its own, which has a mount namespace.
 fn with_guests(test: fn(&Guest)) {
+    with_guests_in(&std::env::temp_dir(), test);
+}
+
+fn with_guests_in(within: &Path, test: fn(&Guest)) {
     if let Some(why) = missing() {
         println!("skipped: {why}");
         return;
     }
     for user in USERS {
-        let dir = directory();
+        let dir = directory(within);
         let guest = move || test(&Guest::new(dir.path(), user));
         std::thread::spawn(guest).join().unwrap_or_else(|_| panic!("as user {user}"));
     }
@@ -163,25 +168,28 @@ fn other_machine() {
 
 #[test]
 fn more_changes_than_events_can_wait() {
-    with_guests(|guest| {
-        guest.on_host("mkdir many; cd many; seq 10000 | xargs touch");
+    with_guests_in(Path::new(MEMORY), |guest| {
+        let most: usize =
+            fs::read_to_string("/proc/sys/fs/fanotify/max_queued_events").unwrap().trim().parse().unwrap();
+        let count = most + 1000;
+        guest.on_host(&format!("mkdir many; cd many; seq {count} | xargs touch"));
         let many = guest.share.join("many");
-        assert_eq!(
-            fs::read_dir(&many).unwrap().filter(|entry| entry.as_ref().unwrap().metadata().unwrap().len() == 0).count(),
-            10_000
-        );
+        let sizes =
+            || fs::read_dir(&many).unwrap().map(|entry| entry.unwrap().metadata().map_or(0, |found| found.len()));
+        assert_eq!((sizes().count(), sizes().sum()), (count, 0));
         assert!(fs::metadata(many.join("late")).is_err());
-        guest.on_host("cd many; for n in $(seq 10000); do echo x > $n; done; seq 5000 | xargs rm; touch late");
-        guest.sees("a flood", || {
-            let names: Vec<_> = fs::read_dir(&many).unwrap().map(|entry| entry.unwrap().path()).collect();
-            names.len() == 5001
-                && fs::metadata(many.join("late")).is_ok()
-                && names
-                    .iter()
-                    .filter(|name| !name.ends_with("late"))
-                    .all(|name| fs::metadata(name).is_ok_and(|found| found.len() == 2))
-        });
-        assert!((1..=5000).all(|n| fs::metadata(many.join(n.to_string())).is_err()));
+        let held = guest.hold_notices();
+        guest.on_host(&format!(
+            "cd many; for n in $(seq {count}); do echo x > $n; done; seq 500 | xargs rm; touch late"
+        ));
+        // Not by a list, which brings attributes along.
+        let sizes = |n: std::ops::RangeInclusive<usize>| {
+            n.filter_map(|n| fs::metadata(many.join(n.to_string())).ok()).map(|found| found.len())
+        };
+        assert_eq!((sizes(1..=count).count(), sizes(1..=count).sum()), (count, 0), "notices were taken");
+        drop(held);
+        guest.sees("a flood", || sizes(501..=count).all(|size| size == 2) && many.join("late").exists());
+        assert_eq!((sizes(1..=500).count(), sizes(501..=count).count()), (0, count - 500));
     });
 }
 
@@ -204,6 +212,15 @@ fn what_is_known_costs_no_request() {
     });
 }
 
+/// Ends the threads of a test, also of one that fails.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// What is under way when something changes must not be believed afterwards.
 #[test]
 fn changes_are_seen_while_everything_is_being_looked_at() {
@@ -211,6 +228,7 @@ fn changes_are_seen_while_everything_is_being_looked_at() {
         guest.on_host("mkdir dir; echo 0 > dir/written; echo 0 > dir/replaced; echo 0 > dir/moves0");
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            let _end = End(&over);
             for _ in 0..3 {
                 scope.spawn(|| {
                     while !over.load(Ordering::Relaxed) {
@@ -235,7 +253,6 @@ fn changes_are_seen_while_everything_is_being_looked_at() {
                         && fs::read_dir(&dir).unwrap().count() == 3
                 });
             }
-            over.store(true, Ordering::Relaxed);
         });
     });
 }
@@ -243,7 +260,7 @@ fn changes_are_seen_while_everything_is_being_looked_at() {
 #[test]
 #[ignore = "prints figures"]
 fn figures() {
-    let dir = directory();
+    let dir = directory(Path::new(MEMORY));
     let make = "for d in $(seq 40); do mkdir $d; for f in $(seq 25); do head -c 5000 /dev/zero > $d/$f; done; done;
         git init -q .; git -c user.name=x -c user.email=x add .; git -c user.name=x -c user.email=x commit -qm x";
     let operations = [
