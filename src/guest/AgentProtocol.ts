@@ -150,6 +150,8 @@ const identity = {
   generation: Schema.String,
   /** Hardware address of the network card. */
   mac: Schema.optional(Schema.String),
+  /** Where directories are shared with the host, and whether each is read-only in this copy. */
+  shares: Schema.optional(Schema.Array(Schema.Struct({ guest: Schema.String, readOnly: Schema.Boolean }))),
   env: Environment,
   /** Replaces the whole configuration that the original was booted with. */
   config: Schema.optional(

@@ -17,6 +17,8 @@ export interface Identity {
   readonly mac?: string
   /** Overlays the environment that the original was booted with. */
   readonly env: Readonly<Record<string, string>>
+  /** The live mounts, whose modes may be others than the original's. */
+  readonly shares?: ReadonlyArray<{ readonly guest: string; readonly readOnly: boolean }>
   /** Replaces the original's whole configuration, when the original is a template that has run nothing. */
   readonly config?: GuestConfig["config"]
 }
@@ -98,13 +100,13 @@ export const make = (operations: Operations): Standstill => {
 const maxLateMs = 80
 
 /** The fields of `rejuvenate`: random values and the time are made when the request is sent. */
-const renewed = ({ config, env, generation, hostname, mac }: Identity) => ({
+const renewed = ({ config, env, generation, hostname, mac, shares }: Identity) => ({
   seed: randomBytes(32).toString("hex"),
   nowMs: Date.now(),
   hostname,
   machineId: randomBytes(16).toString("hex"),
   generation,
-  ...given({ mac }),
+  ...given({ mac, shares }),
   env,
   ...given({ config })
 })

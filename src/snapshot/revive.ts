@@ -157,6 +157,9 @@ export const revive = Effect.fn("revive")(
         hostname: Launch.hostname(named),
         generation: randomUUID(),
         ...(seed.network === "nat" ? { mac: macOf(id) } : {}),
+        ...(liveMounts.length === 0
+          ? {}
+          : { shares: liveMounts.map(({ guest, mode }) => ({ guest, readOnly: mode === "ro" })) }),
         env: { ...given({ MACHINEN_VM_NAME: named.name }), ...options.env }
       })
       yield* Launch.sendSecrets(client, secrets)

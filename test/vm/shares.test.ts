@@ -73,13 +73,14 @@ describe.sequential("live mounts", () => {
         writeFileSync(path.join(at(name), "name"), name)
       }
       writeFileSync(at("file"), "single")
+      writeFileSync(at("other"), "other")
       const vm = yield* boot({
         liveMounts: [
           { host: at("vendor"), guest: "/work/project/vendor", mode: "ro" },
           { host: at("project"), guest: "/work/project" },
           { host: at("etc"), guest: "/etc" },
           { host: at("file"), guest: "/srv/deep/in/file" },
-          { host: at("file"), guest: "/bin/busybox.conf", mode: "ro" },
+          { host: at("other"), guest: "/bin/busybox.conf", mode: "ro" },
           ...Array.from({ length: 10 }, (_, i) => ({ host: at(`many/${i}`), guest: `/many/${i}` }))
         ]
       })
@@ -92,7 +93,7 @@ describe.sequential("live mounts", () => {
       )
       assert.strictEqual(
         yield* sh(vm, "cat /srv/deep/in/file; echo more >>/srv/deep/in/file; cat /bin/busybox.conf"),
-        "singlesinglemore"
+        "singleother"
       )
       assert.strictEqual(readFileSync(at("file"), "utf8"), "singlemore\n")
       for (const place of ["/work/project/vendor/x", "/bin/busybox.conf"]) {

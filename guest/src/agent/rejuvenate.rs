@@ -26,8 +26,15 @@ pub async fn rejuvenate(context: &Arc<Context>, request: Rejuvenate) -> Result<R
             "this machine is not a copy that still has the identity of its original",
         ));
     }
-    let done = renew(context, request)?;
+    let modes = request.shares.clone();
+    let mut done = renew(context, request)?;
     shares::resume_copy(context).await;
+    if !modes.is_empty() {
+        done.note("shares", shares::set_modes(modes).await);
+        if let Some(told) = context.rejuvenated().as_mut() {
+            told.clone_from(&done);
+        }
+    }
     cgroup::thaw_workload().map_err(|error| ErrorReply::io("thaw", &error))?;
     context.gate.open();
     Ok(done)

@@ -71,6 +71,9 @@ pub struct Rejuvenate {
     /// The address of the machine's network card, if it has one.
     #[serde(default, deserialize_with = "mac")]
     pub mac: Option<[u8; 6]>,
+    /// Shared directories, which may be read-only in one copy and writable in another.
+    #[serde(default)]
+    pub shares: Vec<ShareMode>,
     #[serde(default)]
     pub env: BTreeMap<String, String>,
     /// Replaces the machine's configuration. It is given for a copy of a machine that has run no command, which begins here.
@@ -96,6 +99,14 @@ pub struct Revive {
     pub lazy: bool,
     #[serde(flatten)]
     pub identity: Rejuvenate,
+}
+
+/// A shared directory or file, by where it is mounted.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ShareMode {
+    pub guest: String,
+    pub read_only: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -126,6 +137,7 @@ impl Rejuvenate {
         if self.generation.len() != 36 || !self.generation.bytes().all(plain) {
             return bad("generation must be a UUID");
         }
+        self.shares.iter().try_for_each(|share| check_path(&share.guest))?;
         self.config.as_ref().map_or(Ok(()), check_config)?;
         check_env(&self.env)
     }

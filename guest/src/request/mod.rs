@@ -13,7 +13,9 @@ use serde::de::DeserializeOwned;
 use self::check::{bad, check_hostname, check_path, no_nul};
 pub use self::commands::{Exec, Main, Pty, SessionKill};
 pub use self::files::{Image, List, Mkdir, Pull, Push, Read, Remove, Rename, Stat, Watch, Write};
-pub use self::machine::{Clock, Destination, Dump, Freeze, Hostname, Rejuvenate, Revive, Secret, Secrets, Tunnel};
+pub use self::machine::{
+    Clock, Destination, Dump, Freeze, Hostname, Rejuvenate, Revive, Secret, Secrets, ShareMode, Tunnel,
+};
 use crate::reply::{Code, ErrorReply};
 
 /// The operation a stream asks for.

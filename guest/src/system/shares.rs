@@ -49,10 +49,15 @@ fn mount(Share { guest, tag, read_only }: &Share) -> Result<(), Failed> {
     make_mount_point(Path::new(guest), is_directory).step(step())?;
     rustix::mount::mount_bind(&entry, guest).step(step())?;
     if *read_only {
-        let flags = MountFlags::BIND | MountFlags::RDONLY | RESTRICTED;
-        rustix::mount::mount_remount(guest, flags, c"").step(step())?;
+        set_read_only(guest, true).step(step())?;
     }
     Ok(())
+}
+
+/// Makes a mount read-only or writable. Whatever it says, the host's file server lets nothing be written that it may not.
+pub fn set_read_only(guest: &str, read_only: bool) -> io::Result<()> {
+    let mode = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    Ok(rustix::mount::mount_remount(guest, MountFlags::BIND | RESTRICTED | mode, c"")?)
 }
 
 /// Makes the directory or the file to mount on, unless there is one.

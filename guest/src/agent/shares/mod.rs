@@ -5,6 +5,7 @@ mod messages;
 pub mod relay;
 
 use std::fs::{self, OpenOptions};
+use std::io;
 use std::time::Duration;
 
 use machinen_protocol::ports::SHARE;
@@ -15,6 +16,7 @@ use super::port;
 use super::stream::{Abort, FrameReader};
 use crate::config::Share;
 use crate::reply::{Code, ErrorReply};
+use crate::request::ShareMode;
 use crate::system::shares;
 use crate::system::step::{Failed, Step};
 use relay::{Lock, Relay};
@@ -69,6 +71,21 @@ pub async fn resume_copy(context: &Context) {
     relay.resume();
     // A server that does not answer must not keep the commands from going on: they find it out where they need it.
     let _ = tokio::time::timeout(CATCHES_UP_WITHIN, relay.caught_up()).await;
+}
+
+/// Makes the mounts of a copy read-only or writable, as this copy was given them.
+///
+/// # Errors
+/// The first that could not be changed. It stays as it was.
+pub async fn set_modes(modes: Vec<ShareMode>) -> io::Result<()> {
+    // On a thread, because the way to a place may lead through another share.
+    let changing = tokio::task::spawn_blocking(move || {
+        modes.iter().try_for_each(|ShareMode { guest, read_only }| {
+            let failed = |error| io::Error::other(format!("{guest}: {error}"));
+            shares::set_read_only(guest, *read_only).map_err(failed)
+        })
+    });
+    tokio::time::timeout(CATCHES_UP_WITHIN, changing).await??
 }
 
 /// Fails if processes hold locks, which a copy cannot have beside its original, unless they `may_be_lost`.
