@@ -683,6 +683,11 @@ describe.sequential("the CLI", () => {
       Array.from({ length: 65 }, (_, i) => ["--mount-live", `/srv:/mnt/${i}`]).flat(),
       "BOOT_MOUNT_INVALID"
     ],
+    [
+      "a share in a read-only one that has no place for it",
+      ["--mount-live", "/srv:/work:ro", "--mount-live", "/srv:/work/no-such-place"],
+      "BOOT_GUEST_FAILED"
+    ],
     ["two copies", ["-v", "/srv:/mnt/a", "-v", "/srv:/mnt/b"], "PARSE_FLAG_DUPLICATE"],
     ["no place", ["-v", "/srv"], "PARSE_FLAG_MALFORMED"],
     ["an unknown mode", ["--mount-live", "/srv:/mnt/a:rx"], "PARSE_FLAG_MALFORMED"]

@@ -72,14 +72,15 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
 /// Tells the host that this guest is there, and completes the boot meanwhile.
 async fn complete(opener: &Opener, context: &Context, boot: &BootConfig, mut phases: Phases) {
     phases.mark("session");
+    // Before the host is told anything: a share that cannot be mounted is a boot that fails.
+    shares::mount(context, &boot.shares).await.unwrap_or_else(|failed| give_up(&failed));
+    phases.mark("shares");
     doorbell::ring(opener, || {
         phases.mark("doorbell");
         after_doorbell::complete(boot, &mut phases).unwrap_or_else(|failed| give_up(&failed));
         phases.mark("complete");
     })
     .await;
-    shares::mount(context, &boot.shares).await.unwrap_or_else(|failed| give_up(&failed));
-    phases.mark("shares");
     phases.mark("answered");
     phases.print_if_asked();
 }
