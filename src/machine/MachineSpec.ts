@@ -41,7 +41,7 @@ export const Share = Schema.Struct({
   tag: Schema.String,
   path: Schema.String,
   readOnly: Schema.Boolean,
-  /** Whose all files are for the guest; absent: they keep their owners. */
+  /** Which user of the guest the files' owner is. */
   uid: Schema.optionalWith(OwnerId, { exact: true }),
   gid: Schema.optionalWith(OwnerId, { exact: true })
 })

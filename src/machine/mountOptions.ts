@@ -15,7 +15,7 @@ export const LiveMount = Schema.Struct({
   /** Absolute path on the host. */
   host: Schema.String,
   mode: MountMode,
-  /** Whose all its files are for the guest; absent: they keep their owners. */
+  /** Which user of the guest the files' owner is; absent: for root the same number, else the guest's root. */
   uid: Schema.optionalWith(OwnerId, { exact: true }),
   gid: Schema.optionalWith(OwnerId, { exact: true })
 })
@@ -38,8 +38,8 @@ export interface LiveMountOption {
   /** Default "rw"; of a restore: the source's. */
   readonly mode?: MountMode
   /**
-   * The user to whom all files there belong for the guest. On the host they belong to whom they did, and new ones to the user who started the VM.
-   * Default: of root's VMs the files keep their owners, of others' they are the guest's root's; of a restore: the source's.
+   * Which user of the guest the owner of the files is. On the host that owner is, when root runs the VM, the owner of `host`, else the user who runs
+   * the VM. Default: for root all owners keep their numbers, for another user that user's files are the guest's root's; of a restore: the source's.
    */
   readonly uid?: number
   /** As `uid`, for the group. */

@@ -72,7 +72,7 @@ pub struct Share {
     tag: String,
     path: PathBuf,
     read_only: bool,
-    /// Whose the files are for the guest. `None`: as they are.
+    /// Which user of the guest the files' owner is.
     #[serde(skip_serializing_if = "Option::is_none")]
     uid: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
