@@ -31,7 +31,9 @@ use crate::trust::stamp;
 use crate::watch::{Key, Watch};
 
 /// The most names that are told as valid for long. Each costs about 100 bytes.
-pub(crate) const MOST_NAMES: usize = 200_000;
+pub(crate) const MOST_NAMES: usize = 100_000;
+/// After so many new names the memory of files that were let go is given back.
+const RELEASE_EVERY: usize = 16_384;
 
 /// A name that the guest believes to be this file's.
 pub(crate) struct Child {
@@ -67,6 +69,8 @@ pub(crate) struct State {
     /// How many names there are, and how many files were forgotten whose names may still be among them.
     pub names: usize,
     forgotten: usize,
+    /// How many names came since memory was given back.
+    added: usize,
     /// Whether changes to a file system can be watched, by device.
     devices: HashMap<u64, bool>,
 }
@@ -302,6 +306,7 @@ impl State {
         }
         let Some(directory) = self.directories.get_mut(&parent) else { return false };
         let number = child.number;
+        self.added += 1;
         match directory.names.insert(name.into(), child) {
             None => self.names += 1,
             Some(before) if before.number != number => {
@@ -310,7 +315,19 @@ impl State {
             }
             Some(_) => {}
         }
+        if self.added >= RELEASE_EVERY {
+            self.release();
+        }
         true
+    }
+
+    /// A weak reference keeps the memory of what it was to.
+    fn release(&mut self) {
+        self.added = 0;
+        let children = self.directories.values_mut().flat_map(|directory| directory.names.values_mut());
+        for child in children.filter(|child| child.node.strong_count() == 0) {
+            child.node = Weak::new();
+        }
     }
 
     pub fn remove(&mut self, parent: u64, name: &[u8]) -> Option<Child> {
