@@ -88,30 +88,70 @@ const second = (tree: string, cacheDir: string): Variant => ({
 })
 
 const places = { live: "/mnt/live", copy: "/mnt/copy", own: "/srv" } as const
+/** Where every work is done; in the copy only what was measured of it before. */
+const compared = ["live", "own"] as const
+const ofCopy: ReadonlySet<string> = new Set(["tar x", "git status"])
 
-const extract = (vm: Vm, place: keyof typeof places): Variant => ({
-  name: `tar x, ${place}`,
+type Place = keyof typeof places
+
+/** Work in the guest: what comes before it, and what is measured. `at` is a directory of the place. */
+interface Work {
+  readonly name: string
+  readonly before?: (at: string) => string
+  readonly script: (at: string) => string
+}
+
+const largeMib = 1024
+const inserts = 200
+const sqlite = (at: string) =>
+  `python3 -c 'import sqlite3; db = sqlite3.connect("${at}/db"); db.execute("pragma journal_mode=wal"); db.execute("create table t (n)"); [(db.execute("insert into t values (?)", (n,)), db.commit()) for n in range(${inserts})]'`
+
+/** The same for each place, so that a share is seen beside the guest's own disk. */
+const works: ReadonlyArray<Work> = [
+  {
+    name: "tar x",
+    before: (at) => `rm -rf ${at}/extracted; mkdir ${at}/extracted; sync`,
+    script: (at) => `tar xf /tmp/sources.tar -C ${at}/extracted; sync`
+  },
+  { name: "git status", script: (at) => `cd ${at}/repository && git status --porcelain` },
+  {
+    name: "git clone",
+    before: (at) => `rm -rf ${at}/cloned; sync`,
+    script: (at) => `git clone -q ${at}/repository ${at}/cloned; sync`
+  },
+  { name: `grep -r, ${files} files`, script: (at) => `! grep -rq no-file-has-this ${at}/small` },
+  {
+    name: `sqlite, ${inserts} inserts with WAL`,
+    before: (at) => `rm -f ${at}/db*; sync`,
+    script: sqlite
+  },
+  {
+    name: `${largeMib} MiB in`,
+    before: (at) => `rm -f ${at}/large; sync`,
+    script: (at) => `dd if=/dev/zero of=${at}/large bs=1M count=${largeMib} conv=fsync 2>/dev/null`
+  },
+  {
+    name: `${largeMib} MiB out`,
+    before: (at) =>
+      `[ -e ${at}/large ] || dd if=/dev/zero of=${at}/large bs=1M count=${largeMib} 2>/dev/null; sync; echo 3 >/proc/sys/vm/drop_caches`,
+    script: (at) => `dd if=${at}/large of=/dev/null bs=1M 2>/dev/null`
+  }
+]
+
+const measured = (vm: Vm, { before, name, script }: Work, place: Place): Variant => ({
+  name: `${name}, ${place}`,
   released: false,
   run: ({ record }) =>
     Effect.gen(function* () {
-      const dir = `${places[place]}/extracted`
-      yield* inGuest(vm, `rm -rf ${dir}; mkdir ${dir}; sync`)
+      if (before !== undefined) yield* inGuest(vm, before(places[place]))
       const began = performance.now()
-      yield* inGuest(vm, `tar xf /tmp/sources.tar -C ${dir}; sync`)
+      yield* inGuest(vm, script(places[place]))
       yield* record("elapsed", performance.now() - began, "ms")
     })
 })
 
-const status = (vm: Vm, place: keyof typeof places): Variant => ({
-  name: `git status, ${place}`,
-  released: false,
-  run: ({ record }) =>
-    Effect.gen(function* () {
-      const began = performance.now()
-      yield* inGuest(vm, `cd ${places[place]}/repository && git status --porcelain`)
-      yield* record("elapsed", performance.now() - began, "ms")
-    })
-})
+/** Makes a tree of as many files as `files`, each of some 100 bytes. */
+const smallFiles = `mkdir "$0"; for d in $(seq ${files / filesInDirectory}); do mkdir "$0/$d"; for f in $(seq ${filesInDirectory}); do echo "the file $f of the directory $d: $(printf %080d "$f")" >"$0/$d/$f"; done; done`
 
 /** Copies the host's git and its libraries into a guest of the same distribution. */
 const giveGit = Effect.fnUntraced(function* (vm: Vm) {
@@ -144,21 +184,26 @@ export const mounts: Scenario = {
     yield* succeed([...git, "commit", "-q", "-m", "all"])
     const tarball = path.join(host, "sources.tar")
     yield* succeed(["tar", "--create", "--file", tarball, "--directory", sources, "."])
+    yield* succeed(["sh", "-c", smallFiles, path.join(host, "small")])
     const count = Number((yield* succeed(["sh", "-c", `find ${repository} -type f | wc -l`])).trim())
 
     const { vm } = yield* machinen.boot({
       image: "debian",
       network: "none",
+      memoryMib: 1024,
+      rootDiskSizeBytes: 8 * 2 ** 30,
       mount: { host, guest: places.copy },
       liveMounts: [{ host, guest: places.live }]
     })
     yield* giveGit(vm)
-    yield* inGuest(vm, `cp ${places.live}/sources.tar /tmp/; cp -a ${places.live}/repository ${places.own}/`)
+    yield* inGuest(
+      vm,
+      `cp ${places.live}/sources.tar /tmp/; cp -a ${places.live}/repository ${places.live}/small ${places.own}/`
+    )
     // the inodes of a copy are new to git's index, so its first `status` reads everything
     yield* Effect.forEach(Object.values(places), (at) => inGuest(vm, `cd ${at}/repository && git status`), {
       discard: true
     })
-    const each = Object.keys(places) as ReadonlyArray<keyof typeof places>
     return {
       warmup: 1,
       runs,
@@ -166,8 +211,8 @@ export const mounts: Scenario = {
         raw(tree),
         first(tree),
         second(tree, cacheDir),
-        ...each.map((place) => extract(vm, place)),
-        ...each.map((place) => status(vm, place))
+        ...works.flatMap((work) => compared.map((place) => measured(vm, work, place))),
+        ...works.filter(({ name }) => ofCopy.has(name)).map((work) => measured(vm, work, "copy"))
       ],
       settings: { files, bytes: files * fileBytes, repositoryFiles: count },
       skipped: [],
