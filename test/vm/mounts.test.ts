@@ -191,7 +191,8 @@ describe.sequential("a live mount", () => {
       // a file that is open and one that is not
       const more = yield* Deferred.make<Uint8Array>()
       const reader = yield* vm.start({
-        argv: ["sh", "-c", "exec 3</mnt/rw/made; cat <&3; read more; cat <&3"],
+        // what the host has appended reaches the guest's cache a moment later
+        argv: ["sh", "-c", "exec 3</mnt/rw/made; cat <&3; read more; until cat <&3 | grep .; do :; done"],
         stdin: Stream.fromEffect(Deferred.await(more))
       })
       const append = yield* Effect.once(

@@ -72,15 +72,24 @@ async fn serve(mut guest: Guest) -> Result<Infallible, Failed> {
 /// Tells the host that this guest is there, and completes the boot meanwhile.
 async fn complete(opener: &Opener, context: &Context, boot: &BootConfig, mut phases: Phases) {
     phases.mark("session");
-    // Before the host is told anything: a share that cannot be mounted is a boot that fails.
-    shares::mount(context, &boot.shares).await.unwrap_or_else(|failed| give_up(&failed));
-    phases.mark("shares");
-    doorbell::ring(opener, || {
-        phases.mark("doorbell");
-        after_doorbell::complete(boot, &mut phases).unwrap_or_else(|failed| give_up(&failed));
+    let complete = |phases: &mut Phases| {
+        after_doorbell::complete(boot, phases).unwrap_or_else(|failed| give_up(&failed));
         phases.mark("complete");
-    })
-    .await;
+    };
+    if boot.shares.is_empty() {
+        doorbell::ring(opener, || {
+            phases.mark("doorbell");
+            complete(&mut phases);
+        })
+        .await;
+    } else {
+        // The files of /etc are written first, because a share may be mounted over them, and they are not for the host. The host is told last: a
+        // share that cannot be mounted is a boot that fails.
+        complete(&mut phases);
+        shares::mount(context, &boot.shares).await.unwrap_or_else(|failed| give_up(&failed));
+        phases.mark("shares");
+        doorbell::ring(opener, || ()).await;
+    }
     phases.mark("answered");
     phases.print_if_asked();
 }
