@@ -13,8 +13,8 @@ use super::main_command::Ended;
 use super::stream::{Abort, split};
 use super::threads::FILES;
 use super::{
-    archive, clock, criu, directory, exec, files, freeze, lifecycle, main_command, rejuvenate, stats, terminal, tunnel,
-    watch,
+    archive, clock, criu, directory, exec, files, freeze, lifecycle, main_command, rejuvenate, shares, stats, terminal,
+    tunnel, watch,
 };
 use crate::reply::{Done, ErrorReply};
 use crate::request::Request;
@@ -70,6 +70,7 @@ where
         if exchange.session_is_over() {
             return Err(Abort::Gone);
         }
+        shares::settle(context).await;
     }
     let result = match request {
         Request::Exec(request) => json(&exec::exec(context, request, exchange).await?),

@@ -1,5 +1,5 @@
-//! Prepares what commands need but the doorbell does not. It runs in the agent, after the doorbell and before the first operation, so that
-//! the host acts on the doorbell meanwhile.
+//! Prepares what commands need but the doorbell does not. It runs in the agent before the first operation, and after the doorbell, so that
+//! the host acts on the doorbell meanwhile. (In a machine with shares it runs before the shares are mounted, and these before the doorbell.)
 
 use std::ffi::CStr;
 use std::path::Path;

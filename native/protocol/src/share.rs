@@ -17,6 +17,12 @@ pub const LOCKS: u32 = 0x6d6e_0001;
 /// The `unique` of that request. The kernel counts its own up from 0.
 pub const LOCKS_UNIQUE: u64 = 1 << 63;
 
+/// A request of the agent, as `LOCKS`: has the kernel been told of everything that changed on the host before this? The answer, without a body,
+/// says so.
+pub const SETTLE: u32 = 0x6d6e_0002;
+/// The `unique`s of these requests begin above this one, and are even, as the kernel's own are.
+pub const SETTLE_UNIQUE: u64 = LOCKS_UNIQUE;
+
 /// Notifications (answers with the `unique` 0) must not fill the guest's memory. So after at most this many the server sends a `SYNC` and waits
 /// for it to come back. It also sends one at the beginning of a stream.
 pub const NOTIFICATIONS: usize = 64;

@@ -35,6 +35,9 @@ pub(crate) const MOST_NAMES: usize = 100_000;
 /// After so many new names the memory of files that were let go is given back.
 const RELEASE_EVERY: usize = 16_384;
 
+/// As many operations as the agent may begin at once, and more.
+const MOST_SETTLING: usize = 1024;
+
 /// A name that the guest believes to be this file's.
 pub(crate) struct Child {
     pub number: u64,
@@ -66,6 +69,8 @@ pub(crate) struct State {
     /// Notices that wait to be sent, and those that were sent and are not acknowledged yet.
     pub waiting: BTreeSet<Notice>,
     pub sent: Vec<Notice>,
+    /// Requests that are answered once the guest has taken all notices of what had changed before.
+    pub settling: Vec<u64>,
     /// How many names there are, and how many files were forgotten whose names may still be among them.
     pub names: usize,
     forgotten: usize,
@@ -116,6 +121,21 @@ impl Coverage {
     fn notify(&self, notice: Notice) {
         self.state().waiting.insert(notice);
         self.wake();
+    }
+
+    /// Has the watcher answer that request once the guest knows of all changes until now.
+    ///
+    /// # Errors
+    /// AGAIN: too many such requests wait.
+    pub fn settle(&self, unique: u64) -> Result<(), Errno> {
+        let mut state = self.state();
+        if state.settling.len() >= MOST_SETTLING {
+            return Err(Errno::AGAIN);
+        }
+        state.settling.push(unique);
+        drop(state);
+        self.wake();
+        Ok(())
     }
 
     pub(crate) fn wake(&self) {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use machinen_protocol::share::LOCKS;
+use machinen_protocol::share::{LOCKS, SETTLE};
 use rustix::fs::{AtFlags, Mode, OFlags, Statx, makedev};
 use rustix::io::Errno;
 use zerocopy::FromBytes;
@@ -124,6 +124,10 @@ impl Server {
         }
         match asked {
             LOCKS => return self.list_locks(),
+            SETTLE => {
+                self.coverage.settle(request.header.unique)?;
+                return Ok(None);
+            }
             opcode::FORGET => return self.forget(request),
             opcode::BATCH_FORGET => return self.forget_many(request),
             opcode::INTERRUPT => return self.interrupt(request),

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use crate::coverage::{Coverage, State};
 use crate::node::Node;
 use crate::notice::Notice;
+use crate::reply;
 use crate::trust::stamp;
 use crate::watch::Event;
 /// When so many notices wait they are sent before more events are taken.
@@ -108,6 +109,7 @@ pub fn run(coverage: &Coverage, pace: &Pace, paced: bool, send: impl Fn(&[u8]) -
     synchronize(0)?;
     pace.begin();
     let mut buffer = vec![0; 64 * 1024];
+    let mut settling = Vec::new();
     while !pace.is_over() {
         let mut woken = vec![PollFd::new(&coverage.wake, PollFlags::IN)];
         woken.extend(coverage.watch.as_ref().map(|watch| PollFd::new(watch, PollFlags::IN)));
@@ -117,17 +119,28 @@ pub fn run(coverage: &Coverage, pace: &Pace, paced: bool, send: impl Fn(&[u8]) -
         }
         // Before what was put there is taken, so that nothing put there later is overlooked.
         let _ = rustix::io::read(&coverage.wake, &mut [0_u8; 8]);
-        let mut overflow = false;
+        // Before events are taken: what had changed when they were asked is among these.
+        settling.append(&mut coverage.state().settling);
+        let (mut overflow, mut is_all) = (false, true);
         if let Some(watch) = &coverage.watch {
             let mut take = |event: &Event<'_>| {
                 overflow |= event.is_overflow();
                 coverage.take(event);
             };
-            while watch.read(&mut buffer, &mut take)? && coverage.state().waiting.len() < AT_ONCE {}
+            while watch.read(&mut buffer, &mut take)? {
+                if coverage.state().waiting.len() >= AT_ONCE {
+                    is_all = false;
+                    break;
+                }
+            }
         }
         send_all(0)?;
         if overflow {
             coverage.recheck(|| send_all(0))?;
+        }
+        if is_all {
+            let answers = settling.drain(..).filter_map(|unique| reply::message(unique, reply::done()));
+            answers.into_iter().try_for_each(|answer| send(&answer))?;
         }
     }
     Ok(())

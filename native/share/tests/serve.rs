@@ -8,6 +8,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use common::{Program, as_structure, names, plan, text};
+use machinen_protocol::share::SETTLE;
 use machinen_share::abi::{self, AttrOut, EntryOut, GetattrIn, LockIn, ROOT, ReadIn, notify, opcode};
 use zerocopy::IntoBytes;
 
@@ -200,5 +201,25 @@ fn it_serves_confined_and_as_an_ordinary_user() {
         assert_eq!((made.entry.attr.uid, made.entry.attr.gid), (0, 0));
         assert_eq!(fs::metadata(dir.path().join("new")).unwrap().uid(), user.unwrap_or(file.attr.uid));
         fs::remove_file(dir.path().join("new")).unwrap();
+    }
+}
+
+#[test]
+fn what_changed_before_it_was_asked_has_been_told_when_it_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "old").unwrap();
+    let mut guest = Program::serving(&[("work", dir.path(), false)]);
+    let (work, file) = (guest.walk("work").unwrap().node, guest.walk("work/file").unwrap());
+    // Asked without a change: nothing is told.
+    guest.call(SETTLE, 0, &[]).unwrap();
+    for round in 0..20 {
+        guest.lookup(work, "file").unwrap();
+        guest.notices.clear();
+        fs::write(dir.path().join("file"), format!("new {round}")).unwrap();
+        guest.call(SETTLE, 0, &[]).unwrap();
+        let told = guest.notices.iter().any(|(code, body)| {
+            *code == abi::notify::INVALIDATE_INODE && as_structure::<abi::InvalidateInode>(body).node == file.node
+        });
+        assert!(told, "round {round}: {:?}", guest.notices);
     }
 }

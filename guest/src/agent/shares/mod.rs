@@ -6,6 +6,7 @@ pub mod relay;
 
 use std::fs::{self, OpenOptions};
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use machinen_protocol::ports::SHARE;
@@ -23,6 +24,8 @@ use relay::{Lock, Relay};
 
 /// How long a copy waits for news of its shared directories.
 const CATCHES_UP_WITHIN: Duration = Duration::from_secs(5);
+/// How long an operation waits for news of shared directories.
+const SETTLES_WITHIN: Duration = Duration::from_secs(1);
 /// How many holders an error names.
 const NAMED: usize = 8;
 
@@ -43,7 +46,7 @@ pub async fn mount(context: &Context, shares: &[Share]) -> Result<(), Failed> {
 
 /// Waits until no request for a shared directory is under way. Returns the locks that are held.
 pub async fn drain<R: AsyncRead + Unpin>(
-    relay: &Relay,
+    relay: &Arc<Relay>,
     limit: Duration,
     input: &mut FrameReader<R>,
 ) -> Result<Vec<Lock>, Abort> {
@@ -86,6 +89,14 @@ pub async fn set_modes(modes: Vec<ShareMode>) -> io::Result<()> {
         })
     });
     tokio::time::timeout(CATCHES_UP_WITHIN, changing).await??
+}
+
+/// Waits until the kernel knows what the host has changed in shares before this, so that an operation sees it. Changes are told within a moment
+/// in any case; this is for a caller that changes a file and then has a command read it.
+pub async fn settle(context: &Context) {
+    let Some(relay) = context.shares.get() else { return };
+    // A server that does not answer must not hold up operations.
+    let _ = tokio::time::timeout(SETTLES_WITHIN, relay.settle()).await;
 }
 
 /// Fails if processes hold locks, which a copy cannot have beside its original, unless they `may_be_lost`.

@@ -11,7 +11,9 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use machinen_protocol::share::{ANSWER_HEADER, LOCKS, LOCKS_UNIQUE, MAX_MESSAGE, REQUEST_HEADER, SYNC_MORE, SYNCED};
+use machinen_protocol::share::{
+    ANSWER_HEADER, LOCKS, LOCKS_UNIQUE, MAX_MESSAGE, REQUEST_HEADER, SETTLE, SETTLE_UNIQUE, SYNC_MORE, SYNCED,
+};
 use rustix::io::Errno;
 use tokio::sync::Notify;
 
@@ -20,6 +22,8 @@ use super::messages::{Received, word};
 use crate::config::Share;
 use crate::system::{console, shares};
 
+/// The `unique` of the first request to settle.
+const SETTLE_FIRST: u64 = SETTLE_UNIQUE + 2;
 /// Opcodes of requests that get no answer: `FORGET`, `INTERRUPT`, `BATCH_FORGET`.
 const UNANSWERED: [u32; 3] = [2, 36, 42];
 
@@ -60,6 +64,9 @@ struct State {
     syncs: u64,
     synced: u64,
     syncs_at_freeze: u64,
+    /// How many `SETTLE`s have been sent, and the number of the last that was answered.
+    asked: u64,
+    settled: u64,
     /// The host's end is gone, or nothing is mounted any more.
     over: bool,
 }
@@ -122,14 +129,14 @@ impl Relay {
 
     /// Keeps all further requests in the guest, and waits for the answers to those before. Returns the locks that are held then. `resume`
     /// must follow, also when this future is dropped.
-    pub async fn drain(&self) -> Vec<Lock> {
+    pub async fn drain(self: &Arc<Self>) -> Vec<Lock> {
         {
             let mut state = self.state();
             (state.held, state.locks, state.syncs_at_freeze) = (true, None, state.syncs);
         }
         self.until(|state| state.pending == 0).await;
         // The first thread writes nothing while it is held.
-        if self.send(LOCKS, LOCKS_UNIQUE, 0).is_ok() {
+        if self.ask(LOCKS, LOCKS_UNIQUE).await.is_ok() {
             self.until(|state| state.locks.is_some()).await;
         }
         self.state().locks.take().unwrap_or_default()
@@ -146,6 +153,15 @@ impl Relay {
             }
             answered.await;
         }
+    }
+
+    /// Sends a request of the agent's own, from another thread: while no host is connected the port takes nothing.
+    async fn ask(self: &Arc<Self>, opcode: u32, unique: u64) -> io::Result<()> {
+        if self.state().over {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        let relay = Arc::clone(self);
+        tokio::task::spawn_blocking(move || relay.send(opcode, unique, 0)).await.map_err(io::Error::other)?
     }
 
     /// Sends a request of the agent's own.
@@ -174,6 +190,18 @@ impl Relay {
     /// In a copy: waits until its file server has said what changed on the host since the freeze, and the kernel knows it.
     pub async fn caught_up(&self) {
         self.until(|state| state.synced > state.syncs_at_freeze).await;
+    }
+
+    /// Waits until the kernel knows what had changed on the host before.
+    pub async fn settle(self: &Arc<Self>) -> io::Result<()> {
+        let number = {
+            let mut state = self.state();
+            state.asked += 1;
+            state.asked
+        };
+        self.ask(SETTLE, SETTLE_UNIQUE + 2 * number).await?;
+        self.until(|state| state.settled >= number).await;
+        Ok(())
     }
 
     /// Lets the requests go on.
@@ -227,6 +255,10 @@ impl Relay {
                 self.state().syncs += u64::from(invalidation::sync_number(message).is_some_and(is_last));
                 // Never waits: the server waits for an answer before it sends more than there is room for.
                 notifications.try_send(message.to_vec()).map_err(io::Error::other)?;
+            }
+            settled @ SETTLE_FIRST.. => {
+                let mut state = self.state();
+                state.settled = state.settled.max((settled - SETTLE_UNIQUE) / 2);
             }
             LOCKS_UNIQUE => self.state().locks = Some(locks(&message[ANSWER_HEADER..])),
             _ => {
@@ -374,6 +406,32 @@ mod tests {
         assert_eq!(seen[..length], notification);
         relay.caught_up().await;
         received(&mut server);
+    }
+
+    #[tokio::test]
+    async fn an_operation_waits_for_the_hosts_news() {
+        let (relay, _kernel, mut server) = relay();
+        for number in 1..3 {
+            let settled = tokio::spawn({
+                let relay = Arc::clone(&relay);
+                async move { relay.settle().await }
+            });
+            let asked;
+            (server, asked) = tokio::task::spawn_blocking(move || {
+                let asked = received(&mut server);
+                (server, asked)
+            })
+            .await
+            .unwrap();
+            assert_eq!((word(&asked, 4), asked[8]), (SETTLE, 2 * number));
+            assert!(!settled.is_finished());
+            server.write_all(&answer(SETTLE_UNIQUE + 2 * u64::from(number), &[])).unwrap();
+            settled.await.unwrap().unwrap();
+        }
+        drop(server);
+        // The port says so to the second thread.
+        relay.until(|state| state.over).await;
+        assert!(relay.settle().await.is_err());
     }
 
     #[tokio::test]
