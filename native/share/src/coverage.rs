@@ -30,13 +30,10 @@ use crate::notice::Notice;
 use crate::trust::stamp;
 use crate::watch::{Key, Watch};
 
-/// The most names that are told as valid for long. Each costs about 100 bytes.
-pub(crate) const MOST_NAMES: usize = 100_000;
-/// After so many new names the memory of files that were let go is given back.
-const RELEASE_EVERY: usize = 16_384;
-
 /// As many operations as the agent may begin at once, and more.
 const MOST_SETTLING: usize = 1024;
+/// When so many notices wait, because the guest does not take them, it is told nothing more that would need one.
+const MOST_WAITING: usize = 65_536;
 
 /// A name that the guest believes to be this file's.
 pub(crate) struct Child {
@@ -71,11 +68,11 @@ pub(crate) struct State {
     pub sent: Vec<Notice>,
     /// Requests that are answered once the guest has taken all notices of what had changed before.
     pub settling: Vec<u64>,
-    /// How many names there are, and how many files were forgotten whose names may still be among them.
-    pub names: usize,
-    forgotten: usize,
+    /// What the names cost, and how many files were forgotten whose names may still be among them.
+    pub cost: usize,
+    pub forgotten: usize,
     /// How many names came since memory was given back.
-    added: usize,
+    pub added: usize,
     /// Whether changes to a file system can be watched, by device.
     devices: HashMap<u64, bool>,
 }
@@ -181,6 +178,10 @@ impl Coverage {
 
     /// The guest is told that the name is this file's.
     pub fn tell(&self, reading: Option<Reading>, name: &[u8], number: u64, node: &Arc<Node>, status: &Statx) -> Valid {
+        if self.has_backlog() {
+            node.trust.set_told(0);
+            return Valid::default();
+        }
         let mut valid = Valid { name: false, attributes: node.trust.is_marked() };
         if let Some(reading) = reading {
             valid.name = self.believe(reading, name, number, node);
@@ -189,6 +190,10 @@ impl Coverage {
         }
         node.trust.set_told(if valid.attributes { stamp(status) } else { 0 });
         valid
+    }
+
+    fn has_backlog(&self) -> bool {
+        self.state().waiting.len() >= MOST_WAITING
     }
 
     fn believe(&self, reading: Reading, name: &[u8], number: u64, node: &Arc<Node>) -> bool {
@@ -225,6 +230,7 @@ impl Coverage {
     /// Whether the guest may believe attributes, which were read after `is_watched` said this.
     pub fn are_attributes_valid(&self, is_watched: bool, number: u64, node: &Arc<Node>, status: &Statx) -> bool {
         let valid = node.trust.is_marked() || is_watched && node.kind != FileType::Directory && status.stx_nlink == 1;
+        let valid = valid && !self.has_backlog();
         if !valid && is_watched {
             // It has got another name: from the next time on.
             self.mark(number, node);
@@ -280,6 +286,15 @@ impl Coverage {
         }
     }
 
+    /// The file is held no more, though the guest knows it: what it believes of it ends, and it asks anew.
+    pub fn let_go(&self, number: u64, node: &Node) {
+        let is_believed = node.trust.told() != 0;
+        self.forgotten(number, Some(node));
+        if is_believed {
+            self.notify(Notice::Inode { node: number, pages: false });
+        }
+    }
+
     /// The guest knows the file no more.
     pub fn forgotten(&self, number: u64, node: Option<&Node>) {
         let mut guard = self.state();
@@ -299,73 +314,11 @@ impl Coverage {
             node.trust.set_marked(false);
         }
         let Some(directory) = state.directories.remove(&number) else { return };
-        state.names -= directory.names.len();
+        state.cost -= directory.cost();
         drop(guard);
         for child in directory.names.into_values().filter(|child| child.node.strong_count() > 0) {
             child.lose_name();
             self.notify(Notice::Inode { node: child.number, pages: false });
         }
-    }
-}
-
-impl State {
-    /// The guest must ask for the file's attributes and contents again.
-    pub fn changed(&mut self, node: u64) {
-        self.waiting.insert(Notice::Inode { node, pages: true });
-    }
-
-    /// The numbers of the marked files with that key.
-    pub fn numbers(&self, key: Key) -> Vec<u64> {
-        self.marked.range((key, 0)..=(key, u64::MAX)).map(|((_, number), _)| *number).collect()
-    }
-
-    /// The guest believes that the name is that file's. False: there are too many names.
-    pub fn add(&mut self, parent: u64, name: &[u8], child: Child) -> bool {
-        if self.names >= MOST_NAMES && !self.sweep() {
-            return false;
-        }
-        let Some(directory) = self.directories.get_mut(&parent) else { return false };
-        let number = child.number;
-        self.added += 1;
-        match directory.names.insert(name.into(), child) {
-            None => self.names += 1,
-            Some(before) if before.number != number => {
-                before.lose_name();
-                self.changed(before.number);
-            }
-            Some(_) => {}
-        }
-        if self.added >= RELEASE_EVERY {
-            self.release();
-        }
-        true
-    }
-
-    /// A weak reference keeps the memory of what it was to.
-    fn release(&mut self) {
-        self.added = 0;
-        let children = self.directories.values_mut().flat_map(|directory| directory.names.values_mut());
-        for child in children.filter(|child| child.node.strong_count() == 0) {
-            child.node = Weak::new();
-        }
-    }
-
-    pub fn remove(&mut self, parent: u64, name: &[u8]) -> Option<Child> {
-        let child = self.directories.get_mut(&parent)?.names.remove(name)?;
-        self.names -= 1;
-        Some(child)
-    }
-
-    /// Makes room for names, if many files were forgotten.
-    fn sweep(&mut self) -> bool {
-        if self.forgotten < MOST_NAMES / 8 {
-            return false;
-        }
-        self.forgotten = 0;
-        for directory in self.directories.values_mut() {
-            directory.names.retain(|_, child| child.node.strong_count() > 0);
-        }
-        self.names = self.directories.values().map(|directory| directory.names.len()).sum();
-        self.names < MOST_NAMES
     }
 }

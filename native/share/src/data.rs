@@ -5,7 +5,7 @@ use rustix::io::Errno;
 
 use crate::abi::{self, flag};
 use crate::privilege;
-use crate::reply::{Answer, done, low, reply};
+use crate::reply::{Answer, done, low, reply, with_room};
 use crate::request::{MAX_DATA, Request};
 use crate::server::Server;
 
@@ -13,7 +13,7 @@ impl Server {
     pub(crate) fn read(&self, mut request: Request<'_>) -> Answer {
         let asked: abi::ReadIn = request.take()?;
         let handle = self.handle(&request, asked.handle)?;
-        let mut data = vec![0; (asked.size as usize).min(MAX_DATA)];
+        let mut data = with_room((asked.size as usize).min(MAX_DATA));
         let mut length = 0;
         while length < data.len() {
             match rustix::io::pread(&handle.file, &mut data[length..], asked.offset + length as u64) {

@@ -25,7 +25,12 @@ impl Server {
         name: &CStr,
     ) -> Result<(EntryOut, Arc<Node>), Errno> {
         let (node, mut status) = Node::new(file, share)?;
-        let (number, node) = self.nodes().tell(node)?;
+        let (told, released) = {
+            let mut nodes = self.nodes();
+            (nodes.tell(node), nodes.released())
+        };
+        released.iter().for_each(|(number, node)| self.coverage.let_go(*number, node));
+        let (number, node) = told?;
         if Coverage::needs_mark(&node, &status, reading) && self.coverage.mark(number, &node) {
             status = node.status()?;
         }

@@ -3,6 +3,7 @@
 
 pub mod abi;
 mod attributes;
+mod believed;
 pub mod confinement;
 pub mod control;
 mod coverage;

@@ -3,9 +3,9 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Files that are held without being open. Each is a descriptor here, and keeps an inode in the host kernel's memory.
-const NODES: u64 = 65_536;
+const NODES: u64 = 49_152;
 /// Open files: a descriptor and about 150 bytes.
-const HANDLES: u64 = 65_536;
+const HANDLES: u64 = 32_768;
 /// Owners of POSIX locks, for each file: a descriptor and about 250 bytes.
 const OWNERS: u64 = 16_384;
 /// What else needs descriptors: the connections, the shares, requests under way, waiting locks.
@@ -41,7 +41,7 @@ mod tests {
 
     #[test]
     fn all_together_are_not_more_than_the_descriptors() {
-        assert_eq!(Limits::of(1 << 20), Limits { nodes: 65_536, handles: 65_536, owners: 16_384 });
+        assert_eq!(Limits::of(1 << 20), Limits { nodes: 49_152, handles: 32_768, owners: 16_384 });
         for descriptors in [1024, 4096, 65_536] {
             let Limits { nodes, handles, owners } = Limits::of(descriptors);
             assert!(((nodes + handles + owners) as u64) < descriptors && owners > 80, "{descriptors}");

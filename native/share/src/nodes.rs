@@ -20,7 +20,7 @@ use crate::abi::ROOT;
 use crate::node::{Identity, Node};
 
 /// The most numbers. Each takes about 150 bytes, and 80 more while it has a descriptor.
-pub const MOST: usize = 200_000;
+pub const MOST: usize = 114_688;
 /// How many are let go or forgotten at once, so that looking for them costs little.
 const BATCH: usize = 1024;
 
@@ -80,6 +80,8 @@ pub struct Nodes {
     held: usize,
     most_held: usize,
     most: usize,
+    /// What was let go and not taken yet.
+    released: Vec<(u64, Arc<Node>)>,
     /// Where the search for what can be let go, or forgotten, goes on.
     hand: u64,
 }
@@ -89,8 +91,17 @@ impl Nodes {
     pub fn new(shares: Vec<Node>, most_held: usize, most: usize) -> Self {
         let first = ROOT + 1 + shares.len() as u64;
         let (by_number, by_identity) = (BTreeMap::new(), HashMap::new());
-        let mut nodes =
-            Self { by_number, by_identity, first, next: first, held: shares.len(), most_held, most, hand: first };
+        let mut nodes = Self {
+            by_number,
+            by_identity,
+            first,
+            next: first,
+            held: shares.len(),
+            most_held,
+            most,
+            hand: first,
+            released: Vec::new(),
+        };
         for (number, node) in (ROOT + 1..).zip(shares) {
             nodes.by_identity.insert(node.identity, number);
             nodes.by_number.insert(number, Known::new(&Arc::new(node)));
@@ -160,6 +171,11 @@ impl Nodes {
         self.by_number.insert(number, Known::new(&node));
         self.held += 1;
         Ok((number, node))
+    }
+
+    /// The files that were let go since the last time. They end with what is returned.
+    pub fn released(&mut self) -> Vec<(u64, Arc<Node>)> {
+        std::mem::take(&mut self.released)
     }
 
     /// The guest has forgotten that it was told of a file so many times. Shares stay. True: the guest knows that number no more.
@@ -243,7 +259,10 @@ impl Nodes {
             if let Some(known) = self.by_number.get_mut(&number)
                 && let State::Held(node) = &known.state
             {
-                known.state = State::LetGo(node.identity, node.born);
+                let let_go = State::LetGo(node.identity, node.born);
+                if let State::Held(node) = std::mem::replace(&mut known.state, let_go) {
+                    self.released.push((number, node));
+                }
                 self.held -= 1;
             }
         }
@@ -302,99 +321,5 @@ impl Nodes {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::path::Path;
-
-    use rustix::fs::{Mode, OFlags, open};
-
-    use super::*;
-
-    fn node(path: &Path) -> Node {
-        Node::new(open(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty()).unwrap(), 0).unwrap().0
-    }
-
-    /// A share with so many files, of which so many may be held.
-    fn tree(files: usize, held: usize, most: usize) -> (tempfile::TempDir, Vec<std::path::PathBuf>, Nodes) {
-        let dir = tempfile::tempdir().unwrap();
-        let paths: Vec<_> = (0..files).map(|n| dir.path().join(n.to_string())).collect();
-        paths.iter().for_each(|path| fs::write(path, "").unwrap());
-        let nodes = Nodes::new(vec![node(dir.path())], held, most);
-        (dir, paths, nodes)
-    }
-
-    #[test]
-    fn a_file_has_one_number_until_it_is_forgotten_as_often_as_it_was_told() {
-        let (dir, paths, mut nodes) = tree(1, 10, 10);
-        let (number, _) = nodes.tell(node(&paths[0])).unwrap();
-        let link = dir.path().join("link");
-        fs::hard_link(&paths[0], &link).unwrap();
-        assert_eq!(nodes.tell(node(&link)).unwrap().0, number);
-        nodes.forget(number, 1);
-        assert!(nodes.get(number).is_ok());
-        nodes.forget(number, 1);
-        assert_eq!(nodes.get(number).unwrap_err(), Errno::STALE);
-        assert_ne!(nodes.tell(node(&paths[0])).unwrap().0, number);
-    }
-
-    #[test]
-    fn a_share_stays_and_what_is_unknown_is_no_matter() {
-        let (_dir, _, mut nodes) = tree(0, 10, 10);
-        nodes.forget(Nodes::of_share(0), u64::MAX);
-        nodes.forget(77, 1);
-        assert!(nodes.get(Nodes::of_share(0)).is_ok());
-        assert_eq!(nodes.len(), 1);
-    }
-
-    #[test]
-    fn a_file_that_was_let_go_has_its_number_again_when_it_is_looked_up() {
-        let (dir, paths, mut nodes) = tree(50, 10, 100);
-        let directory = dir.path().join("directory");
-        fs::create_dir(&directory).unwrap();
-        let (directory, _) = nodes.tell(node(&directory)).unwrap();
-        let (open, _held) = nodes.tell(node(&paths[0])).unwrap();
-        let numbers: Vec<_> = paths.iter().map(|path| nodes.tell(node(path)).unwrap().0).collect();
-        assert!(nodes.held <= 10);
-        // What is open, and directories.
-        assert!(nodes.get(open).is_ok());
-        assert!(nodes.get(directory).is_ok());
-        let gone: Vec<_> = (0..50).filter(|n| nodes.get(numbers[*n]).is_err()).collect();
-        assert!(gone.len() >= 40);
-        for n in gone {
-            assert_eq!(nodes.tell(node(&paths[n])).unwrap().0, numbers[n]);
-        }
-        // Each was told twice, once of them by the walk here or not; all are forgotten in the end.
-        numbers.iter().for_each(|number| drop(nodes.forget(*number, 3)));
-        assert_eq!(nodes.len(), 2);
-    }
-
-    #[test]
-    fn a_number_is_not_given_to_a_later_file_with_the_same_inode() {
-        let (_dir, paths, mut nodes) = tree(20, 4, 100);
-        let (number, _) = nodes.tell(node(&paths[0])).unwrap();
-        paths[1..].iter().for_each(|path| drop(nodes.tell(node(path)).unwrap()));
-        assert_eq!(nodes.get(number).unwrap_err(), Errno::STALE);
-        let mut later = node(&paths[0]);
-        later.born += 1;
-        assert_ne!(nodes.tell(later).unwrap().0, number);
-    }
-
-    #[test]
-    fn numbers_are_bounded_and_so_are_descriptors_of_what_is_in_use() {
-        let (_dir, paths, mut nodes) = tree(100, 10, 30);
-        paths.iter().for_each(|path| drop(nodes.tell(node(path)).unwrap()));
-        assert!(nodes.len() <= 31, "{}", nodes.len());
-        assert_eq!(nodes.by_identity.len(), nodes.len());
-        let mut held = Vec::new();
-        let refused = paths.iter().find_map(|path| match nodes.tell(node(path)) {
-            Ok((_, node)) => {
-                held.push(node);
-                None
-            }
-            Err(errno) => Some(errno),
-        });
-        assert_eq!(refused, Some(Errno::NFILE));
-        drop(held);
-        assert!(nodes.tell(node(&paths[99])).is_ok());
-    }
-}
+#[path = "nodes_tests.rs"]
+mod tests;

@@ -18,33 +18,35 @@ impl Ranges {
 
     /// Locks the range in that way, or unlocks it.
     pub fn set(&mut self, start: u64, end: u64, exclusive: Option<bool>) {
-        let mut kept = Vec::with_capacity(self.0.len() + 2);
+        // Those that are touched, with the neighbours that may become one with it.
+        let first = self.0.partition_point(|range| range.end.saturating_add(1) < start);
+        let behind = self.0.partition_point(|range| range.start <= end.saturating_add(1));
+        let mut kept = Vec::with_capacity(3);
         let mut added = exclusive.map(|exclusive| Range { start, end, exclusive });
-        for range in self.0.drain(..) {
+        for range in &self.0[first..behind.max(first)] {
             if let Some(added) = added.as_mut()
                 && range.exclusive == added.exclusive
-                && range.start <= added.end.saturating_add(1)
-                && added.start <= range.end.saturating_add(1)
             {
                 added.start = added.start.min(range.start);
                 added.end = added.end.max(range.end);
                 continue;
             }
             if range.start < start {
-                kept.push(Range { end: range.end.min(start - 1), ..range });
+                kept.push(Range { end: range.end.min(start - 1), ..*range });
             }
             if range.end > end {
-                kept.push(Range { start: range.start.max(end + 1), ..range });
+                kept.push(Range { start: range.start.max(end + 1), ..*range });
             }
         }
         kept.extend(added);
         kept.sort_unstable_by_key(|range| range.start);
-        self.0 = kept;
+        self.0.splice(first..behind.max(first), kept);
     }
 
     /// How many there are after `set`, at most.
     pub fn len_after(&self, start: u64, end: u64, exclusive: Option<bool>) -> usize {
-        let splits = self.0.iter().any(|range| range.start < start && range.end > end);
+        let first = self.0.partition_point(|range| range.end < start);
+        let splits = self.0.get(first).is_some_and(|range| range.start < start && range.end > end);
         self.0.len() + usize::from(splits) + usize::from(exclusive.is_some())
     }
 }

@@ -13,23 +13,33 @@ pub fn done() -> Answer {
 }
 
 pub fn reply<T: IntoBytes + Immutable + KnownLayout>(body: T) -> Answer {
-    Ok(Some(body.as_bytes().to_vec()))
+    let body = body.as_bytes();
+    let mut answer = with_room(body.len());
+    answer.copy_from_slice(body);
+    Ok(Some(answer))
 }
 
 /// The whole message of an answer, if there is one.
 pub fn message(unique: u64, answer: Answer) -> Option<Vec<u8>> {
     match answer {
-        Ok(body) => body.map(|body| assemble(unique, 0, &body)),
-        Err(errno) => Some(assemble(unique, -errno.raw_os_error(), &[])),
+        Ok(body) => body.map(|body| assemble(unique, 0, body)),
+        Err(errno) => Some(assemble(unique, -errno.raw_os_error(), Vec::new())),
     }
 }
 
-fn assemble(unique: u64, error: i32, body: &[u8]) -> Vec<u8> {
+/// A body with room for a header (`with_room`) takes no more memory by this.
+fn assemble(unique: u64, error: i32, mut body: Vec<u8>) -> Vec<u8> {
     let len = size_of::<OutHeader>() + body.len();
-    let mut whole = Vec::with_capacity(len);
-    whole.extend_from_slice(OutHeader { len: low(len as u64), error, unique }.as_bytes());
-    whole.extend_from_slice(body);
-    whole
+    let header = OutHeader { len: low(len as u64), error, unique };
+    body.splice(0..0, header.as_bytes().iter().copied());
+    body
+}
+
+/// A body of zeros to which a header can be added.
+pub fn with_room(length: usize) -> Vec<u8> {
+    let mut body = vec![0; length + size_of::<OutHeader>()];
+    body.truncate(length);
+    body
 }
 
 /// The lower half of a number.

@@ -16,7 +16,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags, open
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::coverage;
+use crate::believed::MOST_NAMES;
 use crate::node::Node;
 use crate::nodes::Nodes;
 use crate::notice::Notice;
@@ -220,7 +220,7 @@ impl Server {
         mut beliefs: HashMap<u64, Belief>,
         file: &mut impl BufRead,
     ) -> io::Result<()> {
-        if head.names > coverage::MOST_NAMES || head.notices > 2 * coverage::MOST_NAMES {
+        if head.names > MOST_NAMES || head.notices > 2 * MOST_NAMES {
             return Err(invalid("the guest cannot believe so much"));
         }
         let names = (0..head.names).map(|_| read(file)).collect::<io::Result<_>>()?;
