@@ -223,3 +223,26 @@ fn what_changed_before_it_was_asked_has_been_told_when_it_answers() {
         assert!(told, "round {round}: {:?}", guest.notices);
     }
 }
+
+/// The most groups of fanotify is a matter of the namespace, so here it can be none.
+#[test]
+fn it_serves_without_caches_where_changes_cannot_be_watched() {
+    if !std::process::Command::new("unshare").args(["-Ur", "true"]).status().is_ok_and(|status| status.success()) {
+        eprintln!("skipped: this user may make no user namespace");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "text").unwrap();
+    let mut guest = Program::start_in_namespace("echo 0 >/proc/sys/user/max_fanotify_groups");
+    let answer = guest.ask(&plan(&[("work", dir.path(), false)]));
+    assert_eq!(answer["ok"], true, "{answer}");
+    guest.init();
+    guest.wait_until_caught_up();
+    for _ in 0..10 {
+        let file = guest.walk("work/file").unwrap();
+        assert_eq!((file.entry_valid, file.attr_valid, file.attr.size), (0, 0, 4));
+    }
+    let file = guest.walk("work/file").unwrap();
+    let handle = guest.open(file.node, libc::O_RDONLY).unwrap();
+    assert_eq!(guest.read(file.node, handle, 0, 100).unwrap(), b"text");
+}

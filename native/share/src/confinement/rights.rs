@@ -2,6 +2,7 @@
 
 use std::io;
 
+use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, geteuid, set_dumpable_behavior, setrlimit};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set, remove_capability_from_bounding_set,
@@ -24,7 +25,11 @@ pub fn reduce() -> io::Result<()> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     if geteuid().is_root() {
         // A file that one of the guest's users makes is made with that user's group alone.
-        set_thread_groups(&[])?;
+        match set_thread_groups(&[]) {
+            // The root of an ordinary user's namespace may not (user_namespaces(7)).
+            Ok(()) | Err(Errno::PERM) => {}
+            Err(errno) => return Err(errno.into()),
+        }
         for capability in (CapabilitySet::all() - KEPT).iter() {
             // A capability that this kernel does not know cannot be had.
             let _ = remove_capability_from_bounding_set(capability);

@@ -16,6 +16,8 @@ use machinen_share::abi::{
 use serde_json::{Value, json};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+const PROGRAM: &str = env!("CARGO_BIN_EXE_machinen-share");
+
 /// The program, with both of its connections. It is ended with the test.
 pub struct Program {
     pub child: Child,
@@ -30,21 +32,28 @@ pub struct Program {
 impl Program {
     /// Starts it without a plan.
     pub fn start() -> Self {
-        Self::start_with(None, None)
+        Self::start_by(Command::new(PROGRAM), None)
     }
 
     /// As a user and its group.
     pub fn start_as(user: Option<u32>) -> Self {
-        Self::start_with(None, user)
-    }
-
-    fn start_with(descriptors: Option<u64>, user: Option<u32>) -> Self {
-        let (guest, stream) = UnixStream::pair().unwrap();
-        let (control, its_control) = UnixStream::pair().unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_machinen-share"));
+        let mut command = Command::new(PROGRAM);
         if let Some(user) = user {
             command.uid(user).gid(user);
         }
+        Self::start_by(command, None)
+    }
+
+    /// By what the shell does before, in a user namespace whose only user is this one, as root.
+    pub fn start_in_namespace(before: &str) -> Self {
+        let mut command = Command::new("unshare");
+        command.args(["-Ur", "sh", "-ec", &format!("{before}; exec {PROGRAM}")]);
+        Self::start_by(command, None)
+    }
+
+    fn start_by(mut command: Command, descriptors: Option<u64>) -> Self {
+        let (guest, stream) = UnixStream::pair().unwrap();
+        let (control, its_control) = UnixStream::pair().unwrap();
         let (stream_fd, control_fd) = (stream.as_raw_fd(), its_control.as_raw_fd());
         // SAFETY: the closure makes system calls and nothing else. The first copies are above the numbers that are wanted.
         unsafe {
@@ -76,7 +85,7 @@ impl Program {
 
     /// With so many descriptors at most.
     pub fn limited(descriptors: u64, shares: &[(&str, &Path, bool)]) -> Self {
-        Self::start_with(Some(descriptors), None).serve(shares)
+        Self::start_by(Command::new(PROGRAM), Some(descriptors)).serve(shares)
     }
 
     fn serve(self, shares: &[(&str, &Path, bool)]) -> Self {
