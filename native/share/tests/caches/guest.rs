@@ -6,6 +6,7 @@ use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -58,7 +59,7 @@ pub const MEMORY: &str = "/dev/shm";
 /// A directory for a test to share; anyone may use it.
 pub fn directory(within: &Path) -> TempDir {
     let dir = tempfile::tempdir_in(within).unwrap();
-    Command::new("chmod").arg("777").arg(dir.path()).status().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
     dir
 }
 
