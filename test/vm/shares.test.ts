@@ -1,4 +1,4 @@
-import { execFileSync, spawnSync } from "node:child_process"
+import { execFileSync, spawn, spawnSync } from "node:child_process"
 import {
   appendFileSync,
   chmodSync,
@@ -305,26 +305,20 @@ print(os.pread(fd, 6, 0).decode())
     Effect.gen(function* () {
       const vm = yield* Guest
       writeFileSync(at("lock"), "")
-      // waits for its input's end while it holds the lock
-      const holder = yield* vm.start({ argv: ["flock", "/work/lock", "sh", "-c", "echo >/work/held; sleep 1000"] })
+      const hold = "echo >/work/held; exec sleep 1000"
+      const holder = yield* vm.start({ argv: ["flock", "--no-fork", "/work/lock", "sh", "-c", hold] })
       yield* eventually("the guest's lock", () => existsSync(at("held")))
       assert.strictEqual(spawnSync("flock", ["-n", at("lock"), "true"]).status, 1)
       yield* holder.signal(9)
-      yield* sh(vm, "pkill -9 sleep; true")
       yield* eventually("the lock's end", () => spawnSync("flock", ["-n", at("lock"), "true"]).status === 0)
       const { exitCode } = yield* Effect.acquireUseRelease(
-        Effect.sync(() => {
-          const fd = execFileSync("sh", ["-c", `flock ${at("lock")} -c 'sleep 1000' >/dev/null 2>&1 & echo $!`], {
-            encoding: "utf8"
-          })
-          return Number(fd)
-        }),
+        Effect.sync(() => spawn("flock", ["--no-fork", at("lock"), "sleep", "1000"], { stdio: "ignore" })),
         () =>
           Effect.zipRight(
             eventually("the host's lock", () => spawnSync("flock", ["-n", at("lock"), "true"]).status === 1),
             vm.execRaw("flock -n /work/lock true")
           ),
-        (pid) => Effect.sync(() => void spawnSync("pkill", ["-9", "-P", String(pid)]))
+        (holder) => Effect.sync(() => void holder.kill("SIGKILL"))
       )
       assert.strictEqual(exitCode, 1)
     })
