@@ -178,6 +178,7 @@ pub mod flag {
     pub const OPEN_KILL_SUIDGID: u32 = 1 << 0;
     pub const OPENED_KEEP_CACHE: u32 = 1 << 1;
     pub const OPENED_CACHE_DIR: u32 = 1 << 3;
+    pub const WRITE_CACHE: u32 = 1 << 0;
     pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
     pub const RELEASE_FLOCK_UNLOCK: u32 = 1 << 1;
     pub const FSYNC_DATA: u32 = 1 << 0;

@@ -1,9 +1,12 @@
 //! What is in files.
 
-use rustix::fs::{FallocateFlags, OFlags};
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{FallocateFlags, OFlags, fcntl_getfl};
 use rustix::io::Errno;
 
 use crate::abi::{self, flag};
+use crate::handle::Handle;
 use crate::privilege;
 use crate::reply::{Answer, done, low, reply, with_room};
 use crate::request::{MAX_DATA, Request};
@@ -32,10 +35,12 @@ impl Server {
         let asked: abi::WriteIn = request.take()?;
         let data = request.data(asked.size)?;
         let handle = self.handle(&request, asked.handle)?;
+        let elsewhere = self.not_appending(&handle, asked.write_flags)?;
+        let file = elsewhere.as_ref().unwrap_or(&handle.file);
         let write = || {
             let mut length = 0;
             while length < data.len() {
-                match rustix::io::pwrite(&handle.file, &data[length..], asked.offset + length as u64) {
+                match rustix::io::pwrite(file, &data[length..], asked.offset + length as u64) {
                     Ok(n) => length += n,
                     Err(Errno::INTR) => {}
                     Err(errno) if length == 0 => return Err(errno),
@@ -52,6 +57,15 @@ impl Server {
         // The guest's kernel knows that it has changed.
         handle.node.trust.set_told(0);
         reply(abi::WriteOut { size: low(length as u64), padding: 0 })
+    }
+
+    /// What a mapping has changed the guest's kernel writes by any handle. By one that appends, Linux would write it at the file's end whatever
+    /// the offset: then by this file.
+    fn not_appending(&self, handle: &Handle, flags: u32) -> Result<Option<OwnedFd>, Errno> {
+        if flags & flag::WRITE_CACHE == 0 || !fcntl_getfl(&handle.file)?.contains(OFlags::APPEND) {
+            return Ok(None);
+        }
+        self.reopen(&handle.node, OFlags::WRONLY).map(Some)
     }
 
     pub(crate) fn fsync(&self, mut request: Request<'_>) -> Answer {

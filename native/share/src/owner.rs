@@ -3,6 +3,8 @@
 use rustix::io::Errno;
 use rustix::process::{getegid, geteuid};
 
+use crate::privilege;
+
 /// One user and group of this host, and those of the guest that are the same. All others are the same number on both sides.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Owners {
@@ -60,6 +62,8 @@ impl Maker {
             if set_uid(u32::MAX) != uid || set_gid(u32::MAX) != gid {
                 return Err(Errno::PERM);
             }
+            // The guest's kernel has decided whether that user may do it, by all of the user's groups, which are not known here.
+            privilege::with_dac_override()?;
         }
         Ok(maker)
     }

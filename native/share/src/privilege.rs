@@ -16,3 +16,14 @@ pub fn without_fsetid<T>(work: impl FnOnce() -> Result<T, Errno>) -> Result<T, E
     set_capabilities(None, before)?;
     done
 }
+
+/// Has the thread pass over permissions, which it may not any more when it has taken another user's id (setfsuid(2)). Taking its own again gives
+/// back all it had.
+pub fn with_dac_override() -> Result<(), Errno> {
+    let mut sets = capabilities(None)?;
+    if sets.permitted.contains(CapabilitySet::DAC_OVERRIDE) {
+        sets.effective |= CapabilitySet::DAC_OVERRIDE;
+        set_capabilities(None, sets)?;
+    }
+    Ok(())
+}
