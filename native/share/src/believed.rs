@@ -78,8 +78,17 @@ impl State {
             return false;
         }
         self.forgotten = 0;
-        for directory in self.directories.values_mut() {
-            directory.names.retain(|_, child| child.node.strong_count() > 0);
+        let waiting = &mut self.waiting;
+        for (&parent, directory) in &mut self.directories {
+            directory.names.retain(|name, child| {
+                let is_held = child.node.strong_count() > 0;
+                if !is_held {
+                    // The guest may know it still: then it was let go.
+                    waiting.insert(Notice::Doubtful { parent, name: name.clone() });
+                    waiting.insert(Notice::Inode { node: child.number, pages: true });
+                }
+                is_held
+            });
         }
         self.cost = self.directories.values().map(Directory::cost).sum();
         self.cost < MOST_MEMORY

@@ -286,12 +286,12 @@ impl Coverage {
         }
     }
 
-    /// The file is held no more, though the guest knows it: what it believes of it ends, and it asks anew.
+    /// The file is held no more, though the guest knows it. What it believes by a name stays watched with the directory; of what was watched
+    /// itself it believes nothing any more.
     pub fn let_go(&self, number: u64, node: &Node) {
-        let is_believed = node.trust.told() != 0;
-        self.forgotten(number, Some(node));
-        if is_believed {
-            self.notify(Notice::Inode { node: number, pages: false });
+        if node.trust.is_marked() {
+            self.forgotten(number, Some(node));
+            self.notify(Notice::Inode { node: number, pages: true });
         }
     }
 
