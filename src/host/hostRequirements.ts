@@ -56,7 +56,7 @@ export const basePackages = {
   mount: ["mount", "umount"],
   sed: ["sed"],
   tar: ["tar"],
-  "util-linux": ["fallocate", "flock", "prlimit", "unshare"]
+  "util-linux": ["fallocate", "flock", "prlimit", "setpriv", "unshare"]
 } as const satisfies Packages
 
 /** Packages that VMs and images need on a host that has all assets. */
