@@ -31,6 +31,12 @@ export const sharesOf = ({ liveMounts = [] }: VmEntry): ReadonlyArray<Share> =>
     ...given({ uid, gid })
   }))
 
+/** Where the guest has a file, by the tag of its share and its path there; empty for a file that has no place. */
+export const guestPathOf = ({ liveMounts = [] }: VmEntry, tag: string, file: string) => {
+  const share = liveMounts.find((_, i) => tagOf(i) === tag)
+  return share === undefined ? "" : path.posix.join(share.guest, file)
+}
+
 /** The mounts in the guest's boot configuration. */
 export const guestMounts = ({ liveMounts = [], mount }: VmEntry): Pick<GuestConfig["boot"], "mount" | "shares"> => ({
   ...(mount === undefined ? {} : { mount: mount.guest }),

@@ -12,7 +12,7 @@ import { Registry } from "../machine/Registry.ts"
 import { type Secrets, validateSecrets } from "../machine/Secrets.ts"
 import { VmEntry } from "../machine/VmEntry.ts"
 import { Vmm } from "../machine/Vmm.ts"
-import { checkLiveHosts, linkedInto, sharesOf } from "../mount/mounts.ts"
+import { checkLiveHosts, guestPathOf, linkedInto, sharesOf } from "../mount/mounts.ts"
 import { given } from "../platform/given.ts"
 import { Settings } from "../Settings.ts"
 import * as Launch from "../vm/launch.ts"
@@ -42,11 +42,21 @@ export interface ReviveOptions {
   readonly lazy?: boolean
 }
 
+/** A file of a live mount that a source had open and that its copy does not have. */
+export interface LostFile {
+  /** Where the guest had it; empty for a file that had no name any more. */
+  readonly path: string
+  /** Such as "No such file or directory". */
+  readonly why: string
+}
+
 /** A restored VM that is ready. */
 export interface Restored {
   readonly vm: Vm.Vm
   /** What the guest renewed before its processes went on, and what it kept. */
   readonly rejuvenation: Rejuvenation
+  /** Files of live mounts that the source had open and that are gone, or others, by now: in this VM they give EIO. */
+  readonly lost: ReadonlyArray<LostFile>
   readonly phases: ReadonlyMap<string, number>
 }
 
@@ -175,7 +185,12 @@ export const revive = Effect.fn("revive")(
     )
     const entryNow = new VmEntry({ ...named, detached: options.detached ?? false })
     yield* Effect.logDebug("restored", Object.fromEntries(phases()))
-    const restored: Restored = { vm: Vm.make(entryNow, machine, client), rejuvenation, phases: phases() }
+    const restored: Restored = {
+      vm: Vm.make(entryNow, machine, client),
+      rejuvenation,
+      lost: (machine.shares?.lost ?? []).map(({ path, tag, why }) => ({ path: guestPathOf(entry, tag, path), why })),
+      phases: phases()
+    }
     return restored
   },
   (effect) => Launch.inOwnScope(effect),

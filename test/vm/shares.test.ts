@@ -19,6 +19,7 @@ import {
 import * as path from "node:path"
 import { afterAll, afterEach, assert, describe, it, layer } from "@effect/vitest"
 import { Effect } from "effect"
+import { Machinen } from "../../src/Machinen.ts"
 import type { Vm } from "../../src/vm/Vm.ts"
 import {
   boot,
@@ -104,6 +105,20 @@ describe.sequential("live mounts", () => {
       yield* sh(vm, "echo x >/work/project/made")
       assert.strictEqual(readFileSync(at("project/made"), "utf8"), "x\n")
       assert.lengthOf(servers(vm.entry.id), 1)
+    }).pipe(Effect.provide(live(home)))
+  )
+
+  it.scoped("leave the host's files of a machine's name to the host, in copies too", () =>
+    Effect.gen(function* () {
+      const etc = temporaryDirectory()
+      const files = { hostname: "original\n", hosts: "127.0.1.1\toriginal\n", "machine-id": `${"0".repeat(32)}\n` }
+      for (const [name, content] of Object.entries(files)) writeFileSync(path.join(etc, name), content)
+      const vm = yield* boot({ name: "original", liveMounts: [{ host: etc, guest: "/etc" }] })
+      const [sibling] = (yield* (yield* Machinen).fork(vm)).siblings
+      assert.notStrictEqual(sibling === undefined ? "" : yield* sh(sibling.vm, "hostname"), "original")
+      for (const [name, content] of Object.entries(files)) {
+        assert.strictEqual(readFileSync(path.join(etc, name), "utf8"), content, name)
+      }
     }).pipe(Effect.provide(live(home)))
   )
 

@@ -100,7 +100,8 @@ fn open_machine_id(root: &Path) -> io::Result<File> {
     if !fs::symlink_metadata(&path)?.is_file() {
         return Err(io::Error::other("not a regular file"));
     }
-    OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(path)
+    let file = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(path)?;
+    if host_name::is_the_hosts(&file) { Err(io::Error::other("a file of the host's")) } else { Ok(file) }
 }
 
 #[cfg(test)]

@@ -63,6 +63,11 @@ fn read(path: &Path) -> io::Result<Option<String>> {
     }
 }
 
+/// Whether a file is in a shared directory, so that it is not this machine's to change.
+pub fn is_the_hosts(file: &File) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|found| found.f_type == libc::FUSE_SUPER_MAGIC)
+}
+
 fn replace(path: &Path, text: &str) -> io::Result<()> {
     set_text(&open(path, true)?, text)
 }
@@ -116,7 +121,8 @@ struct Opened {
 
 impl Opened {
     fn at(path: &Path) -> Option<Self> {
-        Some(Self { file: open(path, false).ok()?, text: None })
+        let file = open(path, false).ok().filter(|file| !is_the_hosts(file))?;
+        Some(Self { file, text: None })
     }
 
     fn read(&self) -> io::Result<String> {

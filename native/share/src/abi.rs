@@ -185,7 +185,7 @@ pub mod flag {
     pub const LOCK_FLOCK: u32 = 1 << 0;
 }
 
-/// `error` of a message that nobody asked for, whose `unique` is 0.
+/// `error` of a message that is no answer; its `unique` is 0.
 pub mod notify {
     pub const INVALIDATE_INODE: i32 = 2;
     pub const INVALIDATE_ENTRY: i32 = 3;

@@ -95,7 +95,7 @@ impl Server {
             libc::SEEK_HOLE => rustix::fs::SeekFrom::Hole(asked.offset),
             _ => return Err(Errno::INVAL),
         };
-        // Files are read and written at offsets that are given: where the description stands is nobody's concern.
+        // Files are read and written at offsets that are given: where the description stands does not matter.
         reply(abi::SeekOut { offset: rustix::fs::seek(&self.handle(&request, asked.handle)?.file, to)? })
     }
 

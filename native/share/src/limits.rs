@@ -23,7 +23,7 @@ impl Limits {
     pub fn of_this_process() -> Self {
         let limit = getrlimit(Resource::Nofile);
         let most = limit.maximum.or(limit.current);
-        // Refused by nobody: it is not above the maximum.
+        // The kernel cannot refuse it: it is not above the maximum.
         let _ = setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most });
         Self::of(most.unwrap_or(u64::MAX))
     }

@@ -89,7 +89,7 @@ impl Locks {
         let mut found = posix(lock)?;
         fcntl(self.description(node, lock.owner)?.as_raw_fd(), libc::F_OFD_GETLK, &mut found)?;
         let end = if found.l_len == 0 { LAST } else { (found.l_start + found.l_len - 1).cast_unsigned() };
-        // Nobody in the guest has that number: the holder is a description of the host's, or another owner's here.
+        // No process of the guest has the pid 0: the holder is a description of the host's, or another owner's here.
         Ok(LockOut { start: found.l_start.cast_unsigned(), end, kind: kind_of(found.l_type), pid: 0 })
     }
 

@@ -53,7 +53,7 @@ impl Server {
     fn set_posix(&self, request: &Request<'_>, asked: &LockIn) -> Result<(), Errno> {
         let node = request.header.node;
         if lock::is_unlock(asked) {
-            // Whoever was never admitted has no lock.
+            // An owner that was never admitted has no lock.
             return self.locks.set(node, asked).or_else(|errno| if errno == Errno::BADF { Ok(()) } else { Err(errno) });
         }
         self.locks.admit(node, asked, || self.lockable(node))?;

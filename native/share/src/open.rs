@@ -92,7 +92,7 @@ impl Server {
         self.locks.release(handle.number, asked.lock_owner);
         // Some file systems say only at a close that something was not written (NFS, quotas).
         let copy = rustix::io::fcntl_dupfd_cloexec(&handle.file, 0)?;
-        // SAFETY: the copy's number was given up just now, and nobody else knows it.
+        // SAFETY: the copy's number was given up just now, and no other code knows it.
         if unsafe { libc::close(copy.into_raw_fd()) } != 0 {
             return Err(last_errno());
         }

@@ -1,4 +1,4 @@
-//! The way to the guest: for answers, and for what nobody asked for.
+//! The way to the guest: for answers and notifications.
 
 use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};

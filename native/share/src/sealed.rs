@@ -11,7 +11,7 @@ use crate::reply::last_errno;
 /// tree, and end with the descriptors.
 ///
 /// # Errors
-/// Those of the kernel, which lets nobody but root do this.
+/// Those of the kernel, which lets only root do this.
 pub fn sealed(file: impl AsFd) -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC

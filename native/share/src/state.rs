@@ -27,6 +27,9 @@ const VERSION: u32 = 1;
 /// The longest line: a path of PATH_MAX bytes, each escaped, and some numbers.
 const MAX_LINE: u64 = 64 << 10;
 
+/// How many bytes are told of files that are lost. The shim takes an answer of 1 MiB, in which a byte of a path may be six.
+const MOST_TOLD: usize = 128 << 10;
+
 /// The line about the whole.
 #[derive(Deserialize, Serialize)]
 struct Head {
@@ -153,7 +156,7 @@ impl Server {
         }
         self.devices().go_on_with(head.devices.clone());
         let mut loaded = Loaded::default();
-        let mut paths = Paths::new();
+        let mut paths = HashMap::new();
         let mut beliefs = HashMap::new();
         for _ in 0..head.nodes {
             let saved: SavedNode = read(&mut file)?;
@@ -168,15 +171,20 @@ impl Server {
             };
             self.nodes().go_on_with(saved.number, saved.lookups, node).map_err(|_| invalid("a number is taken"))?;
             if let Some(path) = path {
-                paths.insert((saved.share, path), saved.number);
+                paths.insert(saved.number, (saved.share, path));
             }
         }
         self.nodes().go_on_at(head.next_node);
+        let mut told = 0;
         for _ in 0..head.handles {
             let saved: SavedHandle = read(&mut file)?;
             let open = self.open_again(&saved);
-            if let Err(errno) = &open {
-                loaded.lost.push(lost(&head.tags, &paths, saved.node, *errno));
+            if let Err(errno) = &open
+                && told < MOST_TOLD
+            {
+                let lost = self.lost(&head.tags, paths.get(&saved.node), *errno);
+                told += lost.path.len() + 100;
+                loaded.lost.push(lost);
             }
             self.handles().go_on_with(saved.number, open.ok()).map_err(|_| invalid("a handle is taken"))?;
         }
@@ -187,10 +195,22 @@ impl Server {
     }
 }
 
-/// The numbers, by share and path.
-type Paths = HashMap<(usize, Vec<u8>), u64>;
-
 impl Server {
+    /// What is told of a file that was open and is not any more. `at`: its share and path, if it had a name.
+    fn lost(&self, tags: &[String], at: Option<&(usize, Vec<u8>)>, errno: Errno) -> Lost {
+        let Some((share, path)) = at else {
+            return Lost { tag: String::new(), path: String::new(), why: "it had no name any more".to_owned() };
+        };
+        let why = match self.open_below(*share, path) {
+            // Its number is that of a lost file, and there is another one.
+            Ok(_) if errno == Errno::IO => "another file has its name".to_owned(),
+            Ok(_) => words(errno),
+            Err(errno) => words(errno),
+        };
+        let tag = tags.get(*share).cloned().unwrap_or_default();
+        Lost { tag, path: String::from_utf8_lossy(path).into_owned(), why }
+    }
+
     /// The path that leads to a file now, as this process sees it.
     pub(crate) fn path_of(&self, file: impl AsFd) -> Result<Vec<u8>, Errno> {
         let number = file.as_fd().as_raw_fd().to_string();
@@ -267,13 +287,10 @@ impl Looks {
     }
 }
 
-fn lost(tags: &[String], paths: &Paths, node: u64, errno: Errno) -> Lost {
-    let at = paths.iter().find(|(_, number)| **number == node).map(|(at, _)| at);
-    let tag = at.and_then(|(share, _)| tags.get(*share)).cloned().unwrap_or_default();
-    let path = at.map(|(_, path)| String::from_utf8_lossy(path).into_owned()).unwrap_or_default();
-    // The standard library's words, without its number.
-    let why = io::Error::from(errno).to_string();
-    Lost { tag, path, why: why.split(" (os error").next().unwrap_or(&why).to_owned() }
+/// The standard library's words for an error, without its number.
+fn words(errno: Errno) -> String {
+    let words = io::Error::from(errno).to_string();
+    words.split(" (os error").next().unwrap_or(&words).to_owned()
 }
 
 /// The part of a path behind that of the share.

@@ -1,7 +1,7 @@
 //! Requests that wait for a lock, each on a thread of its own until it has the lock or the guest's process is interrupted.
 //!
 //! To interrupt a call that waits, its thread gets a signal. The signal alone would be too early if the thread had not begun to wait. So the
-//! descriptor it waits with, which nobody else uses, is replaced first by one that cannot be locked: then either the call has begun, and the
+//! descriptor it waits with, which no other thread uses, is replaced first by one that cannot be locked: then either the call has begun, and the
 //! signal ends it, or it fails.
 
 use std::collections::{HashMap, VecDeque};

@@ -21,7 +21,7 @@ const OF_DIRECTORY: u64 = CHANGES | NAMES | libc::FAN_EVENT_ON_CHILD | libc::FAN
 /// The longest file handle (MAX_HANDLE_SZ).
 const MAX_HANDLE: usize = 128;
 
-/// File systems of this kernel alone: nobody changes them without an event here. (ext2-4, xfs, btrfs, tmpfs, f2fs, bcachefs, zfs.)
+/// File systems of this kernel alone: every change to them makes an event here. (ext2-4, xfs, btrfs, tmpfs, f2fs, bcachefs, zfs.)
 const LOCAL: [u64; 7] = [0xEF53, 0x5846_5342, 0x9123_683E, 0x0102_1994, 0xF2F5_2010, 0xCA45_1A4E, 0x2FC1_2FC1];
 
 /// Stands for a file's handle. Two files may have the same one (they do on two file systems), so it is never proof of which file it is.
@@ -207,7 +207,7 @@ struct Record {
 fn init(flags: libc::c_uint) -> Result<OwnedFd, Errno> {
     // SAFETY: plain numbers.
     match unsafe { libc::fanotify_init(flags, 0) } {
-        // SAFETY: the call has just opened it, and nobody else knows of it.
+        // SAFETY: the call has just opened it, and no other code knows of it.
         group @ 0.. => Ok(unsafe { OwnedFd::from_raw_fd(group) }),
         _ => Err(last_errno()),
     }

@@ -103,6 +103,12 @@ fn what_is_gone_or_another_is_an_error_for_itself_alone() {
         answer["lost"].as_array().unwrap().iter().map(|lost| lost["path"].as_str().unwrap()).collect();
     lost.sort_unstable();
     assert_eq!(lost, ["", "removed", "replaced"], "{answer}");
+    let why = |path: &str| {
+        let lost = answer["lost"].as_array().unwrap().iter().find(|lost| lost["path"] == path).unwrap();
+        lost["why"].as_str().unwrap()
+    };
+    assert_eq!(why("removed"), "No such file or directory");
+    assert_eq!((why("replaced"), why("")), ("another file has its name", "it had no name any more"));
     for (node, handle) in &files[..3] {
         assert_eq!(guest.read(*node, *handle, 0, 8).unwrap_err(), libc::EIO);
     }

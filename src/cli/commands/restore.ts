@@ -34,11 +34,12 @@ const detach = Options.boolean("detach").pipe(
   Options.withDescription("return when it is ready; it lives until it is stopped")
 )
 
-const restoredJson = ({ phases, rejuvenation, vm }: Restored, detached: boolean) => ({
+const restoredJson = ({ lost, phases, rejuvenation, vm }: Restored, detached: boolean) => ({
   ...render.vmJson(vm.entry),
   detached,
   forkedFrom: vm.entry.forkedFrom ?? null,
   rejuvenation,
+  lost,
   phasesMs: Object.fromEntries(phases)
 })
 
@@ -49,6 +50,13 @@ const detachOrWait = Effect.fnUntraced(function* (
   shown: Option.Option<unknown>
 ) {
   const vms = restored.map(({ vm }) => vm)
+  for (const { lost, vm } of restored) {
+    for (const { path, why } of lost) {
+      yield* Console.error(
+        `${vm.name ?? vm.id}: ${path === "" ? "a file" : path} that was open gives errors in this VM: ${why}`
+      )
+    }
+  }
   if (detached) {
     const names = Effect.forEach(vms, (vm) => Console.log(vm.name ?? vm.id), { discard: true })
     return yield* detachAll(vms, Option.match(shown, { onNone: () => names, onSome: render.json }))
