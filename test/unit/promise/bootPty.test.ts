@@ -53,11 +53,14 @@ describe("a program in a terminal", () => {
 
   it("is one of the sandboxes", async () => {
     const sandboxes = new Sandboxes()
-    const handle = script("read -r line; echo got $line")
+    // It ends only after its output was seen: node-pty waits 200 ms at most for what is unread when a program has ended.
+    const handle = script("read -r line; echo got $line; read -r end")
     sandboxes.add("pty", handle)
     sandboxes.send("pty", "it\r")
-    await handle.wait()
+    await seen(handle, "got it\r\n")
     assert.include(sandboxes.get("pty")?.scrollback.toString(), "got it\r\n")
+    sandboxes.send("pty", "\r")
+    await handle.wait()
     await sandboxes.end("pty")?.ended
     assert.isTrue(sandboxes.end("pty")?.isEnded)
   })
