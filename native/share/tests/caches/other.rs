@@ -11,7 +11,8 @@ pub struct Other {
 
 impl Other {
     pub fn new(host: &Path) -> Self {
-        let mut process = Command::new(std::env::current_exe().unwrap())
+        // Not by `current_exe`: in a chroot the path of this program is not known to this thread, whose mount namespace is its own.
+        let mut process = Command::new("/proc/self/exe")
             .args(["--exact", "other_machine", "--ignored", "--nocapture"])
             .env("DIRECTORY", host)
             .stdin(Stdio::piped())
