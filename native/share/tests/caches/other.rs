@@ -12,7 +12,8 @@ pub struct Other {
 impl Other {
     pub fn new(host: &Path) -> Self {
         // Not by `current_exe`: in a chroot the path of this program is not known to this thread, whose mount namespace is its own.
-        let mut process = Command::new("/proc/self/exe")
+        let this_program = Path::new("/proc/self/exe");
+        let mut process = Command::new(this_program)
             .args(["--exact", "other_machine", "--ignored", "--nocapture"])
             .env("DIRECTORY", host)
             .stdin(Stdio::piped())
