@@ -26,7 +26,7 @@ mod owner;
 pub mod plan;
 mod privilege;
 mod ranges;
-mod reply;
+pub mod reply;
 pub mod request;
 mod resume;
 mod root;

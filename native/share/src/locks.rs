@@ -112,11 +112,8 @@ impl Server {
     pub(crate) fn list_locks(&self) -> Answer {
         let mut body = Vec::new();
         for Held { node, pid } in self.locks_held() {
-            let node = self.node(node)?;
-            let root = self.path_of(&self.share(&node).file)?;
-            let path = self.path_of(&*node)?;
-            // In the guest the share's tag stands for a place of its own.
-            let path = [self.share(&node).tag.to_bytes(), path.strip_prefix(&root[..]).unwrap_or(b"/?")].concat();
+            // One that cannot be named is held all the same.
+            let path = self.place_of(node).unwrap_or_else(|_| b"?".to_vec());
             let length = u32::try_from(path.len()).map_err(|_| Errno::NAMETOOLONG)?;
             // The guest takes no longer message, and names a few of them.
             if body.len() + path.len() + 8 > MAX_DATA {
@@ -127,6 +124,14 @@ impl Server {
             }
         }
         Ok(Some(body))
+    }
+
+    /// The tag of a file's share, which the guest has at a place of its own, and the file's path there.
+    fn place_of(&self, number: u64) -> Result<Vec<u8>, Errno> {
+        let node = self.node(number)?;
+        let share = self.share(&node);
+        let (root, path) = (self.path_of(&share.file)?, self.path_of(&*node)?);
+        Ok([share.tag.to_bytes(), path.strip_prefix(&root[..]).unwrap_or(b"/?")].concat())
     }
 
     /// The locks of the guest's processes, each once.

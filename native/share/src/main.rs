@@ -13,9 +13,10 @@ use std::time::Duration;
 use machinen_protocol::errno;
 use machinen_share::control::{Control, Line};
 use machinen_share::plan::Plan;
+use machinen_share::reply::words;
 use machinen_share::server::Server;
 use machinen_share::share::Refused;
-use machinen_share::state::{Loaded, Lost};
+use machinen_share::state::Lost;
 use machinen_share::stream;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -44,11 +45,7 @@ enum Answer {
 
 impl From<Refused> for Answer {
     fn from(refused: Refused) -> Self {
-        let error = io::Error::from(refused.errno);
-        let text = error.to_string();
-        // Without the number that the standard library puts behind it: the code says it.
-        let text = text.split(" (os error").next().unwrap_or(&text);
-        let message = format!("{}: {text}", refused.what);
+        let message = format!("{}: {}", refused.what, words(refused.errno));
         Self::Refused { ok: false, code: errno::text(refused.errno.raw_os_error()), message }
     }
 }
@@ -110,21 +107,21 @@ fn start(line: &Line, guest: File) -> Result<(Server, Answer), Refused> {
     let shares = plan.open()?;
     let refused = |errno| Refused { errno, what: "the server".to_owned() };
     let server = Server::new(shares, VALID, Arc::new(Mutex::new(guest))).map_err(refused)?;
-    let loaded = match &plan.state {
+    let lost = match &plan.state {
         Some(path) => load(&server, path).map_err(|error| Refused {
             errno: Errno::from_io_error(&error).unwrap_or(Errno::INVAL),
             what: format!("{}: {error}", path.display()),
         })?,
-        None => Loaded::default(),
+        None => Vec::new(),
     };
     let confinement = server.confine().map_err(|error| Refused {
         errno: Errno::from_io_error(&error).unwrap_or(Errno::PERM),
         what: format!("the server cannot be confined: {error}"),
     })?;
-    Ok((server, Answer::Started { ok: true, confinement, lost: loaded.lost }))
+    Ok((server, Answer::Started { ok: true, confinement, lost }))
 }
 
-fn load(server: &Server, path: &Path) -> io::Result<Loaded> {
+fn load(server: &Server, path: &Path) -> io::Result<Vec<Lost>> {
     server.load(BufReader::new(File::open(path)?))
 }
 

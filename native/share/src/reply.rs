@@ -47,6 +47,12 @@ pub fn low(wide: u64) -> u32 {
     u32::try_from(wide & u64::from(u32::MAX)).unwrap_or_default()
 }
 
+/// The standard library's words for an error, without its number.
+pub fn words(errno: Errno) -> String {
+    let words = std::io::Error::from(errno).to_string();
+    words.split(" (os error").next().unwrap_or(&words).to_owned()
+}
+
 pub fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }

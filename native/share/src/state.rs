@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags, openat2, readlinkat, statx};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, openat2, readlinkat};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,7 @@ use crate::believed::MOST_NAMES;
 use crate::node::Node;
 use crate::nodes::Nodes;
 use crate::notice::Notice;
+use crate::reply::words;
 use crate::resume::Belief;
 use crate::server::Server;
 
@@ -61,10 +62,11 @@ struct SavedNode {
 /// What a file is told by.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 struct Looks {
-    device: (u32, u32),
+    device: u64,
     inode: u64,
     kind: u32,
-    born: Option<(i64, u32)>,
+    /// As `Node::born`.
+    born: u64,
 }
 
 /// A file that the guest has open.
@@ -81,12 +83,6 @@ pub struct Lost {
     tag: String,
     path: String,
     why: String,
-}
-
-/// What a server found when it went on.
-#[derive(Debug, Default)]
-pub struct Loaded {
-    pub lost: Vec<Lost>,
 }
 
 impl Server {
@@ -115,11 +111,10 @@ impl Server {
         line(&mut file, &head)?;
         for (number, lookups, node) in nodes {
             let share = node.identity.share;
-            let looks = Looks::of(&node)?;
+            let looks = Looks::of(&node);
             let path = self.path_of(&node).ok().and_then(|path| below(&roots[share], &path));
             // A name may be another file's by now.
-            let is_same = |found: &Node| Looks::of(found).is_ok_and(|found| looks.is(&found));
-            let path = path.filter(|path| self.open_below(share, path).is_ok_and(|found| is_same(&found)));
+            let path = path.filter(|path| self.open_below(share, path).is_ok_and(|found| looks.is(&Looks::of(&found))));
             line(
                 &mut file,
                 &SavedNode {
@@ -141,13 +136,13 @@ impl Server {
         file.flush()
     }
 
-    /// Goes on with a state. An empty file is that of a server that had ended, with which the guest's connection has ended.
+    /// Goes on with a state. Returns what was open and is not any more. An empty file is that of a server that had ended, with which the guest's connection has ended.
     ///
     /// # Errors
     /// Those of the file, and `InvalidData` for what is no state of these shares.
-    pub fn load(&self, mut file: impl BufRead) -> io::Result<Loaded> {
+    pub fn load(&self, mut file: impl BufRead) -> io::Result<Vec<Lost>> {
         if file.fill_buf()?.is_empty() {
-            return Ok(Loaded::default());
+            return Ok(Vec::new());
         }
         let head: Head = read(&mut file)?;
         let tags = self.shares.iter().map(|share| share.tag.to_string_lossy().into_owned());
@@ -155,7 +150,7 @@ impl Server {
             return Err(invalid("the state is of another version, or of other shares"));
         }
         self.devices().go_on_with(head.devices.clone());
-        let mut loaded = Loaded::default();
+        let mut all_lost = Vec::new();
         let mut paths = HashMap::new();
         let mut beliefs = HashMap::new();
         for _ in 0..head.nodes {
@@ -165,10 +160,7 @@ impl Server {
             }
             let path = saved.path.as_deref().map(unescaped).transpose()?;
             beliefs.insert(saved.number, saved.belief);
-            let node = match &path {
-                Some(path) => self.found_again(saved.share, path, &saved.looks),
-                None => None,
-            };
+            let node = path.as_ref().and_then(|path| self.found_again(saved.share, path, &saved.looks));
             self.nodes().go_on_with(saved.number, saved.lookups, node).map_err(|_| invalid("a number is taken"))?;
             if let Some(path) = path {
                 paths.insert(saved.number, (saved.share, path));
@@ -184,18 +176,16 @@ impl Server {
             {
                 let lost = self.lost(&head.tags, paths.get(&saved.node), *errno);
                 told += lost.path.len() + 100;
-                loaded.lost.push(lost);
+                all_lost.push(lost);
             }
             self.handles().go_on_with(saved.number, open.ok()).map_err(|_| invalid("a handle is taken"))?;
         }
         self.handles().go_on_at(head.next_handle);
         self.go_on_believing(&head, beliefs, &mut file)?;
         self.started.store(head.started, Ordering::Release);
-        Ok(loaded)
+        Ok(all_lost)
     }
-}
 
-impl Server {
     /// What is told of a file that was open and is not any more. `at`: its share and path, if it had a name.
     fn lost(&self, tags: &[String], at: Option<&(usize, Vec<u8>)>, errno: Errno) -> Lost {
         let Some((share, path)) = at else {
@@ -225,10 +215,10 @@ impl Server {
         Ok(Node::new(openat2(root, path, flags, Mode::empty(), within)?, share)?.0)
     }
 
-    /// The file at a path if it is the one that had these looks, and what has become of the name.
+    /// The file at a path, if it is the one that had these looks.
     fn found_again(&self, share: usize, path: &[u8], looks: &Looks) -> Option<Node> {
         let node = self.open_below(share, path).ok()?;
-        let found = Looks::of(&node).ok()?;
+        let found = Looks::of(&node);
         let is_directory = found.kind == looks.kind && node.kind == FileType::Directory;
         (found.is(looks) || is_directory).then_some(node)
     }
@@ -262,35 +252,24 @@ impl Server {
 
     fn open_again(&self, saved: &SavedHandle) -> Result<(OwnedFd, u64, Arc<Node>), Errno> {
         let node = self.node(saved.node)?;
-        let kept = OFlags::ACCMODE | OFlags::APPEND | OFlags::DSYNC | OFlags::SYNC | OFlags::DIRECTORY;
+        // A copy's share may be read-only where the original's was not. Then the file can be read by what was open for both.
+        let mode = if self.share(&node).read_only { OFlags::empty() } else { OFlags::ACCMODE };
+        let kept = mode | OFlags::APPEND | OFlags::DSYNC | OFlags::SYNC | OFlags::DIRECTORY;
         Ok((self.reopen(&node, OFlags::from_bits_retain(saved.flags) & kept)?, saved.node, node))
     }
 }
 
 impl Looks {
-    fn of(file: impl AsFd) -> Result<Self, Errno> {
-        let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-        let found = statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT, mask)?;
-        let has_born = found.stx_mask & StatxFlags::BTIME.bits() != 0;
-        Ok(Self {
-            device: (found.stx_dev_major, found.stx_dev_minor),
-            inode: found.stx_ino,
-            kind: FileType::from_raw_mode(found.stx_mode.into()).as_raw_mode(),
-            born: has_born.then_some((found.stx_btime.tv_sec, found.stx_btime.tv_nsec)),
-        })
+    fn of(node: &Node) -> Self {
+        let (device, inode) = (node.identity.device, node.identity.inode);
+        Self { device, inode, kind: node.kind.as_raw_mode(), born: node.born }
     }
 
     /// Whether they are those of the same file. The number of a device may be another after this host has started again.
     fn is(&self, other: &Self) -> bool {
-        let same_birth = self.born == other.born && (self.born.is_some() || self.device == other.device);
+        let same_birth = self.born == other.born && (self.born != 0 || self.device == other.device);
         self.inode == other.inode && self.kind == other.kind && same_birth
     }
-}
-
-/// The standard library's words for an error, without its number.
-fn words(errno: Errno) -> String {
-    let words = io::Error::from(errno).to_string();
-    words.split(" (os error").next().unwrap_or(&words).to_owned()
 }
 
 /// The part of a path behind that of the share.

@@ -139,8 +139,8 @@ pub fn run(coverage: &Coverage, pace: &Pace, paced: bool, send: impl Fn(&[u8]) -
             coverage.recheck(|| send_all(0))?;
         }
         if is_all {
-            let answers = settling.drain(..).filter_map(|unique| reply::message(unique, reply::done()));
-            answers.into_iter().try_for_each(|answer| send(&answer))?;
+            let mut answers = settling.drain(..).filter_map(|unique| reply::message(unique, reply::done()));
+            answers.try_for_each(|answer| send(&answer))?;
         }
     }
     Ok(())

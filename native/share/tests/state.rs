@@ -121,6 +121,24 @@ fn what_is_gone_or_another_is_an_error_for_itself_alone() {
 }
 
 #[test]
+fn what_was_open_for_writing_can_only_be_read_in_a_copy_whose_share_is_read_only() {
+    let (dir, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let state = state.path().join("state");
+    fs::write(dir.path().join("file"), "kept").unwrap();
+    let mut before = Program::serving(&[("work", dir.path(), false)]);
+    let node = before.walk("work/file").unwrap().node;
+    let handle = before.open(node, libc::O_RDWR).unwrap();
+    save(&mut before, &state);
+    drop(before);
+
+    let (mut guest, answer) = gone_on(&[("work", dir.path(), true)], &state);
+    assert_eq!(answer["lost"], json!([]), "{answer}");
+    assert_eq!(guest.read(node, handle, 0, 8).unwrap(), b"kept");
+    assert_eq!(guest.write(node, handle, 0, b"lost").unwrap_err(), libc::EROFS);
+    assert_eq!(fs::read(dir.path().join("file")).unwrap(), b"kept");
+}
+
+#[test]
 fn a_state_reaches_nothing_outside_its_shares() {
     let (dir, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let file = state.path().join("state");

@@ -135,7 +135,6 @@ impl Relay {
             (state.held, state.locks, state.syncs_at_freeze) = (true, None, state.syncs);
         }
         self.until(|state| state.pending == 0).await;
-        // The first thread writes nothing while it is held.
         if self.ask(LOCKS, LOCKS_UNIQUE).await.is_ok() {
             self.until(|state| state.locks.is_some()).await;
         }
