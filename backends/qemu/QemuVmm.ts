@@ -93,7 +93,6 @@ export const layer = Layer.effect(
       controlPath,
       launch: Effect.fn("QemuVmm.launch")(function* (spec, { cleanup, entry, files, graceMs, network }) {
         const shimBinary = yield* assets.shim.pipe(Effect.mapError(assetMissing))
-        const shareBinary = yield* assets.share.pipe(Effect.mapError(assetMissing))
         const { accel } = yield* probe.accelerator
         const tscKhz = accel === "tcg" ? yield* probe.tscKhz : 0
         const { start } = spec
@@ -131,7 +130,7 @@ export const layer = Layer.effect(
               : {
                   shares: {
                     fd: shareFd,
-                    argv: [shareBinary] as const,
+                    argv: [yield* assets.share.pipe(Effect.mapError(assetMissing))] as const,
                     // names the VM in the process's environment, because the command line does not
                     env: { MACHINEN_VM_DIR: spec.dir },
                     parts: spec.shares,

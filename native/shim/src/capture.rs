@@ -138,10 +138,16 @@ impl Maker<'_> {
         let server = self.state.shares.as_ref().ok_or_else(|| Error::errno("this VM has no shares", Errno::INVAL))?;
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to);
         let file = file.map_err(|error| Error::io(to.display(), error))?;
-        match server.save(&file).await {
-            // The guest's shares have ended as well, and will not work in a copy.
-            Err(error) if share_control::is_end(&error) => Ok(()),
-            saved => saved,
+        let gone = peer_closed(self.client).map_err(|error| Error::io("client", error))?;
+        // The VM stands still meanwhile, and the host's file system may not answer.
+        tokio::select! {
+            saved = server.save(&file) => match saved {
+                // The guest's shares have ended as well, and will not work in a copy.
+                Err(error) if share_control::is_end(&error) => Ok(()),
+                saved => saved,
+            },
+            () = gone => Err(Error::errno("the shares", Errno::CANCELED)),
+            () = self.state.over() => Err(Error::errno("the shares", Errno::CANCELED)),
         }
     }
 

@@ -1,6 +1,7 @@
 import { Args, Command, Options } from "@effect/cli"
 import { Console, Effect, Option } from "effect"
 import { Machinen } from "../../Machinen.ts"
+import { printable } from "../../platform/printable.ts"
 import type { Restored } from "../../snapshot/revive.ts"
 import {
   environment,
@@ -52,9 +53,8 @@ const detachOrWait = Effect.fnUntraced(function* (
   const vms = restored.map(({ vm }) => vm)
   for (const { lost, vm } of restored) {
     for (const { path, why } of lost) {
-      yield* Console.error(
-        `${vm.name ?? vm.id}: ${path === "" ? "a file" : path} that was open gives errors in this VM: ${why}`
-      )
+      const file = path === "" ? "a file" : path
+      yield* Console.error(printable(`${vm.name ?? vm.id}: ${file} that was open gives errors in this VM: ${why}`))
     }
   }
   if (detached) {
