@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{ECHO, bounded, guest, host, pattern, round_trip};
+use common::{ECHO, Guest, Host, bounded, guest, host, pattern, round_trip};
 use std::io::ErrorKind;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::sync::mpsc;
@@ -81,24 +81,40 @@ async fn a_restored_guest_is_taken_over_in_mid_frame() {
     .await;
 }
 
+/// Which end gets a byte that makes no sense to it.
+enum Confused {
+    Guest,
+    Host,
+}
+
+/// A session in which one end was sent nonsense. Its old streams have ended, and both ends begin another.
+async fn confuse(end: Confused) -> (Host, Guest) {
+    let (mut middle, right) = duplex(200_000);
+    let guest = guest(right);
+    let (cut, mut until) = mpsc::channel(1);
+    let (near, mut far) = duplex(200_000);
+    let host = host(near, false);
+    let relay = tokio::spawn(async move {
+        exchange(&mut middle, &mut far, &mut until).await;
+        (middle, far)
+    });
+    let mut old = host.opener.open(5).await.unwrap();
+    cut.send(()).await.unwrap();
+    let (mut middle, mut far) = relay.await.unwrap();
+    let sent_to = match end {
+        Confused::Guest => &mut middle,
+        Confused::Host => &mut far,
+    };
+    sent_to.write_all(&[77]).await.unwrap();
+    tokio::spawn(async move { tokio::io::copy_bidirectional(&mut middle, &mut far).await });
+    assert_eq!(old.read_u8().await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    (host, guest)
+}
+
 #[tokio::test]
 async fn the_host_starts_over_when_the_guest_talks_nonsense() {
     bounded(async {
-        let (mut middle, right) = duplex(200_000);
-        let mut guest = guest(right);
-        let (cut, mut until) = mpsc::channel(1);
-        let (near, mut far) = duplex(200_000);
-        let host = host(near, false);
-        let relay = tokio::spawn(async move {
-            exchange(&mut middle, &mut far, &mut until).await;
-            (middle, far)
-        });
-        let mut old = host.opener.open(5).await.unwrap();
-        cut.send(()).await.unwrap();
-        let (mut middle, mut far) = relay.await.unwrap();
-        far.write_all(&[77]).await.unwrap();
-        tokio::spawn(async move { tokio::io::copy_bidirectional(&mut middle, &mut far).await });
-        assert_eq!(old.read_u8().await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+        let (host, mut guest) = confuse(Confused::Host).await;
         let sent = pattern(3, 100_000);
         assert!(round_trip(host.opener.open(ECHO).await.unwrap(), sent.clone()).await == sent);
         assert!(guest.sessions.recv().await.is_some() && guest.sessions.recv().await.is_some());
@@ -109,21 +125,7 @@ async fn the_host_starts_over_when_the_guest_talks_nonsense() {
 #[tokio::test]
 async fn the_guest_that_lost_its_place_makes_the_host_start_over() {
     bounded(async {
-        let (mut middle, right) = duplex(200_000);
-        let _guest = guest(right);
-        let (cut, mut until) = mpsc::channel(1);
-        let (near, mut far) = duplex(200_000);
-        let host = host(near, false);
-        let relay = tokio::spawn(async move {
-            exchange(&mut middle, &mut far, &mut until).await;
-            (middle, far)
-        });
-        let mut old = host.opener.open(5).await.unwrap();
-        cut.send(()).await.unwrap();
-        let (mut middle, mut far) = relay.await.unwrap();
-        middle.write_all(&[77]).await.unwrap();
-        tokio::spawn(async move { tokio::io::copy_bidirectional(&mut middle, &mut far).await });
-        assert_eq!(old.read_u8().await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+        let (host, _guest) = confuse(Confused::Guest).await;
         assert!(round_trip(host.opener.open(ECHO).await.unwrap(), vec![1; 10]).await == [1; 10]);
     })
     .await;

@@ -1,10 +1,10 @@
 //! The state of a server in a file, and a server that goes on with it: the guest was copied, and its kernel knows files by their numbers and has
 //! files open.
 //!
-//! The file is text: a line about the whole, then one for each file that the guest knows, then one for each that it has open. A file is found
-//! again by its path, and is the same if inode, kind and time of birth are (without a time of birth: the device). A directory is also
-//! taken for another at the same path, because what matters about it is what is in it. What is not found again gives EIO wherever the guest
-//! uses its number.
+//! The file is text, of JSON lines: one about the whole, then one for each file that the guest knows, for each that it has open, for each name
+//! that it believes (`resume`), and for each notice that it may not have got. A file is found again by its path, and is the same if inode, kind
+//! and time of birth are (without a time of birth: the device). Another directory at the same path is taken for a directory that is gone,
+//! because what is in it matters. What is not found again gives EIO wherever the guest uses its number.
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, ErrorKind, Write};
